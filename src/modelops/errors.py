@@ -1,0 +1,98 @@
+"""The exception tree. A user's mistake prints one line and a way out; see `modelops.cli.errors`.
+
+    ModelopsError                exit 1  a known failure
+    ├── UsageError               exit 2  an option, a config key, a file the user named
+    │   ├── ConfigError          exit 2  a config or policy file
+    │   └── ManifestError        exit 2  a manifest row or column
+    ├── ImageError               exit 1  a picture that cannot be read or is unsafe to read
+    ├── IntegrityError           exit 1  bytes that are not the bytes their digest promised
+    ├── MissingExtraError        exit 1  an optional package is not installed
+    ├── MissingWeightsError      exit 1  model weights are neither here nor fetchable
+    ├── TrainingError            exit 1  a run that cannot go on (non-finite loss, no data)
+    ├── EvaluationError          exit 1  a measurement that could not be made
+    ├── ExportError              exit 1  an export that failed or is not equal to its source
+    ├── ServingError             exit 1  a server that cannot start (port in use, bad release)
+    ├── GateFailedError          exit 3  the gate says no
+    └── GateUndecidedError       exit 4  the gate cannot decide
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ModelopsError(Exception):
+    """A failure that modelops understands.
+
+    Args:
+        message: one line that names the file, row or option at fault.
+        hint: the way out, also one line; printed after the message.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(ModelopsError):
+    """Something the user wrote on the command line or named there is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A config or policy file has an unknown key or a value out of range."""
+
+
+class ManifestError(UsageError):
+    """A manifest lacks a column, or a row lacks a required value."""
+
+
+class ImageError(ModelopsError):
+    """A picture is truncated, mislabelled, too large or otherwise unreadable."""
+
+
+class IntegrityError(ModelopsError):
+    """A file's bytes differ from the digest a record gives for it."""
+
+
+class MissingExtraError(ModelopsError):
+    """An optional package is not installed; the hint is the pip command that adds it."""
+
+
+class MissingWeightsError(ModelopsError):
+    """Model weights are not on this machine and cannot be fetched from here."""
+
+
+class TrainingError(ModelopsError):
+    """A training run cannot start or cannot go on."""
+
+
+class EvaluationError(ModelopsError):
+    """A measurement could not be made; its record says `failed`."""
+
+
+class ExportError(ModelopsError):
+    """A component cannot be exported, or its export differs from its source."""
+
+
+class ServingError(ModelopsError):
+    """A server cannot start, or a release cannot be served."""
+
+
+class GateFailedError(ModelopsError):
+    """At least one criterion of the policy is not met."""
+
+    exit_code = 3
+
+
+class GateUndecidedError(ModelopsError):
+    """At least one criterion could not be decided and none failed."""
+
+    exit_code = 4

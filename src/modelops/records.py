@@ -1,0 +1,362 @@
+"""Every file that one stage leaves for another, as versioned models. Imports no torch.
+
+A record names its inputs by sha256, says how it ended (`ok`, `failed`, `refused`), and gives each
+number as a `Measurement`: a value with an interval, n, a method and a protocol, or the reason why it
+was not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from modelops.errors import UsageError
+from modelops.files import read_json, sha256_json, write_json
+
+SCHEMA_VERSION = 1
+Status = Literal["ok", "failed", "refused"]
+Answer = Literal["pass", "fail", "undecided"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class InputRef(_Model):
+    """An input by name and digest; `path` is relative to the record's workspace where it can be."""
+
+    path: str
+    sha256: str
+
+
+class Environment(_Model):
+    """Versions, commit and hardware of the process that wrote a record."""
+
+    modelops: str
+    python: str
+    platform: str
+    packages: dict[str, str] = {}
+    commit: str | None = None
+    dirty: bool | None = None
+    cpu: str = ""
+    cores: int | None = None
+    memory_gb: float | None = None
+    accelerators: list[str] = []
+
+
+class Measurement(_Model):
+    """One number with its interval, or the reason why there is none.
+
+    `value`, `low` and `high` are None exactly when `not_measured` says why.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    confidence: float = 0.95
+    method: str = ""
+    n: int = 0
+    unit: str = ""
+    higher_is_better: bool | None = None
+    protocol: str | None = None
+    warnings: list[str] = []
+    details: dict[str, float | int | str | bool | None] = {}
+    not_measured: str | None = None
+
+    @model_validator(mode="after")
+    def _value_or_reason(self) -> Self:
+        if (self.value is None) == (self.not_measured is None):
+            raise ValueError("give either a value or the reason it was not measured")
+        if self.value is not None and (self.low is None or self.high is None):
+            raise ValueError("a value needs an interval")
+        if self.value is None and (self.low is not None or self.high is not None):
+            raise ValueError("an interval needs a value")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError("the interval is upside down")
+        return self
+
+    @classmethod
+    def missing(cls, reason: str) -> Measurement:
+        """A measurement that was not made, and why."""
+        return cls(not_measured=reason)
+
+
+class Record(_Model):
+    """What every record carries."""
+
+    kind: str
+    schema_version: int = SCHEMA_VERSION
+    status: Status = "ok"
+    error: str | None = None
+    inputs: dict[str, InputRef] = {}
+    seeds: dict[str, int] = {}
+    environment: Environment | None = None
+    started_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    duration_s: float = 0.0
+
+    @model_validator(mode="after")
+    def _known_version(self) -> Self:
+        if self.schema_version > SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version {self.schema_version} is newer than this modelops understands "
+                f"({SCHEMA_VERSION}); upgrade modelops"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the record's canonical JSON: what other records cite."""
+        return sha256_json(self.model_dump(mode="json"))
+
+    def write(self, path: str | Path) -> None:
+        """Write atomically as indented JSON."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+class DuplicateCluster(_Model):
+    """Samples closer to their keeper than the threshold; a cluster never crosses a split."""
+
+    keeper: str
+    members: list[str]
+    kind: Literal["bytes", "pixels", "embedding"]
+    min_similarity: float
+    reason: str
+
+
+class DedupReport(Record):
+    """dedup_report.json"""
+
+    kind: Literal["dedup"] = "dedup"
+    extractor: str
+    weights_sha256: str
+    threshold: float
+    neighbours: int
+    n_images: int
+    n_candidate_pairs: int
+    n_exact_duplicates: int
+    clusters: list[DuplicateCluster]
+    quarantined: dict[str, str] = {}
+
+
+class SplitReport(Record):
+    """split.json, beside splits.parquet (id, split, group)."""
+
+    kind: Literal["split"] = "split"
+    counts: dict[str, int]
+    n_groups: int
+    leakage: dict[str, Measurement] = {}
+
+
+class SmokeReport(Record):
+    """smoke.json: the DataLoader smoke test over the shards."""
+
+    kind: Literal["smoke"] = "smoke"
+    verdict: Literal["pass", "fail"]
+    reasons: list[str] = []
+    n_samples: int
+    n_shards: int
+    images_per_second: float
+    slowest_batch_over_median: float
+
+
+class CheckpointRef(_Model):
+    """One checkpoint of a run; sha256 is the tree digest without `training_state/`."""
+
+    step: int
+    images_seen: int
+    path: str
+    sha256: str
+
+
+class TrainRecord(Record):
+    """runs/NAME/train.json"""
+
+    kind: Literal["train"] = "train"
+    run_name: str
+    parameters: int
+    effective_batch: int
+    steps: int
+    images_seen: int
+    final_train_loss: float | None = None
+    final_validation_loss: float | None = None
+    loss_trend: Literal["down", "flat", "up", "unknown"] = "unknown"
+    training_seconds: float
+    checkpoints: list[CheckpointRef] = []
+    config_sha256: str
+
+
+class SourceInfo(_Model):
+    """Which model source made the images."""
+
+    kind: Literal["checkpoint", "artifact", "endpoint", "folder"]
+    uri: str
+    sha256: str | None = None
+    runtime: str = ""
+    precision: str = ""
+    details: dict[str, str | int | float | bool | None] = {}
+
+
+class Sampling(_Model):
+    """How the images were sampled; part of every generated-image protocol."""
+
+    seed: int
+    scheduler: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    n_prompts: int
+    replicates: int = 1
+    prompts_sha256: str
+
+
+class EvaluationRecord(Record):
+    """evaluations/*.json: how good a model source is and exactly how that was measured."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    source: SourceInfo
+    sampling: Sampling | None = None
+    reference: InputRef | None = None
+    metrics: dict[str, Measurement] = {}
+    protocols: dict[str, dict[str, Any]] = {}
+    files: dict[str, InputRef] = {}
+    n_failed_images: int = 0
+
+
+class ExportedComponent(_Model):
+    """One exported graph."""
+
+    name: str
+    file: str
+    sha256: str
+    bytes: int
+    precision: str
+    opset: int | None = None
+    dynamic_axes: list[str] = []
+    quantized_nodes: int = 0
+    total_nodes: int = 0
+
+
+class ParityCheck(_Model):
+    """How far an exported component, or the whole pipeline, is from its source."""
+
+    name: str
+    measure: Literal["max_abs_error", "max_relative_error", "psnr_db"]
+    value: float
+    bound: float
+    passed: bool
+    n: int
+
+
+class ArtifactRecord(Record):
+    """artifact.json: a checkpoint exported for a runtime."""
+
+    kind: Literal["artifact"] = "artifact"
+    format: Literal["onnx", "int8", "tensorrt", "torchscript"]
+    precision: str
+    runtime: str
+    components: list[ExportedComponent] = []
+    parity: list[ParityCheck] = []
+    calibration: dict[str, Any] = {}
+    bytes_total: int = 0
+    source_bytes_total: int = 0
+    speed: dict[str, Measurement] = {}
+
+
+class Criterion(_Model):
+    """One line of a verdict."""
+
+    name: str
+    evidence: str
+    metric: str
+    bound: str
+    value: float | str | None = None
+    low: float | None = None
+    high: float | None = None
+    answer: Answer
+    reason: str
+
+
+class Verdict(Record):
+    """verdict.json"""
+
+    kind: Literal["verdict"] = "verdict"
+    answer: Answer
+    policy_sha256: str
+    subject_sha256: str | None = None
+    criteria: list[Criterion] = []
+
+
+class ReleaseFile(_Model):
+    sha256: str
+    bytes: int
+
+
+class ReleaseRecord(Record):
+    """release.json: everything a release consists of, by digest."""
+
+    kind: Literal["release"] = "release"
+    name: str
+    version: str
+    model: str
+    model_sha256: str
+    verdict_sha256: str
+    defaults: dict[str, Any] = {}
+    files: dict[str, ReleaseFile]
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+RECORD_KINDS: dict[str, type[Record]] = {
+    "dedup": DedupReport,
+    "split": SplitReport,
+    "smoke": SmokeReport,
+    "train": TrainRecord,
+    "evaluation": EvaluationRecord,
+    "artifact": ArtifactRecord,
+    "verdict": Verdict,
+    "release": ReleaseRecord,
+}
+
+
+def read_record(path: str | Path, expected: type[RecordT]) -> RecordT:
+    """Read and validate one record.
+
+    Raises:
+        UsageError: the file is missing, not JSON, of another kind, or does not fit the schema.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: not a record")
+    wanted = expected.model_fields["kind"].default
+    if data.get("kind") != wanted:
+        raise UsageError(f"{path}: a record of kind {data.get('kind')!r}, expected {wanted!r}")
+    try:
+        return expected.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "record"
+        raise UsageError(f"{path}: {where}: {first['msg']}") from error
+
+
+def read_any_record(path: str | Path) -> Record:
+    """Read a record of whatever kind the file says it is.
+
+    Raises:
+        UsageError: it is not a record of a known kind.
+    """
+    data = read_json(path)
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in RECORD_KINDS:
+        known = ", ".join(sorted(RECORD_KINDS))
+        raise UsageError(f"{path}: not a record (kind {kind!r}; known kinds: {known})")
+    return read_record(path, RECORD_KINDS[kind])
+
+
+def is_finite(*values: float | None) -> bool:
+    """Whether every given value is a finite number."""
+    return all(value is not None and math.isfinite(value) for value in values)
