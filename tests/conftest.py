@@ -23,7 +23,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from modelops.models.networks import make_pipeline, make_unet
 
     torch.manual_seed(0)
-    unet = make_unet(resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,))
+    unet = make_unet(
+        resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,)
+    )
     tokenizer, text_encoder = load_text_encoder()
     pipeline = make_pipeline(unet, tokenizer, text_encoder, patch_size=2, default_steps=4)
     directory = tmp_path_factory.mktemp("checkpoint") / "step-0"

@@ -1,19 +1,19 @@
 """The exception tree. A user's mistake prints one line and a way out; see `modelops.cli.errors`.
 
-    ModelopsError                exit 1  a known failure
-    ├── UsageError               exit 2  an option, a config key, a file the user named
-    │   ├── ConfigError          exit 2  a config or policy file
-    │   └── ManifestError        exit 2  a manifest row or column
-    ├── ImageError               exit 1  a picture that cannot be read or is unsafe to read
-    ├── IntegrityError           exit 1  bytes that are not the bytes their digest promised
-    ├── MissingExtraError        exit 1  an optional package is not installed
-    ├── MissingWeightsError      exit 1  model weights are neither here nor fetchable
-    ├── TrainingError            exit 1  a run that cannot go on (non-finite loss, no data)
-    ├── EvaluationError          exit 1  a measurement that could not be made
-    ├── ExportError              exit 1  an export that failed or is not equal to its source
-    ├── ServingError             exit 1  a server that cannot start (port in use, bad release)
-    ├── GateFailedError          exit 3  the gate says no
-    └── GateUndecidedError       exit 4  the gate cannot decide
+ModelopsError                exit 1  a known failure
+├── UsageError               exit 2  an option, a config key, a file the user named
+│   ├── ConfigError          exit 2  a config or policy file
+│   └── ManifestError        exit 2  a manifest row or column
+├── ImageError               exit 1  a picture that cannot be read or is unsafe to read
+├── IntegrityError           exit 1  bytes that are not the bytes their digest promised
+├── MissingExtraError        exit 1  an optional package is not installed
+├── MissingWeightsError      exit 1  model weights are neither here nor fetchable
+├── TrainingError            exit 1  a run that cannot go on (non-finite loss, no data)
+├── EvaluationError          exit 1  a measurement that could not be made
+├── ExportError              exit 1  an export that failed or is not equal to its source
+├── ServingError             exit 1  a server that cannot start (port in use, bad release)
+├── GateFailedError          exit 3  the gate says no
+└── GateUndecidedError       exit 4  the gate cannot decide
 """
 
 from __future__ import annotations

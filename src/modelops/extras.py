@@ -44,7 +44,7 @@ def require_module(name: str, *, needed_for: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        extra = EXTRA_OF_MODULE.get(name.split(".")[0])
+        extra = EXTRA_OF_MODULE.get(name.split(".", maxsplit=1)[0])
         command = f'pip install "modelops[{extra}]"' if extra else f"pip install {name}"
         raise MissingExtraError(
             f"{needed_for} needs the package {name}, which is not installed", hint=command

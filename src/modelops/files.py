@@ -177,7 +177,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        temporary = Path(
+            tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        )
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
@@ -231,8 +233,8 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     """Join a path that came from a file to `root`, refusing to leave it.
 
     Raises:
-        UsageError: the path is empty, absolute, holds a null byte, climbs out of root, or a symbolic
-            link on the way leads out of root.
+        UsageError: the path is empty, absolute, holds a null byte, climbs out of root, or a
+            symbolic link on the way leads out of root.
     """
     top = Path(root)
     if not relative or "\0" in relative or "\\" in relative:

@@ -1,8 +1,8 @@
 """Every file that one stage leaves for another, as versioned models. Imports no torch.
 
 A record names its inputs by sha256, says how it ended (`ok`, `failed`, `refused`), and gives each
-number as a `Measurement`: a value with an interval, n, a method and a protocol, or the reason why it
-was not measured.
+number as a `Measurement`: a value with an interval, n, a method and a protocol, or the reason why
+it was not measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One place from exception to message and exit code.
 
-    0  done                                2  usage: an option, config key, file or row
-    1  a known failure                     3  a gate says no
-    130  interrupted                       4  a gate cannot decide
+0  done                                2  usage: an option, config key, file or row
+1  a known failure                     3  a gate says no
+130  interrupted                       4  a gate cannot decide
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from modelops.cli.errors import report_error
 
 # name -> (module:attribute, one line for the listing). In the order of a release.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("modelops.cli.demo:demo", "Run the whole chain on OpenMoji, from pictures to a release."),
+    "demo": ("modelops.cli.demo:demo", "Run the whole chain on OpenMoji, pictures to release."),
     "init": ("modelops.cli.init:init", "Write charter, config and policy for a new project."),
     "data": ("modelops.cli.data:data", "Make and check manifests, splits and shards."),
     "train": ("modelops.cli.train:train", "Train a model from a config."),
@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("modelops.cli.export:export", "Export a checkpoint to ONNX or INT8."),
     "bench": ("modelops.cli.bench:bench", "Measure the latency and throughput of a source."),
     "card": ("modelops.cli.card:card", "Write and check model and dataset cards."),
-    "gate": ("modelops.cli.gate:gate", "Decide a release by a policy; the exit code is the answer."),
+    "gate": ("modelops.cli.gate:gate", "Decide a release by a policy; exit code = answer."),
     "release": ("modelops.cli.release:release", "Build and verify a release directory."),
     "serve": ("modelops.cli.serve:serve", "Serve a release with BentoML."),
     "doctor": ("modelops.cli.doctor:doctor", "Say what this machine can do."),

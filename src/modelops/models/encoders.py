@@ -153,7 +153,11 @@ def texts_to_embeddings(
         masks.append(mask.numpy())
     if not pooled:
         empty = np.zeros((0, max_tokens), np.int64)
-        return np.zeros((0, MINILM_DIM), np.float32), np.zeros((0, max_tokens, MINILM_DIM), np.float32), empty
+        return (
+            np.zeros((0, MINILM_DIM), np.float32),
+            np.zeros((0, max_tokens, MINILM_DIM), np.float32),
+            empty,
+        )
     return np.concatenate(pooled), np.concatenate(tokens), np.concatenate(masks)
 
 

@@ -5,7 +5,8 @@ diffusers: `DiffusionPipeline.from_pretrained(checkpoint, trust_remote_code=True
 modelops is not installed. The same class drives exported components; see `modelops.export.runtime`.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +88,9 @@ class PixelFlowPipeline(DiffusionPipeline):
         )
         device = self.text_encoder.device
         mask = encoded["attention_mask"].to(device)
-        tokens = self.text_encoder(
-            input_ids=encoded["input_ids"].to(device), attention_mask=mask
-        )[0]
+        tokens = self.text_encoder(input_ids=encoded["input_ids"].to(device), attention_mask=mask)[
+            0
+        ]
         weights = mask.unsqueeze(-1).to(tokens.dtype)
         pooled = (tokens * weights).sum(1) / weights.sum(1)
         return F.normalize(pooled, dim=-1), tokens, mask

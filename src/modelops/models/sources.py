@@ -1,7 +1,8 @@
 """Model sources: anything that turns (prompt, seed, steps, guidance, size) into an image.
 
-A checkpoint, an exported artifact and a live endpoint answer to the same protocol, so one evaluation
-serves all of them. Where a source is opened from a path or URL: `modelops.evaluation.sources`.
+A checkpoint, an exported artifact and a live endpoint answer to the same protocol, so one
+evaluation serves all of them. Where a source is opened from a path or URL:
+`modelops.evaluation.sources`.
 """
 
 from __future__ import annotations

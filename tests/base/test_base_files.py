@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from modelops import files
+from modelops.errors import IntegrityError, ModelopsError, UsageError
+
+
+def test_sha256_of_known_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "abc"
+    path.write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256_file(path) == files.sha256_bytes(b"abc") == expected
+
+
+def test_tree_digest_sees_names_and_bytes_and_ignores_order(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for root, names in ((one, "ab"), (two, "ba")):
+        root.mkdir()
+        for name in names:
+            (root / name).write_text(name)
+    assert files.sha256_tree(one) == files.sha256_tree(two)
+    (two / "a").rename(two / "c")
+    assert files.sha256_tree(one) != files.sha256_tree(two)
+
+
+def test_tree_digest_refuses_links(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    with pytest.raises(IntegrityError, match="symbolic links"):
+        files.sha256_tree(tmp_path)
+
+
+def test_tree_digest_can_leave_out_a_top_entry(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("k")
+    before = files.sha256_tree(tmp_path)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "x").write_text("x")
+    assert files.sha256_tree(tmp_path, exclude=["state"]) == before
+
+
+@pytest.mark.parametrize("relative", ["../x", "/etc/passwd", "a/../../x", "", "a\0b", "..\\x"])
+def test_paths_that_climb_out_are_refused(tmp_path: Path, relative: str) -> None:
+    with pytest.raises(UsageError):
+        files.safe_join(tmp_path, relative)
+
+
+def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "root"
+    inside.mkdir()
+    (tmp_path / "secret").write_text("s")
+    (inside / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(UsageError, match="symbolic link"):
+        files.safe_join(inside, "link")
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "f.json"
+    files.write_json(target, {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(target, {"a": float("nan")})
+    with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert files.read_json(target) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "d"
+    with files.atomic_directory(target) as new:
+        (new / "one").write_text("1")
+    with pytest.raises(RuntimeError), files.atomic_directory(target) as new:
+        (new / "two").write_text("2")
+        raise RuntimeError
+    assert [p.name for p in target.iterdir()] == ["one"]
+    with files.atomic_directory(target) as new:
+        (new / "two").write_text("2")
+    assert [p.name for p in target.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def _write_for_ever(path: str) -> None:
+    count = 0
+    while True:
+        count += 1
+        files.write_text(path, f"{count}\n" * 20_000)
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_killed_writer_leaves_a_whole_file(tmp_path: Path, round_: int) -> None:
+    target = tmp_path / "f"
+    writer = multiprocessing.get_context("spawn").Process(
+        target=_write_for_ever, args=(str(target),)
+    )
+    writer.start()
+    deadline = time.monotonic() + 60
+    while not target.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05 + 0.03 * round_)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    lines = target.read_text().splitlines()
+    assert len(lines) == 20_000
+    assert len(set(lines)) == 1
+    files.remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_leftovers_put_back_a_directory_caught_between_two_renames(tmp_path: Path) -> None:
+    old = tmp_path / ".d.old"
+    old.mkdir()
+    (old / "one").write_text("1")
+    files.remove_leftovers(tmp_path)
+    assert (tmp_path / "d" / "one").read_text() == "1"
+
+
+def test_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    with pytest.raises(ModelopsError, match="cannot write"):
+        files.check_writable(blocked / "below")
+    with pytest.raises(ModelopsError, match="cannot write"):
+        files.write_text(blocked / "below" / "x", "y")
+    with pytest.raises(ModelopsError, match="GB needed"):
+        files.check_writable(tmp_path, need_bytes=10**18)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        with open("/dev/full", "wb", buffering=0) as device:  # noqa: PTH123
+            return device.write(data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ModelopsError, match="No space left"):
+        files.write_text(tmp_path / "x", "y")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_that_is_not_utf8_and_json_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"ok\xff")
+    with pytest.raises(UsageError, match=r"bad\.txt: not UTF-8 text \(byte 2\)"):
+        files.read_text(tmp_path / "bad.txt")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UsageError, match="not JSON: line 1"):
+        files.read_json(tmp_path / "bad.json")
+    with pytest.raises(UsageError, match="No such file"):
+        files.read_json(tmp_path / "none.json")
