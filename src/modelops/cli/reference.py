@@ -1,0 +1,52 @@
+"""The command reference, written from the commands' own help: `python -m modelops.cli.reference`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from modelops.cli.main import cli
+from modelops.files import write_text
+
+REFERENCE = Path(__file__).with_name("REFERENCE.md")
+
+
+def render() -> str:
+    """The reference as Markdown: one section per command, each with its help text."""
+    sections = [
+        "# Command reference\n",
+        "Written by `python -m modelops.cli.reference` from `--help`; do not edit.\n",
+    ]
+    for path, command in _walk(cli, ["modelops"]):
+        context = click.Context(command, info_name=" ".join(path), terminal_width=88)
+        sections.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(sections)
+
+
+def _walk(command: click.Command, path: list[str]) -> list[tuple[list[str], click.Command]]:
+    found = [(path, command)]
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            if inner is not None:
+                found += _walk(inner, [*path, name])
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Write REFERENCE.md, or with --check say whether it is up to date (exit code 1 if not)."""
+    text = render()
+    if "--check" not in arguments:
+        write_text(REFERENCE, text)
+        return 0
+    if REFERENCE.is_file() and REFERENCE.read_text("utf-8") == text:
+        return 0
+    print("error: REFERENCE.md is stale\n  try: python -m modelops.cli.reference", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

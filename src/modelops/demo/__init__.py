@@ -1,0 +1,1 @@
+"""The whole chain on OpenMoji: pictures to a gated, served release."""
