@@ -140,6 +140,12 @@ class DedupReport(Record):
     n_exact_duplicates: int
     clusters: list[DuplicateCluster]
     quarantined: dict[str, str] = {}
+    removable: list[str] = []
+    components: list[list[str]] = []
+    chaining: dict[str, float | int] = {}
+    calibration: dict[str, Measurement] = {}
+    files: dict[str, InputRef] = {}
+    warnings: list[str] = []
 
 
 class SplitReport(Record):
@@ -149,6 +155,11 @@ class SplitReport(Record):
     counts: dict[str, int]
     n_groups: int
     leakage: dict[str, Measurement] = {}
+    fractions: dict[str, float] = {}
+    group_counts: dict[str, int] = {}
+    strategy: str = ""
+    warnings: list[str] = []
+    files: dict[str, InputRef] = {}
 
 
 class SmokeReport(Record):
@@ -161,6 +172,7 @@ class SmokeReport(Record):
     n_shards: int
     images_per_second: float
     slowest_batch_over_median: float
+    measurements: dict[str, Measurement] = {}
 
 
 class CheckpointRef(_Model):
@@ -291,6 +303,16 @@ class Verdict(Record):
     criteria: list[Criterion] = []
 
 
+class SignOff(Record):
+    """FILE.signoff-ROLE.json: a person's word on a file, as long as the file stays what it was."""
+
+    kind: Literal["signoff"] = "signoff"
+    subject: InputRef
+    name: str
+    role: str
+    statement: str
+
+
 class ReleaseFile(_Model):
     sha256: str
     bytes: int
@@ -305,6 +327,9 @@ class ReleaseRecord(Record):
     model: str
     model_sha256: str
     verdict_sha256: str
+    verdict_answer: Answer = "pass"
+    allowed_without_pass: bool = False
+    policy_sha256: str | None = None
     defaults: dict[str, Any] = {}
     files: dict[str, ReleaseFile]
 
@@ -320,6 +345,7 @@ RECORD_KINDS: dict[str, type[Record]] = {
     "artifact": ArtifactRecord,
     "verdict": Verdict,
     "release": ReleaseRecord,
+    "signoff": SignOff,
 }
 
 
