@@ -277,6 +277,8 @@ class ArtifactRecord(Record):
     bytes_total: int = 0
     source_bytes_total: int = 0
     speed: dict[str, Measurement] = {}
+    execution: dict[str, Any] = {}  # which precision each runtime was seen to run the nodes in
+    files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it
 
 
 class Criterion(_Model):

@@ -1,0 +1,162 @@
+"""The directory of an exported artifact, and the check that it is what its record says.
+
+    artifact.json                the ArtifactRecord: written last, so a directory without it is unfinished
+    denoiser/{model.onnx,config.json}
+    text_encoder/{model.onnx,config.json}
+    tokenizer/  scheduler/       as in the checkpoint
+    model_index.json pipeline.py as in the checkpoint; pipeline.py documents, and is never run
+    calibration.json             INT8 only: the range of every quantised tensor
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from modelops.errors import IntegrityError, UsageError
+from modelops.files import safe_join, sha256_file, sha256_json, tree_files
+from modelops.records import ArtifactRecord, ExportedComponent, InputRef, read_record
+
+RECORD = "artifact.json"
+DENOISER = "denoiser"
+TEXT_ENCODER = "text_encoder"
+GRAPH = "model.onnx"
+CARRIED = ("tokenizer", "scheduler", "model_index.json", "pipeline.py")
+
+
+def is_artifact(directory: str | Path) -> bool:
+    """Whether a directory holds a finished artifact."""
+    return (Path(directory) / RECORD).is_file()
+
+
+def read_artifact(directory: str | Path) -> ArtifactRecord:
+    """The record of an artifact, not yet verified.
+
+    Raises:
+        UsageError: no such directory, no record in it, or an unreadable one.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise UsageError(f"{directory}: no such directory", hint="name an exported artifact")
+    if not (root / RECORD).is_file():
+        raise UsageError(
+            f"{directory}: no {RECORD}: not an exported artifact, or an unfinished one",
+            hint=f"modelops export CHECKPOINT --to onnx --out {directory}",
+        )
+    return read_record(root / RECORD, ArtifactRecord)
+
+
+def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
+    """Compare every file of an artifact with its digest in artifact.json.
+
+    Returns:
+        The record and the sha256 of the whole directory (as `files.sha256_tree` gives it).
+
+    Raises:
+        UsageError: not a finished artifact.
+        IntegrityError: a file is missing, added or different by a byte.
+    """
+    record = read_artifact(directory)
+    root = Path(directory)
+    promised = {item.file: item.sha256 for item in record.components}
+    promised |= {name: reference.sha256 for name, reference in record.files.items()}
+    for name in promised:
+        safe_join(root, name)
+    digests = {name: sha256_file(path) for name, path in tree_files(root).items()}
+    for name in sorted((set(digests) | set(promised)) - {RECORD}):
+        if name not in digests:
+            fault = "is missing"
+        elif name not in promised:
+            fault = f"is not in {RECORD}"
+        elif digests[name] != promised[name]:
+            fault = f"differs from its digest in {RECORD}"
+        else:
+            continue
+        raise IntegrityError(f"{root / name}: {fault}", hint="export it again")
+    return record, sha256_json(digests)
+
+
+def check_destination(out_dir: str | Path, *, overwrite: bool) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        UsageError: it exists and `overwrite` is not set, or it is not an artifact's directory.
+    """
+    out = Path(out_dir)
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"{out_dir}: already exists", hint="add --overwrite, or name another")
+    if not out.is_dir() or (any(out.iterdir()) and not is_artifact(out)):
+        raise UsageError(
+            f"{out_dir}: exists and is not an artifact, so it is not overwritten",
+            hint="name another directory",
+        )
+
+
+def carry_over(source: Path, target: Path) -> None:
+    """Copy what an artifact takes unchanged from a checkpoint or another artifact."""
+    for name in CARRIED:
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        elif path.is_file():
+            shutil.copyfile(path, target / name)
+
+
+def other_files(root: Path, components: list[ExportedComponent]) -> dict[str, InputRef]:
+    """Name and digest of every file beside the components' graphs and the record."""
+    graphs = {item.file for item in components} | {RECORD}
+    return {
+        name: InputRef(path=name, sha256=sha256_file(path))
+        for name, path in tree_files(root).items()
+        if name not in graphs
+    }
+
+
+def describe_graph(root: Path, name: str, *, precision: str) -> ExportedComponent:
+    """One component of an artifact from its graph file."""
+    import onnx
+
+    path = root / name / GRAPH
+    model = onnx.load(str(path))
+    axes = [
+        f"{value.name}[{index}]={dim.dim_param}"
+        for value in model.graph.input
+        for index, dim in enumerate(value.type.tensor_type.shape.dim)
+        if dim.dim_param
+    ]
+    return ExportedComponent(
+        name=name,
+        file=f"{name}/{GRAPH}",
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        precision=precision,
+        opset=next(entry.version for entry in model.opset_import if not entry.domain),
+        dynamic_axes=axes,
+        quantized_nodes=count_quantized(model),
+        total_nodes=len(model.graph.node),
+    )
+
+
+def count_quantized(model: Any) -> int:
+    """Nodes of a QDQ graph whose weights are int8: those fed by a DequantizeLinear of a constant."""
+    constants = {item.name for item in model.graph.initializer}
+    weights = {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
+    return sum(
+        node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        and any(name in weights for name in node.input)
+        for node in model.graph.node
+    )
+
+
+def portable_path(path: str | Path) -> str:
+    """A path for a record: relative to the working directory, or only the name if it lies outside."""
+    resolved = Path(path).resolve()
+    here = Path.cwd().resolve()
+    return resolved.relative_to(here).as_posix() if resolved.is_relative_to(here) else resolved.name
