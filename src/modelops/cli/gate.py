@@ -1,0 +1,127 @@
+"""`modelops gate` and `modelops sign-off`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from modelops.cli.output import emit, json_option, say, table
+from modelops.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
+
+if TYPE_CHECKING:
+    from modelops.records import Criterion, Verdict
+
+
+@click.command()
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option(
+    "--root", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Folder that the policy's paths are relative to.  [default: the policy's folder]",
+)  # fmt: skip
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Where the verdict goes.  [default: ROOT/gate/verdict.json]",
+)  # fmt: skip
+@json_option
+def gate(policy: Path, root: Path | None, out: Path | None, as_json: bool) -> int:
+    """Decide a release by a policy.
+
+    Exits 0 for pass, 3 for fail, 4 for undecided. What was not measured, was measured in another
+    way, or belongs to another model is undecided, never passed. The verdict is written either way.
+
+    \b
+    Examples:
+      modelops gate policy.yaml
+      modelops gate policy.yaml --root my-demo --out my-demo/gate/verdict.json --json
+    """
+    from modelops.gates.decide import decide
+
+    top = root or policy.parent
+    path = out or top / "gate" / "verdict.json"
+    verdict = decide(policy, root=top, out_path=path)
+    refusal = _refusal(verdict, path)
+    if as_json:
+        emit({"status": "ok", "path": str(path), **_as_dict(verdict)}, as_json=True)
+        if refusal:
+            say(f"error: {refusal.message}")  # stdout already carries its one object
+        return refusal.exit_code if refusal else 0
+    table(
+        ["criterion", "bound", "value [low, high]", "answer", "because"],
+        [[c.name, c.bound, _value(c), c.answer, c.reason] for c in verdict.criteria],
+    )
+    if refusal:
+        raise refusal
+    emit({}, as_json=False, text=f"pass: {path}")
+    return 0
+
+
+@click.command("sign-off")
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--name", metavar="NAME", help="Who signs.")
+@click.option("--role", metavar="ROLE", help="In which role; one sign-off per role.")
+@click.option("--statement", metavar="TEXT", help="What they say.  [default: an approval]")
+@click.option("--check", is_flag=True, help="Say which sign-offs still hold; exit 1 if one lapsed.")
+@json_option
+def sign_off(
+    path: Path, name: str | None, role: str | None, statement: str | None, check: bool,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Sign a verdict, charter or card; the sign-off lapses when the file changes.
+
+    A verdict that does not say pass cannot be signed.
+
+    \b
+    Examples:
+      modelops sign-off gate/verdict.json --name "Ada Lovelace" --role "release approver"
+      modelops sign-off gate/verdict.json --check
+    """
+    from modelops.gates import signoff
+
+    if check:
+        states = signoff.check_sign_offs(path)
+        good = bool(states) and all(state.state == "valid" for state in states)
+        rows = [[s.role, s.name, s.date, s.state, s.reason] for s in states]
+        columns = ["role", "name", "date", "state", "reason"]
+        found = [dict(zip(columns, row, strict=True)) for row in rows]
+        emit({"status": "ok" if good else "failed", "sign_offs": found}, as_json=as_json)
+        if not as_json:
+            table(columns, rows)
+        if good:
+            return 0
+        missing = "no sign-off" if not states else "a sign-off no longer holds"
+        if as_json:
+            return 1
+        raise ModelopsError(
+            f"{path}: {missing}", hint=f"modelops sign-off {path} --name … --role …"
+        )
+    if not name or not role:
+        raise UsageError("a sign-off needs --name and --role", hint="modelops sign-off --help")
+    extra = {"statement": statement} if statement else {}
+    written = signoff.sign_off(path, name=name, role=role, **extra)
+    emit({"status": "ok", "path": str(written)}, as_json=as_json, text=f"signed: {written}")
+    return 0
+
+
+def _refusal(verdict: Verdict, path: Path) -> GateFailedError | GateUndecidedError | None:
+    if verdict.answer == "pass":
+        return None
+    named = ", ".join(c.name for c in verdict.criteria if c.answer == verdict.answer)
+    if verdict.answer == "fail":
+        return GateFailedError(f"the gate says no: {named}", hint=f"read {path}")
+    return GateUndecidedError(f"the gate cannot decide: {named}", hint=f"read {path}")
+
+
+def _value(criterion: Criterion) -> str:
+    if criterion.value is None:
+        return "–"
+    if isinstance(criterion.value, str):
+        return criterion.value
+    if criterion.low is None or criterion.high is None:
+        return f"{criterion.value:.4g}"
+    return f"{criterion.value:.4g} [{criterion.low:.4g}, {criterion.high:.4g}]"
+
+
+def _as_dict(verdict: Verdict) -> dict[str, object]:
+    return verdict.model_dump(mode="json", exclude={"status", "environment"})

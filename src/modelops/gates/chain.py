@@ -1,0 +1,217 @@
+"""Do these records belong together? Answered by digests alone, never by file names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelops.errors import ModelopsError, UsageError
+from modelops.files import safe_join, sha256_file, sha256_tree
+from modelops.gates.policy import Policy
+from modelops.records import (
+    ArtifactRecord,
+    EvaluationRecord,
+    Measurement,
+    Record,
+    TrainRecord,
+    read_any_record,
+)
+
+SHARED_INPUTS = ("manifest", "shard_manifest", "splits", "dedup")  # mean one file per project
+TRAINING_STATE = "training_state"  # lies in a checkpoint, not part of its digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One record that a policy names.
+
+    Attributes:
+        name: the policy's name for it.
+        path: relative to the project's root.
+        sha256: digest of the file; None when it is missing.
+        record: the record; None when it is missing, unreadable or not `ok`.
+        problem: why it cannot decide anything; None when it can.
+    """
+
+    name: str
+    path: str
+    sha256: str | None = None
+    record: Record | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What the verdict is about.
+
+    Attributes:
+        sha256: digest of the artifact's directory or of the checkpoint; None if unknown.
+        made_from: digests of what it was exported from.
+        problem: why it cannot be released; None when nothing is wrong.
+    """
+
+    sha256: str | None = None
+    made_from: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def read_evidence(policy: Policy, root: Path) -> dict[str, Evidence]:
+    """Read every record the policy names; what cannot be read says why and decides nothing."""
+    return {name: _read_one(name, path, root) for name, path in policy.evidence.items()}
+
+
+def _read_one(name: str, relative: str, root: Path) -> Evidence:
+    try:
+        path = safe_join(root, relative)
+        if not path.is_file():
+            return Evidence(name=name, path=relative, problem=f"{relative} is missing")
+        digest = sha256_file(path)
+    except ModelopsError as error:
+        return Evidence(name=name, path=relative, problem=error.message)
+    try:
+        record = read_any_record(path)
+    except UsageError as error:
+        reason = error.message.replace(str(path), relative)
+        return Evidence(name=name, path=relative, sha256=digest, problem=reason)
+    if record.status != "ok":
+        reason = f"{relative} says {record.status}: {record.error or 'no reason given'}"
+        return Evidence(name=name, path=relative, sha256=digest, problem=reason)
+    return Evidence(name=name, path=relative, sha256=digest, record=record)
+
+
+def find_subject(policy: Policy, evidence: dict[str, Evidence], root: Path) -> Subject:
+    """The digest of what is released, computed again from its bytes where they are here."""
+    chosen = evidence[policy.subject]
+    record = chosen.record
+    if record is None:
+        return Subject(problem=f"the subject is unknown: {chosen.problem}")
+    if isinstance(record, ArtifactRecord):
+        made_from = {name: ref.sha256 for name, ref in record.inputs.items()}
+        directory = (root / chosen.path).parent
+        try:
+            changed = _changed_components(record, directory)
+            if changed:
+                return Subject(made_from=made_from, problem=changed)
+            return Subject(sha256=sha256_tree(directory), made_from=made_from)
+        except ModelopsError as error:
+            return Subject(made_from=made_from, problem=error.message)
+    if isinstance(record, EvaluationRecord):
+        digest = record.source.sha256
+        if digest is None:
+            return Subject(problem=f"{chosen.path} gives no digest of the source it measured")
+        here = root / record.source.uri
+        if record.source.kind in ("checkpoint", "artifact") and here.is_dir():
+            exclude = [TRAINING_STATE] if record.source.kind == "checkpoint" else []
+            if sha256_tree(here, exclude=exclude) != digest:
+                return Subject(sha256=digest, problem=f"{record.source.uri} changed since measured")
+        return Subject(sha256=digest)
+    return Subject(problem=f"{chosen.path} is a {record.kind} record; a subject is an artifact or "
+                   "an evaluation")  # fmt: skip
+
+
+def _changed_components(record: ArtifactRecord, directory: Path) -> str | None:
+    for component in record.components:
+        path = safe_join(directory, component.file)
+        if not path.is_file():
+            return f"{component.file} of the artifact is missing"
+        if sha256_file(path) != component.sha256:
+            return f"{component.file} of the artifact is not the file that was exported"
+    return None
+
+
+def misfit(
+    name: str, policy: Policy, evidence: dict[str, Evidence], subject: Subject
+) -> str | None:
+    """Why the record does not belong with the subject; None when it does.
+
+    An evaluation must be of the subject or of what the subject was made from; a baseline marked
+    `run` must be of another checkpoint of the same run; a training record must list what the
+    subject was made from; other artifacts must share its checkpoint; records that name the same
+    manifest, shards, splits or dedup report must mean the same bytes.
+    """
+    record = evidence[name].record
+    if record is None or subject.sha256 is None:
+        return None
+    family = {subject.sha256, *subject.made_from.values()}
+    if isinstance(record, EvaluationRecord):
+        return _evaluation_misfit(name, record, policy, evidence, family)
+    if isinstance(record, TrainRecord):
+        listed = {checkpoint.sha256 for checkpoint in record.checkpoints}
+        if not listed & family:
+            return "does not belong together: the run has no checkpoint that the subject is made of"
+    if isinstance(record, ArtifactRecord) and name != policy.subject:
+        own = {reference.sha256 for reference in record.inputs.values()}
+        if not own & family:
+            return "does not belong together: the artifact was exported from something else"
+    return _shared_input_misfit(name, record, evidence)
+
+
+def _evaluation_misfit(
+    name: str,
+    record: EvaluationRecord,
+    policy: Policy,
+    evidence: dict[str, Evidence],
+    family: set[str],
+) -> str | None:
+    digest = record.source.sha256
+    if digest is None:
+        return "does not belong together: the evaluation gives no digest of what it measured"
+    role = policy.baselines.get(name)
+    if role is None:
+        if digest not in family:
+            return (
+                f"does not belong together: measured {digest[:12]}, which is neither the subject "
+                "nor what it was made from"
+            )
+        return None
+    if role == "run":
+        runs = [item.record for item in evidence.values() if isinstance(item.record, TrainRecord)]
+        listed = {checkpoint.sha256 for run in runs for checkpoint in run.checkpoints}
+        if digest not in listed:
+            return "does not belong together: not a checkpoint that the training record lists"
+    if digest in family:
+        return "does not belong together: the baseline is the released model itself"
+    return None
+
+
+def _shared_input_misfit(name: str, record: Record, evidence: dict[str, Evidence]) -> str | None:
+    for other in evidence.values():
+        if other.record is None or other.name == name:
+            continue
+        for key in SHARED_INPUTS:
+            mine, theirs = record.inputs.get(key), other.record.inputs.get(key)
+            if mine and theirs and mine.sha256 != theirs.sha256:
+                return f"does not belong together: another {key} than {other.name}"
+    return None
+
+
+def protocol_differences(left: EvaluationRecord, right: EvaluationRecord, metric: str) -> list[str]:
+    """What differs between how two records measured a metric; empty when they are comparable."""
+    mine, theirs = left.metrics[metric], right.metrics[metric]
+    differences = _differences(_protocol(left, mine), _protocol(right, theirs))
+    if mine.protocol is None or theirs.protocol is None:
+        differences.insert(0, "protocol: not recorded")
+    elif mine.protocol != theirs.protocol and not differences:
+        differences.append(f"protocol: {mine.protocol[:12]} against {theirs.protocol[:12]}")
+    return differences
+
+
+def _protocol(record: EvaluationRecord, measured: Measurement) -> dict[str, Any]:
+    sampling = record.sampling.model_dump() if record.sampling else None
+    return {
+        "protocol": record.protocols.get(measured.protocol or "", {}),
+        "sampling": sampling,
+        "reference": record.reference.sha256 if record.reference else None,
+        "n": measured.n,
+    }
+
+
+def _differences(left: Any, right: Any, where: str = "") -> list[str]:
+    if isinstance(left, dict) and isinstance(right, dict):
+        found = []
+        for key in sorted({*left, *right}, key=str):
+            inner = f"{where}.{key}" if where else str(key)
+            found += _differences(left.get(key), right.get(key), inner)
+        return found
+    return [] if left == right else [f"{where.removeprefix('protocol.')}: {left} against {right}"]

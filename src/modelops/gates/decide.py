@@ -1,0 +1,289 @@
+"""Records and a policy in, a verdict out. What was not measured never passes."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from modelops.environment import current_environment
+from modelops.files import sha256_file
+from modelops.gates.chain import (
+    Evidence,
+    Subject,
+    find_subject,
+    misfit,
+    protocol_differences,
+    read_evidence,
+)
+from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
+from modelops.records import (
+    Answer,
+    ArtifactRecord,
+    Criterion,
+    EvaluationRecord,
+    InputRef,
+    Measurement,
+    Record,
+    SplitReport,
+    Verdict,
+)
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "at_most": operator.le, "at_least": operator.ge, "below": operator.lt, "above": operator.gt,
+}  # fmt: skip
+_SIGNS = {"at_most": "≤", "at_least": "≥", "below": "<", "above": ">"}
+_HARDER_END = {"at_most": "high", "below": "high", "at_least": "low", "above": "low"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Finding:
+    """What a criterion came to, before it is written down."""
+
+    answer: Answer
+    reason: str
+    bound: str
+    value: float | str | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def decide(policy_path: str | Path, *, root: str | Path, out_path: str | Path) -> Verdict:
+    """Decide a policy over the records below `root` and write the verdict, whatever it says.
+
+    A criterion passes or fails only on a number that was measured, by a record that ended well and
+    belongs to the subject, against a baseline measured in the same way; otherwise it is undecided.
+    Overall: `fail` if any criterion fails, else `undecided` if any is, else `pass`.
+
+    Args:
+        policy_path: policy.yaml.
+        root: folder that the policy's paths are relative to.
+        out_path: where verdict.json goes.
+
+    Raises:
+        UsageError: the policy cannot be read.
+        ConfigError: the policy is not valid.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    policy = load_policy(policy_path)
+    policy_sha256 = sha256_file(policy_path)
+    top = Path(root)
+    evidence = read_evidence(policy, top)
+    subject = find_subject(policy, evidence, top)
+    criteria = [_criterion(criterion, policy, evidence, subject) for criterion in policy.criteria]
+    verdict = Verdict(
+        answer=overall(criterion.answer for criterion in criteria),
+        policy_sha256=policy_sha256,
+        subject_sha256=subject.sha256,
+        criteria=criteria,
+        inputs={
+            "policy": InputRef(path=Path(policy_path).name, sha256=policy_sha256),
+            **{
+                name: InputRef(path=item.path, sha256=item.sha256)
+                for name, item in evidence.items()
+                if item.sha256 is not None
+            },
+        },
+        environment=current_environment(),
+        started_at=started,
+        duration_s=time.monotonic() - clock,
+    )
+    verdict.write(out_path)
+    return verdict
+
+
+def overall(answers: Iterable[Answer]) -> Answer:
+    """`fail` wins over `undecided`, which wins over `pass`."""
+    found = set(answers)
+    return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
+
+
+def _criterion(
+    criterion: PolicyCriterion, policy: Policy, evidence: dict[str, Evidence], subject: Subject
+) -> Criterion:
+    found = _find(criterion, policy, evidence, subject)
+    asked = criterion.metric or criterion.field or "parity"
+    return Criterion(
+        name=criterion.name,
+        evidence=evidence[criterion.evidence].path,
+        metric=asked,
+        bound=found.bound,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        answer=found.answer,
+        reason=found.reason,
+    )
+
+
+def _find(
+    criterion: PolicyCriterion, policy: Policy, evidence: dict[str, Evidence], subject: Subject
+) -> _Finding:
+    shown = describe_bound(criterion)
+    used = [criterion.evidence]
+    if isinstance(criterion.bound, RelativeBound):
+        used.append(criterion.bound.of)
+    for name in used:
+        problem = evidence[name].problem or misfit(name, policy, evidence, subject)
+        if problem:
+            return _Finding(answer="undecided", reason=problem, bound=shown)
+    if subject.problem:
+        return _Finding(answer="undecided", reason=subject.problem, bound=shown)
+    record = evidence[criterion.evidence].record
+    assert record is not None  # its problem would have been found above
+    if criterion.parity is not None:
+        return _parity(criterion.parity, record, shown)
+    if criterion.field is not None:
+        return _field(criterion, criterion.field, record, shown)
+    return _metric(criterion, record, evidence, shown)
+
+
+def describe_bound(criterion: PolicyCriterion) -> str:
+    """The bound in a few signs, such as `≤ 0.5 × early` or `> 0 (low end)`."""
+    if criterion.parity is not None:
+        checks = "all checks" if criterion.parity == "all" else ", ".join(criterion.parity)
+        return f"{checks} passed"
+    if criterion.comparison is None:
+        return f"= {criterion.equals}"
+    sign, bound = _SIGNS[criterion.comparison], criterion.bound
+    if isinstance(bound, RelativeBound):
+        relation = f"{bound.ratio:g} × {bound.of}" if bound.ratio else f"{bound.of} {bound.plus:+g}"
+        text = f"{sign} {relation}"
+    else:
+        text = f"{sign} {bound:g}"
+    end = {"value": "", "worst": " (worst end)"}.get(criterion.use, f" ({criterion.use} end)")
+    return text + end
+
+
+def _parity(wanted: str | list[str], record: Record, shown: str) -> _Finding:
+    if not isinstance(record, ArtifactRecord):
+        return _undecided(f"a {record.kind} record has no parity checks", shown)
+    checks = {check.name: check for check in record.parity}
+    names = list(checks) if wanted == "all" else list(wanted)
+    missing = [name for name in names if name not in checks]
+    if missing or not names:
+        return _undecided(f"not checked: {', '.join(missing) or 'no parity check at all'}", shown)
+    failed = [name for name in names if not checks[name].passed]
+    worst = ", ".join(
+        f"{name} {checks[name].measure} {checks[name].value:.3g} (bound {checks[name].bound:.3g})"
+        for name in failed or names
+    )
+    answer: Answer = "fail" if failed else "pass"
+    value = f"{len(names) - len(failed)} of {len(names)}"
+    return _Finding(answer=answer, reason=worst, bound=shown, value=value)
+
+
+def _field(criterion: PolicyCriterion, name: str, record: Record, shown: str) -> _Finding:
+    if name not in type(record).model_fields:
+        return _undecided(f"a {record.kind} record has no field {name!r}", shown)
+    value = getattr(record, name)
+    if value is None or value == "unknown":
+        return _undecided(f"{name} is not known", shown)
+    if criterion.comparison is None:
+        if not isinstance(value, str | int | float | bool):
+            return _undecided(f"{name} is not a plain value", shown)
+        same = type(value) is type(criterion.equals) or not isinstance(value, bool)
+        met = same and value == criterion.equals
+        reasons = getattr(record, "reasons", [])
+        reason = "as asked" if met else "; ".join([f"{name} is {value}", *reasons])
+        shown_value = value if isinstance(value, str | float) else str(value)
+        return _Finding(
+            answer="pass" if met else "fail", reason=reason, bound=shown, value=shown_value
+        )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _undecided(f"{name} is not a number", shown)
+    bound = criterion.bound
+    assert isinstance(bound, int | float)
+    met = _HOLDS[criterion.comparison](value, bound)
+    reason = "the bound holds" if met else "the bound does not hold"
+    return _Finding(
+        answer="pass" if met else "fail", reason=reason, bound=shown, value=float(value)
+    )
+
+
+def _metric(
+    criterion: PolicyCriterion, record: Record, evidence: dict[str, Evidence], shown: str
+) -> _Finding:
+    assert criterion.metric is not None and criterion.comparison is not None
+    measured = measurement_of(record, criterion.metric)
+    problem = _unusable(measured, criterion.metric, criterion.min_n)
+    if problem or measured is None or measured.value is None:
+        return _undecided(problem or "not measured", shown)
+    bound = criterion.bound
+    if isinstance(bound, RelativeBound):
+        limit, problem = _relative_limit(bound, criterion.metric, record, evidence)
+        if problem or limit is None:
+            return _measured(measured, "undecided", problem or "no baseline", shown)
+        shown = f"{shown} = {limit:.4g}"
+    else:
+        assert bound is not None
+        limit = float(bound)
+    end = _HARDER_END[criterion.comparison] if criterion.use == "worst" else criterion.use
+    deciding = getattr(measured, end)
+    if deciding is None:
+        return _measured(measured, "undecided", f"the interval has no {end} end", shown)
+    met = _HOLDS[criterion.comparison](deciding, limit)
+    which = "the value" if end == "value" else f"the interval's {end} end"
+    reason = f"{which} {deciding:.4g} is{'' if met else ' not'} {shown.split(' (')[0]}"
+    if measured.warnings:
+        reason += f"; {'; '.join(measured.warnings)}"
+    return _measured(measured, "pass" if met else "fail", reason, shown)
+
+
+def _relative_limit(
+    bound: RelativeBound, metric: str, record: Record, evidence: dict[str, Evidence]
+) -> tuple[float | None, str | None]:
+    """The bound as a number, or why there is none."""
+    other = evidence[bound.of].record
+    assert other is not None
+    base = measurement_of(other, metric)
+    problem = _unusable(base, metric, 0)
+    if problem or base is None or base.value is None:
+        return None, f"{bound.of}: {problem or 'not measured'}"
+    if isinstance(record, EvaluationRecord) and isinstance(other, EvaluationRecord):
+        differences = protocol_differences(record, other, metric)
+        if differences:
+            return None, f"measured differently from {bound.of}: {'; '.join(differences)}"
+    elif type(record) is not type(other):
+        return None, f"{bound.of} is a {other.kind} record, not a {record.kind} record"
+    if bound.ratio is not None:
+        if base.value <= 0:
+            return None, f"a ratio to {bound.of}'s {base.value:.4g} means nothing"
+        return bound.ratio * base.value, None
+    assert bound.plus is not None
+    return base.value + bound.plus, None
+
+
+def measurement_of(record: Record, metric: str) -> Measurement | None:
+    """The measurement a policy means by `metric` in a record of this kind."""
+    if isinstance(record, EvaluationRecord):
+        return record.metrics.get(metric)
+    if isinstance(record, ArtifactRecord):
+        return record.speed.get(metric.removeprefix("speed."))
+    if isinstance(record, SplitReport):
+        return record.leakage.get(metric.removeprefix("leakage."))
+    return None
+
+
+def _unusable(measured: Measurement | None, metric: str, min_n: int) -> str | None:
+    if measured is None:
+        return f"{metric} is not in the record"
+    if measured.not_measured is not None:
+        return f"not measured: {measured.not_measured}"
+    if measured.n < min_n:
+        return f"n = {measured.n}, fewer than the {min_n} asked for"
+    return None
+
+
+def _undecided(reason: str, bound: str) -> _Finding:
+    return _Finding(answer="undecided", reason=reason, bound=bound)
+
+
+def _measured(measured: Measurement, answer: Answer, reason: str, bound: str) -> _Finding:
+    return _Finding(
+        answer=answer, reason=reason, bound=bound,
+        value=measured.value, low=measured.low, high=measured.high,
+    )  # fmt: skip

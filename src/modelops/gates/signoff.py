@@ -1,0 +1,111 @@
+"""A person's word on a file. It is bound to the file's digest and lapses when the file changes."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from modelops.environment import current_environment
+from modelops.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
+from modelops.files import read_json, sha256_file
+from modelops.records import InputRef, SignOff, Verdict, read_record
+
+MARK = ".signoff-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignOffState:
+    """A sign-off as it stands today: `valid`, `lapsed` (the file changed) or `broken`."""
+
+    path: Path
+    state: Literal["valid", "lapsed", "broken"]
+    name: str
+    role: str
+    date: str
+    reason: str
+
+
+def sign_off(
+    path: str | Path, *, name: str, role: str, statement: str = "I have read this and approve it."
+) -> Path:
+    """Sign a file; the sign-off is written beside it, one per role.
+
+    Args:
+        path: a verdict, a charter, a card.
+        name: who signs.
+        role: in which role, such as "release approver".
+        statement: what they say.
+
+    Returns:
+        The sign-off: PATH.signoff-ROLE.json.
+
+    Raises:
+        UsageError: no such file, or an empty or unprintable name or role.
+        GateFailedError, GateUndecidedError: the file is a verdict that does not say `pass`.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise UsageError(f"{path}: no such file", hint="sign a file, such as gate/verdict.json")
+    words = {"name": name, "role": role, "statement": statement}
+    for what, text in words.items():
+        if not text.strip() or any(unicodedata.category(sign)[0] == "C" for sign in text):
+            raise UsageError(f"--{what}: should be one line of readable text")
+    slug = re.sub(r"[^a-z0-9]+", "-", role.lower()).strip("-")
+    if not slug:
+        raise UsageError(f"--role {role}: should hold letters or digits")
+    digest = sha256_file(target)
+    _refuse_without_pass(target)
+    signed = SignOff(
+        subject=InputRef(path=target.name, sha256=digest),
+        name=name.strip(), role=role.strip(), statement=statement.strip(),
+        environment=current_environment(),
+    )  # fmt: skip
+    out = target.with_name(f"{target.name}{MARK}{slug}.json")
+    signed.write(out)
+    return out
+
+
+def _refuse_without_pass(target: Path) -> None:
+    if target.suffix != ".json":
+        return
+    data = read_json(target)
+    if not isinstance(data, dict) or data.get("kind") != "verdict":
+        return
+    answer = read_record(target, Verdict).answer
+    hint = "a sign-off approves; mend what the verdict names and run the gate again"
+    if answer == "fail":
+        raise GateFailedError(f"{target}: the verdict is fail", hint=hint)
+    if answer == "undecided":
+        raise GateUndecidedError(f"{target}: the verdict is undecided", hint=hint)
+
+
+def check_sign_offs(path: str | Path) -> list[SignOffState]:
+    """Every sign-off beside a file, and whether it still holds."""
+    target = Path(path)
+    digest = sha256_file(target)
+    return [
+        _state(found, target.name, digest)
+        for found in sorted(target.parent.glob("*.json"))
+        if found.name.startswith(f"{target.name}{MARK}")
+    ]
+
+
+def _state(path: Path, name: str, digest: str) -> SignOffState:
+    try:
+        signed = read_record(path, SignOff)
+    except ModelopsError as error:
+        return SignOffState(
+            path=path, state="broken", name="", role="", date="", reason=error.message
+        )
+    holds = signed.subject.sha256 == digest and signed.subject.path == name
+    return SignOffState(
+        path=path,
+        state="valid" if holds else "lapsed",
+        name=signed.name,
+        role=signed.role,
+        date=signed.started_at.date().isoformat(),
+        reason=signed.statement if holds else f"{name} is not the file that was signed",
+    )
