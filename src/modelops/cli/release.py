@@ -1,0 +1,133 @@
+"""`modelops release`: a directory with digests of everything that is being released."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelops.cli.output import dry_run_option, emit, json_option
+
+
+@click.group()
+def release() -> None:
+    """Build and verify a release directory.
+
+    \b
+    Examples:
+      modelops release build release --model artifacts/pilot/int8 --verdict gate/verdict.json \\
+          --name openmoji-pilot --version 1.0
+      modelops release verify release
+    """
+
+
+@release.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--model", "model_dir", required=True, metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Checkpoint or exported artifact.",
+)  # fmt: skip
+@click.option(
+    "--verdict", required=True, metavar="FILE", type=click.Path(exists=True, path_type=Path),
+    help="verdict.json of the gate, about this very model.",
+)  # fmt: skip
+@click.option(
+    "--policy", metavar="FILE", type=click.Path(exists=True, path_type=Path),
+    help="The policy the verdict was made by.",
+)  # fmt: skip
+@click.option(
+    "--record", "records", multiple=True, metavar="FILE",
+    type=click.Path(exists=True, path_type=Path), help="A record to include; repeat it.",
+)  # fmt: skip
+@click.option(
+    "--card", "cards", multiple=True, metavar="FILE",
+    type=click.Path(exists=True, path_type=Path), help="A card to include with its pictures.",
+)  # fmt: skip
+@click.option("--name", required=True, help="Name of the release; the served model's id.")
+@click.option("--version", required=True, help="Version of the release.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps served by default.")
+@click.option("--guidance", type=click.FloatRange(1, 20), help="Guidance scale served by default.")
+@click.option(
+    "--notice", metavar="FILE", type=click.Path(exists=True, path_type=Path),
+    help="Attribution text for pictures and weights.",
+)  # fmt: skip
+@click.option("--allow", is_flag=True, help="Build although the gate did not pass; recorded.")
+@dry_run_option
+@json_option
+def build(
+    directory: Path,
+    model_dir: Path,
+    verdict: Path,
+    policy: Path | None,
+    records: tuple[Path, ...],
+    cards: tuple[Path, ...],
+    name: str,
+    version: str,
+    steps: int | None,
+    guidance: float | None,
+    notice: Path | None,
+    allow: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Copy a model, its verdict, records and cards to DIRECTORY, with digests.
+
+    \b
+    Example:
+      modelops release build release --model artifacts/pilot/int8 --verdict gate/verdict.json \\
+          --policy policy.yaml --card cards/model_card.md --name openmoji-pilot --version 1.0
+    """
+    from modelops.files import read_text
+    from modelops.release import build_release
+
+    if dry_run:
+        emit(
+            {"status": "dry-run", "directory": str(directory)},
+            as_json=as_json,
+            text=f"would build {directory} from {model_dir}",
+        )
+        return
+    defaults = {"steps": steps, "guidance": guidance}
+    record = build_release(
+        directory,
+        model_dir=model_dir,
+        verdict=verdict,
+        policy=policy,
+        records=records,
+        cards=cards,
+        name=name,
+        version=version,
+        defaults={key: value for key, value in defaults.items() if value is not None},
+        notice=read_text(notice) if notice else "",
+        allow=allow,
+    )
+    size = sum(entry.bytes for entry in record.files.values())
+    emit(
+        record.model_dump(mode="json"),
+        as_json=as_json,
+        text=f"{directory}: {name} {version}, {len(record.files)} files, {size / 1e6:.1f} MB\n"
+        f"serve it: modelops serve {directory}",
+    )
+
+
+@release.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@json_option
+def verify(directory: Path, as_json: bool) -> None:
+    """Check every byte of DIRECTORY against release.json.
+
+    \b
+    Example:
+      modelops release verify release
+    """
+    from modelops.release import verify_release
+
+    record = verify_release(directory)
+    emit(
+        {"status": "ok", "name": record.name, "version": record.version,
+         "files": len(record.files), "model_sha256": record.model_sha256},
+        as_json=as_json,
+        text=f"{directory}: {record.name} {record.version}, {len(record.files)} files unchanged, "
+        f"gate {record.verdict_answer}",
+    )  # fmt: skip

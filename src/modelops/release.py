@@ -1,0 +1,249 @@
+"""Model, verdict, records and cards to a release directory, and back: is it still what was released?
+
+    release/
+      release.json   ReleaseRecord: every other file by sha256 and size
+      model/         the checkpoint (without training_state/) or the exported artifact
+      verdict.json   what the gate answered, and policy.yaml, what it was asked
+      records/       evaluations and whatever else the verdict and the cards cite
+      cards/         model card, dataset card and their pictures
+      NOTICE         attribution for pictures and weights
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from modelops.environment import current_environment
+from modelops.errors import GateFailedError, GateUndecidedError, IntegrityError, UsageError
+from modelops.files import (
+    atomic_directory,
+    read_text,
+    safe_join,
+    sha256_file,
+    sha256_tree,
+    tree_files,
+    write_text,
+)
+from modelops.records import (
+    InputRef,
+    ReleaseFile,
+    ReleaseRecord,
+    Verdict,
+    read_any_record,
+    read_record,
+)
+
+RECORD_FILE = "release.json"
+MODEL_FOLDER = "model"
+_TRAINING_STATE = "training_state"  # as in modelops.models.sources, which imports torch
+_PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]*\ssrc=[\"']([^\"']+)")
+
+
+def build_release(
+    out_dir: str | Path,
+    *,
+    model_dir: str | Path,
+    verdict: str | Path,
+    records: Iterable[str | Path] = (),
+    cards: Iterable[str | Path] = (),
+    name: str,
+    version: str,
+    defaults: Mapping[str, Any] | None = None,
+    policy: str | Path | None = None,
+    notice: str = "",
+    extra_files: Mapping[str, str | Path] | None = None,
+    allow: bool = False,
+) -> ReleaseRecord:
+    """Copy everything a release consists of into `out_dir` and write release.json.
+
+    Args:
+        out_dir: replaced as a whole; a killed build leaves the old release or the new one.
+        model_dir: a checkpoint directory or an exported artifact.
+        verdict: verdict.json of the gate.
+        records: record files (JSON); a name that is taken gets its folder's name in front.
+        cards: Markdown files; pictures they show by relative path come with them.
+        name, version: of the release; the served model's id is the name.
+        defaults: how the model is to be sampled (steps, guidance, golden image, ...).
+        policy: policy.yaml the verdict was made by; must have the digest the verdict names.
+        notice: attribution text for pictures and weights, written to NOTICE.
+        extra_files: {name in the release: file}.
+        allow: build although the verdict is not `pass`; the record says so.
+
+    Raises:
+        GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
+        IntegrityError: the verdict is about another model or another policy, or a symbolic link
+            lies in the model.
+        UsageError: an input is missing or is not what it should be.
+    """
+    _check_label("name", name)
+    _check_label("version", version)
+    out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
+    answer = read_record(verdict_path, Verdict)
+    if answer.answer != "pass" and not allow:
+        failed = [line.name for line in answer.criteria if line.answer != "pass"]
+        kind = GateFailedError if answer.answer == "fail" else GateUndecidedError
+        raise kind(
+            f"{verdict_path}: the gate answered {answer.answer} ({', '.join(failed) or 'no criteria'})",
+            hint="mend the model or the policy and run `modelops gate` again, or allow it openly",
+        )
+    model_sha256 = sha256_tree(model, exclude=[_TRAINING_STATE])
+    if answer.subject_sha256 != model_sha256:
+        raise IntegrityError(
+            f"{verdict_path}: is about {_short(answer.subject_sha256)}, "
+            f"but {model} is {_short(model_sha256)}",
+            hint="run the gate on the model that is to be released",
+        )
+    if policy is not None and sha256_file(policy) != answer.policy_sha256:
+        raise IntegrityError(
+            f"{policy}: is not the policy the verdict was made by",
+            hint="run `modelops gate` again after a change of policy",
+        )
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_release(out))):
+        raise UsageError(f"{out}: exists and is not a release", hint="choose another directory")
+
+    with atomic_directory(out) as folder:
+        _copy_tree(model, folder / MODEL_FOLDER, exclude=[_TRAINING_STATE])
+        _copy(verdict_path, folder / "verdict.json")
+        if policy is not None:
+            _copy(Path(policy), folder / "policy.yaml")
+        for path in map(Path, records):
+            read_any_record(path)
+            _copy(path, _free_name(folder / "records", path))
+        for card in map(Path, cards):
+            for relative, source in _card_files(card).items():
+                _copy(source, folder / "cards" / relative)
+        if notice.strip():
+            write_text(folder / "NOTICE", notice.strip() + "\n")
+        for relative, extra in (extra_files or {}).items():
+            target = safe_join(folder, relative)
+            if target.exists() or relative == RECORD_FILE:
+                raise UsageError(f"{relative}: this name is taken in a release")
+            _copy(Path(extra), target)
+        record = ReleaseRecord(
+            name=name,
+            version=version,
+            model=MODEL_FOLDER,
+            model_sha256=model_sha256,
+            verdict_sha256=sha256_file(folder / "verdict.json"),
+            verdict_answer=answer.answer,
+            allowed_without_pass=answer.answer != "pass",
+            policy_sha256=answer.policy_sha256,
+            defaults=dict(defaults or {}),
+            inputs={
+                "model": InputRef(path=model.name, sha256=model_sha256),
+                "verdict": InputRef(path=verdict_path.name, sha256=sha256_file(verdict_path)),
+            },
+            files={
+                relative: ReleaseFile(sha256=sha256_file(path), bytes=path.stat().st_size)
+                for relative, path in tree_files(folder).items()
+            },
+            environment=current_environment(),
+        )
+        if sha256_tree(folder / MODEL_FOLDER) != model_sha256:
+            raise IntegrityError(f"{model}: changed while it was copied", hint="try again")
+        record.write(folder / RECORD_FILE)
+    return record
+
+
+def verify_release(directory: str | Path) -> ReleaseRecord:
+    """Read a release and make sure that every byte is the one that was released.
+
+    Raises:
+        UsageError: no release there, or a release.json that cannot be read.
+        IntegrityError: names the first missing, changed, additional or linked file, or says that
+            verdict and model do not belong together.
+    """
+    root = Path(directory)
+    if not (root / RECORD_FILE).is_file():
+        raise UsageError(
+            f"{root}: not a release (no {RECORD_FILE})", hint="make one with `modelops release build`"
+        )
+    record = read_record(root / RECORD_FILE, ReleaseRecord)
+    present = tree_files(root)
+    for relative, expected in sorted(record.files.items()):
+        path = safe_join(root, relative)
+        if relative not in present:
+            raise IntegrityError(f"{path}: missing from the release", hint=_REBUILD)
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise IntegrityError(
+                f"{path}: changed, {size} bytes instead of {expected.bytes}", hint=_REBUILD
+            )
+        if sha256_file(path) != expected.sha256:
+            raise IntegrityError(f"{path}: changed, its sha256 is another", hint=_REBUILD)
+    for relative, path in present.items():
+        if relative not in record.files and relative != RECORD_FILE:
+            raise IntegrityError(f"{path}: is not part of the release", hint="remove the file")
+    verdict = root / "verdict.json"
+    if "verdict.json" not in record.files or sha256_file(verdict) != record.verdict_sha256:
+        raise IntegrityError(f"{verdict}: not the verdict this release was built on", hint=_REBUILD)
+    answer = read_record(verdict, Verdict)
+    if answer.subject_sha256 != record.model_sha256:
+        raise IntegrityError(f"{verdict}: is about another model", hint=_REBUILD)
+    if answer.answer != "pass" and not record.allowed_without_pass:
+        raise IntegrityError(f"{verdict}: answers {answer.answer}", hint=_REBUILD)
+    if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
+        raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
+    return record
+
+
+_REBUILD = "copy the release again, or rebuild it with `modelops release build`"
+
+
+def _card_files(card: Path) -> dict[str, Path]:
+    """A card and the pictures it shows, as {path below cards/: file}.
+
+    Raises:
+        UsageError: a picture is missing or lies outside the card's folder.
+    """
+    files = {card.name: card}
+    for markdown, html in _PICTURE.findall(read_text(card)):
+        link = unquote(markdown or html)
+        if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):
+            continue
+        picture = safe_join(card.parent, link.removeprefix("./"))
+        if not picture.is_file():
+            raise UsageError(f"{card}: shows {link}, which does not exist")
+        files[link.removeprefix("./")] = picture
+    return files
+
+
+def _free_name(folder: Path, path: Path) -> Path:
+    for name in (path.name, f"{path.resolve().parent.name}-{path.name}"):
+        if not (folder / name).exists():
+            return folder / name
+    raise UsageError(f"{path}: two records with this name")
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        raise IntegrityError(f"{source}: symbolic links are not released", hint="copy the file")
+    if not source.is_file():
+        raise UsageError(f"{source}: no such file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _copy_tree(source: Path, target: Path, *, exclude: Iterable[str]) -> None:
+    for relative, path in tree_files(source, exclude=exclude).items():
+        _copy(path, target / relative)
+
+
+def _is_release(directory: Path) -> bool:
+    return (directory / RECORD_FILE).is_file()
+
+
+def _check_label(what: str, value: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", value):
+        raise UsageError(
+            f"{what} {value!r}: use up to 64 letters, digits, dots, dashes and underscores"
+        )
+
+
+def _short(digest: str | None) -> str:
+    return f"model {digest[:12]}" if digest else "no model"

@@ -1,0 +1,73 @@
+"""The BentoML adapter: `MODELOPS_RELEASE=release bentoml serve modelops.service:ImageGenerator`.
+
+BentoML brings worker processes, packaging and deployment; everything else is `modelops.serving`.
+BentoML answers /livez, /readyz and /metrics itself before a mounted app is asked, so the first two are
+led to the node by hooks, and its own metrics (with raw paths as labels) are switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import bentoml
+
+if "prometheus_client" not in sys.modules:
+    # BentoML sets this for its own metrics; with it the client would keep ours in shared files too.
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+
+from modelops.errors import ModelopsError, UsageError
+from modelops.serving.app import create_app
+from modelops.serving.node import InferenceNode, NodeSettings
+
+RELEASE_VARIABLE = "MODELOPS_RELEASE"
+
+app = create_app()
+
+
+def _release_directory() -> str:
+    directory = os.environ.get(RELEASE_VARIABLE, "")
+    if not directory:
+        raise UsageError(f"{RELEASE_VARIABLE} is not set", hint="export it, or use `modelops serve`")
+    return directory
+
+
+@bentoml.service(
+    name="modelops-image-generator",
+    workers=1,
+    traffic={"timeout": 600},  # the node's own deadline answers first, in OpenAI's shape
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+)
+@bentoml.asgi_app(app, path="/")
+class ImageGenerator:
+    """Serves the release named by MODELOPS_RELEASE."""
+
+    def __init__(self) -> None:
+        logging.getLogger("modelops").setLevel(logging.INFO)
+        self.node = InferenceNode(_release_directory(), settings=NodeSettings.from_environment())
+        self.node.start()
+        app.state.node = self.node
+
+    @bentoml.on_deployment
+    @staticmethod
+    def refuse_a_changed_release() -> None:
+        """Runs once before any worker starts, so that a bad release ends the command."""
+        from modelops.release import verify_release
+
+        try:
+            verify_release(_release_directory())
+        except ModelopsError as error:
+            raise SystemExit(f"error: {error}") from error
+
+    def __is_alive__(self) -> bool:
+        return self.node.alive()
+
+    def __is_ready__(self) -> bool:
+        return not self.node.readiness()
+
+    @bentoml.on_shutdown
+    def drain(self) -> None:
+        """Finish the work in hand."""
+        self.node.close()

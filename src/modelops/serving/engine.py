@@ -1,0 +1,492 @@
+"""Image requests to images, by one thread that batches between denoising steps.
+
+Requests join and leave the running batch at every step. Each row keeps its own noise, scheduler, step
+count and guidance, so a request of 8 steps never waits for one of 30, and the image is the one the
+pipeline makes of the same request alone.
+
+    caller: submit() ─▶ waiting (bounded, first in first out) ─▶ running rows ─▶ Job.future
+                                    engine thread: admit, one network evaluation, step each row, decode
+
+A guided request takes two rows of the same forward pass: its prompt and its negative prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modelops.errors import ServingError, UsageError
+from modelops.models.sources import ImageRequest, floats_to_uint8
+
+log = logging.getLogger("modelops.serving")
+
+Text = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pooled [1, D], tokens [1, L, D], mask [1, L]
+MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
+
+
+class QueueFullError(ServingError):
+    """No room in the queue. `wait_s`: seconds until the work now queued will have been done."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__("the queue is full", hint=f"try again in {math.ceil(wait_s)} s")
+        self.wait_s = wait_s
+
+
+class DeadlineError(ServingError):
+    """The request was not finished before its deadline."""
+
+
+class CancelledError(ServingError):
+    """The request was cancelled by its owner, or the engine was closed."""
+
+
+class EngineError(ServingError):
+    """The network, the text encoder or the decoder failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineImage:
+    """A finished image.
+
+    Attributes:
+        pixels: [H, W, 3] uint8 RGB.
+        request: the request with steps, guidance, height and width filled in.
+        queue_s, denoise_s: seconds before the first step, and from there to the pixels.
+        mean_rows: rows of the forward passes it took part in, on average.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    request: ImageRequest
+    queue_s: float
+    denoise_s: float
+    mean_rows: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One network evaluation: rows in it, requests in it, requests that waited, its seconds."""
+
+    rows: int
+    requests: int
+    waiting: int
+    seconds: float
+
+
+class Job:
+    """A request in the engine. `future` ends with an EngineImage or a ServingError."""
+
+    def __init__(self, request: ImageRequest, deadline: float | None) -> None:
+        self.request = request
+        self.future: Future[EngineImage] = Future()
+        self.deadline = deadline
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.step = 0  # network evaluations done
+        self._cancelled = threading.Event()
+
+    @property
+    def rows(self) -> int:
+        """Rows of a forward pass this request takes."""
+        return 1 if self.request.guidance == 1.0 else 2
+
+    @property
+    def remaining(self) -> int:
+        """Row-steps still to be done."""
+        return self.rows * max(0, (self.request.steps or 0) - self.step)
+
+    def cancel(self) -> None:
+        """Stop before the next step; does nothing to a finished job."""
+        self._cancelled.set()
+
+    def reason_to_stop(self) -> ServingError | None:
+        if self._cancelled.is_set():
+            return CancelledError("the request was cancelled")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return DeadlineError(
+                f"not finished in {self.deadline - self.submitted:.0f} s",
+                hint="ask for fewer steps or images, or try again when it is quieter",
+            )
+        return None
+
+
+@dataclass(slots=True)
+class _Row:
+    """A running request: its own scheduler and latents [1, C, h, w]."""
+
+    job: Job
+    scheduler: Any
+    latents: torch.Tensor
+    text: Text
+    negative: Text | None
+    rows_seen: int = 0
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        timestep: torch.Tensor = self.scheduler.timesteps[self.job.step]
+        return timestep
+
+
+@dataclass(slots=True)
+class _Speed:
+    """Seconds of a network evaluation by its number of rows, as a moving average."""
+
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    def add(self, rows: int, seconds: float) -> None:
+        known = self.seconds.get(rows)
+        self.seconds[rows] = seconds if known is None else 0.8 * known + 0.2 * seconds
+
+    def row_steps_per_second(self) -> float:
+        if not self.seconds:
+            return 0.0
+        rows = max(self.seconds)
+        return rows / max(self.seconds[rows], 1e-6)
+
+
+class StepEngine:
+    """Runs one pipeline in one thread.
+
+    Args:
+        pipeline: a PixelFlowPipeline, with its networks in torch or in another runtime. The engine
+            owns it from now on.
+        max_rows: rows of a forward pass, at most (a guided request takes two).
+        queue_limit: requests that may wait.
+        text_cache: prompts whose embeddings are kept.
+        on_step: called after each network evaluation, in the engine's thread.
+        on_wasted: called as (steps, reason) when a request ends unfinished.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        max_rows: int = 16,
+        queue_limit: int = 64,
+        text_cache: int = 256,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_wasted: Callable[[int, str], None] | None = None,
+    ) -> None:
+        if max_rows < 2 or queue_limit < 1:
+            raise UsageError("max_rows must be at least 2 and queue_limit at least 1")
+        self.pipeline = pipeline
+        self.max_rows = max_rows
+        self.queue_limit = queue_limit
+        self._on_step = on_step or (lambda report: None)
+        self._on_wasted = on_wasted or (lambda steps, reason: None)
+        self._texts: OrderedDict[str, Text] = OrderedDict()
+        self._text_cache = text_cache
+        self._tokenizer_lock = threading.Lock()  # fast tokenizers keep padding as mutable state
+        self._waiting: deque[Job] = deque()
+        self._running: list[_Row] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._failures = 0
+        self._step_began: float | None = None
+        self._speed = _Speed()
+        self._thread = threading.Thread(target=self._run, name="modelops-engine", daemon=True)
+        self._thread.start()
+
+    # --- the callers' side ------------------------------------------------------------------------
+
+    def submit(
+        self, requests: Sequence[ImageRequest], *, timeout_s: float | None = None
+    ) -> list[Job]:
+        """Queue requests, all of them or none.
+
+        Args:
+            requests: what is None is filled with the pipeline's defaults.
+            timeout_s: seconds from now after which unfinished work is dropped.
+
+        Raises:
+            QueueFullError: no room for all of them.
+            UsageError: a request that the model cannot do.
+            ServingError: the engine is closed or dead.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        jobs = [Job(self.fill(request), deadline) for request in requests]
+        with self._changed:
+            if self._stopping or not self.alive:
+                raise EngineError("the engine is not running")
+            if len(self._waiting) + len(jobs) > self.queue_limit:
+                raise QueueFullError(self._backlog_seconds())
+            self._waiting.extend(jobs)
+            self._changed.notify()
+        return jobs
+
+    def fill(self, request: ImageRequest) -> ImageRequest:
+        """The request with the pipeline's defaults in place of None.
+
+        Raises:
+            UsageError: size, steps or guidance out of the model's range.
+        """
+        config, size = self.pipeline.config, self.pipeline.resolution
+        filled = replace(
+            request,
+            steps=config["default_steps"] if request.steps is None else request.steps,
+            guidance=config["default_guidance"] if request.guidance is None else request.guidance,
+            height=request.height or size,
+            width=request.width or size,
+        )
+        assert filled.height and filled.width and filled.steps is not None
+        if filled.steps < 1:
+            raise UsageError(f"steps must be at least 1, got {filled.steps}")
+        if filled.guidance is None or not math.isfinite(filled.guidance):
+            raise UsageError("guidance must be a finite number")
+        try:
+            self.pipeline.latent_shape(filled.height, filled.width)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return filled
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text before truncation, with the special ones."""
+        with self._tokenizer_lock:
+            encoded = self.pipeline.tokenizer(text, padding=False, truncation=False, verbose=False)
+        return len(encoded["input_ids"])
+
+    def estimated_wait(self) -> float:
+        """Seconds until the work now queued and running will have been done; 0 when unknown."""
+        with self._changed:
+            return self._backlog_seconds()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests in the running batch."""
+        return len(self._running)
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs, and its last network evaluations did not all fail."""
+        return self._thread.is_alive() and self._failures < MAX_FAILURES
+
+    def stalled_for(self) -> float:
+        """Seconds that the network evaluation in progress has taken so far."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Take no more requests; finish those in hand (or drop them) and end the thread."""
+        with self._changed:
+            self._stopping = True
+            if not drain:
+                for job in (*self._waiting, *(row.job for row in self._running)):
+                    job.cancel()
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    # --- the engine's thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                while True:
+                    with self._changed:
+                        while not (self._waiting or self._running or self._stopping):
+                            self._changed.wait()
+                        if not self._waiting and not self._running:
+                            return
+                        self._drop_stopped()
+                        joining = self._admit()
+                    self._start(joining)
+                    for rows in self._groups():
+                        self._step(rows)
+        except BaseException as error:
+            log.exception("the engine's thread ended")
+            with self._changed:
+                self._stopping = True
+                jobs = [*self._waiting, *(row.job for row in self._running)]
+                self._waiting.clear()
+                self._running.clear()
+            for job in jobs:
+                self._fail(job, EngineError(f"the engine ended: {type(error).__name__}"))
+
+    def _drop_stopped(self) -> None:
+        for job in [job for job in self._waiting if job.reason_to_stop()]:
+            self._waiting.remove(job)
+            self._fail(job, job.reason_to_stop())
+        for row in [row for row in self._running if row.job.reason_to_stop()]:
+            self._running.remove(row)
+            self._fail(row.job, row.job.reason_to_stop())
+
+    def _admit(self) -> list[Job]:
+        """First in, first out; a wide request at the head is never overtaken."""
+        used = sum(row.job.rows for row in self._running)
+        joining = []
+        while self._waiting and used + self._waiting[0].rows <= self.max_rows:
+            job = self._waiting.popleft()
+            used += job.rows
+            joining.append(job)
+        return joining
+
+    def _start(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        wanted = [job.request.prompt for job in jobs]
+        wanted += [job.request.negative_prompt for job in jobs if job.rows == 2]
+        try:
+            texts = self._encode(wanted)
+        except Exception as error:
+            log.exception("text encoder failed")
+            for job in jobs:
+                self._fail(job, EngineError(f"the text encoder failed: {type(error).__name__}"))
+            return
+        for job in jobs:
+            try:
+                row = self._make_row(job, texts)
+            except Exception as error:
+                log.exception("could not start a request")
+                self._fail(job, EngineError(f"could not start: {type(error).__name__}"))
+                continue
+            job.started = time.monotonic()
+            with self._changed:
+                self._running.append(row)
+
+    def _encode(self, wanted: list[str]) -> dict[str, Text]:
+        missing = [text for text in dict.fromkeys(wanted) if text not in self._texts]
+        if missing:
+            with self._tokenizer_lock:
+                pooled, tokens, mask = self.pipeline.encode_prompt(missing)
+            device, dtype = self.pipeline._execution_device, self.pipeline.unet.dtype
+            for index, text in enumerate(missing):
+                one = slice(index, index + 1)
+                self._texts[text] = (
+                    pooled[one].to(device, dtype),
+                    tokens[one].to(device, dtype),
+                    mask[one].to(device),
+                )
+        found = {}
+        for text in wanted:
+            self._texts.move_to_end(text)
+            found[text] = self._texts[text]
+        while len(self._texts) > self._text_cache:
+            self._texts.popitem(last=False)
+        return found
+
+    def _make_row(self, job: Job, texts: dict[str, Text]) -> _Row:
+        request = job.request
+        assert request.height and request.width
+        device, dtype = self.pipeline._execution_device, self.pipeline.unet.dtype
+        shape = (1, *self.pipeline.latent_shape(request.height, request.width))
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(request.steps, device=device)
+        return _Row(
+            job=job,
+            scheduler=scheduler,
+            latents=torch.randn(shape, generator=generator, dtype=dtype).to(device),
+            text=texts[request.prompt],
+            negative=texts[request.negative_prompt] if job.rows == 2 else None,
+        )
+
+    def _groups(self) -> list[list[_Row]]:
+        """Running rows that can share a forward pass: those of one latent shape."""
+        groups: dict[tuple[int, ...], list[_Row]] = {}
+        for row in self._running:
+            groups.setdefault(tuple(row.latents.shape), []).append(row)
+        return list(groups.values())
+
+    def _step(self, rows: list[_Row]) -> None:
+        began = self._step_began = time.monotonic()
+        try:
+            self._advance(rows)
+        except Exception as error:
+            log.exception("a network evaluation failed")
+            self._failures += 1
+            self._leave(rows)
+            for row in rows:
+                self._fail(row.job, EngineError(f"the network failed: {type(error).__name__}"))
+            return
+        finally:
+            self._step_began = None
+        self._failures = 0
+        seconds, width = time.monotonic() - began, sum(row.job.rows for row in rows)
+        self._speed.add(width, seconds)
+        self._on_step(
+            StepReport(rows=width, requests=len(rows), waiting=self.waiting, seconds=seconds)
+        )
+        finished = []
+        for row in rows:
+            row.job.step += 1
+            row.rows_seen += width
+            if row.job.step >= len(row.scheduler.timesteps):
+                finished.append(row)
+        if finished:
+            self._leave(finished)
+            self._finish(finished)
+
+    def _advance(self, rows: list[_Row]) -> None:
+        """One network evaluation for all rows, then each row's own scheduler step."""
+        guided = [row for row in rows if row.negative is not None]
+        texts = [row.text for row in rows] + [row.negative for row in guided if row.negative]
+        everyone = [*rows, *guided]
+        latents = torch.cat([row.latents for row in everyone])
+        sigmas = torch.stack([row.timestep / 1000.0 for row in everyone]).to(latents.dtype)
+        pooled, tokens, mask = (torch.cat(parts) for parts in zip(*texts, strict=True))
+        velocity = self.pipeline.predict_velocity(latents, sigmas, pooled, tokens, mask)
+        unconditional = iter(range(len(rows), len(everyone)))
+        for index, row in enumerate(rows):
+            own = velocity[index : index + 1]
+            if row.negative is not None:
+                other = next(unconditional)
+                away = velocity[other : other + 1]
+                own = away + row.job.request.guidance * (own - away)
+            row.latents = row.scheduler.step(own, row.timestep, row.latents, return_dict=False)[0]
+
+    def _leave(self, rows: list[_Row]) -> None:
+        gone = {id(row) for row in rows}
+        with self._changed:
+            self._running = [row for row in self._running if id(row) not in gone]
+
+    def _finish(self, rows: list[_Row]) -> None:
+        for row in rows:
+            job = row.job
+            try:
+                decoded = self.pipeline.decode(row.latents)
+                image = self.pipeline.image_processor.pt_to_numpy(decoded)[0]
+                pixels = floats_to_uint8(image)
+            except Exception as error:
+                log.exception("an image could not be decoded")
+                self._fail(job, EngineError(f"no usable image: {error}"))
+                continue
+            assert job.started is not None
+            result = EngineImage(
+                pixels=pixels,
+                request=job.request,
+                queue_s=job.started - job.submitted,
+                denoise_s=time.monotonic() - job.started,
+                mean_rows=row.rows_seen / job.step,
+            )
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result(result)
+
+    def _fail(self, job: Job, error: ServingError | None) -> None:
+        reason = {CancelledError: "cancelled", DeadlineError: "deadline"}.get(type(error), "failed")  # type: ignore[arg-type]
+        if job.step:
+            self._on_wasted(job.step, reason)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error or EngineError("unknown"))
+
+    def _backlog_seconds(self) -> float:
+        speed = self._speed.row_steps_per_second()
+        if not speed:
+            return 0.0
+        work = sum(job.remaining for job in self._waiting)
+        work += sum(row.job.remaining for row in self._running)
+        return work / speed

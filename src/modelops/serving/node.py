@@ -1,0 +1,431 @@
+"""An inference node: one verified release, one engine, two filters that fail closed.
+
+    release ─▶ verify ─▶ open model ─▶ engine ─▶ golden image ─▶ filters ─▶ ready
+    request ─▶ prompt filter ─▶ engine ─▶ image filter ─▶ encode with metadata ─▶ receipt
+
+Framework-free; `modelops.serving.app` puts HTTP around it.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from modelops.errors import ModelopsError, ServingError, UsageError
+from modelops.files import sha256_bytes, sha256_file
+from modelops.models.sources import ImageRequest, load_checkpoint
+from modelops.release import RECORD_FILE, verify_release
+from modelops.seeding import MAX_SEED
+from modelops.serving.engine import (
+    CancelledError,
+    DeadlineError,
+    EngineImage,
+    Job,
+    QueueFullError,
+    StepEngine,
+)
+from modelops.serving.golden import GoldenCheck, check_golden, golden_request, pixels_sha256
+from modelops.serving.guard import FilterError, FilterGuard
+from modelops.serving.images import MARK, encode_image
+from modelops.serving.metrics import NodeMetrics
+from modelops.serving.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
+
+log = logging.getLogger("modelops.serving")
+
+GOOD_PROMPT = "a smiling yellow sun"
+BAD_PROMPT = "explicit hardcore porn"
+STALLED_S = 60.0  # a network evaluation that takes longer is taken for dead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """How a node runs; each field is read from MODELOPS_<NAME> by `from_environment`.
+
+    Attributes:
+        max_rows: rows of a forward pass (a guided request takes two).
+        queue_limit: requests that may wait for a place.
+        deadline_s: seconds after which a request is dropped.
+        filter_timeout_s: seconds a safety filter may take.
+        runtime: of an exported artifact; "auto" takes the fastest that is installed.
+        device: of a checkpoint.
+    """
+
+    max_rows: int = 16
+    queue_limit: int = 64
+    deadline_s: float = 120.0
+    filter_timeout_s: float = 10.0
+    runtime: str = "auto"
+    device: str = "cpu"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
+        """Settings from environment variables.
+
+        Raises:
+            UsageError: a variable is not a number in range.
+        """
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            name = f"MODELOPS_{entry.name.upper()}"
+            if name not in environment:
+                continue
+            kind = type(entry.default)
+            try:
+                values[entry.name] = kind(environment[name])
+            except ValueError as error:
+                raise UsageError(f"{name}={environment[name]!r}: not a number") from error
+            if kind is not str and not 0 < values[entry.name] < 1e6:
+                raise UsageError(f"{name}={environment[name]!r}: out of range")
+        return cls(**values)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request that was let in: its jobs in the engine."""
+
+    request: ImagesRequest
+    jobs: list[Job]
+    started: float = field(default_factory=time.monotonic)
+
+    def cancel(self) -> None:
+        """Stop the work before its next step."""
+        for job in self.jobs:
+            job.cancel()
+
+
+def open_model(
+    directory: Path, *, runtime: str = "auto", device: str = "cpu", batch_size: int = 16
+) -> tuple[Any, str]:
+    """(pipeline, runtime's name) of an exported artifact or a checkpoint directory.
+
+    Raises:
+        ModelopsError: it cannot be opened.
+    """
+    if (directory / "artifact.json").is_file():
+        from modelops.export.runtime import open_artifact
+
+        source = open_artifact(directory, runtime=runtime, batch_size=batch_size)
+        return source.pipeline, source.info.runtime
+    pipeline = load_checkpoint(directory, device=device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, f"torch-{device}"
+
+
+def _load_prompt_filter() -> Any:
+    from modelops.safety.prompt import load_prompt_filter
+
+    return load_prompt_filter()
+
+
+def _load_image_filter() -> Any:
+    from modelops.safety.image import load_image_filter
+
+    return load_image_filter()
+
+
+class InferenceNode:
+    """Serves one release. `start` makes it ready; the other methods may be called by any thread.
+
+    Args:
+        release_dir: verified here, byte by byte.
+        settings: see NodeSettings.
+        prompt_filter, image_filter: functions that load the filters, in place of modelops' own.
+
+    Raises:
+        ModelopsError: the release was changed, or its model cannot be opened.
+    """
+
+    def __init__(
+        self,
+        release_dir: str | Path,
+        *,
+        settings: NodeSettings | None = None,
+        prompt_filter: Callable[[], Any] = _load_prompt_filter,
+        image_filter: Callable[[], Any] = _load_image_filter,
+    ) -> None:
+        self.settings = settings or NodeSettings()
+        self.directory = Path(release_dir)
+        self.release = verify_release(self.directory)
+        self.release_sha256 = sha256_file(self.directory / RECORD_FILE)
+        self.metrics = NodeMetrics()
+        self.metrics.release.labels(
+            self.release.name, self.release.version, self.release_sha256[:16]
+        ).set(1)
+        limit = self.settings.filter_timeout_s
+        self.prompt_guard = FilterGuard("prompt", prompt_filter, timeout_s=limit)
+        self.image_guard = FilterGuard("image", image_filter, timeout_s=limit)
+        pipeline, self.runtime = open_model(
+            self.directory / self.release.model,
+            runtime=self.settings.runtime,
+            device=self.settings.device,
+            batch_size=self.settings.max_rows,
+        )
+        self.resolution = int(pipeline.resolution)
+        self.max_tokens = int(pipeline.config["max_text_tokens"])
+        self.engine = StepEngine(
+            pipeline,
+            max_rows=self.settings.max_rows,
+            queue_limit=self.settings.queue_limit,
+            on_step=self.metrics.on_step,
+            on_wasted=self.metrics.on_wasted,
+        )
+        self.metrics.queue.set_function(lambda: self.engine.waiting)
+        self.metrics.running.set_function(lambda: self.engine.running)
+        self.metrics.ready.set_function(lambda: float(not self._problems()))
+        self.golden: GoldenCheck | None = None
+        self._golden_pixels: Any = None
+        self._golden_problem: str | None = "the golden image has not been made yet"
+        self._closing = False
+
+    def start(self) -> None:
+        """Make the golden image and probe the filters. Problems end in `readiness`, not in a raise."""
+        try:
+            job = self.engine.submit([golden_request(self.release.defaults)])[0]
+            image = job.future.result(self.settings.deadline_s)
+            self._golden_pixels = image.pixels
+            self.golden = check_golden(image.pixels, self.directory, self.release.defaults)
+            self._golden_problem = None
+            log.info("golden image: %s", self.golden)
+        except (ModelopsError, TimeoutError) as error:
+            self._golden_problem = f"golden image: {error}"
+            log.error(self._golden_problem)
+        self._probe_filters()
+        log.info("node: %s", self._problems() or "ready")
+
+    # --- health -----------------------------------------------------------------------------------
+
+    def alive(self) -> bool:
+        """The engine's thread works; if not, the process should be restarted."""
+        return self.engine.alive and self.engine.stalled_for() < STALLED_S
+
+    def readiness(self) -> list[str]:
+        """Why the node is not ready; empty when it is. Red filters are probed again now and then."""
+        if not self._closing:
+            self._probe_filters(every_s=2.0)
+        return self._problems()
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self._closing:
+            problems.append("shutting down")
+        if not self.alive():
+            problems.append("the engine does not answer")
+        if self._golden_problem:
+            problems.append(self._golden_problem)
+        for guard in (self.prompt_guard, self.image_guard):
+            if guard.reason:
+                problems.append(f"{guard.name} filter {guard.reason}")
+        return problems
+
+    def _probe_filters(self, *, every_s: float = 0.0) -> None:
+        for guard, check in (
+            (self.prompt_guard, self._probe_prompt),
+            (self.image_guard, self._probe_image),
+        ):
+            if guard.reason is not None and not guard.probe(check, every_s=every_s):
+                self.metrics.filter_failures.labels(guard.name).inc()
+
+    def _probe_prompt(self) -> None:
+        if self.prompt_guard.check_prompt(GOOD_PROMPT)[0]:
+            raise self.prompt_guard.broken("blocks a harmless prompt")
+        if not self.prompt_guard.check_prompt(BAD_PROMPT)[0]:
+            raise self.prompt_guard.broken("lets a known bad prompt through")
+
+    def _probe_image(self) -> None:
+        if self._golden_pixels is None:
+            raise self.image_guard.broken("has no golden image to be tried on")
+        scores, threshold = self.image_guard.check_images([self._golden_pixels])
+        if scores[0] >= threshold:
+            raise self.image_guard.broken("withholds the golden image")
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    @property
+    def model_id(self) -> str:
+        """The id in /v1/models: the release's name."""
+        return self.release.name
+
+    def submit(self, request: ImagesRequest) -> Ticket:
+        """Check a request and queue its images.
+
+        Raises:
+            ApiError: 400, 404 (model), 429 (queue) or 503 (not ready, filter).
+        """
+        problems = self._problems()
+        if problems:
+            raise ApiError(503, "not_ready", f"not ready: {problems[0]}", retry_after_s=5)
+        self._check_possible(request)
+        began = time.monotonic()
+        try:
+            blocked, reasons = self.prompt_guard.check_prompt(request.prompt)
+        except FilterError as error:
+            self.metrics.filter_failures.labels("prompt").inc()
+            raise ApiError(
+                503, "safety_filter_unavailable", "the prompt filter gave no answer"
+            ) from error
+        self.metrics.latency.labels("prompt_filter").observe(time.monotonic() - began)
+        if blocked:
+            self.metrics.filtered.labels("prompt").inc()
+            raise ApiError(
+                400, "content_policy_violation",
+                f"the prompt is against the content policy ({', '.join(reasons) or 'blocked'})",
+                param="prompt",
+            )  # fmt: skip
+        seed = request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1)
+        defaults = self.release.defaults
+        wanted = [
+            ImageRequest(
+                prompt=request.prompt,
+                seed=(seed + index) % (MAX_SEED + 1),
+                steps=request.steps or defaults.get("steps"),
+                guidance=defaults.get("guidance") if request.guidance is None else request.guidance,
+                height=self.resolution,
+                width=self.resolution,
+                negative_prompt=request.negative_prompt or "",
+            )
+            for index in range(request.n or 1)
+        ]
+        try:
+            jobs = self.engine.submit(wanted, timeout_s=self.settings.deadline_s)
+        except QueueFullError as error:
+            raise ApiError(
+                429, "rate_limit_exceeded",
+                f"too many requests are waiting; try again in {max(1, round(error.wait_s))} s",
+                retry_after_s=error.wait_s,
+            ) from error  # fmt: skip
+        except UsageError as error:
+            raise ApiError(400, "invalid_value", error.message) from error
+        except ServingError as error:
+            raise ApiError(503, "engine_unavailable", error.message) from error
+        return Ticket(request=request, jobs=jobs)
+
+    def _check_possible(self, request: ImagesRequest) -> None:
+        if request.model is not None and request.model != self.model_id:
+            raise ApiError(
+                404, "model_not_found",
+                f"this server has the model {self.model_id!r} only; see /v1/models", param="model",
+            )  # fmt: skip
+        native = f"{self.resolution}x{self.resolution}"
+        if request.size not in (None, "auto", native):
+            raise ApiError(
+                400, "unsupported_value",
+                f"size: this model makes {native} pictures only; ask for {native!r} or 'auto'",
+                param="size",
+            )  # fmt: skip
+        for param in ("prompt", "negative_prompt"):
+            tokens = self.engine.count_tokens(getattr(request, param) or "")
+            if tokens > self.max_tokens:
+                raise ApiError(
+                    400, "prompt_too_long",
+                    f"{param}: {tokens} tokens, this model reads at most {self.max_tokens}",
+                    param=param,
+                )  # fmt: skip
+
+    def finish(self, ticket: Ticket, images: Sequence[EngineImage]) -> ImagesResponse:
+        """Filter and encode the images of a ticket.
+
+        Raises:
+            ApiError: 400 (withheld by the filter) or 503 (the filter gave no answer).
+        """
+        observe = self.metrics.latency.labels
+        for image in images:
+            observe("queue").observe(image.queue_s)
+            observe("denoise").observe(image.denoise_s)
+        began = time.monotonic()
+        try:
+            scores, threshold = self.image_guard.check_images([image.pixels for image in images])
+        except FilterError as error:
+            self.metrics.filter_failures.labels("image").inc()
+            raise ApiError(
+                503, "safety_filter_unavailable",
+                "the image filter gave no answer, so no picture is sent",
+            ) from error  # fmt: skip
+        observe("image_filter").observe(time.monotonic() - began)
+        if (scores >= threshold).any():
+            self.metrics.filtered.labels("image").inc()
+            raise ApiError(
+                400, "content_policy_violation",
+                "the picture was withheld by the image filter; try another seed or prompt",
+            )  # fmt: skip
+        began = time.monotonic()
+        output_format = ticket.request.output_format or "png"
+        data = [
+            self._encode(image, output_format, float(score))
+            for image, score in zip(images, scores, strict=True)
+        ]
+        observe("encode").observe(time.monotonic() - began)
+        observe("total").observe(time.monotonic() - ticket.started)
+        self.metrics.images.labels(output_format).inc(len(data))
+        return ImagesResponse(
+            created=int(time.time()),
+            data=data,
+            output_format=output_format,
+            size=f"{self.resolution}x{self.resolution}",
+        )
+
+    def _encode(self, image: EngineImage, output_format: str, score: float) -> ImageData:
+        request = image.request
+        metadata = {
+            "Software": "modelops",
+            "Notice": MARK,
+            "seed": str(request.seed),
+            "steps": str(request.steps),
+            "guidance": f"{request.guidance:g}",
+            "release": f"{self.release.name} {self.release.version}",
+            "release_sha256": self.release_sha256,
+        }
+        encoded = encode_image(image.pixels, output_format, metadata)
+        receipt = {
+            "request": {
+                "prompt": request.prompt,
+                "negative_prompt": request.negative_prompt,
+                "seed": request.seed,
+                "steps": request.steps,
+                "guidance": request.guidance,
+                "size": f"{request.width}x{request.height}",
+                "output_format": output_format,
+            },
+            "release": {
+                "name": self.release.name,
+                "version": self.release.version,
+                "sha256": self.release_sha256,
+            },
+            "model_sha256": self.release.model_sha256,
+            "runtime": self.runtime,
+            "output_sha256": sha256_bytes(encoded),
+            "pixels_sha256": pixels_sha256(image.pixels),
+            "image_filter_score": round(score, 6),
+            "mean_rows": round(image.mean_rows, 2),
+            "queue_s": round(image.queue_s, 4),
+            "denoise_s": round(image.denoise_s, 4),
+        }
+        return ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), x_modelops=receipt)
+
+    def begin_shutdown(self) -> None:
+        """Turn /readyz red; requests in hand go on."""
+        self._closing = True
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = 60.0) -> None:
+        """Finish the work in hand and end the threads."""
+        self.begin_shutdown()
+        self.engine.close(drain=drain, timeout_s=timeout_s)
+        self.prompt_guard.close()
+        self.image_guard.close()
+
+
+def failure_to_api_error(error: BaseException) -> ApiError:
+    """What a client is told when its work ended without an image."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DeadlineError):
+        return ApiError(503, "deadline_exceeded", str(error), retry_after_s=5)
+    if isinstance(error, CancelledError):
+        return ApiError(503, "cancelled", "the server is shutting down", retry_after_s=5)
+    return ApiError(500, "generation_failed", "the image could not be made")
