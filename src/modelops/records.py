@@ -226,6 +226,19 @@ class Sampling(_Model):
     prompts_sha256: str
 
 
+class AlignmentModelRecord(Record):
+    """lit.json: the alignment model that scores images against prompts, and how good it is."""
+
+    kind: Literal["alignment_model"] = "alignment_model"
+    image_tower: str
+    text_tower: str
+    weights_sha256: str
+    settings: dict[str, str | int | float | bool | None] = {}
+    counts: dict[str, int] = {}
+    candidates: list[dict[str, str | int | float | bool | None]] = []
+    metrics: dict[str, Measurement] = {}
+
+
 class EvaluationRecord(Record):
     """evaluations/*.json: how good a model source is and exactly how that was measured."""
 
@@ -343,6 +356,7 @@ RECORD_KINDS: dict[str, type[Record]] = {
     "split": SplitReport,
     "smoke": SmokeReport,
     "train": TrainRecord,
+    "alignment_model": AlignmentModelRecord,
     "evaluation": EvaluationRecord,
     "artifact": ArtifactRecord,
     "verdict": Verdict,
