@@ -1,12 +1,12 @@
 """Model, verdict, records and cards to a release directory, and back: is it still what was released?
 
-    release/
-      release.json   ReleaseRecord: every other file by sha256 and size
-      model/         the checkpoint (without training_state/) or the exported artifact
-      verdict.json   what the gate answered, and policy.yaml, what it was asked
-      records/       evaluations and whatever else the verdict and the cards cite
-      cards/         model card, dataset card and their pictures
-      NOTICE         attribution for pictures and weights
+release/
+  release.json   ReleaseRecord: every other file by sha256 and size
+  model/         the checkpoint (without training_state/) or the exported artifact
+  verdict.json   what the gate answered, and policy.yaml, what it was asked
+  records/       evaluations and whatever else the verdict and the cards cite
+  cards/         model card, dataset card and their pictures
+  NOTICE         attribution for pictures and weights
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
     root = Path(directory)
     if not (root / RECORD_FILE).is_file():
         raise UsageError(
-            f"{root}: not a release (no {RECORD_FILE})", hint="make one with `modelops release build`"
+            f"{root}: not a release (no {RECORD_FILE})",
+            hint="make one with `modelops release build`",
         )
     record = read_record(root / RECORD_FILE, ReleaseRecord)
     present = tree_files(root)

@@ -1,8 +1,7 @@
 """The BentoML adapter: `MODELOPS_RELEASE=release bentoml serve modelops.service:ImageGenerator`.
 
 BentoML brings worker processes, packaging and deployment; everything else is `modelops.serving`.
-BentoML answers /livez, /readyz and /metrics itself before a mounted app is asked, so the first two are
-led to the node by hooks, and its own metrics (with raw paths as labels) are switched off.
+Imports no torch: the process that starts the workers imports this module too.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 import bentoml
 
@@ -18,18 +18,31 @@ if "prometheus_client" not in sys.modules:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 from modelops.errors import ModelopsError, UsageError
+from modelops.release import verify_release
 from modelops.serving.app import create_app
-from modelops.serving.node import InferenceNode, NodeSettings
 
 RELEASE_VARIABLE = "MODELOPS_RELEASE"
 
 app = create_app()
 
 
+class HealthFromNode:
+    """BentoML answers health checks before a mounted app is asked; its answers give no reason."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        ours = scope["type"] == "http" and scope["path"] in ("/livez", "/readyz")
+        await (app if ours else self.app)(scope, receive, send)
+
+
 def _release_directory() -> str:
     directory = os.environ.get(RELEASE_VARIABLE, "")
     if not directory:
-        raise UsageError(f"{RELEASE_VARIABLE} is not set", hint="export it, or use `modelops serve`")
+        raise UsageError(
+            f"{RELEASE_VARIABLE} is not set", hint="export it, or use `modelops serve`"
+        )
     return directory
 
 
@@ -37,7 +50,7 @@ def _release_directory() -> str:
     name="modelops-image-generator",
     workers=1,
     traffic={"timeout": 600},  # the node's own deadline answers first, in OpenAI's shape
-    metrics={"enabled": False},
+    metrics={"enabled": False},  # its labels hold raw paths; /metrics is the node's
     logging={"access": {"enabled": False}},
 )
 @bentoml.asgi_app(app, path="/")
@@ -45,6 +58,8 @@ class ImageGenerator:
     """Serves the release named by MODELOPS_RELEASE."""
 
     def __init__(self) -> None:
+        from modelops.serving.node import InferenceNode, NodeSettings
+
         logging.getLogger("modelops").setLevel(logging.INFO)
         self.node = InferenceNode(_release_directory(), settings=NodeSettings.from_environment())
         self.node.start()
@@ -54,8 +69,6 @@ class ImageGenerator:
     @staticmethod
     def refuse_a_changed_release() -> None:
         """Runs once before any worker starts, so that a bad release ends the command."""
-        from modelops.release import verify_release
-
         try:
             verify_release(_release_directory())
         except ModelopsError as error:
@@ -71,3 +84,6 @@ class ImageGenerator:
     def drain(self) -> None:
         """Finish the work in hand."""
         self.node.close()
+
+
+ImageGenerator.add_asgi_middleware(HealthFromNode)

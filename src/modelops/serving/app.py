@@ -11,15 +11,18 @@ import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from modelops import __version__
+from modelops.serving.failures import CancelledError, DeadlineError
 from modelops.serving.metrics import CONTENT_TYPE
-from modelops.serving.node import InferenceNode, Ticket, failure_to_api_error
 from modelops.serving.schema import ApiError, ImagesRequest, ImagesResponse, parse_request
+
+if TYPE_CHECKING:
+    from modelops.serving.node import InferenceNode, Ticket
 
 log = logging.getLogger("modelops.serving")
 
@@ -215,6 +218,17 @@ def error_response(app: FastAPI, error: ApiError) -> JSONResponse:
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(error.body, status_code=error.status, headers=headers)
+
+
+def failure_to_api_error(error: BaseException) -> ApiError:
+    """What a client is told when its work ended without an image."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, DeadlineError):
+        return ApiError(503, "deadline_exceeded", str(error), retry_after_s=5)
+    if isinstance(error, CancelledError):
+        return ApiError(503, "cancelled", "the server is shutting down", retry_after_s=5)
+    return ApiError(500, "generation_failed", "the image could not be made")
 
 
 def _node(app: FastAPI) -> InferenceNode:

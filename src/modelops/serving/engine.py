@@ -29,31 +29,14 @@ import torch
 
 from modelops.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, floats_to_uint8
+from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
 
 log = logging.getLogger("modelops.serving")
 
-Text = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pooled [1, D], tokens [1, L, D], mask [1, L]
+Text = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]  # pooled [1, D], tokens [1, L, D], mask [1, L]
 MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
-
-
-class QueueFullError(ServingError):
-    """No room in the queue. `wait_s`: seconds until the work now queued will have been done."""
-
-    def __init__(self, wait_s: float) -> None:
-        super().__init__("the queue is full", hint=f"try again in {math.ceil(wait_s)} s")
-        self.wait_s = wait_s
-
-
-class DeadlineError(ServingError):
-    """The request was not finished before its deadline."""
-
-
-class CancelledError(ServingError):
-    """The request was cancelled by its owner, or the engine was closed."""
-
-
-class EngineError(ServingError):
-    """The network, the text encoder or the decoder failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import ServingError
+from modelops.serving.failures import FilterError
 
 log = logging.getLogger("modelops.serving")
-
-
-class FilterError(ServingError):
-    """A safety filter could not give an answer."""
 
 
 class PromptResult(Protocol):

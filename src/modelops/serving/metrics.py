@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from modelops.serving.engine import StepReport
+if TYPE_CHECKING:
+    from modelops.serving.engine import StepReport
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -39,20 +42,27 @@ class NodeMetrics:
         self.filter_failures = Counter(
             "modelops_filter_failures", "Filters that gave no answer", ["filter"], registry=registry
         )
-        self.steps = Counter("modelops_steps", "Denoising steps done, by request", registry=registry)
+        self.steps = Counter(
+            "modelops_steps", "Denoising steps done, by request", registry=registry
+        )
         self.step_seconds = Histogram(
             "modelops_step_seconds", "Seconds of one network evaluation",
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self.batch_rows = Histogram(
-            "modelops_batch_rows", "Rows of one network evaluation", buckets=_ROWS, registry=registry
+            "modelops_batch_rows",
+            "Rows of one network evaluation",
+            buckets=_ROWS,
+            registry=registry,
         )
         self.wasted = Counter(
             "modelops_wasted_steps", "Steps of requests that ended unfinished",
             ["reason"], registry=registry,
         )  # fmt: skip
         self.queue = Gauge("modelops_queue_depth", "Requests that wait", registry=registry)
-        self.running = Gauge("modelops_running_requests", "Requests in the batch", registry=registry)
+        self.running = Gauge(
+            "modelops_running_requests", "Requests in the batch", registry=registry
+        )
         self.ready = Gauge("modelops_ready", "1 when /readyz is green", registry=registry)
         self.release = Gauge(
             "modelops_release_info", "The release that is served",

@@ -23,16 +23,10 @@ from modelops.files import sha256_bytes, sha256_file
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.release import RECORD_FILE, verify_release
 from modelops.seeding import MAX_SEED
-from modelops.serving.engine import (
-    CancelledError,
-    DeadlineError,
-    EngineImage,
-    Job,
-    QueueFullError,
-    StepEngine,
-)
+from modelops.serving.engine import EngineImage, Job, StepEngine
+from modelops.serving.failures import FilterError, QueueFullError
 from modelops.serving.golden import GoldenCheck, check_golden, golden_request, pixels_sha256
-from modelops.serving.guard import FilterError, FilterGuard
+from modelops.serving.guard import FilterGuard
 from modelops.serving.images import MARK, encode_image
 from modelops.serving.metrics import NodeMetrics
 from modelops.serving.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
@@ -260,7 +254,7 @@ class InferenceNode:
         """
         problems = self._problems()
         if problems:
-            raise ApiError(503, "not_ready", f"not ready: {problems[0]}", retry_after_s=5)
+            raise ApiError(503, "not_ready", "not ready, see /readyz", retry_after_s=5)
         self._check_possible(request)
         began = time.monotonic()
         try:
@@ -418,14 +412,3 @@ class InferenceNode:
         self.engine.close(drain=drain, timeout_s=timeout_s)
         self.prompt_guard.close()
         self.image_guard.close()
-
-
-def failure_to_api_error(error: BaseException) -> ApiError:
-    """What a client is told when its work ended without an image."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, DeadlineError):
-        return ApiError(503, "deadline_exceeded", str(error), retry_after_s=5)
-    if isinstance(error, CancelledError):
-        return ApiError(503, "cancelled", "the server is shutting down", retry_after_s=5)
-    return ApiError(500, "generation_failed", "the image could not be made")

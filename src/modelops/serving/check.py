@@ -1,0 +1,136 @@
+"""A running endpoint to a verdict: does it answer OpenAI's own client, and twice the same?"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from modelops.errors import ServingError
+from modelops.extras import require_module
+from modelops.files import sha256_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointCheck:
+    """What `check_endpoint` saw.
+
+    Attributes:
+        pixels: the image, [H, W, 3] uint8 RGB.
+        png: its bytes as they were sent, with metadata.
+        receipt: the image's `x_modelops`.
+        text_chunks: the PNG's text chunks.
+        first_s, second_s: seconds of the two requests, seen by the client.
+        metrics: number of /metrics samples that modelops itself writes.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    png: bytes
+    receipt: dict[str, Any]
+    text_chunks: dict[str, str]
+    model: str
+    first_s: float
+    second_s: float
+    metrics: int
+
+
+def check_endpoint(
+    url: str,
+    prompt: str = "red heart",
+    seed: int = 1,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    api_key: str = "none",
+    timeout_s: float = 120.0,
+) -> EndpointCheck:
+    """Check health and metrics, generate twice with the official client, compare the pixels.
+
+    Raises:
+        MissingExtraError: the `openai` package is not installed.
+        ServingError: names the first thing that is not as it should be.
+    """
+    openai = require_module("openai", needed_for="checking an endpoint")
+    base = url.rstrip("/")
+    for path in ("/livez", "/readyz", "/metrics"):
+        status, _ = get(base + path)
+        if status != 200:
+            raise ServingError(f"{base}{path} answered {status}", hint="look into the server's log")
+    extra = {"seed": seed, "steps": steps, "guidance": guidance}
+    extra = {key: value for key, value in extra.items() if value is not None}
+    pictures, times = [], []
+    with openai.OpenAI(
+        base_url=f"{base}/v1", api_key=api_key, timeout=timeout_s, max_retries=0
+    ) as client:
+        try:
+            model = client.models.list().data[0].id
+            for _ in range(2):
+                began = time.monotonic()
+                answer = client.images.generate(
+                    model=model, prompt=prompt, response_format="b64_json", extra_body=extra
+                )
+                times.append(time.monotonic() - began)
+                pictures.append(answer.data[0])
+        except openai.OpenAIError as error:
+            raise ServingError(f"{base}: {error}") from error
+    first, second = (base64.b64decode(picture.b64_json) for picture in pictures)
+    receipt = dict(pictures[0].model_extra["x_modelops"])
+    if sha256_bytes(first) != receipt["output_sha256"]:
+        raise ServingError("the receipt's output_sha256 is not that of the picture")
+    with Image.open(io.BytesIO(first)) as image:
+        image.load()
+        chunks = {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        pixels = np.asarray(image.convert("RGB"))
+    with Image.open(io.BytesIO(second)) as image:
+        again = np.asarray(image.convert("RGB"))
+    difference = int(np.abs(pixels.astype(np.int16) - again.astype(np.int16)).max())
+    if difference > 1:
+        raise ServingError(f"the same seed gave two pictures, {difference} grey levels apart")
+    _, text = get(base + "/metrics")
+    samples = [line for line in text.splitlines() if line.startswith("modelops_")]
+    if not any(line.startswith("modelops_images_total") for line in samples):
+        raise ServingError(f"{base}/metrics does not count images")
+    return EndpointCheck(
+        pixels=pixels,
+        png=first,
+        receipt=receipt,
+        text_chunks=chunks,
+        model=model,
+        first_s=times[0],
+        second_s=times[1],
+        metrics=len(samples),
+    )
+
+
+def get(url: str, *, timeout_s: float = 30.0) -> tuple[int, str]:
+    """(status, body) of a GET.
+
+    Raises:
+        ServingError: nobody answers.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+            return answer.status, answer.read().decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode("utf-8", "replace")
+    except OSError as error:
+        raise ServingError(f"{url}: no answer ({error})", hint="is the server running?") from error
+
+
+def curl_line(url: str, prompt: str, *, out: str = "picture.png") -> str:
+    """A command for a shell that makes one picture and writes it to `out`."""
+    body = json.dumps({"prompt": prompt, "seed": 1}).replace("'", "'\\''")
+    return (
+        f"curl -s {url.rstrip('/')}/v1/images/generations -H 'Content-Type: application/json' "
+        f"-d '{body}' | python -c \"import sys,json,base64; "
+        f"open('{out}','wb').write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))\""
+    )
