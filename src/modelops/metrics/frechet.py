@@ -1,0 +1,180 @@
+"""Fréchet distance between Gaussians fitted to two feature sets, without a matrix square root.
+
+|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)  (Dowson and Landau, 1982; Heusel et al., 2017)
+
+The last trace is the nuclear norm of A^T B for any A A^T = S1 and B B^T = S2. With A and B the
+centred features themselves it costs one SVD of an n x m matrix, and is exact where n < D makes the
+covariances singular (there `sqrtm` is not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.errors import EvaluationError
+from modelops.metrics.intervals import Interval, jackknife_interval
+from modelops.seeding import numpy_generator
+
+Floats = npt.NDArray[np.float64]
+DDOF = 1  # covariances divide by n - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Mean [D] and covariance [D, D] (ddof 1), both float64, of n feature vectors."""
+
+    mean: Floats
+    covariance: Floats
+    n: int
+
+
+def features_to_statistics(features: npt.NDArray[np.floating]) -> Statistics:
+    """Features [N, D] to mean and covariance in float64, ddof 1."""
+    data = _check_features(features)
+    mean = data.mean(axis=0)
+    centred = data - mean
+    return Statistics(mean, centred.T @ centred / (len(data) - DDOF), len(data))
+
+
+def merge_statistics(first: Statistics, second: Statistics) -> Statistics:
+    """The statistics of the union of two disjoint sets (Chan et al., 1979)."""
+    n = first.n + second.n
+    delta = second.mean - first.mean
+    scatter = (
+        first.covariance * (first.n - DDOF)
+        + second.covariance * (second.n - DDOF)
+        + np.outer(delta, delta) * (first.n * second.n / n)
+    )
+    return Statistics(first.mean + delta * (second.n / n), scatter / (n - DDOF), n)
+
+
+def frechet_distance(first: Statistics, second: Statistics) -> float:
+    """Fréchet distance from statistics: one Cholesky (or eigh) and one eigvalsh."""
+    trace = _trace_of_root(first.covariance, second.covariance)
+    return _assemble(
+        first.mean - second.mean, np.trace(first.covariance), np.trace(second.covariance), trace
+    )
+
+
+def features_to_frechet_distance(
+    first: npt.NDArray[np.floating], second: npt.NDArray[np.floating]
+) -> float:
+    """Fréchet distance between features [N, D] and [M, D], by the cheapest exact form."""
+    return _distance(_check_features(first), _check_features(second))
+
+
+def frechet_interval(
+    first: npt.NDArray[np.floating],
+    second: npt.NDArray[np.floating],
+    *,
+    seed: int,
+    groups: int = 40,
+    confidence: float = 0.95,
+) -> Interval:
+    """Distance with an interval for its expectation at these n and m, over images of both sets.
+
+    A delete-a-group jackknife: resampling with replacement repeats images, which lowers the rank
+    of the covariances and pushes every draw upwards, so that percentile intervals miss the value
+    (measured coverage 0 to 2 %); leaving groups out does not (tests/metrics hold 90 to 99 %).
+    """
+    x, y = _check_features(first), _check_features(second)
+    if x.shape[1] != y.shape[1]:
+        raise EvaluationError(f"features of {x.shape[1]} and {y.shape[1]} dimensions")
+    if max(len(x), len(y)) <= 4 * x.shape[1]:
+        # A common rotation into the span of both sets leaves the distance as it is.
+        x, y = _reduce(x, y)
+    value = _distance(x, y)
+    leave_out = []
+    for side, data in enumerate((x, y)):
+        count = min(groups, len(data) // 2)
+        if count < 2:
+            raise EvaluationError(f"{len(data)} images are too few for an interval")
+        order = numpy_generator(seed, "frechet-groups", side).permutation(len(data))
+        usable = order[: len(data) - len(data) % count]  # equal groups; the rest is never left out
+        distances = []
+        for group in np.split(usable, count):
+            kept = np.delete(data, group, axis=0)
+            distances.append(_distance(kept, y) if side == 0 else _distance(x, kept))
+        leave_out.append(np.asarray(distances))
+    method = f"delete-a-group jackknife over images, {groups} groups a side, t quantile"
+    return jackknife_interval(value, leave_out, confidence=confidence, method=method)
+
+
+def rank_warning(n: int, m: int, dimension: int) -> list[str]:
+    """What to say when a sample is smaller than the dimension."""
+    if min(n, m) > dimension:
+        return []
+    return [
+        f"n = {n} and {m} against {dimension} dimensions: the covariance is singular and the "
+        f"distance biased upwards; compare only at the same n"
+    ]
+
+
+def _distance(x: Floats, y: Floats) -> float:
+    n, m, dimension = len(x), len(y), x.shape[1]
+    if dimension != y.shape[1]:
+        raise EvaluationError(f"features of {dimension} and {y.shape[1]} dimensions")
+    if n > dimension and m > dimension:
+        return frechet_distance(features_to_statistics(x), features_to_statistics(y))
+    from scipy.linalg import svdvals
+
+    centred_x = (x - x.mean(axis=0)) / np.sqrt(n - DDOF)
+    centred_y = (y - y.mean(axis=0)) / np.sqrt(m - DDOF)
+    trace_x, trace_y = (centred_x**2).sum(), (centred_y**2).sum()
+    if n > dimension:  # S^(1/2) of the large set stands in for its features
+        centred_x = _root(centred_x.T @ centred_x)
+    elif m > dimension:
+        centred_y = _root(centred_y.T @ centred_y)
+    trace = float(svdvals(centred_x @ centred_y.T, check_finite=False).sum())
+    return _assemble(x.mean(axis=0) - y.mean(axis=0), trace_x, trace_y, trace)
+
+
+def _assemble(difference: Floats, trace_x: float, trace_y: float, trace_root: float) -> float:
+    value = float(difference @ difference + trace_x + trace_y - 2.0 * trace_root)
+    if not np.isfinite(value):
+        raise EvaluationError("the Fréchet distance is not finite; look for NaN images")
+    return max(value, 0.0)
+
+
+def _trace_of_root(first: Floats, second: Floats) -> float:
+    """tr (S1 S2)^(1/2) from the eigenvalues of L^T S2 L with L L^T = S1."""
+    from scipy.linalg import LinAlgError, cholesky, eigvalsh
+
+    try:
+        factor = cholesky(first, lower=True, check_finite=False)
+    except LinAlgError:
+        factor = _root(first)
+    inner = factor.T @ second @ factor
+    values = eigvalsh((inner + inner.T) / 2, check_finite=False, overwrite_a=True)
+    return float(np.sqrt(np.clip(values, 0.0, None)).sum())
+
+
+def _root(covariance: Floats) -> Floats:
+    """The symmetric root of a positive semi-definite matrix."""
+    from scipy.linalg import eigh
+
+    values, vectors = eigh(covariance, check_finite=False)
+    root: Floats = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root
+
+
+def _reduce(x: Floats, y: Floats) -> tuple[Floats, Floats]:
+    """Coordinates of both sets in an orthonormal basis of their common span, if that is smaller."""
+    rows = len(x) + len(y)
+    if rows >= x.shape[1]:
+        return x, y
+    triangle = np.linalg.qr(np.concatenate([x, y]).T, mode="r")  # [rows, rows]
+    return np.ascontiguousarray(triangle.T[: len(x)]), np.ascontiguousarray(triangle.T[len(x) :])
+
+
+def _check_features(features: npt.NDArray[np.floating]) -> Floats:
+    data = np.asarray(features, np.float64)
+    if data.ndim != 2 or len(data) < 2:
+        raise EvaluationError(f"features of shape {data.shape}; at least two vectors are needed")
+    if not np.isfinite(data).all():
+        bad = int((~np.isfinite(data).all(axis=1)).sum())
+        raise EvaluationError(f"{bad} of {len(data)} feature vectors are not finite")
+    return data

@@ -1,0 +1,81 @@
+"""Precision, recall (Kynkäänniemi et al., 2019), density and coverage (Naeem et al., 2020)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.errors import EvaluationError
+from modelops.metrics.intervals import Interval, bootstrap_mean
+
+Floats = npt.NDArray[np.float64]
+
+
+def prdc(
+    real: npt.NDArray[np.floating],
+    generated: npt.NDArray[np.floating],
+    *,
+    seed: int,
+    neighbours: int = 5,
+    resamples: int = 2000,
+    block: int = 1024,
+) -> dict[str, Interval]:
+    """{"precision", "recall", "density", "coverage"} of generated against real features [N, D].
+
+    A sphere around each point reaches to its k-th nearest neighbour in its own set, itself not
+    counted. Intervals are bootstrapped over the images whose membership is averaged, the spheres
+    being held fixed.
+
+    Raises:
+        EvaluationError: a set has no more than `neighbours` images.
+    """
+    x, y = np.asarray(real, np.float64), np.asarray(generated, np.float64)
+    if min(len(x), len(y)) <= neighbours:
+        raise EvaluationError(
+            f"{min(len(x), len(y))} images are too few for {neighbours} nearest neighbours"
+        )
+    radius_real = _radii(x, neighbours, block)
+    radius_generated = _radii(y, neighbours, block)
+
+    in_real = np.zeros(len(y))  # how many real spheres hold each generated image
+    in_generated = np.zeros(len(x), bool)
+    covered = np.zeros(len(x), bool)
+    for start in range(0, len(x), block):
+        rows = slice(start, start + block)
+        distances = _squared_distances(x[rows], y)
+        inside = distances < radius_real[rows, None]
+        in_real += inside.sum(axis=0)
+        covered[rows] = inside.any(axis=1)
+        in_generated[rows] = (distances < radius_generated[None]).any(axis=1)
+
+    per_image = {
+        "precision": in_real > 0,
+        "recall": in_generated,
+        "density": in_real / neighbours,
+        "coverage": covered,
+    }
+    results = {}
+    for name, values in per_image.items():
+        made = bootstrap_mean(
+            values.astype(np.float64), seed=seed, resamples=resamples, purpose=f"prdc/{name}"
+        )
+        results[name] = Interval(
+            made.value, made.low, made.high, f"k = {neighbours}; {made.method}, spheres fixed"
+        )
+    return results
+
+
+def _squared_distances(a: Floats, b: Floats) -> Floats:
+    squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None]
+    return np.asarray(np.clip(squares - 2.0 * (a @ b.T), 0.0, None))
+
+
+def _radii(points: Floats, neighbours: int, block: int) -> Floats:
+    """Squared distance from each point to its k-th nearest other point, [N]."""
+    found = []
+    for start in range(0, len(points), block):
+        distances = _squared_distances(points[start : start + block], points)
+        own = np.arange(len(distances))
+        distances[own, own + start] = np.inf  # rounding must not make it other than itself
+        found.append(np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1])
+    return np.concatenate(found)

@@ -1,0 +1,155 @@
+"""Prompt filter: word lists, matched on normalised whole words, with reasons.
+
+A list cannot understand a sentence. It stops the plain cases, and says which word of which category
+it stopped; borderline words are left alone so that ordinary prompts pass. The lists lie in
+`safety/lists/CATEGORY.txt`: one word or phrase a line, `#` starts a comment, `*` at the end of a
+line also takes every word that begins so.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from modelops.errors import UsageError
+from modelops.files import read_text, sha256_json
+
+MAX_PROMPT = 10_000  # characters
+CATEGORIES = ("sexual", "minors", "violence", "hate", "self-harm")
+_LEET = str.maketrans({"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a",
+                       "$": "s", "!": "i"})  # fmt: skip
+_CONFUSABLE = str.maketrans("аеорсухіѕԁһӏ", "aeopcyxisdhl")  # Cyrillic that looks Latin
+_SPELLED_OUT = re.compile(r"\b(?:\w[ .\-_*]){2,}\w\b")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptVerdict:
+    """Whether a prompt is blocked, and why: "category: what matched"."""
+
+    blocked: bool
+    reasons: tuple[str, ...] = ()
+
+
+class PromptFilter(Protocol):
+    """Says which prompts must not be answered."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Name and digest of the lists, for records."""
+
+    def check(self, prompt: str) -> PromptVerdict:
+        """The verdict on one prompt; never raises for any text."""
+
+
+class WordListFilter:
+    """Blocks prompts that hold a listed word or phrase.
+
+    Args:
+        lists: {category: entries}; the packaged lists when not given.
+    """
+
+    def __init__(self, lists: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.lists = {k: tuple(v) for k, v in (lists or packaged_lists()).items()}
+        self._patterns = {
+            category: re.compile("|".join(map(_entry_to_pattern, entries)))
+            for category, entries in self.lists.items()
+            if entries
+        }
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {
+            "filter": "word lists",
+            "lists_sha256": sha256_json(self.lists),
+            "categories": sorted(self.lists),
+            "entries": sum(map(len, self.lists.values())),
+        }
+
+    def check(self, prompt: str) -> PromptVerdict:
+        if len(prompt) > MAX_PROMPT:
+            return PromptVerdict(True, (f"length: more than {MAX_PROMPT} characters",))
+        reasons = {}
+        for text in _readings(prompt):
+            for category, pattern in self._patterns.items():
+                for match in pattern.finditer(text):
+                    reasons[f"{category}: {match.group(0)}"] = None
+        return PromptVerdict(bool(reasons), tuple(reasons))
+
+
+def normalise(prompt: str) -> str:
+    """NFKC, without accents, invisible characters or case; look-alike Cyrillic as Latin; words
+    separated by single spaces."""
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", prompt)).casefold()
+    kept = "".join(
+        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
+        for c in text
+        if unicodedata.category(c) not in ("Mn", "Cf")
+    )
+    return " ".join(kept.translate(_CONFUSABLE).split())
+
+
+@functools.cache
+def packaged_lists() -> dict[str, tuple[str, ...]]:
+    """The lists that come with the package."""
+    folder = resources.files("modelops.safety") / "lists"
+    return {
+        name: parse_list((folder / f"{name}.txt").read_text("utf-8"), f"{name}.txt")
+        for name in CATEGORIES
+    }
+
+
+def read_lists(directory: Path) -> dict[str, tuple[str, ...]]:
+    """Lists of one's own: every `*.txt` of a directory.
+
+    Raises:
+        UsageError: there is none, or an entry cannot be used.
+    """
+    files = sorted(Path(directory).glob("*.txt"))
+    if not files:
+        raise UsageError(f"{directory}: no word lists (*.txt)")
+    return {file.stem: parse_list(read_text(file), file.name) for file in files}
+
+
+def parse_list(text: str, name: str) -> tuple[str, ...]:
+    """Entries of one list, normalised.
+
+    Raises:
+        UsageError: an entry is shorter than three letters, which would block ordinary words.
+    """
+    entries = []
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = normalise(line.split("#", 1)[0])
+        if not entry:
+            continue
+        if len(entry.rstrip("*")) < 3:
+            raise UsageError(f"{name}: line {number}: {entry!r} is too short to block")
+        entries.append(entry)
+    return tuple(entries)
+
+
+def _readings(prompt: str) -> list[str]:
+    """The prompt as words, with digits read as letters, and with s p a c e d words closed up."""
+    plain = normalise(prompt)
+    readings = [plain]
+    leet = " ".join(
+        word.translate(_LEET) if any(c.isalpha() for c in word) else word for word in plain.split()
+    )
+    readings.append(leet)
+    for text in (plain, leet):
+        closed = _SPELLED_OUT.sub(lambda m: re.sub(r"[ .\-_*]", "", m.group(0)), text)
+        readings.append(closed)
+    return list(dict.fromkeys(readings))
+
+
+def _entry_to_pattern(entry: str) -> str:
+    """A whole-word pattern; words of a phrase may be joined by spaces, hyphens or underscores."""
+    prefix = entry.endswith("*")
+    words = [re.escape(word) for word in entry.rstrip("*").split()]
+    body = r"[\s\-_]+".join(words)
+    return rf"(?<![^\W_]){body}" + (r"[^\W_]*" if prefix else r"s?") + r"(?![^\W_])"
