@@ -1,4 +1,4 @@
-"""Model, verdict, records and cards to a release directory, and back: is it still what was released?
+"""Model, verdict, records and cards to a release directory, and back: is it what was released?
 
 release/
   release.json   ReleaseRecord: every other file by sha256 and size
@@ -88,7 +88,8 @@ def build_release(
         failed = [line.name for line in answer.criteria if line.answer != "pass"]
         kind = GateFailedError if answer.answer == "fail" else GateUndecidedError
         raise kind(
-            f"{verdict_path}: the gate answered {answer.answer} ({', '.join(failed) or 'no criteria'})",
+            f"{verdict_path}: the gate answered {answer.answer} "
+            f"({', '.join(failed) or 'no criteria'})",
             hint="mend the model or the policy and run `modelops gate` again, or allow it openly",
         )
     model_sha256 = sha256_tree(model, exclude=[_TRAINING_STATE])

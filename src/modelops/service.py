@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, cast
 
 import bentoml
 
@@ -86,4 +86,4 @@ class ImageGenerator:
         self.node.close()
 
 
-ImageGenerator.add_asgi_middleware(HealthFromNode)
+cast("Any", ImageGenerator).add_asgi_middleware(HealthFromNode)

@@ -148,8 +148,9 @@ async def _wait(ticket: Ticket, request: Request) -> list[Any] | None:
     """The ticket's images, or None when the client left first."""
     work = asyncio.gather(*(asyncio.wrap_future(job.future) for job in ticket.jobs))
     left = asyncio.ensure_future(_disconnected(request.receive))
+    first: set[asyncio.Future[Any]] = {work, left}
     try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             return None
         try:

@@ -1,11 +1,11 @@
 """Image requests to images, by one thread that batches between denoising steps.
 
-Requests join and leave the running batch at every step. Each row keeps its own noise, scheduler, step
-count and guidance, so a request of 8 steps never waits for one of 30, and the image is the one the
-pipeline makes of the same request alone.
+Requests join and leave the running batch at every step. Each row keeps its own noise, scheduler,
+step count and guidance, so a request of 8 steps never waits for one of 30, and the image is the one
+the pipeline makes of the same request alone.
 
-    caller: submit() ─▶ waiting (bounded, first in first out) ─▶ running rows ─▶ Job.future
-                                    engine thread: admit, one network evaluation, step each row, decode
+    submit() ─▶ waiting (bounded, first in first out) ─▶ running rows ─▶ Job.future
+                engine thread: admit, one network evaluation, step each row, decode
 
 A guided request takes two rows of the same forward pass: its prompt and its negative prompt.
 """

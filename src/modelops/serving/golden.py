@@ -98,7 +98,7 @@ def check_golden(
     """Compare this start's golden image with the release's.
 
     Raises:
-        ServingError: they are further apart than rounding explains, or the image is one flat colour.
+        ServingError: further apart than rounding explains, or the image is one flat colour.
         IntegrityError: the release's golden image cannot be read.
     """
     digest = pixels_sha256(pixels)

@@ -1,7 +1,7 @@
 """Safety filters behind a guard that fails closed.
 
-A filter that is missing, raises, is slow, or answers nonsense never lets a picture through: `check_*`
-raises FilterError and the guard stays red until a probe of the same filter succeeds.
+A filter that is missing, raises, is slow, or answers nonsense never lets a picture through:
+`check_*` raises FilterError and the guard stays red until a probe of the same filter succeeds.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class FilterGuard:
         self._call(make, self._load_timeout_s)
 
     def probe(self, check: Callable[[], None], *, every_s: float = 0.0) -> bool:
-        """Load if need be and run `check`; a success turns the guard green. At most every `every_s`."""
+        """Load if need be and run `check`, at most every `every_s`; a success turns it green."""
         with self._lock:
             now = time.monotonic()
             if every_s and now - self._last_probe < every_s:

@@ -70,7 +70,7 @@ class NodeSettings:
             name = f"MODELOPS_{entry.name.upper()}"
             if name not in environment:
                 continue
-            kind = type(entry.default)
+            kind: Any = type(entry.default)
             try:
                 values[entry.name] = kind(environment[name])
             except ValueError as error:
@@ -179,7 +179,7 @@ class InferenceNode:
         self._closing = False
 
     def start(self) -> None:
-        """Make the golden image and probe the filters. Problems end in `readiness`, not in a raise."""
+        """Make the golden image and probe the filters; problems end in `readiness`."""
         try:
             job = self.engine.submit([golden_request(self.release.defaults)])[0]
             image = job.future.result(self.settings.deadline_s)
@@ -200,7 +200,7 @@ class InferenceNode:
         return self.engine.alive and self.engine.stalled_for() < STALLED_S
 
     def readiness(self) -> list[str]:
-        """Why the node is not ready; empty when it is. Red filters are probed again now and then."""
+        """Why the node is not ready; empty when it is. Red filters are probed again."""
         if not self._closing:
             self._probe_filters(every_s=2.0)
         return self._problems()
