@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,29 +20,6 @@ import numpy.typing as npt
 from modelops.serving.failures import FilterError
 
 log = logging.getLogger("modelops.serving")
-
-
-class PromptResult(Protocol):
-    """What a prompt filter says of a text."""
-
-    @property
-    def blocked(self) -> bool: ...
-    @property
-    def reasons(self) -> Sequence[str]: ...
-
-
-class PromptFilter(Protocol):
-    """Text to a verdict."""
-
-    def check(self, text: str) -> PromptResult: ...
-
-
-class ImageFilter(Protocol):
-    """Images [H, W, 3] uint8 to scores in [0, 1]; at or above `threshold` is withheld."""
-
-    @property
-    def threshold(self) -> float: ...
-    def scores(self, images: Any) -> Any: ...
 
 
 class FilterGuard:
@@ -121,25 +98,25 @@ class FilterGuard:
 
     def check_images(
         self, images: Sequence[npt.NDArray[np.uint8]]
-    ) -> tuple[npt.NDArray[np.float64], float]:
-        """(scores [N] in [0, 1], threshold) of images [H, W, 3].
+    ) -> tuple[list[float], list[bool]]:
+        """(scores in [0, 1], blocked) of images [H, W, 3].
 
         Raises:
             FilterError: no answer; the images must not be shown.
         """
-        raw = self._call(lambda: self._required().scores(list(images)), self.timeout_s)
+        raw = self._call(lambda: self._required().check(list(images)), self.timeout_s)
         try:
-            scores = np.asarray(raw, dtype=np.float64)
-            threshold = float(self._required().threshold)
+            verdicts = [(float(verdict.score), verdict.blocked) for verdict in raw]
         except (TypeError, ValueError, AttributeError) as error:
-            raise self.broken("gave no numbers") from error
-        if scores.shape != (len(images),):
-            raise self.broken(f"gave scores of shape {scores.shape} for {len(images)} images")
-        if not np.isfinite(scores).all() or scores.min() < 0 or scores.max() > 1:
-            raise self.broken("gave a score that is NaN or outside [0, 1]")
-        if not 0 < threshold <= 1:
-            raise self.broken(f"has a threshold of {threshold}")
-        return scores, threshold
+            raise self.broken("gave no verdicts") from error
+        if len(verdicts) != len(images):
+            raise self.broken(f"gave {len(verdicts)} verdicts for {len(images)} images")
+        for score, blocked in verdicts:
+            if not 0.0 <= score <= 1.0:  # NaN too
+                raise self.broken(f"gave a score of {score}")
+            if not isinstance(blocked, (bool, np.bool_)):
+                raise self.broken("gave no verdict")
+        return [score for score, _ in verdicts], [bool(blocked) for _, blocked in verdicts]
 
     def close(self) -> None:
         """Let the thread end; a hung filter is left behind."""

@@ -113,15 +113,15 @@ def open_model(
 
 
 def _load_prompt_filter() -> Any:
-    from modelops.safety.prompt import load_prompt_filter
+    from modelops.safety.prompt import WordListFilter
 
-    return load_prompt_filter()
+    return WordListFilter()
 
 
 def _load_image_filter() -> Any:
-    from modelops.safety.image import load_image_filter
+    from modelops.safety.image import OpenNsfwFilter
 
-    return load_image_filter()
+    return OpenNsfwFilter(threads=1)
 
 
 class InferenceNode:
@@ -235,8 +235,8 @@ class InferenceNode:
     def _probe_image(self) -> None:
         if self._golden_pixels is None:
             raise self.image_guard.broken("has no golden image to be tried on")
-        scores, threshold = self.image_guard.check_images([self._golden_pixels])
-        if scores[0] >= threshold:
+        _, blocked = self.image_guard.check_images([self._golden_pixels])
+        if blocked[0]:
             raise self.image_guard.broken("withholds the golden image")
 
     # --- requests ---------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ class InferenceNode:
             observe("denoise").observe(image.denoise_s)
         began = time.monotonic()
         try:
-            scores, threshold = self.image_guard.check_images([image.pixels for image in images])
+            scores, blocked = self.image_guard.check_images([image.pixels for image in images])
         except FilterError as error:
             self.metrics.filter_failures.labels("image").inc()
             raise ApiError(
@@ -342,7 +342,7 @@ class InferenceNode:
                 "the image filter gave no answer, so no picture is sent",
             ) from error  # fmt: skip
         observe("image_filter").observe(time.monotonic() - began)
-        if (scores >= threshold).any():
+        if any(blocked):
             self.metrics.filtered.labels("image").inc()
             raise ApiError(
                 400, "content_policy_violation",
@@ -351,7 +351,7 @@ class InferenceNode:
         began = time.monotonic()
         output_format = ticket.request.output_format or "png"
         data = [
-            self._encode(image, output_format, float(score))
+            self._encode(image, output_format, score)
             for image, score in zip(images, scores, strict=True)
         ]
         observe("encode").observe(time.monotonic() - began)
