@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modelops.errors import ModelopsError, UsageError
+from modelops.export.artifact import verify_artifact
 from modelops.files import safe_join, sha256_file, sha256_tree
 from modelops.gates.policy import Policy
 from modelops.records import (
@@ -88,14 +89,11 @@ def find_subject(policy: Policy, evidence: dict[str, Evidence], root: Path) -> S
         return Subject(problem=f"the subject is unknown: {chosen.problem}")
     if isinstance(record, ArtifactRecord):
         made_from = {name: ref.sha256 for name, ref in record.inputs.items()}
-        directory = (root / chosen.path).parent
         try:
-            changed = _changed_components(record, directory)
-            if changed:
-                return Subject(made_from=made_from, problem=changed)
-            return Subject(sha256=sha256_tree(directory), made_from=made_from)
+            _, digest = verify_artifact((root / chosen.path).parent)
         except ModelopsError as error:
             return Subject(made_from=made_from, problem=error.message)
+        return Subject(sha256=digest, made_from=made_from)
     if isinstance(record, EvaluationRecord):
         digest = record.source.sha256
         if digest is None:
@@ -108,16 +106,6 @@ def find_subject(policy: Policy, evidence: dict[str, Evidence], root: Path) -> S
         return Subject(sha256=digest)
     return Subject(problem=f"{chosen.path} is a {record.kind} record; a subject is an artifact or "
                    "an evaluation")  # fmt: skip
-
-
-def _changed_components(record: ArtifactRecord, directory: Path) -> str | None:
-    for component in record.components:
-        path = safe_join(directory, component.file)
-        if not path.is_file():
-            return f"{component.file} of the artifact is missing"
-        if sha256_file(path) != component.sha256:
-            return f"{component.file} of the artifact is not the file that was exported"
-    return None
 
 
 def misfit(

@@ -1,0 +1,89 @@
+"""What no record can say: purpose, limits and licences in the words of the people responsible."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from modelops.errors import ConfigError
+from modelops.files import read_yaml
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class About(BaseModel):
+    """The words of a model card and of its dataset card. Every text is one paragraph of plain text.
+
+    Attributes:
+        name: of the model.
+        summary: two sentences at the top of the model card.
+        license: of the weights, as a Hugging Face licence id.
+        license_reason: why that licence.
+        dataset_id, dataset_name, dataset_summary, dataset_license: of the pictures.
+        attribution: lines that the licences ask to be shown.
+        openness: what is open: weights, code, data, documentation.
+        example_prompt: of the how-to-use snippets.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    summary: str
+    license: str
+    license_reason: str
+    language: list[str] = ["en"]
+    tags: list[str] = []
+    contact: str = ""
+    code_url: str = ""
+    dataset_id: str
+    dataset_name: str
+    dataset_summary: str
+    dataset_license: str
+    dataset_creator: str = ""
+    dataset_url: str = ""
+    attribution: list[str]
+    intended_use: list[str] = []
+    out_of_scope: list[str] = []
+    limitations: list[str] = []
+    mitigations: list[str] = []
+    collection: list[str] = []
+    biases: list[str] = []
+    personal_data: str = ""
+    openness: dict[str, str] = {}
+    example_prompt: str = "red heart"
+
+
+def parse_about(data: dict[str, Any], *, source: str) -> About:
+    """Check the words.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion), a missing one, or another type.
+    """
+    try:
+        return About.model_validate(data)
+    except ValidationError as error:
+        found = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")[0]
+        key = ".".join(str(part) for part in found["loc"])
+        if found["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, About.model_fields, n=1, cutoff=0.5)
+            known = ", ".join(About.model_fields)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {known}"
+            raise ConfigError(f"{source}: {key}: unknown key", hint=hint) from error
+        raise ConfigError(f"{source}: {key}: {found['msg'].lower()}") from error
+
+
+def load_about(path: str | Path) -> About:
+    """Read the words from YAML.
+
+    Raises:
+        ConfigError: see `parse_about`.
+    """
+    return parse_about(read_yaml(path), source=str(path))
+
+
+def openmoji_about() -> About:
+    """The words for a model trained on OpenMoji."""
+    return load_about(TEMPLATES / "openmoji_about.yaml")

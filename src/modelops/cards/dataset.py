@@ -1,0 +1,129 @@
+"""Statistics and records of the data to dataset_card.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modelops.cards import statistics as stats
+from modelops.cards.about import About, openmoji_about, parse_about
+from modelops.cards.context import read_input
+from modelops.cards.hub import dataset_front_matter
+from modelops.cards.numbers import measurements_table
+from modelops.cards.render import render_template
+from modelops.cards.sources import (
+    CardSources,
+    copy_picture,
+    existing_notes,
+    reference,
+    with_notes,
+    write_sources,
+)
+from modelops.errors import UsageError
+from modelops.files import read_json, sha256_bytes, write_json, write_text
+from modelops.records import DedupReport, SmokeReport, SplitReport
+
+COLUMNS = (
+    ("id", "text", "names the sample"),
+    ("filepath", "text", "of the picture, relative to the manifest"),
+    ("caption", "text", "in English"),
+    ("license", "text", "of this sample"),
+    ("source", "text", "where it comes from"),
+    ("sha256", "text", "of the file's bytes"),
+    ("nsfw_flag", "0 or 1", "1 for unsafe"),
+    ("tags", "text", "separated by semicolons"),
+    ("date_collected", "date", "YYYY-MM-DD"),
+)
+
+
+def write_dataset_card(
+    out_path: str | Path,
+    *,
+    statistics: dict[str, Any] | str | Path,
+    manifest: str | Path | None = None,
+    dedup: str | Path | None = None,
+    split: str | Path | None = None,
+    smoke: str | Path | None = None,
+    shard_manifest: str | Path | None = None,
+    pictures: Mapping[str, str | Path] | None = None,
+    about: About | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a dataset card, its pictures, NAME.statistics.json and NAME.sources.json beside it.
+
+    Args:
+        out_path: where the card goes; notes that an earlier card holds are kept.
+        statistics: of `data.stats.manifest_statistics`, or a JSON file of them.
+        manifest, shard_manifest: what they describe; watched for changes where present.
+        dedup, split, smoke: records of the data.
+        pictures: what it shows -> picture.
+        about: sources, biases and licences; by default those of OpenMoji.
+        force: replace a file that is not such a card.
+
+    Raises:
+        UsageError: an input is missing, unreadable or of another kind.
+        ModelopsError: the card would print an undefined or non-finite value.
+    """
+    card = Path(out_path)
+    folder = card.parent
+    notes = existing_notes(card, force=force)
+    if isinstance(statistics, dict):
+        path = card.with_suffix(".statistics.json")
+        write_json(path, statistics)
+    else:
+        path = Path(statistics)
+    named = {"statistics": path, "dedup": dedup, "split": split, "smoke": smoke}
+    watched = {"manifest": manifest, "shard_manifest": shard_manifest}
+    taken: set[str] = set()
+    sources = CardSources(
+        card="dataset",
+        about=(about or openmoji_about()).model_dump(mode="json"),
+        inputs={role: reference(item, folder) for role, item in named.items() if item is not None},
+        watched={
+            role: reference(item, folder) for role, item in watched.items() if item is not None
+        },
+        pictures=[copy_picture(item, alt, folder, taken) for alt, item in (pictures or {}).items()],
+    )
+    body = render_dataset_card(sources, folder)
+    sources.body_sha256 = sha256_bytes(body.encode())
+    write_text(card, with_notes(body, notes))
+    write_sources(card, sources)
+    return card
+
+
+def render_dataset_card(sources: CardSources, folder: Path) -> str:
+    """The card's text with an empty notes region, from the records as they are now.
+
+    Raises:
+        UsageError: an input is missing or is not what it should be.
+        ModelopsError: the card would print an undefined or non-finite value.
+    """
+    about = parse_about(sources.about, source="about")
+    path = folder / sources.inputs["statistics"].path
+    counted = read_json(path)
+    if not isinstance(counted, dict) or not isinstance(counted.get("samples"), int):
+        raise UsageError(f"{path}: not the statistics of a manifest")
+    records = {
+        role: read_input(sources, folder, role, kind) if role in sources.inputs else None
+        for role, kind in (("dedup", DedupReport), ("split", SplitReport), ("smoke", SmokeReport))
+    }
+    split = records["split"]
+    try:
+        context = {
+            "about": about,
+            "columns": COLUMNS,
+            "summary": stats.summary(counted),
+            "tables": stats.tables(counted),
+            "quarantined": stats.quarantined(counted),
+            "duplicates": counted.get("duplicates"),
+            **records,
+            "leakage": measurements_table(split.leakage) if isinstance(split, SplitReport) else [],
+            "pictures": sources.pictures,
+            "inputs": sources.inputs,
+            "watched": sources.watched,
+        }
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    text = dataset_front_matter(about, counted["samples"])
+    return text + render_template("dataset_card.md.j2", context)

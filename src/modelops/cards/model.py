@@ -1,0 +1,103 @@
+"""Records to model_card.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from modelops.cards.about import About, openmoji_about, parse_about
+from modelops.cards.context import evaluations_of, model_context
+from modelops.cards.hub import check_model_front_matter, count_results, model_front_matter
+from modelops.cards.render import render_template
+from modelops.cards.sources import (
+    CardSources,
+    copy_picture,
+    existing_notes,
+    reference,
+    with_notes,
+    write_sources,
+)
+from modelops.files import sha256_bytes, write_text
+
+
+def write_model_card(
+    out_path: str | Path,
+    *,
+    train: str | Path,
+    evaluations: Mapping[str, str | Path],
+    artifacts: Mapping[str, str | Path] | None = None,
+    verdict: str | Path | None = None,
+    split: str | Path | None = None,
+    dedup: str | Path | None = None,
+    config: str | Path | None = None,
+    pictures: Mapping[str, str | Path] | None = None,
+    about: About | None = None,
+    dataset_card: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a model card, its pictures and NAME.sources.json beside it.
+
+    Args:
+        out_path: where the card goes; notes that an earlier card holds are kept.
+        train: train.json.
+        evaluations: name -> record, in the order of the columns; `early` is the baseline, which is
+            printed but not offered to the Hub as a result.
+        artifacts: name -> artifact.json.
+        verdict: verdict.json.
+        split, dedup: records of the data.
+        config: the run's frozen config; by default config.json beside train.json, when there.
+        pictures: what it shows -> picture. The first stands at the top (the grid).
+        about: purpose, limits and licences; by default those of OpenMoji.
+        dataset_card: is linked.
+        force: replace a file that is not such a card.
+
+    Returns:
+        `out_path`.
+
+    Raises:
+        UsageError: a record or picture is missing, unreadable or of another kind.
+        ModelopsError: the card would print an undefined or non-finite value.
+    """
+    card = Path(out_path)
+    folder = card.parent
+    notes = existing_notes(card, force=force)
+    frozen = Path(config) if config else Path(train).parent / "config.json"
+    named: dict[str, str | Path | None] = {
+        "train": train,
+        "config": frozen if config or frozen.is_file() else None,
+        "split": split,
+        "dedup": dedup,
+        **{f"evaluation:{name}": path for name, path in evaluations.items()},
+        **{f"artifact:{name}": path for name, path in (artifacts or {}).items()},
+        "verdict": verdict,
+    }
+    inputs = {role: reference(path, folder) for role, path in named.items() if path is not None}
+    options = {"dataset_card": reference(dataset_card, folder).path} if dataset_card else {}
+    taken: set[str] = set()
+    sources = CardSources(
+        card="model",
+        about=(about or openmoji_about()).model_dump(mode="json"),
+        options=options,
+        inputs=inputs,
+        pictures=[copy_picture(path, alt, folder, taken) for alt, path in (pictures or {}).items()],
+    )
+    body = render_model_card(sources, folder)
+    sources.body_sha256 = sha256_bytes(body.encode())
+    write_text(card, with_notes(body, notes))
+    write_sources(card, sources)
+    return card
+
+
+def render_model_card(sources: CardSources, folder: Path) -> str:
+    """The card's text with an empty notes region, from the records as they are now.
+
+    Raises:
+        UsageError: a record is missing or is not what it should be.
+        ModelopsError: the card would print an undefined or non-finite value.
+    """
+    about = parse_about(sources.about, source="about")
+    evaluations = evaluations_of(sources, folder)
+    text = model_front_matter(about, evaluations)
+    text += render_template("model_card.md.j2", model_context(sources, folder))
+    check_model_front_matter(text, count_results(evaluations))
+    return text

@@ -1,0 +1,140 @@
+"""Measurements into table cells. Every number leads back to its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from markupsafe import Markup
+
+from modelops.cards.escape import code, link, markdown, number
+from modelops.cards.words import PARTS, words_of
+from modelops.records import EvaluationRecord, InputRef, Measurement
+
+EXPECTED = (  # asked of every release: a card says so when one is missing
+    "frechet_distance_lite0", "frechet_distance_lite0_floor", "fid", "lit_alignment_gain",
+    "clipscore", "nearest_train_distance_gap", "unsafe_rate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """An evaluation with its place."""
+
+    name: str
+    record: EvaluationRecord
+    file: InputRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One metric over all evaluations.
+
+    Attributes:
+        key: the metric's key in the records.
+        title: with an arrow for the better direction.
+        says: in plain words.
+        cells: one per evaluation: value [low, high] and n, or why not.
+        how: methods and protocols.
+        alike: whether all cells were measured under one protocol.
+    """
+
+    key: str
+    title: Markup
+    says: Markup
+    cells: list[Markup]
+    how: Markup
+    alike: bool
+
+
+def interval(measured: Measurement) -> Markup:
+    """`21.6 [20.1, 23.0]`, or `not measured: reason`."""
+    if measured.value is None or measured.low is None or measured.high is None:
+        return Markup("*not measured: ") + markdown(measured.not_measured or "") + Markup("*")
+    unit = f" {measured.unit}" if measured.unit else ""
+    low, high = number(measured.low), number(measured.high)
+    return (
+        Markup(f"**{number(measured.value)}**")
+        + markdown(unit and unit)
+        + Markup(f" \\[{low}, {high}\\]")
+    )
+
+
+def cell(measured: Measurement) -> Markup:
+    """An interval with its n, and its warnings."""
+    text = interval(measured)
+    if measured.value is not None:
+        text += Markup(f" <sub>n {measured.n:,}</sub>")
+    for warning in measured.warnings:
+        text += Markup(" ⚠ ") + markdown(warning)
+    return text
+
+
+def record_link(file: InputRef) -> Markup:
+    """The record's name as a link, with the first digits of its digest."""
+    return link(PurePosixPath(file.path).name, file.path) + Markup(" ") + code(file.sha256[:12])
+
+
+def rows_by_part(evaluations: list[Measured]) -> dict[str, list[Row]]:
+    """The evaluation tables: part of the card -> rows, known metrics first."""
+    keys = list(EXPECTED)
+    for item in evaluations:
+        keys += [key for key in item.record.metrics if key not in keys]
+    parts: dict[str, list[Row]] = {part: [] for part in PARTS}
+    for key in sorted(keys, key=_place):
+        parts[words_of(key).part].append(_row(key, evaluations))
+    return parts
+
+
+def _place(key: str) -> tuple[int, str]:
+    from modelops.cards.words import METRICS
+
+    known = list(METRICS)
+    return (known.index(key), "") if key in METRICS else (len(known), key)
+
+
+def measurement_in(item: Measured, key: str) -> Measurement:
+    """A record's measurement, or why there is none."""
+    if item.record.status != "ok":
+        return Measurement.missing(f"the evaluation {item.record.status}: {item.record.error}")
+    return item.record.metrics.get(key) or Measurement.missing("not in this record")
+
+
+def _row(key: str, evaluations: list[Measured]) -> Row:
+    words = words_of(key)
+    found = [measurement_in(item, key) for item in evaluations]
+    made = [measured for measured in found if measured.value is not None]
+    directions = {measured.higher_is_better for measured in made} - {None}
+    arrow = "" if len(directions) != 1 else " ↑" if directions == {True} else " ↓"
+    title = Markup(words.title) if words.title != key else code(key)
+    return Row(
+        key=key,
+        title=title + arrow,
+        says=Markup(words.says),
+        cells=[cell(measured) for measured in found],
+        how=_how(made),
+        alike=len({measured.protocol for measured in made}) <= 1,
+    )
+
+
+def _how(made: list[Measurement]) -> Markup:
+    if not made:
+        return Markup("–")
+    ways: dict[str, Markup] = {}
+    for measured in made:
+        way = markdown(measured.method or "method not recorded")
+        way += Markup(f", {measured.confidence * 100:g} % interval")
+        way += Markup(", protocol ") + code((measured.protocol or "not recorded")[:12])
+        ways[str(way)] = way
+    return Markup("; ").join(ways.values())
+
+
+def measurements_table(
+    measurements: Mapping[str, Measurement],
+) -> list[tuple[Markup, Markup, Markup]]:
+    """(name, value [low, high] with n, method) per measurement, for speeds and leakage."""
+    return [
+        (code(name), cell(measured), _how([measured] if measured.value is not None else []))
+        for name, measured in measurements.items()
+    ]

@@ -1,0 +1,97 @@
+"""A manifest's statistics, as `data.stats.manifest_statistics` counts them, into tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup
+
+from modelops.cards.escape import markdown, megabytes, number
+from modelops.errors import UsageError
+
+MOST_ROWS = 15
+
+# key -> heading of a table of counts; in the order of the card
+COUNTED = {
+    "licenses": "Licences",
+    "sources": "Sources",
+    "splits": "Splits",
+    "tags": "Tags",
+    "resolutions": "Stored sizes",
+}
+
+
+def value(item: Any) -> Markup:
+    """A plain value of the statistics as text.
+
+    Raises:
+        ValueError: NaN or infinite.
+    """
+    if item is None:
+        return Markup("*not recorded*")
+    if isinstance(item, bool):
+        return Markup("yes" if item else "no")
+    if isinstance(item, int):
+        return Markup(f"{item:,}")
+    if isinstance(item, float):
+        return Markup(number(item))
+    return markdown(str(item))
+
+
+def summary(statistics: dict[str, Any]) -> list[tuple[str, Markup]]:
+    """(what, value) rows of single figures."""
+    nsfw, dates = statistics.get("nsfw") or {}, statistics.get("dates") or {}
+    words = statistics.get("caption_words") or {}
+    rows: list[tuple[str, Markup]] = [("Pictures", value(statistics.get("samples")))]
+    if "groups" in statistics:
+        rows.append(("Groups of variants", value(statistics["groups"])))
+    if "bytes" in statistics:
+        rows.append(("Size", Markup(megabytes(statistics["bytes"]))))
+    if "distinct_captions" in statistics:
+        rows.append(("Different captions", value(statistics["distinct_captions"])))
+    if words:
+        shown = ", ".join(f"{name} {value(words[name])}" for name in words)
+        rows.append(("Words per caption", Markup(shown)))
+    if nsfw:
+        shown = f"{value(nsfw.get('flagged'))} of {value(nsfw.get('samples'))}"
+        rows.append(("Flagged unsafe in the manifest", Markup(shown)))
+    if dates:
+        shown = f"{value(dates.get('first'))} to {value(dates.get('last'))}"
+        rows.append(("Collected", Markup(shown)))
+    quarantined = statistics.get("quarantined")
+    if quarantined is not None:
+        rows.append(("Quarantined as unreadable", value(len(quarantined))))
+    return rows
+
+
+def tables(statistics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tables of counts with each count's share; long ones say how many rows they leave out."""
+    made = []
+    for key, heading in COUNTED.items():
+        counts = statistics.get(key)
+        if not counts:
+            continue
+        if not isinstance(counts, dict):
+            raise UsageError(f"statistics: {key}: should be counts by name")
+        samples = statistics.get("samples") or 0
+        shown = list(counts.items())[:MOST_ROWS]
+        made.append(
+            {
+                "heading": heading,
+                "rows": [(markdown(str(name)), value(n), _share(n, samples)) for name, n in shown],
+                "more": len(counts) - len(shown),
+            }
+        )
+    return made
+
+
+def _share(count: Any, samples: int) -> Markup:
+    if not isinstance(count, int) or samples <= 0:
+        return Markup("–")
+    return Markup(f"{100 * count / samples:.1f} %")
+
+
+def quarantined(statistics: dict[str, Any]) -> list[tuple[Markup, Markup]]:
+    """(id, reason) of what was left out, the first of them."""
+    items = statistics.get("quarantined") or {}
+    return [(markdown(str(name)), markdown(str(why))) for name, why in items.items()][:MOST_ROWS]

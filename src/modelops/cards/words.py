@@ -1,0 +1,99 @@
+"""What each metric says, in words for someone who has not met it before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A metric's title, its part of the card, and what it says."""
+
+    title: str
+    part: str
+    says: str
+
+
+PARTS = ("quality", "prompts", "memorization", "safety", "slices", "other")
+
+METRICS: dict[str, Words] = {
+    "frechet_distance_lite0": Words(
+        "Fréchet distance (Lite0)", "quality",
+        "How far the generated pictures are, as a set, from real held-out pictures: means and "
+        "covariances of EfficientNet-Lite0 features. 0 would be equal; lower is better. "
+        "**Not FID**: FID uses other features, and no published FID compares with it.",
+    ),
+    "frechet_distance_lite0_floor": Words(
+        "Floor of that distance", "quality",
+        "The same distance between real training pictures and real held-out pictures at the same "
+        "n: what a perfect generator would score here.",
+    ),
+    "kernel_distance_lite0": Words(
+        "Kernel distance (Lite0)", "quality",
+        "The same question with a cubic kernel, unbiased in n; it may be slightly negative. "
+        "Lower is better. Not KID, which uses Inception's features.",
+    ),
+    "fid": Words(
+        "FID", "quality", "Fréchet distance on Inception features, as clean-fid computes it."
+    ),
+    "lit_alignment": Words(
+        "Alignment with its prompt (LiT)", "prompts",
+        "Mean cosine between a picture and its own prompt in a small image–text model trained on "
+        "the training split. Not a CLIPScore.",
+    ),
+    "lit_alignment_shuffled": Words(
+        "Alignment with another prompt (LiT)", "prompts",
+        "The same with prompts shuffled among the pictures: what ignoring the prompt would score.",
+    ),
+    "lit_alignment_gain": Words(
+        "Alignment gain (own − other prompt)", "prompts",
+        "Own minus shuffled, paired. Clear of zero means that pictures follow their prompts.",
+    ),
+    "lit_heldout_retrieval_top1": Words(
+        "Skill of the judge: top-1", "prompts",
+        "How often the image–text model finds the right caption of a *real* held-out picture "
+        "first. Alignment scores are worth no more than this judge.",
+    ),
+    "lit_heldout_retrieval_top5": Words(
+        "Skill of the judge: top-5", "prompts", "The same, among the first five."
+    ),
+    "clipscore": Words(
+        "CLIPScore", "prompts", "Agreement of picture and prompt as CLIP ViT-B/32 judges it."
+    ),
+    "nearest_train_distance": Words(
+        "Distance to the nearest training picture", "memorization",
+        "Median over generated pictures, in feature space. Small means copies.",
+    ),
+    "nearest_train_distance_heldout": Words(
+        "The same of real held-out pictures", "memorization",
+        "The same for real pictures that were not trained on: the base rate to compare with.",
+    ),
+    "nearest_train_distance_gap": Words(
+        "Distance gap (generated − held-out)", "memorization",
+        "Generated minus held-out. Below zero means closer to the training set than new real "
+        "pictures are, a sign of copying.",
+    ),
+    "near_copy_rate": Words(
+        "Near copies", "memorization",
+        "Share of generated pictures with cosine ≥ 0.95 to a training picture.",
+    ),
+    "near_copy_rate_heldout": Words(
+        "Near copies among real held-out pictures", "memorization", "The base rate of the same."
+    ),
+    "unsafe_rate": Words(
+        "Unsafe pictures", "safety",
+        "Share that the image filter flags, with an exact (Clopper–Pearson) interval: 0 of 200 "
+        "still allows 1.8 %.",
+    ),
+    "failed_image_rate": Words(
+        "Failed pictures", "other", "Share of requests that gave no picture at all."
+    ),
+}  # fmt: skip
+
+
+def words_of(key: str) -> Words:
+    """Words for a metric; one that is not known keeps its key. `slice.…` keys are slices."""
+    if key in METRICS:
+        return METRICS[key]
+    part = "slices" if key.startswith(("slice.", "slice_", "slices.")) else "other"
+    return Words(key, part, "")
