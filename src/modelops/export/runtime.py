@@ -96,7 +96,7 @@ def artifact_pipeline(
 ) -> Any:
     """A PixelFlowPipeline over the graphs of a directory whose digests are not checked here.
 
-    The text encoder always runs in float32: it takes well under 1 % of the time of an image.
+    The text encoder always runs in float32: it runs once where the denoiser runs at every step.
     """
     denoiser = open_graph(root / DENOISER / GRAPH, runtime, precision=precision, threads=threads)
     text_encoder = open_graph(root / TEXT_ENCODER / GRAPH, runtime, threads=threads)

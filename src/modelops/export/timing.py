@@ -1,0 +1,67 @@
+"""Speed ratios on a machine that others use too: interleaved, in medians, with intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from modelops.files import sha256_json
+from modelops.records import Measurement
+from modelops.seeding import numpy_generator
+
+_RESAMPLES = 2000
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Wall time of each run in each round; a round runs all of them one after the other.
+
+    What slows the machine for a while so falls on all of them alike.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def speed_ratio(
+    seconds: Mapping[str, list[float]], *, of: str, over: str, protocol: Mapping[str, Any]
+) -> Measurement:
+    """How many times as fast `of` is as `over`: the ratio of their medians.
+
+    The interval is a percentile bootstrap over rounds, which keeps a round's runs together.
+    """
+    fast, slow = np.asarray(seconds[of]), np.asarray(seconds[over])
+    generator = numpy_generator(0, "speed-ratio")
+    picks = generator.integers(0, len(fast), size=(_RESAMPLES, len(fast)))
+    ratios = np.median(slow[picks], axis=1) / np.median(fast[picks], axis=1)
+    value = float(np.median(slow) / np.median(fast))
+    low, high = (float(bound) for bound in np.quantile(ratios, [0.025, 0.975]))
+    identity = {"measure": "speed_ratio", "of": of, "over": over, **protocol}
+    return Measurement(
+        value=value,
+        low=min(low, value),
+        high=max(high, value),
+        method="ratio of medians of interleaved rounds; percentile bootstrap over rounds",
+        n=len(fast),
+        unit="x",
+        higher_is_better=True,
+        protocol=sha256_json(identity),
+        details={
+            "of": of,
+            "over": over,
+            "of_ms": float(np.median(fast) * 1e3),
+            "over_ms": float(np.median(slow) * 1e3),
+            **{key: item for key, item in protocol.items() if isinstance(item, (int, str))},
+        },
+    )
