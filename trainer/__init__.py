@@ -1,0 +1,1 @@
+"""The training process that `modelops train` launches. Nothing imports it."""

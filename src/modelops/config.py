@@ -88,7 +88,9 @@ class ModelSection(_Section):
             object.__setattr__(self, "attention_levels", tuple(range(1, levels)))
         patch, attention = self.patch_size or 1, self.attention_levels or ()
         if self.resolution % patch:
-            raise ValueError(f"resolution {self.resolution} is not a multiple of patch_size {patch}")
+            raise ValueError(
+                f"resolution {self.resolution} is not a multiple of patch_size {patch}"
+            )
         grid, halvings = self.resolution // patch, 2 ** (levels - 1)
         if grid % halvings:
             raise ValueError(
@@ -102,7 +104,9 @@ class ModelSection(_Section):
                     f"{NORM_GROUPS}"
                 )
         if any(level not in range(levels) for level in attention):
-            raise ValueError(f"attention_levels {list(attention)} name levels beyond 0..{levels - 1}")
+            raise ValueError(
+                f"attention_levels {list(attention)} name levels beyond 0..{levels - 1}"
+            )
         return self
 
     @property
@@ -257,13 +261,9 @@ class TrainConfig(_Section):
         """Keys that change what is learned and differ, as "training.lr: 0.001 -> 0.0001".
 
         How often to log, save, validate or sample, how much to cache, and how an effective batch is
-        split into microbatches do not count.
+        split into microbatches and processes do not count.
         """
         before, after = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-        for flat in (before, after):
-            flat["training.microbatch x grad_accum_steps"] = (
-                flat["training.microbatch"] * flat["training.grad_accum_steps"]
-            )
         return [
             f"{key}: {before[key]} -> {after[key]}"
             for key in before
@@ -295,6 +295,12 @@ class RunSpec(BaseModel):
     config_sha256: str
     inputs: dict[str, InputRef]
     processes: int = 1
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples per optimizer step."""
+        training = self.config.training
+        return training.microbatch * training.grad_accum_steps * self.processes
 
 
 def default_patch_size(resolution: int) -> int:
@@ -356,7 +362,9 @@ def _explain(found: Any, source: str) -> ConfigError:
         return ConfigError(f"{source}: {key}: missing")
     message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     given = found.get("input")
-    tail = f", got {given!r}" if isinstance(given, (int, float, str)) and "got" not in message else ""
+    tail = (
+        f", got {given!r}" if isinstance(given, (int, float, str)) and "got" not in message else ""
+    )
     return ConfigError(f"{source}: {key or 'config'}: {message}{tail}")
 
 

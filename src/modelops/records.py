@@ -199,6 +199,18 @@ class TrainRecord(Record):
     training_seconds: float
     checkpoints: list[CheckpointRef] = []
     config_sha256: str
+    planned_steps: int | None = None
+    stop_reason: str = ""
+    sessions: int = 1
+    processes: int = 1
+    device: str = ""
+    precision: str = ""
+    images_per_second: float | None = None
+    peak_memory_gb: float | None = None
+    n_train_images: int | None = None
+    n_validation_images: int | None = None
+    quarantined: dict[str, str] = {}
+    warnings: list[str] = []
 
 
 class SourceInfo(_Model):

@@ -1,0 +1,148 @@
+"""report.md and loss.png: what a person looks at when a run is over."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from modelops.config import TrainConfig
+from modelops.files import write_bytes, write_text
+from modelops.records import TrainRecord
+from .stats import read_stats
+
+
+def loss_trend(losses: Sequence[float]) -> Literal["down", "flat", "up", "unknown"]:
+    """Whether logged losses fall: the last third against the first, by two standard errors.
+
+    "unknown" below six values.
+    """
+    third = len(losses) // 3
+    if third < 2:
+        return "unknown"
+    (early, early_variance), (late, late_variance) = map(
+        _mean_and_variance, (losses[:third], losses[-third:])
+    )
+    margin = 2 * math.sqrt((early_variance + late_variance) / third)
+    if late < early - margin:
+        return "down"
+    return "up" if late > early + margin else "flat"
+
+
+def write_report(run_dir: Path, record: TrainRecord, config: TrainConfig) -> None:
+    """Write loss.png and report.md from stats.jsonl, the grids and the record."""
+    rows = read_stats(run_dir / "stats.jsonl")
+    curves = {
+        name: [(row["step"], row[name]) for row in rows if name in row]
+        for name in ("loss", "validation_loss", "train_probe_loss", "lr", "grad_norm")
+    }
+    if curves["loss"]:
+        write_bytes(run_dir / "loss.png", _plot(curves))
+    grids = sorted((run_dir / "grids").glob("step-*.png"))
+    write_text(run_dir / "report.md", _text(record, config, curves, grids))
+
+
+def _text(
+    record: TrainRecord,
+    config: TrainConfig,
+    curves: dict[str, list[tuple[int, float]]],
+    grids: list[Path],
+) -> str:
+    minutes = record.training_seconds / 60
+    lines = [
+        f"# Run {record.run_name}",
+        "",
+        f"{record.status}: {record.stop_reason or record.error or ''}".rstrip(": "),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| steps | {record.steps} of {record.planned_steps} |",
+        f"| images seen | {record.images_seen} ({_epochs(record)}) |",
+        f"| effective batch | {record.effective_batch} on {record.processes} process(es) |",
+        f"| parameters | {record.parameters / 1e6:.2f} M |",
+        f"| training time | {minutes:.1f} min, {_number(record.images_per_second)} images/s "
+        f"on {record.device}, {record.precision} |",
+        f"| peak memory | {_number(record.peak_memory_gb)} GB |",
+        f"| loss | {_number(record.final_train_loss)}, trend {record.loss_trend} |",
+        f"| held-out loss | {_number(record.final_validation_loss)} |",
+        f"| same measure on training pictures | {_number(_last(curves['train_probe_loss']))} |",
+        f"| left out | {len(record.quarantined)} picture(s) |",
+        "",
+    ]
+    lines += [f"- {warning}" for warning in [*_remarks(curves), *record.warnings]]
+    if curves["loss"]:
+        lines += ["", "![loss](loss.png)"]
+    if grids:
+        shown = grids if len(grids) <= 3 else [grids[0], grids[len(grids) // 2], grids[-1]]
+        shown.sort(key=lambda path: int(path.stem.removeprefix("step-")))
+        lines += ["", "Samples of the averaged weights, same prompts and seeds:", ""]
+        lines += [f"![{path.stem}](grids/{path.name})" for path in shown]
+    lines += ["", f"Config sha256 `{record.config_sha256[:16]}`, seed {config.training.seed}.", ""]
+    return "\n".join(lines)
+
+
+def _remarks(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
+    """Overfitting: the held-out loss is well above its lowest while the training one still falls."""
+    held_out = [value for _, value in curves["validation_loss"]]
+    probe = [value for _, value in curves["train_probe_loss"]]
+    if len(held_out) < 3 or len(probe) < 3:
+        return []
+    lowest = min(range(len(held_out)), key=held_out.__getitem__)
+    if held_out[-1] > 1.05 * held_out[lowest] and probe[-1] < probe[min(lowest, len(probe) - 1)]:
+        step = curves["validation_loss"][lowest][0]
+        return [
+            f"Overfitting: the held-out loss was lowest at step {step} ({held_out[lowest]:.4f}) and "
+            f"is now {held_out[-1]:.4f}, while the loss on training pictures kept falling. "
+            "Consider the checkpoint nearest to that step."
+        ]
+    return []
+
+
+def _plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    labels = {
+        "loss": "training (live weights)",
+        "train_probe_loss": "training pictures, fixed noise (averaged weights)",
+        "validation_loss": "held-out pictures, fixed noise (averaged weights)",
+    }
+    for name, label in labels.items():
+        if curves[name]:
+            style: dict[str, Any] = {"alpha": 0.5} if name == "loss" else {"marker": "."}
+            top.plot(*zip(*curves[name], strict=True), label=label, **style)
+    top.set_yscale("log")
+    top.set_ylabel("velocity error (MSE)")
+    top.legend()
+    top.grid(alpha=0.3)
+    bottom.plot(*zip(*curves["lr"], strict=True), color="tab:gray")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    bottom.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _mean_and_variance(values: Sequence[float]) -> tuple[float, float]:
+    mean = sum(values) / len(values)
+    return mean, sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _last(curve: list[tuple[int, float]]) -> float | None:
+    return curve[-1][1] if curve else None
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _epochs(record: TrainRecord) -> str:
+    if not record.n_train_images:
+        return "no pictures"
+    return f"{record.images_seen / record.n_train_images:.1f} epochs of {record.n_train_images}"

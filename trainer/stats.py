@@ -1,0 +1,130 @@
+"""stats.jsonl, TensorBoard and Weights & Biases: one row of numbers, written to each."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modelops.config import LoggingSection
+from modelops.extras import has_module
+from modelops.files import write_text
+
+
+class StatsWriter:
+    """Appends rows to stats.jsonl and passes them on.
+
+    Args:
+        run_dir: the run's directory.
+        step: rows after this step are removed first; they belong to work that was lost.
+        section: which trackers to use.
+        run_name, config: what Weights & Biases shows.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        step: int,
+        section: LoggingSection,
+        run_name: str,
+        config: dict[str, Any],
+    ) -> None:
+        self.path = run_dir / "stats.jsonl"
+        kept = [row for row in read_stats(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board: Any = None
+        self._wandb: Any = None
+        if section.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=step + 1 if step else None
+            )
+        if section.wandb_project:
+            self._wandb = _start_wandb(section.wandb_project, run_name, run_dir, config)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; it has a `step` and numbers."""
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in row.items() if name != "step"}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+
+    def picture(self, name: str, image: npt.NDArray[np.uint8], step: int) -> None:
+        """Show an image [H, W, 3] uint8 in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_stats(path: Path) -> list[dict[str, Any]]:
+    """The rows of a stats.jsonl; a last line that a kill cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far in GB: of the device, or resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def _start_wandb(project: str, run_name: str, run_dir: Path, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run, or None with one line that says why not."""
+    if not has_module("wandb"):
+        warn(f"wandb_project {project!r} is set but wandb is not installed: "
+             'logging to stats.jsonl and TensorBoard only (pip install "modelops[wandb]")')  # fmt: skip
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            project=project, name=run_name, id=run_name, resume="allow", dir=str(run_dir),
+            config=config, mode=os.environ.get("WANDB_MODE") or "online",
+        )  # fmt: skip
+    except Exception as error:  # a tracker must not stop a run
+        warn(
+            f"Weights & Biases is not used: {str(error).splitlines()[0] if str(error) else error!r}"
+        )
+        return None
+
+
+def warn(text: str) -> None:
+    """One line for a person, on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def event(name: str, **values: Any) -> None:
+    """One line of JSON on stdout, for the process that launched this one."""
+    print(json.dumps({"event": name, **values}), flush=True)

@@ -1,0 +1,85 @@
+"""Caption embeddings, computed once at the start and looked up by caption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelops.files import atomic_path, sha256_json
+from modelops.models.encoders import texts_to_embeddings
+
+
+class TextTable:
+    """Embeddings of a set of captions and of the empty caption.
+
+    Args:
+        captions: the captions; duplicates are embedded once.
+        tokenizer, text_encoder: as from `load_text_encoder`.
+        keep_tokens: also keep every token's embedding, for cross-attention.
+        cache: a safetensors file that holds the embeddings of exactly these captions, or will.
+    """
+
+    def __init__(
+        self,
+        captions: Iterable[str],
+        tokenizer: Any,
+        text_encoder: Any,
+        *,
+        keep_tokens: bool,
+        cache: Path,
+    ) -> None:
+        unique = sorted({"", *captions})
+        self._rows = {caption: row for row, caption in enumerate(unique)}
+        encoder = [str(text_encoder.config.to_json_string()), float(_fingerprint(text_encoder))]
+        key = sha256_json([unique, keep_tokens, encoder])
+        stored = _read(cache, key)
+        if stored is None:
+            pooled, tokens, mask = texts_to_embeddings(unique, tokenizer, text_encoder)
+            stored = {"pooled": torch.from_numpy(pooled)}
+            if keep_tokens:
+                stored |= {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(mask)}
+            _write(cache, stored, key)
+        self._stored = stored
+
+    @property
+    def dim(self) -> int:
+        """D, the width of an embedding."""
+        return int(self._stored["pooled"].shape[1])
+
+    def lookup(
+        self, captions: Sequence[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(pooled [N, D], tokens [N, L, D] or None, mask [N, L] or None) of known captions."""
+        rows = torch.tensor([self._rows[caption] for caption in captions])
+        tokens, mask = self._stored.get("tokens"), self._stored.get("mask")
+        return (
+            self._stored["pooled"][rows],
+            None if tokens is None else tokens[rows],
+            None if mask is None else mask[rows],
+        )
+
+
+def _fingerprint(text_encoder: Any) -> float:
+    return sum(float(weight.double().sum()) for weight in text_encoder.parameters())
+
+
+def _read(path: Path, key: str) -> dict[str, torch.Tensor] | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            if (handle.metadata() or {}).get("key") != key:
+                return None
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"key": key})
