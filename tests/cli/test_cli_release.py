@@ -1,0 +1,78 @@
+"""`modelops release` and `modelops serve` up to the point where a server would start."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from modelops.cli.main import main
+from modelops.files import sha256_tree
+from modelops.records import Verdict
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text("{}")
+    Verdict(answer="pass", policy_sha256="", subject_sha256=sha256_tree(model)).write(
+        tmp_path / "verdict.json"
+    )
+    return ["--model", str(model), "--verdict", str(tmp_path / "verdict.json"),
+            "--name", "tiny", "--version", "1.0"]  # fmt: skip
+
+
+def test_build_then_verify(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = str(tmp_path / "release")
+    assert main(["release", "build", release, *inputs, "--steps", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["defaults"] == {"steps": 8}
+    assert main(["release", "verify", release]) == 0
+    assert "unchanged" in capsys.readouterr().out
+    (tmp_path / "release/model/model_index.json").write_text("[]")
+    assert main(["release", "verify", release, "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"] == "IntegrityError"
+    assert "model_index.json: changed" in captured.err
+
+
+def test_dry_run_builds_nothing(tmp_path: Path, inputs: list[str]) -> None:
+    assert main(["release", "build", str(tmp_path / "release"), *inputs, "--dry-run"]) == 0
+    assert not (tmp_path / "release").exists()
+
+
+def test_gate_that_said_no_has_its_exit_code(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Verdict(
+        answer="fail", policy_sha256="", subject_sha256=sha256_tree(tmp_path / "model")
+    ).write(tmp_path / "verdict.json")
+    assert main(["release", "build", str(tmp_path / "release"), *inputs]) == 3
+    assert "the gate answered fail" in capsys.readouterr().err
+
+
+def test_serve_refuses_before_it_starts_anything(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = tmp_path / "release"
+    assert main(["serve", str(release)]) == 2
+    assert "not a release" in capsys.readouterr().err
+    assert main(["release", "build", str(release), *inputs]) == 0
+    assert main(["serve", str(release), "--dry-run", "--port", "3999"]) == 0
+    assert "modelops.service:ImageGenerator" in capsys.readouterr().out
+    assert main(["serve", str(release), "--host", "nowhere"]) == 2
+    assert main(["serve", str(release), "--port", "70000"]) == 2
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        capsys.readouterr()
+        assert main(["serve", str(release), "--port", str(taken.getsockname()[1])]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and "address already in use" in lines[0] and "--port" in lines[1]
+    (release / "model/model_index.json").write_text("[]")
+    assert main(["serve", str(release), "--port", "3999"]) == 1
+    assert "changed" in capsys.readouterr().err

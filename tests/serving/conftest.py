@@ -1,0 +1,45 @@
+"""A real release around the small real checkpoint, with its golden image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Other tests share the cores; two spinning thread pools are slower than one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_release(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of `tiny_checkpoint` under a passing verdict. Read only."""
+    from modelops.files import sha256_tree
+    from modelops.records import Verdict
+    from modelops.release import build_release
+    from modelops.serving.golden import make_golden
+
+    folder = tmp_path_factory.mktemp("release")
+    Verdict(
+        answer="pass", policy_sha256="0" * 64, subject_sha256=sha256_tree(tiny_checkpoint)
+    ).write(folder / "verdict.json")
+    golden = make_golden(tiny_checkpoint, folder / "golden.png")
+    build_release(
+        folder / "release",
+        model_dir=tiny_checkpoint,
+        verdict=folder / "verdict.json",
+        name="tiny",
+        version="0.1",
+        defaults={"golden": golden, "steps": 4, "guidance": 3.0},
+        extra_files={"golden.png": folder / "golden.png"},
+        notice="Made for a test.",
+    )
+    return folder / "release"
