@@ -1,8 +1,8 @@
 """What a step is trained on, as a pure function of (seed, position in the run).
 
-Sample k of a run (k = step * effective batch + place in the batch) is the same picture with the same
-noise, flip and caption drop whether the run was killed and resumed, split over more processes, or cut
-into other microbatches.
+Sample k of a run (k = step * effective batch + place in the batch) is the same picture with the
+same noise, flip and caption drop whether the run was killed and resumed, split over more processes,
+or cut into other microbatches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from modelops.config import TrainConfig
 from modelops.seeding import numpy_generator
+
 from .objective import stratified_sigmas
 from .pictures import PictureSet
 from .texts import TextTable
@@ -26,7 +27,7 @@ from .texts import TextTable
 class Batch:
     """Part of one step: N samples.
 
-    images [N, H, W, 3] uint8; noise [N, C, h, w] float32; sigmas [N] float32; pooled [N, D] float32;
+    images [N, H, W, 3] uint8; noise [N, C, h, w], sigmas [N] and pooled [N, D] float32;
     tokens [N, L, D] float32 and mask [N, L] int64, or None without cross-attention.
     """
 

@@ -225,11 +225,10 @@ def _restore_moments(
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
         parameter = parameters[name]
+        place = value.to(parameter.device)  # a fused Adam counts steps on the device too
         if value.shape == parameter.shape:  # keep the parameter's memory format
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif optimizer.defaults.get("fused"):  # a fused Adam counts steps on the device
-            value = value.to(parameter.device)
-        optimizer.state[parameter][key] = value
+            place = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = place
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

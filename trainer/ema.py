@@ -1,7 +1,7 @@
 """Averaged weights, always float32 and always in a network of their own.
 
-The average lives in a separate copy of the network, so evaluating it needs no swap, and no tensor of
-it ever aliases a live weight.
+The average lives in a separate copy of the network, so evaluating it needs no swap, and no tensor
+of it ever aliases a live weight.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from modelops.config import EmaSection
 def effective_decay(section: EmaSection, update: int) -> float:
     """The decay of the n-th update, n = 1, 2, ...; grows towards `section.decay`.
 
-    ramp: (1 + n) / (10 + n), as in diffusers. power: (1 - 1/n)^(g + 1) with g from the relative width
-    of the averaging window, equation 123 of Karras et al. 2023 (arXiv:2312.02696).
+    ramp: (1 + n) / (10 + n), as in diffusers. power: (1 - 1/n)^(g + 1) with g from the relative
+    width of the averaging window, as in section 3.1 of Karras et al. 2023 (arXiv:2312.02696).
     """
     if section.warmup == "ramp":
         return min(section.decay, (1 + update) / (10 + update))

@@ -16,6 +16,7 @@ from modelops.config import TrainConfig
 from modelops.files import write_bytes
 from modelops.models.sources import floats_to_uint8
 from modelops.seeding import image_seed, numpy_generator
+
 from .batches import Batch
 from .objective import flow_losses
 from .pictures import Pictures

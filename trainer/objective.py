@@ -1,7 +1,7 @@
 """Rectified flow: x_s = (1 - s) x0 + s eps, and a network that predicts the velocity eps - x0.
 
-Liu et al. 2022, "Flow Straight and Fast" (arXiv:2209.03003); logit-normal times from Esser et al. 2024
-(arXiv:2403.03206). Noise level s (sigma) is 0 at the picture and 1 at pure noise.
+Liu et al. 2022, "Flow Straight and Fast" (arXiv:2209.03003); logit-normal times from Esser et al.
+2024 (arXiv:2403.03206). Noise level s (sigma) is 0 at the picture and 1 at pure noise.
 
 Shapes: N batch, C = 3 p^2 channels, h = w = resolution / p, D text width, L text tokens.
 """

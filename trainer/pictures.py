@@ -93,7 +93,7 @@ def load_pictures(config: TrainConfig, root: Path) -> Pictures:
 
 def read_groups(path: Path) -> dict[str, str]:
     """{sample id: group} of a splits.parquet."""
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     table = parquet.read_table(path, columns=["id", "group"])
     return dict(

@@ -31,8 +31,8 @@ def corrected_total(
 ) -> int:
     """A new total for a run with a time limit, or the old one.
 
-    Only while the learning rate is constant under the old total and the new one, so that the schedule
-    stays a function of the step; and only for a change of more than 1 %.
+    Only while the learning rate is constant under the old total and the new one, so that the
+    schedule stays a function of the step; and only for a change of more than 1 %.
     """
     if section.lr_schedule == "cosine" or step <= warmup:
         return total

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from modelops.config import TrainConfig
 from modelops.files import write_bytes, write_text
 from modelops.records import TrainRecord
+
 from .stats import read_stats
 
 
@@ -85,7 +86,7 @@ def _text(
 
 
 def _remarks(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
-    """Overfitting: the held-out loss is well above its lowest while the training one still falls."""
+    """Overfitting: the held-out loss is well above its lowest while the training one falls."""
     held_out = [value for _, value in curves["validation_loss"]]
     probe = [value for _, value in curves["train_probe_loss"]]
     if len(held_out) < 3 or len(probe) < 3:
@@ -94,8 +95,8 @@ def _remarks(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
     if held_out[-1] > 1.05 * held_out[lowest] and probe[-1] < probe[min(lowest, len(probe) - 1)]:
         step = curves["validation_loss"][lowest][0]
         return [
-            f"Overfitting: the held-out loss was lowest at step {step} ({held_out[lowest]:.4f}) and "
-            f"is now {held_out[-1]:.4f}, while the loss on training pictures kept falling. "
+            f"Overfitting: the held-out loss was lowest at step {step} ({held_out[lowest]:.4f}) "
+            f"and is now {held_out[-1]:.4f}, while the loss on training pictures kept falling. "
             "Consider the checkpoint nearest to that step."
         ]
     return []
@@ -104,6 +105,7 @@ def _remarks(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
 def _plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -117,6 +119,8 @@ def _plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
             style: dict[str, Any] = {"alpha": 0.5} if name == "loss" else {"marker": "."}
             top.plot(*zip(*curves[name], strict=True), label=label, **style)
     top.set_yscale("log")
+    top.yaxis.set_major_formatter(ScalarFormatter())
+    top.yaxis.set_minor_formatter(ScalarFormatter())
     top.set_ylabel("velocity error (MSE)")
     top.legend()
     top.grid(alpha=0.3)

@@ -103,8 +103,10 @@ def memory_gb(device: torch.device) -> float:
 def _start_wandb(project: str, run_name: str, run_dir: Path, config: dict[str, Any]) -> Any:
     """A Weights & Biases run, or None with one line that says why not."""
     if not has_module("wandb"):
-        warn(f"wandb_project {project!r} is set but wandb is not installed: "
-             'logging to stats.jsonl and TensorBoard only (pip install "modelops[wandb]")')  # fmt: skip
+        warn(
+            f"wandb_project {project!r} is set but wandb is not installed: "
+            'logging without it (pip install "modelops[wandb]")'
+        )
         return None
     try:
         import wandb

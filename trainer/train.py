@@ -1,8 +1,8 @@
 """The training run, from top to bottom.
 
 `train` reads a frozen config.json, sets everything up, runs the loop and writes train.json whatever
-happens. Progress is counted in optimizer steps and images; what a step is trained on is a function of
-the seed and the step (see batches.py), so a run that was killed goes on as if it had not been.
+happens. Progress is counted in optimizer steps and images; what a step is trained on is a function
+of the seed and the step (see batches.py), so a run that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from modelops.models.encoders import load_text_encoder
 from modelops.models.networks import make_pipeline, make_unet
 from modelops.records import TrainRecord
 from modelops.seeding import derive_seed
+
 from .batches import Batch, TrainingBatches, fixed_batch
 from .checkpoint import (
     Progress,

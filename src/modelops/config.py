@@ -1,8 +1,8 @@
 """Training configs: YAML in, a frozen and checked `TrainConfig` out. Imports no torch.
 
-An unknown key, a wrong type, a value out of range or sizes that do not divide are a `ConfigError` that
-names the file, the key and, for a misspelt key, the one that was probably meant. Relative paths in a
-config are relative to the folder of the config file.
+An unknown key, a wrong type, a value out of range or sizes that do not divide are a `ConfigError`
+that names the file, the key and, for a misspelt key, the one that was probably meant. Relative
+paths in a config are relative to the folder of the config file.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ class ModelSection(_Section):
 
     name: Literal["unet_2d_small"] = "unet_2d_small"
     """The network: a UNet2DConditionModel on pixel-unshuffled RGB."""
-    channels: Whole = Field(64, gt=0)
+    channels: Whole = Field(default=64, gt=0)
     """Width of the first level; a multiple of 32."""
-    resolution: Whole = Field(64, ge=8, le=2048)
+    resolution: Whole = Field(default=64, ge=8, le=2048)
     """Image height and width, in pixels."""
-    patch_size: Whole | None = Field(None, gt=0)
+    patch_size: Whole | None = Field(default=None, gt=0)
     """Pixel-unshuffle factor; by default such that the network works on 16 x 16 positions up to 64
     pixels and on 32 x 32 above."""
-    multipliers: tuple[Whole, ...] = Field((1, 2, 2), min_length=1, max_length=6)
+    multipliers: tuple[Whole, ...] = Field(default=(1, 2, 2), min_length=1, max_length=6)
     """Width of each level, as a multiple of `channels`."""
-    layers_per_block: Whole = Field(2, gt=0, le=8)
+    layers_per_block: Whole = Field(default=2, gt=0, le=8)
     """Residual blocks per level."""
     attention_levels: tuple[Whole, ...] | None = None
     """Levels with attention (0 is the outermost); by default all but the outermost."""
     cross_attention: bool = False
     """Attend to the text's tokens, beside the pooled embedding."""
     prediction: Literal["velocity", "sample"] = "velocity"
-    """What the network's output is: noise - image, or the image. The loss is on velocity either way."""
+    """What the network's output is: noise - image, or the image. The loss is always on velocity."""
     text_encoder: str | None = None
     """A transformers directory or hub id; by default the packaged all-MiniLM-L6-v2."""
 
@@ -94,8 +94,8 @@ class ModelSection(_Section):
         grid, halvings = self.resolution // patch, 2 ** (levels - 1)
         if grid % halvings:
             raise ValueError(
-                f"resolution {self.resolution} with patch_size {patch} gives a {grid} x {grid} grid, "
-                f"which {levels} levels cannot halve {levels - 1} times"
+                f"resolution {self.resolution} with patch_size {patch} gives a {grid} x {grid} "
+                f"grid, which {levels} levels cannot halve {levels - 1} times"
             )
         for factor in self.multipliers:
             if factor < 1 or (self.channels * factor) % NORM_GROUPS:
@@ -128,10 +128,10 @@ class DataSection(_Section):
     balance: Literal["none", "group"] = "none"
     """group: draw with weight 1 / sqrt(size of the sample's group), so that a few large groups of
     variants do not crowd out the rest."""
-    horizontal_flip: Real = Field(0.0, ge=0, le=1)
+    horizontal_flip: Real = Field(default=0.0, ge=0, le=1)
     """Probability that a training picture is mirrored."""
-    cache_gb: Real = Field(4.0, ge=0)
-    """Decoded pictures are kept in memory up to this size; beyond it they are decoded when needed."""
+    cache_gb: Real = Field(default=4.0, ge=0)
+    """Decoded pictures are kept in memory up to this size, and beyond it decoded when needed."""
 
     @model_validator(mode="after")
     def _some_pictures(self) -> Self:
@@ -145,41 +145,41 @@ class TrainingSection(_Section):
 
     optimizer: Literal["adamw", "adam"] = "adamw"
     """adamw decays weights apart from the gradient; only matrices and kernels are decayed."""
-    lr: Real = Field(1e-3, gt=0)
+    lr: Real = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[Real, Real] = (0.9, 0.99)
     """Adam's decay rates, each in [0, 1)."""
-    weight_decay: Real = Field(0.01, ge=0)
+    weight_decay: Real = Field(default=0.01, ge=0)
     """Weight decay."""
-    microbatch: Whole = Field(64, gt=0)
+    microbatch: Whole = Field(default=64, gt=0)
     """Pictures per forward pass and process. Effective batch = microbatch x grad_accum_steps x
     processes."""
-    grad_accum_steps: Whole = Field(1, gt=0)
+    grad_accum_steps: Whole = Field(default=1, gt=0)
     """Forward passes per optimizer step."""
-    total_steps: Whole = Field(1000, gt=0)
+    total_steps: Whole = Field(default=1000, gt=0)
     """Optimizer steps."""
-    time_limit_seconds: Real | None = Field(None, gt=0)
+    time_limit_seconds: Real | None = Field(default=None, gt=0)
     """Plan fewer steps than total_steps if they would take longer than this. The plan is made from
     measured steps, corrected while the learning rate is constant, and kept in the checkpoints."""
-    save_every_steps: Whole = Field(500, gt=0)
+    save_every_steps: Whole = Field(default=500, gt=0)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: Whole | None = Field(3, gt=0)
+    keep_checkpoints: Whole | None = Field(default=3, gt=0)
     """How many of the newest checkpoints to keep, beside the early one; null keeps all."""
-    early_checkpoint: Real | None = Field(0.05, gt=0, lt=1)
+    early_checkpoint: Real | None = Field(default=0.05, gt=0, lt=1)
     """Fraction of the steps after which one checkpoint is saved and kept for comparison."""
     precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
     """Mixed precision: bf16, fp16 (with dynamic loss scaling, on a GPU) or no."""
-    seed: Whole = Field(0, ge=0, lt=2**53)
+    seed: Whole = Field(default=0, ge=0, lt=2**53)
     """Every random stream is derived from it."""
-    warmup_steps: Whole | None = Field(None, ge=0)
+    warmup_steps: Whole | None = Field(default=None, ge=0)
     """Linear warm-up; by default 1 % of the steps, but at least 50 and at most a tenth of them."""
     lr_schedule: Literal["linear_decay", "constant", "cosine"] = "linear_decay"
     """After warm-up: constant and then linear to 0, constant, or a half cosine to 0."""
-    lr_decay_fraction: Real = Field(0.3, gt=0, le=1)
+    lr_decay_fraction: Real = Field(default=0.3, gt=0, le=1)
     """The last part of the steps over which linear_decay goes to 0."""
-    caption_dropout: Real = Field(0.1, ge=0, lt=1)
+    caption_dropout: Real = Field(default=0.1, ge=0, lt=1)
     """Share of samples trained with the empty caption, for classifier-free guidance."""
-    grad_clip: Real = Field(1.0, gt=0)
+    grad_clip: Real = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the noise level, stratified over the effective batch."""
@@ -187,17 +187,17 @@ class TrainingSection(_Section):
     """torch.compile the network."""
     channels_last: bool = False
     """Keep activations as NHWC in memory."""
-    validate_every_steps: Whole | None = Field(None, gt=0)
+    validate_every_steps: Whole | None = Field(default=None, gt=0)
     """Steps between validations; by default a twentieth of the steps."""
-    validation_samples: Whole = Field(256, gt=0)
+    validation_samples: Whole = Field(default=256, gt=0)
     """At most this many held-out pictures are validated on, with fixed times and noise."""
-    sample_every_steps: Whole | None = Field(None, gt=0)
+    sample_every_steps: Whole | None = Field(default=None, gt=0)
     """Steps between sample grids; by default one at each checkpoint."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of the grid; by default 16 held-out captions."""
-    sample_steps: Whole = Field(24, gt=0)
+    sample_steps: Whole = Field(default=24, gt=0)
     """Sampler steps of the grid, and the default of the checkpoints."""
-    sample_guidance: Real = Field(3.0, ge=0)
+    sample_guidance: Real = Field(default=3.0, ge=0)
     """Guidance scale of the grid, and the default of the checkpoints."""
 
     @model_validator(mode="after")
@@ -212,12 +212,12 @@ class EmaSection(_Section):
 
     use: bool = True
     """Average the weights, in float32."""
-    decay: Real = Field(0.9999, ge=0, lt=1)
+    decay: Real = Field(default=0.9999, ge=0, lt=1)
     """Decay per step once the run is long enough."""
     warmup: Literal["ramp", "power", "none"] = "ramp"
-    """How the decay grows to `decay` after n steps: ramp (1 + n) / (10 + n), power (1 - 1/n)^(g + 1)
-    as in EDM2, or not at all. A fixed 0.9999 still samples noise after 1,500 steps."""
-    power_std: Real = Field(0.1, gt=0, lt=0.28)
+    """How the decay grows to `decay` after n steps: ramp (1 + n) / (10 + n), power as in EDM2,
+    (1 - 1/n)^(g + 1), or none: not at all. A fixed 0.9999 still samples noise after 1,500 steps."""
+    power_std: Real = Field(default=0.1, gt=0, lt=0.28)
     """For power: width of the averaged window relative to the run's length."""
 
 
@@ -226,7 +226,7 @@ class LoggingSection(_Section):
 
     wandb_project: str | None = None
     """Also log to this Weights & Biases project, if wandb is installed."""
-    log_every_steps: Whole = Field(50, gt=0)
+    log_every_steps: Whole = Field(default=50, gt=0)
     """Steps between lines of stats.jsonl."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
@@ -283,7 +283,7 @@ _OPERATIONAL = {
 
 
 class RunSpec(BaseModel):
-    """runs/NAME/config.json: a frozen config, where its paths start, and the digests of its inputs."""
+    """runs/NAME/config.json: a frozen config, where its paths start, and its inputs by digest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -319,7 +319,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: the file is not a valid config; one line that names the key.
     """
     try:
-        data = yaml.load(read_text(path), Loader=_NoDuplicates)  # noqa: S506  a SafeLoader
+        data = yaml.load(read_text(path), Loader=_NoDuplicates)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -413,7 +413,7 @@ class _NoDuplicates(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is there twice", key_node.start_mark

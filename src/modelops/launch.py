@@ -1,7 +1,7 @@
 """Check a config, freeze it as runs/NAME/config.json, and run the trainer as a process of its own.
 
-The trainer is never imported: a crash, a resume or a multi-process launch does not touch this process.
-Imports no torch.
+The trainer is never imported: a crash, a resume or a multi-process launch does not touch this
+process. Imports no torch.
 """
 
 from __future__ import annotations
