@@ -78,7 +78,7 @@ def test_cards_bring_their_pictures(tmp_path: Path, build: Callable[..., Path]) 
     assert (release / "cards/img/grid.png").read_bytes() == b"grid"
     assert (release / "cards/loss.png").is_file()
     (cards / "loss.png").unlink()
-    with pytest.raises(UsageError, match="loss.png"):
+    with pytest.raises(UsageError, match=r"loss\.png"):
         build(cards=[card])
     card.write_text("![secret](../model/model_index.json)")
     with pytest.raises(UsageError, match="outside"):

@@ -1,0 +1,247 @@
+"""The engine makes the pipeline's own images, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modelops.errors import ServingError, UsageError
+from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
+from modelops.records import SourceInfo
+from modelops.serving.engine import StepEngine, StepReport
+from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
+
+MIXED = [
+    ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),
+    ImageRequest(prompt="flag", seed=2, steps=2, guidance=1.0),
+    ImageRequest(prompt="a yellow sun", seed=3, steps=7, guidance=1.5, negative_prompt="blue"),
+    ImageRequest(prompt="red heart", seed=2**53 - 1, steps=1, guidance=7.0),
+    ImageRequest(prompt="star", seed=0, steps=3, guidance=1.0),
+]
+
+
+class Gate:
+    """Lets a pipeline's network evaluations through one at a time, or all of them."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._inner = pipeline.predict_velocity
+        self._permits = threading.Semaphore(0)
+        self._open = threading.Event()
+        self.widths: list[int] = []
+        pipeline.predict_velocity = self
+
+    def __call__(self, latents: Any, *rest: Any) -> Any:
+        self.widths.append(len(latents))
+        while not self._open.is_set() and not self._permits.acquire(timeout=0.01):
+            pass
+        return self._inner(latents, *rest)
+
+    def let(self, steps: int) -> None:
+        for _ in range(steps):
+            self._permits.release()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def pipeline(tiny_checkpoint: Path) -> Any:
+    return load_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture
+def make(pipeline: Any) -> Iterator[Callable[..., StepEngine]]:
+    engines: list[StepEngine] = []
+
+    def make(**options: Any) -> StepEngine:
+        engines.append(StepEngine(pipeline, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close(drain=False, timeout_s=10)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("did not happen")
+
+
+def test_image_is_the_pipelines_alone_and_in_company(
+    tiny_checkpoint: Path, make: Callable[..., StepEngine]
+) -> None:
+    info = SourceInfo(kind="checkpoint", uri="tiny")
+    source = PipelineSource(load_checkpoint(tiny_checkpoint), info, batch_size=2)
+    expected = [source.generate([request])[0].astype(int) for request in MIXED]
+    engine = make(max_rows=16)
+    for request, picture in zip(MIXED, expected, strict=True):
+        image = engine.submit([request])[0].future.result(120)
+        assert np.abs(image.pixels - picture).max() <= 1
+    together = engine.submit(MIXED)
+    for job, request, picture in zip(together, MIXED, expected, strict=True):
+        image = job.future.result(120)
+        assert image.request.seed == request.seed
+        assert np.abs(image.pixels - picture).max() <= 1
+    assert together[0].future.result().mean_rows > 2
+    assert len({picture.tobytes() for picture in expected}) == len(MIXED)
+
+
+def test_defaults_are_the_pipelines(make: Callable[..., StepEngine]) -> None:
+    image = make().submit([ImageRequest(prompt="x", seed=1)])[0].future.result(60)
+    assert (image.request.steps, image.request.guidance) == (4, 3.0)
+    assert image.pixels.shape == (32, 32, 3) and image.pixels.dtype == np.uint8
+
+
+def test_requests_join_and_leave_between_steps(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    gate = Gate(pipeline)
+    engine = make(max_rows=4)
+    long = engine.submit([ImageRequest(prompt="long", seed=1, steps=8, guidance=3.0)])[0]
+    gate.let(2)
+    wait_until(lambda: len(gate.widths) == 3)
+    short = engine.submit([ImageRequest(prompt="short", seed=2, steps=2, guidance=1.0)])[0]
+    gate.let(3)  # the one in progress, then two with both
+    image = short.future.result(60)
+    assert not long.future.done()
+    gate.open()
+    long.future.result(60)
+    assert gate.widths == [2, 2, 2, 3, 3, 2, 2, 2]
+    assert image.mean_rows == 3
+
+
+def test_first_in_first_out_and_never_wider_than_the_cap(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    gate = Gate(pipeline)
+    reports: list[StepReport] = []
+    engine = make(max_rows=3, on_step=reports.append)
+    guided = ImageRequest(prompt="a", seed=1, steps=2, guidance=2.0)
+    plain = ImageRequest(prompt="b", seed=1, steps=2, guidance=1.0)
+    jobs = engine.submit([guided, guided, plain])
+    gate.open()
+    ends = [job.future.result(60) for job in jobs]
+    assert max(gate.widths) <= 3
+    # The narrow request does not overtake the wide one before it.
+    assert ends[1].queue_s <= ends[2].queue_s
+    assert sum(report.requests for report in reports) == 6
+
+
+def test_cancel_stops_between_steps(pipeline: Any, make: Callable[..., StepEngine]) -> None:
+    gate = Gate(pipeline)
+    wasted: list[tuple[int, str]] = []
+    engine = make(on_wasted=lambda steps, reason: wasted.append((steps, reason)))
+    job = engine.submit([ImageRequest(prompt="x", seed=1, steps=50)])[0]
+    gate.let(3)
+    wait_until(lambda: len(gate.widths) == 4)
+    job.cancel()
+    gate.open()
+    with pytest.raises(CancelledError):
+        job.future.result(60)
+    assert wasted == [(4, "cancelled")]
+    assert len(gate.widths) == 4
+
+
+def test_deadline(pipeline: Any, make: Callable[..., StepEngine]) -> None:
+    gate = Gate(pipeline)
+    engine = make(max_rows=2)
+    running = engine.submit([ImageRequest(prompt="x", seed=1, steps=9)], timeout_s=0.05)[0]
+    waiting = engine.submit([ImageRequest(prompt="x", seed=1, steps=9)], timeout_s=0.05)[0]
+    wait_until(lambda: running.reason_to_stop() is not None)
+    gate.open()
+    for job in (running, waiting):
+        with pytest.raises(DeadlineError):
+            job.future.result(60)
+
+
+def test_full_queue_takes_all_or_nothing(pipeline: Any, make: Callable[..., StepEngine]) -> None:
+    gate = Gate(pipeline)
+    engine = make(max_rows=2, queue_limit=2)
+    request = ImageRequest(prompt="x", seed=1, steps=3)
+    gate.let(3)
+    engine.submit([request])[0].future.result(60)  # now the engine knows its speed
+    running = engine.submit([request])[0]
+    wait_until(lambda: engine.running == 1)
+    engine.submit([request])
+    with pytest.raises(QueueFullError) as error:
+        engine.submit([request, request])
+    assert error.value.wait_s > 0
+    assert engine.waiting == 1
+    last = engine.submit([request])[0]
+    gate.open()
+    assert np.array_equal(last.future.result(60).pixels, running.future.result(60).pixels)
+
+
+def test_a_failing_network_fails_its_batch_only(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    weights = pipeline.unet.conv_out.weight.data
+    good = weights.clone()
+    weights.fill_(float("nan"))
+    engine = make()
+    request = ImageRequest(prompt="x", seed=1, steps=1)
+    with pytest.raises(EngineError, match="NaN"):
+        engine.submit([request])[0].future.result(60)
+    weights.copy_(good)
+    assert engine.submit([request])[0].future.result(60).pixels.std() > 0
+
+
+def test_an_engine_that_only_fails_calls_itself_dead(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    engine = make()
+    pipeline.unet.conv_in.weight.data = pipeline.unet.conv_in.weight.data[:, :1]
+    for _ in range(3):
+        assert engine.alive
+        with pytest.raises(EngineError, match="network failed"):
+            engine.submit([ImageRequest(prompt="x", seed=1)])[0].future.result(60)
+    wait_until(lambda: not engine.alive)
+    with pytest.raises(ServingError, match="not running"):
+        engine.submit([ImageRequest(prompt="x", seed=1)])
+
+
+def test_close_finishes_what_is_in_hand(make: Callable[..., StepEngine]) -> None:
+    engine = make(max_rows=2)
+    jobs = engine.submit([ImageRequest(prompt="x", seed=k, steps=2) for k in range(3)])
+    engine.close()
+    assert all(job.future.result(0).pixels.shape == (32, 32, 3) for job in jobs)
+    with pytest.raises(ServingError, match="not running"):
+        engine.submit([ImageRequest(prompt="x", seed=1)])
+
+
+def test_texts_are_encoded_once(pipeline: Any, make: Callable[..., StepEngine]) -> None:
+    encoded: list[int] = []
+    pipeline.text_encoder.register_forward_hook(
+        lambda module, args, output: encoded.append(len(output[0]))
+    )
+    engine = make(text_cache=2)
+    for seed, prompt in enumerate(["a", "a", "b", "c"]):
+        request = ImageRequest(prompt=prompt, seed=seed, steps=1, guidance=1.0)
+        engine.submit([request])[0].future.result(60)
+    assert sum(encoded) == 3
+    engine.submit([ImageRequest(prompt="a", seed=9, steps=1, guidance=1.0)])[0].future.result(60)
+    assert sum(encoded) == 4  # "a" had made room
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"guidance": float("nan")},
+        {"height": 33, "width": 33},
+        {"height": -8, "width": 32},
+    ],
+)
+def test_what_the_model_cannot_do_is_said_at_once(
+    make: Callable[..., StepEngine], bad: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError):
+        make().submit([ImageRequest(prompt="x", seed=1, **bad)])
