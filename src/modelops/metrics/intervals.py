@@ -1,4 +1,4 @@
-"""Intervals: bootstrap over images or prompts, jackknife, and exact or score intervals for rates."""
+"""Intervals: bootstrap over images or prompts, jackknife, and binomial intervals of rates."""
 
 from __future__ import annotations
 

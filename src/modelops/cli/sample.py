@@ -1,0 +1,81 @@
+"""`modelops sample`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelops.cli.output import dry_run_option, emit, json_option, progress
+
+
+@click.command()
+@click.argument("source")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated.")
+@click.option("--prompt-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="One prompt a line, UTF-8.")  # fmt: skip
+@click.option("-n", "per_prompt", type=click.IntRange(1), default=1, show_default=True,
+              help="Images per prompt.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="[default: the source's own]")
+@click.option("--guidance", type=float, help="[default: the source's own]")
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width.")
+@click.option("--columns", type=click.IntRange(1), help="Of the grid.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
+              metavar="DIR", help="Gets PNG files, grid.png and samples.json.")  # fmt: skip
+@dry_run_option
+@json_option
+def sample(
+    source: str,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    per_prompt: int,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    size: int | None,
+    columns: int | None,
+    batch_size: int,
+    device: str,
+    runtime: str,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Make images with SOURCE from fixed seeds.
+
+    Image k of a prompt is the one that `modelops eval` makes with the same seed.
+
+    \b
+    Example:
+      modelops sample runs/pilot/checkpoints/step-1000 --prompt "red heart" --prompt sun \\
+          -n 4 --seed 0 --out samples/
+    """
+    from modelops.evaluation.prompts import clean_prompts, read_prompts
+
+    found = clean_prompts(prompts)
+    texts = [*found.prompts, *(read_prompts(prompt_file).prompts if prompt_file else ())]
+    if not texts:
+        raise click.UsageError("No usable prompt: give --prompt TEXT or --prompt-file FILE.")
+    if dry_run:
+        emit({"status": "ok", "dry_run": True, "source": source, "prompts": texts,
+              "images": len(texts) * per_prompt, "out": str(out)}, as_json=as_json,
+             text=f"would make {len(texts) * per_prompt} images in {out}")  # fmt: skip
+        return 0
+    from modelops.evaluation.sampling import sample_images
+    from modelops.evaluation.sources import open_source
+
+    opened = open_source(source, batch_size=batch_size, device=device, runtime=runtime)
+    with progress("Sampling", quiet=as_json) as report:
+        result = sample_images(
+            opened, texts, out, seed=seed, per_prompt=per_prompt, steps=steps,
+            guidance=guidance, size=size, columns=columns, on_progress=report,
+        )  # fmt: skip
+    failed = sum(image["file"] is None for image in result["images"])
+    emit({"status": "ok", "out": str(out), "failed": failed, **result}, as_json=as_json,
+         text=f"{len(result['images']) - failed} images and grid.png in {out}"
+         + (f"; {failed} failed, see samples.json" if failed else ""))  # fmt: skip
+    return 0

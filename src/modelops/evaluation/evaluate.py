@@ -1,0 +1,366 @@
+"""One evaluation: source, samples, features, metrics, record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelops.environment import current_environment
+from modelops.errors import EvaluationError, ModelopsError
+from modelops.evaluation.grids import write_grid
+from modelops.evaluation.measure import (
+    ALIGNMENT_KEYS,
+    MEMORIZATION_KEYS,
+    PRDC_KEYS,
+    SET_KEYS,
+    Bench,
+    measure_alignment,
+    measure_distances,
+    measure_failures,
+    measure_memorization,
+    measure_prdc,
+    measure_safety,
+    set_protocol,
+)
+from modelops.evaluation.prompts import (
+    PromptSet,
+    choose_prompts,
+    clean_prompts,
+    plan_images,
+    read_prompts,
+)
+from modelops.evaluation.reference import RealPictures, open_reference
+from modelops.evaluation.samples import draw_samples
+from modelops.evaluation.settings import EvaluationSettings
+from modelops.evaluation.sources import FolderSource
+from modelops.files import sha256_file, sha256_tree, write_json
+from modelops.metrics.features import (
+    InceptionExtractor,
+    Lite0Extractor,
+    cached_features,
+    write_arrays,
+)
+from modelops.models.sources import ImageRequest, ModelSource
+from modelops.records import (
+    AlignmentModelRecord,
+    EvaluationRecord,
+    InputRef,
+    Measurement,
+    Sampling,
+    read_record,
+)
+
+OnProgress = Callable[[int, int], None]
+
+
+def evaluate(
+    source: ModelSource,
+    settings: EvaluationSettings,
+    *,
+    out_path: str | Path,
+    on_progress: OnProgress | None = None,
+) -> EvaluationRecord:
+    """Measure a source and write the record; beside it, in a folder of its name, samples, features,
+    per-image values and grids.
+
+    Image k of a prompt depends on (seed, prompt, k) alone. A killed evaluation goes on where it
+    was. If something essential fails, the record is written with status `failed`, its error and
+    whatever could be measured, and the error is raised.
+
+    Raises:
+        EvaluationError: more images failed than `max_failures`, or the safety filter is broken.
+        ModelopsError: an input cannot be used.
+    """
+    out = Path(out_path)
+    record = EvaluationRecord(
+        source=source.info,
+        seeds={"seed": settings.seed},
+        environment=current_environment(),
+        started_at=datetime.now(UTC),
+    )
+    clock = time.monotonic()
+    try:
+        problems = _evaluate(source, settings, record, out, on_progress)
+    except Exception as error:
+        record.status = "failed"
+        record.error = (
+            error.message
+            if isinstance(error, ModelopsError)
+            else f"{type(error).__name__}: {error}"
+        )
+        record.duration_s = time.monotonic() - clock
+        record.write(out)
+        raise
+    record.duration_s = time.monotonic() - clock
+    if problems:
+        record.status, record.error = "failed", "; ".join(problems)
+    record.write(out)
+    if problems:
+        raise EvaluationError(
+            f"{out}: the evaluation failed: {record.error}",
+            hint="what could be measured is in the record",
+        )
+    return record
+
+
+def _evaluate(
+    source: ModelSource,
+    settings: EvaluationSettings,
+    record: EvaluationRecord,
+    out: Path,
+    on_progress: OnProgress | None,
+) -> list[str]:
+    """Fill the record; returns what makes it `failed`."""
+    workdir = out.with_suffix("")
+    reference, training = _real_pictures(settings, record)
+    prompts = _prompts(settings, reference, source)
+    count = settings.n
+    if count is None and isinstance(source, FolderSource):
+        count = len(source.files)
+    plan = plan_images(prompts, n=count, replicates=settings.replicates, seed=settings.seed)
+    request = _request(source, settings)
+    sampling = Sampling(
+        seed=settings.seed, scheduler=source.scheduler_name, steps=request.steps or 0,
+        guidance=request.guidance or 0.0, height=request.height or 0, width=request.width or 0,
+        n_prompts=len(prompts.prompts), replicates=-(-len(plan) // len(prompts.prompts)),
+        prompts_sha256=prompts.sha256,
+    )  # fmt: skip
+    record.sampling = sampling
+    samples = draw_samples(source, plan, request, workdir / "samples", on_progress=on_progress)
+    record.n_failed_images = len(samples.failures)
+
+    problems = []
+    if len(samples.failures) > settings.max_failures:
+        first = samples.failures[min(samples.failures)]
+        problems.append(
+            f"{len(samples.failures)} of {len(plan)} images failed, {settings.max_failures} "
+            f"allowed; the first: {first}"
+        )
+    extractor = Lite0Extractor()
+    features = cached_features(
+        extractor,
+        [sha256_file(samples.paths[place]) for place in samples.made],
+        lambda row: samples.read(samples.made[row]),
+        workdir / "cache",
+    )
+    bench = Bench(
+        settings=settings, prompts=prompts, samples=samples, features=features,
+        reference=reference, training=training,
+        # Not the scheduler: it belongs to the source, as its runtime and precision do.
+        sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
+    )  # fmt: skip
+    measure_failures(bench)
+    _measure_all(bench, extractor, record, workdir, problems)
+    record.metrics, record.protocols = dict(sorted(bench.metrics.items())), bench.protocols
+    _write_files(bench, record, out, workdir)
+    return problems
+
+
+def _measure_all(
+    bench: Bench,
+    extractor: Lite0Extractor,
+    record: EvaluationRecord,
+    workdir: Path,
+    problems: list[str],
+) -> None:
+    settings, lite0 = bench.settings, extractor.protocol
+    bench.attempt(lambda b: measure_distances(b, lite0), *SET_KEYS)
+    bench.attempt(lambda b: measure_prdc(b, lite0), *PRDC_KEYS)
+    bench.attempt(lambda b: measure_memorization(b, lite0), *MEMORIZATION_KEYS)
+    _alignment(bench, record)
+    _fid(bench, workdir)
+    _clipscore(bench)
+    if settings.safety == "none":
+        bench.missing("turned off by --safety none", "unsafe_rate")
+        return
+    from modelops.safety.image import OpenNsfwFilter
+
+    try:
+        measure_safety(bench, OpenNsfwFilter(threshold=settings.safety_threshold))
+    except ModelopsError as error:
+        bench.missing(f"the safety filter failed: {error.message}", "unsafe_rate")
+        problems.append(f"unsafe_rate: {error.message}")
+
+
+def _alignment(bench: Bench, record: EvaluationRecord) -> None:
+    directory = bench.settings.lit
+    if directory is None:
+        return bench.missing("no alignment model was given (--lit)", *ALIGNMENT_KEYS)
+    if record.source.kind == "folder" and bench.settings.prompts_file is None:
+        return bench.missing("the images have no prompts", *ALIGNMENT_KEYS)
+    from modelops.evaluation.lit import RECORD
+    from modelops.models.lit import load_lit
+
+    model = load_lit(directory)  # a model that was named and cannot be loaded is an error
+    record.inputs["lit"] = InputRef(path=str(directory), sha256=sha256_tree(directory))
+    heldout: dict[str, Measurement] = {}
+    if (directory / RECORD).is_file():
+        fitted = read_record(directory / RECORD, AlignmentModelRecord)
+        heldout = fitted.metrics
+        for name in ("manifest", "splits"):
+            ours, theirs = record.inputs.get(name), fitted.inputs.get(name)
+            if ours and theirs and ours.sha256 != theirs.sha256:
+                for measured in heldout.values():
+                    measured.warnings.append(f"fitted on another {name}; may know these pictures")
+    bench.attempt(lambda b: measure_alignment(b, model, heldout), *ALIGNMENT_KEYS)
+    return None
+
+
+def _fid(bench: Bench, workdir: Path) -> None:
+    weights = bench.settings.inception_weights
+    if weights is None:
+        return bench.missing("no Inception weights were given (--inception-weights)", "fid")
+    if bench.reference is None:
+        return bench.missing("no manifest of real pictures was given", "fid")
+    from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+
+    extractor = InceptionExtractor(weights)
+    samples, reference = bench.samples, bench.reference
+    fake = cached_features(
+        extractor, [sha256_file(samples.paths[place]) for place in samples.made],
+        lambda row: samples.read(samples.made[row]), workdir / "cache",
+    )  # fmt: skip
+    real = reference.features_of(extractor, workdir / "cache")
+
+    def measure(b: Bench) -> None:
+        interval = frechet_interval(
+            fake, real, seed=b.settings.seed, groups=b.settings.jackknife_groups
+        )
+        protocol = set_protocol(b, extractor.protocol, "fid", ddof=DDOF)
+        warnings = rank_warning(b.n, len(real), extractor.dim)
+        b.put("fid", interval, protocol, better=False, warnings=warnings,
+              details={"n_reference": len(real)})  # fmt: skip
+
+    bench.attempt(measure, "fid")
+    return None
+
+
+def _clipscore(bench: Bench) -> None:
+    settings = bench.settings
+    if settings.clip_weights is None:
+        return bench.missing("no CLIP weights were given (--clip-weights)", "clipscore")
+    from modelops.metrics.alignment import per_prompt
+    from modelops.metrics.clip import ClipScorer
+    from modelops.metrics.intervals import bootstrap_mean
+
+    scorer = ClipScorer(settings.clip_weights, settings.clip_model)
+    made = bench.samples.made
+    scores = np.concatenate(
+        [
+            scorer.scores([bench.samples.read(p)], [bench.samples.plan[p].prompt]) for p in made
+        ]
+    ) if made else np.zeros(0)  # fmt: skip
+
+    def measure(b: Bench) -> None:
+        interval = bootstrap_mean(
+            per_prompt(scores, b.owner), seed=settings.seed, resamples=settings.resamples,
+            purpose="clipscore",
+        )  # fmt: skip
+        protocol = {
+            "metric": "clipscore",
+            **scorer.protocol,
+            "n": b.n,
+            "sampling": dict(b.sampling),
+        }
+        b.put("clipscore", interval, protocol, better=True, unit="2.5 max(0, cosine)")
+
+    bench.per_image["clipscore"] = scores.tolist()
+    bench.attempt(measure, "clipscore")
+    return None
+
+
+def _real_pictures(
+    settings: EvaluationSettings, record: EvaluationRecord
+) -> tuple[RealPictures | None, RealPictures | None]:
+    if settings.manifest is None or settings.splits is None:
+        return None, None
+    for name, path in (("manifest", settings.manifest), ("splits", settings.splits)):
+        record.inputs[name] = InputRef(path=str(path), sha256=sha256_file(path))
+    wanted = tuple(dict.fromkeys((settings.split, settings.train_split)))
+    found, _ = open_reference(settings.manifest, settings.splits, wanted)
+    reference, training = found[settings.split], found[settings.train_split]
+    record.reference = InputRef(
+        path=f"{settings.manifest}#{settings.split}", sha256=reference.digest
+    )
+    return reference, training
+
+
+def _prompts(
+    settings: EvaluationSettings, reference: RealPictures | None, source: ModelSource
+) -> PromptSet:
+    if settings.prompts_file is not None:
+        found = read_prompts(settings.prompts_file)
+    elif source.info.kind == "folder":
+        # Without prompts, one nameless prompt stands for all of the folder's images.
+        return PromptSet(("(folder of images)",))
+    else:
+        assert reference is not None  # EvaluationSettings has seen to it
+        samples = reference.samples
+        found = clean_prompts([s.caption for s in samples], ids=[s.id for s in samples])
+    return choose_prompts(found, settings.n, seed=settings.seed)
+
+
+def _request(source: ModelSource, settings: EvaluationSettings) -> ImageRequest:
+    defaults = source.defaults
+    return ImageRequest(
+        prompt="", seed=0,
+        steps=settings.steps if settings.steps is not None else defaults.steps,
+        guidance=settings.guidance if settings.guidance is not None else defaults.guidance,
+        height=settings.height or defaults.height, width=settings.width or defaults.width,
+    )  # fmt: skip
+
+
+def _write_files(bench: Bench, record: EvaluationRecord, out: Path, workdir: Path) -> None:
+    """Features, per-image values and grids, named in the record by path and digest."""
+    samples = bench.samples
+    made: dict[str, Path] = {}
+    if samples.made:
+        write_arrays(workdir / "features.npz", features=bench.features)
+        made["features"] = workdir / "features.npz"
+    rows = [
+        {"prompt": planned.prompt, "replicate": planned.replicate, "seed": planned.seed,
+         "failure": samples.failures.get(place)}
+        for place, planned in enumerate(samples.plan)
+    ]  # fmt: skip
+    for row, place in enumerate(samples.made):
+        rows[place] |= {key: values[row] for key, values in bench.per_image.items()}
+    write_json(workdir / "per_image.json", rows)
+    made["per_image"] = workdir / "per_image.json"
+
+    def grid(name: str, places: list[int]) -> None:
+        images = [samples.read(p) if p in samples.paths else None for p in places]
+        labels = [samples.plan[p].prompt for p in places]
+        made[name] = write_grid(workdir / f"{name}.png", images, labels)
+
+    grid("grid", list(range(min(bench.settings.grid, len(samples.plan)))))
+    if alignment := bench.per_image.get("alignment"):
+        order = [samples.made[row] for row in np.argsort(alignment, kind="stable")]
+        few = max(1, min(bench.settings.grid // 4, len(order) // 2))
+        grid("worst", order[:few])
+        grid("best", order[: -few - 1 : -1])
+    record.files = {
+        name: InputRef(path=path.relative_to(out.parent).as_posix(), sha256=sha256_file(path))
+        for name, path in made.items()
+    }
+
+
+def read_per_image(record_path: str | Path, record: EvaluationRecord) -> list[dict[str, Any]]:
+    """The per-image values that a record names.
+
+    Raises:
+        EvaluationError: they are not there, or other than the record's digest says.
+    """
+    entry = record.files.get("per_image")
+    path = Path(record_path).parent / entry.path if entry else None
+    if entry is None or path is None or not path.is_file():
+        raise EvaluationError(f"{record_path}: its per-image values are not there")
+    if sha256_file(path) != entry.sha256:
+        raise EvaluationError(f"{path}: differs from the digest in {record_path}")
+    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+    return rows

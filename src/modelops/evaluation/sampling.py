@@ -1,0 +1,83 @@
+"""Pictures for a person to look at: PNG files, a grid and samples.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelops.data.images import encode_png
+from modelops.errors import ModelopsError, UsageError
+from modelops.evaluation.grids import write_grid
+from modelops.evaluation.samples import generate_each
+from modelops.files import sha256_bytes, write_bytes, write_json
+from modelops.models.sources import ImageRequest, ModelSource
+from modelops.seeding import image_seed
+
+
+def sample_images(
+    source: ModelSource,
+    prompts: Sequence[str],
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    per_prompt: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: int | None = None,
+    columns: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write NNNN-K.png for each prompt and replicate, grid.png, and samples.json, and return the
+    last. The images are those that `modelops eval` makes of the same prompts and seed.
+
+    Raises:
+        UsageError: no prompts.
+        ModelopsError: no image could be made at all.
+    """
+    if not prompts:
+        raise UsageError("no prompts", hint="give --prompt or --prompt-file")
+    defaults = source.defaults
+    requests = [
+        ImageRequest(
+            prompt=prompt, seed=image_seed(seed, prompt, replicate),
+            steps=steps if steps is not None else defaults.steps,
+            guidance=guidance if guidance is not None else defaults.guidance,
+            height=size or defaults.height, width=size or defaults.width,
+        )
+        for prompt in prompts
+        for replicate in range(per_prompt)
+    ]  # fmt: skip
+    images, entries = [], []
+    chunk = max(1, int(getattr(source, "batch_size", 4)))
+    for start in range(0, len(requests), chunk):
+        part = requests[start : start + chunk]
+        for offset, made in enumerate(generate_each(source, part)):
+            index, request = start + offset, part[offset]
+            entry: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
+            if isinstance(made, ModelopsError):
+                entry |= {"file": None, "failure": made.message}
+                images.append(None)
+            else:
+                data = encode_png(made)
+                name = f"{index // per_prompt:04d}-{index % per_prompt}.png"
+                write_bytes(out_dir / name, data)
+                entry |= {"file": name, "sha256": sha256_bytes(data)}
+                images.append(made)
+            entries.append(entry)
+        if on_progress:
+            on_progress(len(entries), len(requests))
+    if all(image is None for image in images):
+        raise ModelopsError(f"no image could be made: {entries[0]['failure']}")
+    write_grid(
+        out_dir / "grid.png", images, [e["prompt"] for e in entries],
+        columns=columns or (per_prompt if per_prompt > 1 else None),
+    )  # fmt: skip
+    first = requests[0]
+    result = {
+        "source": source.info.model_dump(mode="json"), "scheduler": source.scheduler_name,
+        "seed": seed, "steps": first.steps, "guidance": first.guidance,
+        "height": first.height, "width": first.width, "grid": "grid.png", "images": entries,
+    }  # fmt: skip
+    write_json(out_dir / "samples.json", result)
+    return result

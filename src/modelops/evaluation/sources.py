@@ -1,0 +1,269 @@
+"""Open a model source from a path or URL: checkpoint, exported artifact, live endpoint, folder."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.errors import EvaluationError, UsageError
+from modelops.models.sources import ImageRequest, ModelSource
+from modelops.records import SourceInfo
+
+Image = npt.NDArray[np.uint8]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+BLOCKED_CODES = ("content_policy_violation", "content_filter", "moderation_blocked")
+ENDPOINT = "/v1/images/generations"
+
+
+class ImageBlockedError(EvaluationError):
+    """A service's own safety filter refused the prompt or the image."""
+
+
+def open_source(
+    uri: str, *, batch_size: int = 16, device: str = "cpu", runtime: str = "auto"
+) -> ModelSource:
+    """A model source from what the user named.
+
+    Args:
+        uri: a diffusers directory or hub id, an artifact directory (one with artifact.json), an
+            http(s) URL of a service that speaks the OpenAI Images API, or a folder of images.
+        batch_size: images per call; does not change any image.
+        device: of torch, for a checkpoint.
+        runtime: of an artifact: "auto", "onnxruntime" or "openvino".
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if uri.startswith(("http://", "https://")):
+        return EndpointSource(uri, concurrency=min(batch_size, 4))
+    path = Path(uri)
+    if (path / "artifact.json").is_file():
+        from modelops.export.runtime import open_artifact
+
+        return open_artifact(path, runtime=runtime, batch_size=batch_size)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()):
+            return FolderSource(path)
+        raise UsageError(
+            f"{uri}: neither a diffusers checkpoint, an artifact, nor a folder of images",
+            hint="name a directory such as runs/pilot/checkpoints/step-1000",
+        )
+    if not path.exists() and (uri.count("/") != 1 or uri.startswith((".", "/", "~"))):
+        raise UsageError(f"{uri}: no such directory", hint="name a checkpoint or artifact")
+    from modelops.models.sources import open_checkpoint
+
+    return open_checkpoint(uri, device=device, batch_size=batch_size)
+
+
+class FolderSource:
+    """Ready-made images, one per file in order of name; requests beyond them fail.
+
+    Prompts and seeds are not used: image k answers request k of the source's life.
+    """
+
+    scheduler_name = "none"
+
+    def __init__(self, folder: Path) -> None:
+        from modelops.files import sha256_file, sha256_json
+
+        self.files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        digest = sha256_json({file.name: sha256_file(file) for file in self.files})
+        self.info = SourceInfo(
+            kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",
+            details={"images": len(self.files)},
+        )  # fmt: skip
+
+    @property
+    def defaults(self) -> ImageRequest:
+        return ImageRequest(prompt="", seed=0)
+
+    def read(self, index: int) -> Image:
+        """Image `index` [H, W, 3] uint8.
+
+        Raises:
+            EvaluationError: there are fewer images.
+            ImageError: it cannot be read.
+        """
+        from modelops.data.images import read_image
+
+        if index >= len(self.files):
+            raise EvaluationError(f"{self.info.uri}: only {len(self.files)} images")
+        return read_image(self.files[index])
+
+    def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
+        """Images by position; the seed of a request is its position in the folder."""
+        return [self.read(request.seed) for request in requests]
+
+
+class EndpointSource:
+    """A running service that speaks the OpenAI Images API with modelops' seed, steps, guidance.
+
+    Args:
+        base: URL, with or without /v1.
+        timeout_s: for one image.
+        attempts: how often an image is asked for when the service answers 429 or 503, or cannot be
+            reached; waits follow Retry-After, at most `max_wait_s` each.
+        api_key: sent as a bearer token; read from MODELOPS_API_KEY when not given.
+    """
+
+    scheduler_name = "service"
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        timeout_s: float = 120.0,
+        attempts: int = 5,
+        max_wait_s: float = 30.0,
+        concurrency: int = 4,
+        api_key: str | None = None,
+    ) -> None:
+        import os
+
+        import httpx
+
+        self.base = base.rstrip("/").removesuffix(ENDPOINT).removesuffix("/v1")
+        self.attempts, self.max_wait_s = max(1, attempts), max_wait_s
+        self.concurrency = max(1, concurrency)
+        key = api_key or os.environ.get("MODELOPS_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(timeout=timeout_s, headers=headers, follow_redirects=False)
+        model = self._model()
+        about: dict[str, Any] = model.get("x_modelops") or {}
+        self._size = _parse_size(about.get("size"))
+        self.info = SourceInfo(
+            kind="endpoint", uri=self.base, sha256=about.get("release_sha256"),
+            runtime=str(about.get("runtime") or "service"), precision="",
+            details={"model": str(model.get("id", "")), "model_sha256": about.get("model_sha256")},
+        )  # fmt: skip
+
+    @property
+    def defaults(self) -> ImageRequest:
+        height, width = self._size
+        return ImageRequest(prompt="", seed=0, height=height, width=width)
+
+    def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
+        if self.concurrency == 1 or len(requests) == 1:
+            return [self._one(request) for request in requests]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(self._one, requests))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _model(self) -> dict[str, Any]:
+        """The first model that the service lists; {} where it does not say."""
+        import httpx
+
+        try:
+            answer = self._client.get(f"{self.base}/v1/models", timeout=10.0)
+            listed = answer.json()["data"][0] if answer.status_code == 200 else {}
+        except httpx.HTTPError as error:
+            raise UsageError(
+                f"{self.base}: cannot be reached: {type(error).__name__}: {error}",
+                hint="start it with `modelops serve RELEASE`, or correct the URL",
+            ) from error
+        except (ValueError, KeyError, IndexError, TypeError):
+            return {}
+        return listed if isinstance(listed, dict) else {}
+
+    def _one(self, request: ImageRequest) -> Image:
+        body: dict[str, Any] = {
+            "prompt": request.prompt, "n": 1, "seed": request.seed,
+            "response_format": "b64_json", "output_format": "png",
+        }  # fmt: skip
+        if request.width and request.height:
+            body["size"] = f"{request.width}x{request.height}"
+        for name in ("steps", "guidance"):
+            if getattr(request, name) is not None:
+                body[name] = getattr(request, name)
+        if request.negative_prompt:
+            body["negative_prompt"] = request.negative_prompt
+        answer = self._post(body)
+        return self._decode(answer, request)
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        import httpx
+
+        last = ""
+        for attempt in range(self.attempts):
+            wait = min(2.0**attempt * 0.5, self.max_wait_s)
+            try:
+                answer = self._client.post(f"{self.base}{ENDPOINT}", json=body)
+            except httpx.TimeoutException:
+                last = "timed out"
+                continue  # the wait has been long enough
+            except httpx.HTTPError as error:
+                last = f"{type(error).__name__}: {error}"
+            else:
+                if answer.status_code == 200:
+                    return _json_object(answer)
+                code, message = _error_of(answer)
+                if code in BLOCKED_CODES:
+                    raise ImageBlockedError(f"{self.base}: blocked: {message}")
+                last = f"HTTP {answer.status_code} {code}: {message}"
+                if answer.status_code not in (429, 502, 503, 504):
+                    break
+                wait = min(_retry_after(answer, wait), self.max_wait_s)
+            if attempt + 1 < self.attempts:
+                time.sleep(wait)
+        raise EvaluationError(f"{self.base}: no image: {last}")
+
+    def _decode(self, answer: dict[str, Any], request: ImageRequest) -> Image:
+        from modelops.data.images import decode_image
+
+        try:
+            data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+        except (KeyError, IndexError, TypeError, binascii.Error) as error:
+            raise EvaluationError(f"{self.base}: an answer without an image") from error
+        image = decode_image(data, "answer.png")
+        wanted = (request.height, request.width)
+        if None not in wanted and image.shape[:2] != wanted:
+            raise EvaluationError(
+                f"{self.base}: an image of {image.shape[1]}x{image.shape[0]} pixels, "
+                f"{request.width}x{request.height} were asked for"
+            )
+        return image
+
+
+def _parse_size(text: Any) -> tuple[int | None, int | None]:
+    """ "64x32" (width x height) to (height, width)."""
+    width, _, height = str(text or "").partition("x")
+    if width.isdigit() and height.isdigit():
+        return int(height), int(width)
+    return None, None
+
+
+def _json_object(answer: Any) -> dict[str, Any]:
+    try:
+        body = answer.json()
+    except ValueError as error:
+        raise EvaluationError("the service's answer is not JSON") from error
+    if not isinstance(body, dict):
+        raise EvaluationError("the service's answer is not a JSON object")
+    return body
+
+
+def _error_of(answer: Any) -> tuple[str, str]:
+    """(code, message) of an OpenAI error body."""
+    try:
+        error = answer.json()["error"]
+        return str(error.get("code") or ""), str(error.get("message") or "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "", answer.text[:200]
+
+
+def _retry_after(answer: Any, default: float) -> float:
+    try:
+        return max(0.0, float(answer.headers.get("Retry-After", default)))
+    except ValueError:
+        return default
