@@ -106,7 +106,7 @@ def resize_image(image: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint
     if image.shape[:2] == (size, size):
         return image
     picture = ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+    return np.array(picture)
 
 
 def encode_png(image: npt.NDArray[np.uint8]) -> bytes:
@@ -132,7 +132,7 @@ def _picture_to_rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:
     if picture.mode == "RGBA":
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
-    return np.asarray(picture.convert("RGB"))
+    return np.array(picture.convert("RGB"))  # writable, as torch wants it
 
 
 def _deep_to_rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,376 @@
+"""`modelops data`: manifests, duplicates, splits and shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
+
+MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def data() -> None:
+    """Make and check manifests, splits and shards.
+
+    \b
+    Example, from drawings to shards that are safe to train on:
+      modelops data corpus openmoji data --resolution 64
+      modelops data check data/manifest.parquet
+      modelops data dedup data/manifest.parquet
+      modelops data split data/manifest.parquet
+      modelops data shard data/manifest.parquet --resolution 64
+      modelops data smoke data/shard_manifest.csv
+    """
+
+
+@data.group()
+def corpus() -> None:
+    """Make a corpus: pictures with a manifest.
+
+    \b
+    Example:
+      modelops data corpus openmoji data --resolution 64
+    """
+
+
+@corpus.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--resolution", default=64, show_default=True, metavar="PIXELS")
+@click.option("--limit", type=int, metavar="N", help="At most N pictures, in whole groups.")
+@click.option("--seed", default=0, show_default=True, help="Which groups a limit takes.")
+@dry_run_option
+@json_option
+def openmoji(
+    directory: Path, resolution: int, limit: int | None, seed: int, dry_run: bool, as_json: bool
+) -> None:
+    """Render OpenMoji into DIRECTORY/images with DIRECTORY/manifest.parquet.
+
+    The pictures are CC BY-SA 4.0: show the attribution where you show them.
+
+    \b
+    Example:
+      modelops data corpus openmoji data --resolution 64
+      modelops data corpus openmoji small --resolution 32 --limit 150
+    """
+    from modelops.data.corpora import openmoji as source
+
+    if dry_run:
+        planned = len(source.take_groups(source.list_drawings(), limit, seed))
+        emit(
+            {"status": "planned", "samples": planned, "directory": str(directory)},
+            as_json=as_json,
+            text=f"would render {planned} pictures into {directory / 'images'}",
+        )
+        return
+    with progress("rendering", quiet=as_json) as on_progress:
+        path = source.build_corpus(
+            directory, resolution=resolution, limit=limit, seed=seed, on_progress=on_progress
+        )
+    from modelops.data.manifest import read_manifest
+
+    found, counts, credit = (
+        read_manifest(path, check_files=False),
+        source.coverage(),
+        source.attribution(),
+    )
+    groups = len({row.group for row in found.rows})
+    emit(
+        {
+            "status": "ok", "manifest": str(path), "samples": len(found.rows), "groups": groups,
+            "drawings_without_name": counts.unnamed, "attribution": credit,
+        },
+        as_json=as_json,
+        text=f"{path}: {len(found.rows)} pictures in {groups} groups; "
+        f"{counts.unnamed} drawings without an English name skipped\n{credit['text']}",
+    )  # fmt: skip
+
+
+@data.command()
+@MANIFEST
+@json_option
+def check(manifest: Path, as_json: bool) -> int:
+    """Check a manifest and every file it names; exits 1 if a row cannot be used.
+
+    \b
+    Example:
+      modelops data check data/manifest.parquet
+      modelops data check data/manifest.csv --json | jq .quarantined
+    """
+    from modelops.data.check import check_manifest
+
+    with progress("decoding", quiet=as_json) as on_progress:
+        result = check_manifest(manifest, on_progress=on_progress)
+    emit(result, as_json=as_json)
+    if not as_json:
+        rows = [["usable", str(result["usable"])], ["quarantined", str(result["n_quarantined"])]]
+        rows += [[f"license {name}", str(count)] for name, count in result["licenses"].items()]
+        rows += [[f"size {name}", str(count)] for name, count in result["sizes"].items()]
+        table(["what", "samples"], rows, title=str(manifest))
+        if result["quarantined"]:
+            table(["quarantined", "reason"], result["quarantined"].items())
+    return 1 if result["n_quarantined"] else 0
+
+
+@data.command()
+@MANIFEST
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="[default: dedup_report.json beside it]"
+)
+@click.option("--threshold", default=0.95, show_default=True, metavar="COSINE")
+@click.option("--neighbours", default=5, show_default=True, metavar="K")
+@click.option("--seed", default=0, show_default=True, help="Of calibration and shown pairs.")
+@click.option(
+    "--cleaned", type=click.Path(path_type=Path), metavar="MANIFEST",
+    help="Also write a manifest without duplicates, beside the old one.",
+)  # fmt: skip
+@click.option(
+    "--drop", default="bytes,pixels", show_default=True, metavar="KINDS",
+    help="What --cleaned leaves out: bytes, pixels, embedding.",
+)  # fmt: skip
+@json_option
+def dedup(
+    manifest: Path,
+    report: Path | None,
+    threshold: float,
+    neighbours: int,
+    seed: int,
+    cleaned: Path | None,
+    drop: str,
+    as_json: bool,
+) -> None:
+    """Find duplicates; writes dedup_report.json and dedup_candidates.png to look at.
+
+    \b
+    Example:
+      modelops data dedup data/manifest.parquet
+      modelops data dedup data/manifest.parquet --cleaned data/cleaned.parquet
+    """
+    from modelops.data.dedup import CANDIDATE_SHEET, clean_manifest, deduplicate, parse_kinds
+
+    kinds = parse_kinds(drop)
+    target = report or manifest.parent / "dedup_report.json"
+    with progress("embedding", quiet=as_json) as on_progress:
+        found = deduplicate(
+            manifest, target,
+            threshold=threshold, neighbours=neighbours, seed=seed, on_progress=on_progress,
+        )  # fmt: skip
+    result: dict[str, Any] = {"report": str(target), **found.model_dump(mode="json")}
+    if cleaned:
+        kept, left_out = clean_manifest(manifest, target, cleaned, kinds=kinds)
+        result |= {"cleaned": str(cleaned), "kept": kept, "left_out": left_out}
+    emit(result, as_json=as_json)
+    if as_json:
+        return
+    rows = [
+        ["pictures", str(found.n_images)],
+        ["quarantined", str(len(found.quarantined))],
+        ["exact copies", str(found.n_exact_duplicates)],
+        [f"pairs at cosine {threshold}", str(found.n_candidate_pairs)],
+        ["clusters", str(len(found.clusters))],
+        ["linked components", str(len(found.components))],
+        ["largest component", str(found.chaining.get("largest", 0))],
+    ]
+    rows += [[name, format_measurement(value)] for name, value in found.calibration.items()]
+    rows += [["kept / left out", f"{result['kept']} / {result['left_out']}"]] if cleaned else []
+    table(["what", "value"], rows, title=f"{target} ({found.extractor})")
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    if found.files:
+        say(f"look at {target.parent / CANDIDATE_SHEET}")
+
+
+@data.command()
+@MANIFEST
+@click.option(
+    "--dedup",
+    "dedup_path",
+    type=click.Path(path_type=Path),
+    help="[default: dedup_report.json beside it]",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="[default: the manifest's folder]")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--fractions", default="0.8,0.1,0.1", show_default=True, metavar="TRAIN,VAL,TEST")
+@json_option
+def split(
+    manifest: Path,
+    dedup_path: Path | None,
+    out: Path | None,
+    seed: int,
+    fractions: str,
+    as_json: bool,
+) -> None:
+    """Deal samples to train, val and test; writes splits.parquet and split.json.
+
+    \b
+    Example:
+      modelops data split data/manifest.parquet --seed 0
+    """
+    from modelops.data.split import parse_fractions, split_manifest
+
+    shares = parse_fractions(fractions)
+    folder = out or manifest.parent
+    with progress("reading embeddings", quiet=as_json) as on_progress:
+        found = split_manifest(
+            manifest, dedup_path or manifest.parent / "dedup_report.json", folder,
+            seed=seed, fractions=shares, on_progress=on_progress,
+        )  # fmt: skip
+    emit({"report": str(folder / "split.json"), **found.model_dump(mode="json")}, as_json=as_json)
+    if as_json:
+        return
+    rows = [
+        [name, f"{count} ({found.fractions[name]:.1%}) in {found.group_counts[name]} units"]
+        for name, count in found.counts.items()
+    ]
+    rows += [[f"leak {name}", format_measurement(value)] for name, value in found.leakage.items()]
+    table(["what", "value"], rows, title=found.strategy)
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+
+
+@data.command()
+@MANIFEST
+@click.option(
+    "--splits", type=click.Path(path_type=Path), help="[default: splits.parquet beside it]"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="[default: the manifest's folder]")
+@click.option("--resolution", default=64, show_default=True, metavar="PIXELS")
+@click.option("--samples-per-shard", default=1000, show_default=True, metavar="N")
+@click.option("--seed", default=0, show_default=True, help="Of the order in the shards.")
+@dry_run_option
+@json_option
+def shard(
+    manifest: Path,
+    splits: Path | None,
+    out: Path | None,
+    resolution: int,
+    samples_per_shard: int,
+    seed: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write WebDataset tars and shard_manifest.csv; replaces OUT/shards as a whole.
+
+    \b
+    Example:
+      modelops data shard data/manifest.parquet --resolution 64
+    """
+    from modelops.data.shards import read_shard_manifest, write_shards
+    from modelops.data.split import read_splits
+
+    splits_path, folder = splits or manifest.parent / "splits.parquet", out or manifest.parent
+    if dry_run:
+        count = len(read_splits(splits_path))
+        emit(
+            {"status": "planned", "samples": count, "directory": str(folder / "shards")},
+            as_json=as_json,
+            text=f"would write {count} samples to {folder / 'shards'}",
+        )
+        return
+    with progress("writing shards", quiet=as_json) as on_progress:
+        path = write_shards(
+            manifest, splits_path, folder,
+            resolution=resolution, samples_per_shard=samples_per_shard, seed=seed,
+            on_progress=on_progress,
+        )  # fmt: skip
+    rows = read_shard_manifest(path)
+    emit(
+        {
+            "status": "ok",
+            "shard_manifest": str(path),
+            "shards": [
+                {"shard": row.path, "split": row.split, "samples": row.samples, "bytes": row.bytes,
+                 "sha256": row.sha256}
+                for row in rows
+            ],
+        },
+        as_json=as_json,
+    )  # fmt: skip
+    if not as_json:
+        table(
+            ["shard", "split", "samples", "bytes", "sha256"],
+            [[r.path, r.split, str(r.samples), str(r.bytes), r.sha256[:12]] for r in rows],
+            title=str(path),
+        )
+
+
+@data.command()
+@click.argument("shard_manifest", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="[default: smoke.json beside it]")
+@click.option("--batch-size", default=64, show_default=True, metavar="N")
+@click.option("--workers", default=0, show_default=True, metavar="N")
+@json_option
+def smoke(
+    shard_manifest: Path, out: Path | None, batch_size: int, workers: int, as_json: bool
+) -> int:
+    """Read every sample through a DataLoader and judge; exits 1 if the verdict is fail.
+
+    \b
+    Example:
+      modelops data smoke data/shard_manifest.csv --workers 2
+    """
+    from modelops.data.smoke import smoke_test
+
+    with progress("reading", quiet=as_json) as on_progress:
+        report = smoke_test(
+            shard_manifest, out or shard_manifest.parent / "smoke.json",
+            batch_size=batch_size, workers=workers, on_progress=on_progress,
+        )  # fmt: skip
+    emit(report.model_dump(mode="json"), as_json=as_json)
+    if not as_json:
+        rows = [
+            ["verdict", report.verdict],
+            ["samples", str(report.n_samples)],
+            ["shards", str(report.n_shards)],
+            ["images per second", f"{report.images_per_second:.0f}"],
+            ["slowest batch / median", f"{report.slowest_batch_over_median:.1f}"],
+        ]
+        rows += [["reason", reason] for reason in report.reasons[:20]]
+        table(["what", "value"], rows, title=str(shard_manifest))
+    return 0 if report.verdict == "pass" else 1
+
+
+@data.command()
+@MANIFEST
+@click.option("--splits", type=click.Path(path_type=Path), help="Also count by split.")
+@click.option(
+    "--dedup", "dedup_path", type=click.Path(path_type=Path), help="Also count duplicates."
+)
+@json_option
+def stats(manifest: Path, splits: Path | None, dedup_path: Path | None, as_json: bool) -> None:
+    """Count what a manifest holds: licences, sources, tags, captions, sizes.
+
+    \b
+    Example:
+      modelops data stats data/manifest.parquet --splits data/splits.parquet
+    """
+    from modelops.data.stats import manifest_statistics
+
+    found = manifest_statistics(manifest, splits, dedup_path)
+    emit(found, as_json=as_json)
+    if not as_json:
+        table(["what", "value"], flatten_counts(found), title=str(manifest))
+
+
+def format_measurement(value: Any) -> str:
+    """A measurement as `value [low, high], n`."""
+    if value.value is None:
+        return f"not measured: {value.not_measured}"
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}], n {value.n}"
+
+
+def flatten_counts(counts: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    """Nested counts as rows of a table; of long lists the first 12."""
+    rows: list[list[str]] = []
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            shown = dict(list(value.items())[:12])
+            rows += flatten_counts(shown, f"{prefix}{name} ")
+            if len(value) > len(shown):
+                rows.append([f"{prefix}{name} ...", f"{len(value) - len(shown)} more"])
+        else:
+            rows.append([f"{prefix}{name}", str(value)])
+    return rows

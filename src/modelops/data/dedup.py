@@ -1,0 +1,282 @@
+"""Manifest to duplicate report: equal bytes, equal pixels, near neighbours of an image encoder.
+
+Two groupings come out, for two uses. *Clusters* are for deletion: each member is at or above the
+threshold to its keeper, so a chain of small steps never removes an unlike picture. *Components* are
+for splitting: everything that is linked, directly or by a chain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.data.calibration import calibrate_threshold
+from modelops.data.candidates import write_candidate_sheet
+from modelops.data.embeddings import Embeddings, Encoder, Lite0Encoder, embed_manifest
+from modelops.data.manifest import Manifest, Sample, read_manifest, write_manifest
+from modelops.data.neighbours import (
+    EXACT_BELOW,
+    Pairs,
+    all_pairs,
+    candidate_pairs,
+    connected_components,
+    normalize_rows,
+    star_clusters,
+)
+from modelops.environment import current_environment
+from modelops.errors import UsageError
+from modelops.files import sha256_file
+from modelops.records import DedupReport, DuplicateCluster, InputRef, read_record
+
+CANDIDATE_SHEET = "dedup_candidates.png"
+KINDS = ("bytes", "pixels", "embedding")
+OnProgress = Callable[[int, int], None]  # (done, total)
+
+
+def deduplicate(
+    manifest_path: str | Path,
+    report_path: str | Path,
+    *,
+    threshold: float = 0.95,
+    neighbours: int = 5,
+    encoder: Encoder | None = None,
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+) -> DedupReport:
+    """Find exact and near duplicates; writes the report, and a sheet of pairs to look at beside it.
+
+    Nothing is deleted: `removable` in the report lists the exact copies, and `clean_manifest` takes
+    them out. Embeddings are cached below the manifest's folder, so a killed run goes on.
+
+    Args:
+        manifest_path: the manifest.
+        report_path: where dedup_report.json goes.
+        threshold: cosine at or above which two pictures are candidates, in (0, 1].
+        neighbours: nearest neighbours asked for each picture, at least 1.
+        encoder: what makes the embeddings; EfficientNet-Lite0 if not given.
+        seed: which samples calibrate the threshold and which pairs are shown.
+        on_progress: called with (done, total) pictures embedded.
+
+    Raises:
+        ManifestError: the manifest is malformed.
+        UsageError: an argument is out of range, or no picture can be read.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise UsageError(f"threshold {threshold} is out of range", hint="use 0.95, or up to 1")
+    if neighbours < 1:
+        raise UsageError(f"{neighbours} neighbours", hint="use at least 1")
+    started, clock = datetime.now(UTC), time.perf_counter()
+    chosen = encoder or Lite0Encoder()
+    manifest = read_manifest(manifest_path)
+    embedded = embed_manifest(manifest, chosen, on_progress=on_progress)
+    samples = embedded.samples
+    if not samples:
+        raise UsageError(
+            f"{manifest_path}: none of its pictures can be read",
+            hint=f"modelops data check {manifest_path}",
+        )
+    unit = normalize_rows(embedded.features)
+    candidates = candidate_pairs(unit, threshold=threshold, neighbours=neighbours)
+    complete = len(samples) <= EXACT_BELOW
+    linked = all_pairs(unit, threshold=threshold) if complete else candidates
+    exact = find_exact_clusters(embedded)
+    copies = {name for cluster in exact for name in cluster.members}
+    near = _near_clusters(samples, linked, copies)
+    components = connected_components(len(samples), _with_exact(linked, exact, samples))
+    report_file = Path(report_path)
+    sheet = write_candidate_sheet(
+        manifest, samples, candidates, report_file.parent / CANDIDATE_SHEET, seed=seed
+    )
+    calibration, warnings = calibrate_threshold(
+        manifest, embedded, unit, candidates, chosen, threshold=threshold, seed=seed
+    )
+    if not complete:
+        warnings.append(
+            f"{len(samples)} pictures: components come from {neighbours} neighbours each, "
+            "not from every pair"
+        )
+    report = DedupReport(
+        extractor=chosen.name,
+        weights_sha256=chosen.weights_sha256,
+        threshold=threshold,
+        neighbours=neighbours,
+        n_images=len(samples),
+        n_candidate_pairs=len(candidates),
+        n_exact_duplicates=len(copies),
+        clusters=[*exact, *near],
+        quarantined={**manifest.quarantined, **embedded.faults},
+        removable=sorted(copies),
+        components=[[samples[index].id for index in nodes] for nodes in components],
+        chaining=_measure_chaining(unit, components),
+        calibration=calibration,
+        files={CANDIDATE_SHEET: sheet} if sheet else {},
+        warnings=warnings,
+        inputs={"manifest": InputRef(path=manifest.path.name, sha256=manifest.sha256)},
+        seeds={"seed": seed},
+        environment=current_environment(),
+        started_at=started,
+        duration_s=round(time.perf_counter() - clock, 3),
+    )
+    report.write(report_file)
+    return report
+
+
+def clean_manifest(
+    manifest_path: str | Path,
+    report_path: str | Path,
+    out_path: str | Path,
+    *,
+    kinds: Collection[str] = ("bytes", "pixels"),
+) -> tuple[int, int]:
+    """Write the manifest without quarantined rows and without the members of duplicate clusters.
+
+    Args:
+        kinds: of clusters whose members (not the keepers) go: bytes, pixels, embedding.
+
+    Returns (rows kept, rows left out).
+
+    Raises:
+        UsageError: the report is of another manifest, or `out_path` is in another folder (the file
+            paths would no longer hold).
+    """
+    manifest = read_manifest(manifest_path)
+    report = read_record(report_path, DedupReport)
+    require_same_manifest(manifest, report, report_path)
+    if Path(out_path).resolve().parent != manifest.root.resolve():
+        raise UsageError(
+            f"{out_path}: must be beside {manifest_path}",
+            hint="file paths in a manifest are relative to its folder",
+        )
+    gone = set(report.quarantined) | {
+        name for cluster in report.clusters if cluster.kind in kinds for name in cluster.members
+    }
+    kept = [row for row in manifest.rows if row.id not in gone]
+    write_manifest(out_path, kept)
+    return len(kept), len(manifest.rows) + len(manifest.quarantined) - len(kept)
+
+
+def require_same_manifest(manifest: Manifest, report: DedupReport, report_path: str | Path) -> None:
+    """Raise UsageError unless the report was made from this very manifest."""
+    if report.inputs.get("manifest", InputRef(path="", sha256="")).sha256 != manifest.sha256:
+        raise UsageError(
+            f"{report_path}: was made from another manifest than {manifest.path}",
+            hint=f"modelops data dedup {manifest.path}",
+        )
+
+
+def find_exact_clusters(embedded: Embeddings) -> list[DuplicateCluster]:
+    """Clusters of equal files, then of equal pixels in different files.
+
+    The keeper says most about itself: most tags, then the longest caption, then the first id.
+    """
+    by_pixels: defaultdict[str, list[Sample]] = defaultdict(list)
+    for sample, digest in zip(embedded.samples, embedded.pixels, strict=True):
+        by_pixels[digest].append(sample)
+    clusters = []
+    for same in by_pixels.values():
+        if len(same) < 2:
+            continue
+        keeper, *others = sorted(same, key=lambda s: (-len(s.tags), -len(s.caption), s.id))
+        for kind, members in (
+            ("bytes", [s.id for s in others if s.sha256 == keeper.sha256]),
+            ("pixels", [s.id for s in others if s.sha256 != keeper.sha256]),
+        ):
+            if members:
+                clusters.append(
+                    DuplicateCluster(
+                        keeper=keeper.id, members=sorted(members), kind=kind,
+                        min_similarity=1.0,
+                        reason=f"equal {kind}; the keeper has {len(keeper.tags)} tags and a "
+                        f"caption of {len(keeper.caption)} characters",
+                    )
+                )  # fmt: skip
+    return sorted(clusters, key=lambda cluster: (cluster.kind, cluster.keeper))
+
+
+def _near_clusters(
+    samples: Sequence[Sample], linked: Pairs, copies: Collection[str]
+) -> list[DuplicateCluster]:
+    """Star clusters over the pictures that are not exact copies of another."""
+    distinct = np.array([sample.id not in copies for sample in samples], bool)
+    keep = distinct[linked.first] & distinct[linked.second] if len(linked) else np.zeros(0, bool)
+    pairs = Pairs(linked.first[keep], linked.second[keep], linked.cosine[keep])
+    cosine = {
+        (first, second): value
+        for first, second, value in zip(
+            pairs.first.tolist(), pairs.second.tolist(), pairs.cosine.tolist(), strict=True
+        )
+    }
+    clusters = []
+    for keeper, *members in star_clusters(len(samples), pairs):
+        least = min(cosine[min(keeper, other), max(keeper, other)] for other in members)
+        group = samples[keeper].group
+        variants = sum(samples[other].group == group for other in members)
+        clusters.append(
+            DuplicateCluster(
+                keeper=samples[keeper].id,
+                members=[samples[other].id for other in members],
+                kind="embedding",
+                min_similarity=round(least, 6),
+                reason=f"the keeper has the most near neighbours left ({len(members)}); "
+                f"{variants} of them are variants of its own group",
+            )
+        )
+    return clusters
+
+
+def _with_exact(
+    linked: Pairs, exact: Sequence[DuplicateCluster], samples: Sequence[Sample]
+) -> Pairs:
+    """The linked pairs and those of exact copies (whose embeddings should agree anyway)."""
+    place = {sample.id: index for index, sample in enumerate(samples)}
+    pairs = [(place[c.keeper], place[member]) for c in exact for member in c.members]
+    if not pairs:
+        return linked
+    extra: npt.NDArray[np.int64] = np.array(pairs, np.int64)
+    return Pairs(
+        np.concatenate([linked.first, extra[:, 0]]),
+        np.concatenate([linked.second, extra[:, 1]]),
+        np.concatenate([linked.cosine, np.ones(len(extra))]),
+    )
+
+
+def _measure_chaining(
+    unit: npt.NDArray[np.float32], components: Sequence[Sequence[int]]
+) -> dict[str, float | int]:
+    """How far linking goes: sizes, and the least cosine inside the largest component."""
+    if not components:
+        return {"components": 0, "largest": 0}
+    largest = list(components[0])
+    part = unit[largest]
+    least = min(
+        float((part[start : start + 1024] @ part.T).min()) for start in range(0, len(part), 1024)
+    )
+    return {
+        "components": len(components),
+        "linked_samples": sum(map(len, components)),
+        "largest": len(largest),
+        "least_cosine_in_largest": round(least, 6),
+    }
+
+
+def parse_kinds(text: str) -> frozenset[str]:
+    """Comma-separated kinds of clusters.
+
+    Raises:
+        UsageError: an unknown kind.
+    """
+    kinds = frozenset(part.strip() for part in text.split(",") if part.strip())
+    if unknown := sorted(kinds - set(KINDS)):
+        raise UsageError(f"unknown kind {unknown[0]!r}", hint=f"kinds: {', '.join(KINDS)}")
+    return kinds
+
+
+def report_digest(path: str | Path) -> InputRef:
+    """A report file as an input of another record."""
+    return InputRef(path=Path(path).name, sha256=sha256_file(path))
