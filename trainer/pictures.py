@@ -105,19 +105,14 @@ def read_groups(path: Path) -> dict[str, str]:
     )
 
 
-def _read_splits(path: Path) -> dict[str, str]:
-    from modelops.data.split import read_splits
-
-    return read_splits(path)
-
-
 def _load_manifest(config: TrainConfig, root: Path) -> Pictures:
     from modelops.data.manifest import Sample, read_manifest
+    from modelops.data.split import read_splits
 
     manifest = read_manifest(root / str(config.data.manifest))
     quarantined = dict(manifest.quarantined)
     splits_file = splits_path(config, root)
-    splits = _read_splits(splits_file) if splits_file else None
+    splits = read_splits(splits_file) if splits_file else None
     groups = read_groups(splits_file) if splits_file else {}
 
     def make(split: str) -> PictureSet | None:
@@ -210,9 +205,8 @@ def _cache(
     with ThreadPoolExecutor(4) as pool:
         decoded = list(pool.map(attempt, range(len(ids))))
     kept = [index for index, image in enumerate(decoded) if image is not None]
-    images = (
-        np.stack([decoded[i] for i in kept]) if kept else np.zeros((0, side, side, 3), np.uint8)
-    )
+    whole = [image for image in decoded if image is not None]
+    images = np.stack(whole) if whole else np.zeros((0, side, side, 3), np.uint8)
     picture_set = PictureSet(
         [ids[i] for i in kept],
         [captions[i] for i in kept],

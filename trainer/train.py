@@ -469,7 +469,7 @@ class Run:
 
     def _validate(self) -> None:
         if self.is_main:
-            row = {"step": self.progress.step}
+            row: dict[str, Any] = {"step": self.progress.step}
             with self.accelerator.autocast():
                 for name, batch in (
                     ("validation_loss", self.held_out),

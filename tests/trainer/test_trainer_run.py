@@ -1,0 +1,297 @@
+"""Whole runs of the trainer as a process, on real pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from modelops.files import sha256_tree, write_json
+from modelops.launch import RunPlan, plan_run
+from modelops.records import TrainRecord, read_record
+
+Write = Callable[..., Path]
+Trainer = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def _freeze(config: Path, run_dir: Path, **options: Any) -> RunPlan:
+    plan = plan_run(config, run_dir=run_dir, **options)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", plan.spec.model_dump(mode="json"))
+    return plan
+
+
+def _losses(run_dir: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def _tensors(checkpoint: Path) -> dict[str, Any]:
+    return {
+        f"{name}:{key}": value
+        for name in ("unet/diffusion_pytorch_model", "training_state/weights", "training_state/optimizer")
+        for key, value in load_file(checkpoint / f"{name}.safetensors").items()
+    }  # fmt: skip
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    write_config: Write, run_trainer: Trainer, trainer_environment: dict[str, str], tmp_path: Path
+) -> None:
+    config = write_config(training={"total_steps": 12, "save_every_steps": 5})
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _freeze(config, whole)
+    _freeze(config, killed)
+    done = run_trainer(whole)
+    assert done.returncode == 0, done.stderr
+
+    child = subprocess.Popen(
+        [sys.executable, "-m", "modelops.trainer", str(killed / "config.json")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=trainer_environment,
+    )  # fmt: skip
+    while not (killed / "checkpoints" / "step-5").exists() and child.poll() is None:
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (killed / "train.json").exists()
+
+    done = run_trainer(killed, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
+    assert _losses(killed) == _losses(whole)
+    ours, theirs = (_tensors(run / "checkpoints" / "step-12") for run in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert np.array_equal(value, theirs[name]), name
+    record = read_record(killed / "train.json", TrainRecord)
+    assert (record.status, record.steps, record.sessions) == ("ok", 12, 2)
+    assert [ref.step for ref in record.checkpoints] == [5, 10, 12]
+    for ref in record.checkpoints:
+        assert sha256_tree(killed / ref.path, exclude=["training_state"]) == ref.sha256
+
+
+def test_microbatches_split_the_same_batch(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
+) -> None:
+    config = write_config(training={"total_steps": 3})
+    runs = []
+    for microbatch, accumulation in ((8, 1), (4, 2)):
+        run_dir = tmp_path / f"{microbatch}x{accumulation}"
+        _freeze(
+            config, run_dir,
+            overrides=[f"training.microbatch={microbatch}", f"training.grad_accum_steps={accumulation}"],
+        )  # fmt: skip
+        done = run_trainer(run_dir)
+        assert done.returncode == 0, done.stderr
+        runs.append(run_dir)
+    for (_, one), (_, other) in zip(_losses(runs[0]), _losses(runs[1]), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    first, second = (
+        load_file(run / "checkpoints" / "step-3" / "training_state" / "weights.safetensors")
+        for run in runs
+    )
+    for name, value in first.items():
+        # Adam divides by the gradient's own size, so tiny gradients may differ by a whole step.
+        assert np.abs(value - second[name]).mean() < 1e-4, name
+
+
+def test_the_checkpoint_loads_where_modelops_is_not_installed(
+    write_config: Write, run_trainer: Trainer, trainer_environment: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    _freeze(write_config(training={"total_steps": 2, "save_every_steps": 2}), run_dir)
+    done = run_trainer(run_dir)
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "report.md").read_text().count("![") >= 2
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "grids" / "step-2.png").is_file()
+    code = f"""
+import sys
+sys.modules["modelops"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(
+    {str(run_dir / "checkpoints" / "step-2")!r}, trust_remote_code=True
+)
+made = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+print(made.images[0].size)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+        env={**trainer_environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.stdout.strip() == "(16, 16)", done.stderr
+
+
+def test_a_diverging_run_stops_before_the_optimizer(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(
+        write_config(training={"lr": 1e30, "warmup_steps": 0, "total_steps": 20, "grad_clip": 1e30}),
+        run_dir,
+    )
+    done = run_trainer(run_dir)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: loss is" in done.stderr or "error: gradient norm is" in done.stderr
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert record.status == "failed"
+    assert "at step" in (record.error or "")
+    assert record.steps < 20
+
+
+def test_sigterm_saves_a_checkpoint_and_says_so(
+    write_config: Write, run_trainer: Trainer, trainer_environment: dict[str, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(write_config(training={"total_steps": 100_000, "save_every_steps": 100_000}), run_dir)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "modelops.trainer", str(run_dir / "config.json")],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=trainer_environment,
+    )  # fmt: skip
+    assert child.stdout is not None
+    for line in child.stdout:
+        if json.loads(line)["event"] == "step":
+            child.send_signal(signal.SIGTERM)
+            break
+    child.stdout.read()
+    assert child.wait() == 128 + signal.SIGTERM
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert record.status == "failed"
+    assert "SIGTERM" in (record.error or "")
+    assert [ref.step for ref in record.checkpoints] == [record.steps]
+    assert (run_dir / record.checkpoints[0].path / "model_index.json").is_file()
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(write_config(), run_dir)
+    done = run_trainer(run_dir)
+    assert done.returncode == 0, done.stderr
+    before = _tensors(run_dir / "checkpoints" / "step-8")
+    weights = run_dir / "checkpoints" / "step-8" / "training_state" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = run_trainer(run_dir, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "missing or damaged" in done.stderr
+    assert "going on from step 4" in done.stdout
+    after = _tensors(run_dir / "checkpoints" / "step-8")
+    for name, value in before.items():
+        assert np.array_equal(value, after[name]), name
+
+
+def test_retention_keeps_the_newest_and_the_early_one(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(
+        write_config(
+            training={"total_steps": 10, "save_every_steps": 2, "keep_checkpoints": 2,
+                      "early_checkpoint": 0.1, "sample_every_steps": 10}
+        ),  # fmt: skip
+        run_dir,
+    )
+    done = run_trainer(run_dir)
+    assert done.returncode == 0, done.stderr
+    there = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert there == ["step-1", "step-10", "step-8"]
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert [ref.step for ref in record.checkpoints] == [1, 8, 10]
+    encoders = {
+        os.stat(run_dir / ref.path / "text_encoder" / "model.safetensors").st_ino
+        for ref in record.checkpoints
+    }
+    assert len(encoders) == 1  # hard links: the frozen encoder is on disk once
+
+
+def test_changed_data_stop_the_run(
+    write_config: Write, run_trainer: Trainer, workspace: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    run_dir = tmp_path / "run"
+    _freeze(write_config(data={"manifest": "data/manifest.parquet"}), run_dir)
+    splits = tmp_path / "data" / "splits.parquet"
+    splits.write_bytes(splits.read_bytes() + b"\0")
+    done = run_trainer(run_dir)
+    assert done.returncode == 1
+    assert "the splits changed" in done.stderr
+    assert read_record(run_dir / "train.json", TrainRecord).status == "failed"
+
+
+def test_a_time_limit_plans_fewer_steps_and_still_decays(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(
+        write_config(
+            training={"total_steps": 1_000_000, "time_limit_seconds": 3, "save_every_steps": 10**6,
+                      "validate_every_steps": 10**6}
+        ),  # fmt: skip
+        run_dir,
+    )
+    done = run_trainer(run_dir)
+    assert done.returncode == 0, done.stderr
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert record.planned_steps is not None
+    assert record.planned_steps < 100_000
+    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    if record.steps == record.planned_steps:  # else stopped by force, on a machine that stalled
+        assert rates[-1] < 0.1 * max(rates)
+
+
+def test_shards_and_manifest_give_the_same_run(
+    write_config: Write, run_trainer: Trainer, workspace: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from modelops.data.shards import write_shards
+
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    shards = write_shards(
+        tmp_path / "data" / "manifest.parquet", tmp_path / "data" / "splits.parquet",
+        tmp_path / "data", resolution=16, samples_per_shard=20,
+    )  # fmt: skip
+    run_dir = tmp_path / "run"
+    _freeze(
+        write_config(
+            data={"manifest": "data/manifest.parquet", "shards": str(shards.relative_to(tmp_path))},
+            training={"total_steps": 2},
+        ),
+        run_dir,
+    )
+    done = run_trainer(run_dir)
+    assert done.returncode == 0, done.stderr
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert (record.n_train_images, record.n_validation_images) == (48, 8)
+    assert set(record.inputs) == {"manifest", "shards", "splits"}
+
+
+@pytest.mark.slow
+def test_the_loss_goes_down_on_real_pictures(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(write_config(training={"total_steps": 120, "save_every_steps": 120}), run_dir)
+    done = run_trainer(run_dir)
+    assert done.returncode == 0, done.stderr
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert record.loss_trend == "down"
+    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert held_out[-1] < 0.5 * held_out[0]
