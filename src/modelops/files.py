@@ -176,7 +176,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = []
             for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+                key = self.construct_object(key_node, deep=True)
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"key {key!r} is there twice", key_node.start_mark
@@ -186,7 +186,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     text = read_text(path)
     try:
-        data = yaml.load(text, Loader=Loader)  # noqa: S506  a SafeLoader
+        data = yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""

@@ -77,12 +77,12 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
         raise UsageError(f"the training record says {train.status}: {train.error}")
     evaluations = evaluations_of(sources, folder)
     artifacts = [
-        {"name": name, "file": file, "record": read_input(sources, folder, role, ArtifactRecord)}
+        (name, file, read_input(sources, folder, role, ArtifactRecord))
         for role, name, file in roles(sources, "artifact")
     ]
     verdict = _optional(sources, folder, "verdict", Verdict)
     records: list[Record] = [train, *(item.record for item in evaluations)]
-    records += [item["record"] for item in artifacts]  # type: ignore[misc]
+    records += [record for _, _, record in artifacts]
     parts = rows_by_part(evaluations)
     return {
         "about": parse_about(sources.about, source="about"),
@@ -96,7 +96,7 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
         "unlike": [row for rows in parts.values() for row in rows if not row.alike],
         "samplings": _samplings(evaluations),
         "glance": _glance(evaluations),
-        "artifacts": [_artifact(**item) for item in artifacts],
+        "artifacts": [_artifact(name, file, record) for name, file, record in artifacts],
         "verdict": _verdict(verdict, sources) if verdict else None,
         "verdict_file": sources.inputs.get("verdict"),
         "split": _optional(sources, folder, "split", SplitReport),

@@ -21,7 +21,7 @@ from modelops.cards.sources import (
     write_sources,
 )
 from modelops.errors import UsageError
-from modelops.files import read_json, sha256_bytes, write_json, write_text
+from modelops.files import check_writable, read_json, sha256_bytes, write_json, write_text
 from modelops.records import DedupReport, SmokeReport, SplitReport
 
 COLUMNS = (
@@ -67,6 +67,7 @@ def write_dataset_card(
     """
     card = Path(out_path)
     folder = card.parent
+    check_writable(folder)
     notes = existing_notes(card, force=force)
     if isinstance(statistics, dict):
         path = card.with_suffix(".statistics.json")

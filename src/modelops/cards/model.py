@@ -17,7 +17,7 @@ from modelops.cards.sources import (
     with_notes,
     write_sources,
 )
-from modelops.files import sha256_bytes, write_text
+from modelops.files import check_writable, sha256_bytes, write_text
 
 
 def write_model_card(
@@ -60,6 +60,7 @@ def write_model_card(
     """
     card = Path(out_path)
     folder = card.parent
+    check_writable(folder)
     notes = existing_notes(card, force=force)
     frozen = Path(config) if config else Path(train).parent / "config.json"
     named: dict[str, str | Path | None] = {

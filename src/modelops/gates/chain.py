@@ -90,10 +90,10 @@ def find_subject(policy: Policy, evidence: dict[str, Evidence], root: Path) -> S
     if isinstance(record, ArtifactRecord):
         made_from = {name: ref.sha256 for name, ref in record.inputs.items()}
         try:
-            _, digest = verify_artifact((root / chosen.path).parent)
+            _, tree = verify_artifact((root / chosen.path).parent)
         except ModelopsError as error:
             return Subject(made_from=made_from, problem=error.message)
-        return Subject(sha256=digest, made_from=made_from)
+        return Subject(sha256=tree, made_from=made_from)
     if isinstance(record, EvaluationRecord):
         digest = record.source.sha256
         if digest is None:

@@ -235,13 +235,13 @@ def _where(location: tuple[Any, ...], data: dict[str, Any]) -> str:
             entry = data["criteria"][part]
             name = entry.get("name") if isinstance(entry, dict) else None
             parts.append(str(name) if isinstance(name, str) else f"number {part + 1}")
-        elif str(part) not in ("RelativeBound", "float"):
+        elif str(part) != "float" and not str(part).startswith("function-"):
             parts.append(str(part))
     return ".".join(parts)
 
 
 def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
-    if "RelativeBound" in location:
+    if any("RelativeBound" in str(part) for part in location):
         return RelativeBound
     return PolicyCriterion if location[0] == "criteria" and len(location) > 2 else Policy
 
