@@ -9,6 +9,7 @@ import hmac
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from modelops import __version__
+from modelops.errors import UsageError
 from modelops.serving.failures import CancelledError, DeadlineError
 from modelops.serving.metrics import CONTENT_TYPE
 from modelops.serving.schema import ApiError, ImagesRequest, ImagesResponse, parse_request
@@ -193,8 +195,17 @@ async def read_body(request: Request) -> bytes:
 
 
 def read_key_digests(environment: Mapping[str, str]) -> list[bytes]:
-    """Digests of the valid API keys; none means that no key is asked for."""
+    """Digests of the valid API keys; none means that no key is asked for.
+
+    Raises:
+        UsageError: the variable holds something else, such as a key itself.
+    """
     listed = environment.get(API_KEYS_VARIABLE, "").replace(",", " ").split()
+    if not all(re.fullmatch(r"[0-9a-fA-F]{64}", digest) for digest in listed):
+        raise UsageError(
+            f"{API_KEYS_VARIABLE}: holds something that is no sha256 in hex",
+            hint="give the digests of the keys (sha256sum), separated by commas",
+        )
     return [bytes.fromhex(digest) for digest in listed]
 
 

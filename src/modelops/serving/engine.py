@@ -145,7 +145,7 @@ class StepEngine:
         pipeline: a PixelFlowPipeline, with its networks in torch or in another runtime. The engine
             owns it from now on.
         max_rows: rows of a forward pass, at most (a guided request takes two).
-        queue_limit: requests that may wait.
+        queue_limit: requests that may wait; an empty queue takes a longer list too.
         text_cache: prompts whose embeddings are kept.
         on_step: called after each network evaluation, in the engine's thread.
         on_wasted: called as (steps, reason) when a request ends unfinished.
@@ -202,7 +202,7 @@ class StepEngine:
         with self._changed:
             if self._stopping or not self.alive:
                 raise EngineError("the engine is not running")
-            if len(self._waiting) + len(jobs) > self.queue_limit:
+            if self._waiting and len(self._waiting) + len(jobs) > self.queue_limit:
                 raise QueueFullError(self._backlog_seconds())
             self._waiting.extend(jobs)
             self._changed.notify()
