@@ -1,4 +1,4 @@
-"""Unit vectors to pairs of near neighbours. Candidates may be approximate; similarities are exact."""
+"""Unit vectors to pairs of near neighbours: approximate candidates, exact similarities."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def candidate_pairs(
     neighbours: int,
     exact_below: int = EXACT_BELOW,
 ) -> Pairs:
-    """Pairs at or above `threshold` among each vector's nearest `neighbours`, itself not counted."""
+    """Pairs at or above `threshold` among each vector's nearest `neighbours`, without itself."""
     if len(unit) < 2:
         return _empty()
     _, indices = nearest_neighbours(unit, unit, neighbours + 1, exact_below=exact_below)

@@ -8,8 +8,7 @@ of splits is queried for near neighbours again.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from modelops.data.dedup import report_digest, require_same_manifest
 from modelops.data.embeddings import Encoder, Lite0Encoder, embed_manifest
 from modelops.data.manifest import Sample, read_manifest
-from modelops.data.neighbours import Pairs, all_pairs, nearest_neighbours, normalize_rows
+from modelops.data.neighbours import all_pairs, nearest_neighbours, normalize_rows
 from modelops.data.rates import count_to_rate
 from modelops.data.units import Units, build_units, deal_units
 from modelops.environment import current_environment

@@ -92,7 +92,7 @@ class Coverage:
 
     @property
     def unnamed(self) -> int:
-        """OpenMoji's own extras (brands, regional letters): skipped, because captions need names."""
+        """OpenMoji's own extras (brands, regional letters): skipped for want of a caption."""
         return self.drawings - self.named
 
 
@@ -194,16 +194,15 @@ def render_drawing(identity: str, resolution: int) -> bytes:
     """PNG bytes of one drawing on white, resolution x resolution; same input, same bytes."""
     renderer: Any = require_module("resvg_py", needed_for="rendering the drawings")
     svg = (_svg_folder() / f"{identity}.svg").read_text("utf-8")
-    picture: bytes = bytes(
+    return bytes(
         renderer.svg_to_bytes(
             svg_string=svg,
             width=resolution,
             height=resolution,
             background="#ffffff",
             skip_system_fonts=True,
-        )  # fmt: skip
+        )
     )
-    return picture
 
 
 def take_groups(drawings: Sequence[Drawing], limit: int | None, seed: int) -> list[Drawing]:
