@@ -1,11 +1,11 @@
 """The directory of an exported artifact, and the check that it is what its record says.
 
-    artifact.json                the ArtifactRecord: written last, so a directory without it is unfinished
-    denoiser/{model.onnx,config.json}
-    text_encoder/{model.onnx,config.json}
-    tokenizer/  scheduler/       as in the checkpoint
-    model_index.json pipeline.py as in the checkpoint; pipeline.py documents, and is never run
-    calibration.json             INT8 only: the range of every quantised tensor
+artifact.json                the ArtifactRecord: written last, so a directory without it is unfinished
+denoiser/{model.onnx,config.json}
+text_encoder/{model.onnx,config.json}
+tokenizer/  scheduler/       as in the checkpoint
+model_index.json pipeline.py as in the checkpoint; pipeline.py documents, and is never run
+calibration.json             INT8 only: the range of every quantised tensor
 """
 
 from __future__ import annotations

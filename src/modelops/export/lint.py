@@ -74,7 +74,9 @@ def _lint_pair(node: Any, graph: _Index) -> list[str]:
     if node.op_type == "DequantizeLinear":
         for user in graph.consumers.get(node.output[0], []):
             if user.op_type not in _COMPUTE:
-                faults.append(f"{node.name}: feeds {user.op_type} {user.name}, which is not quantised")
+                faults.append(
+                    f"{node.name}: feeds {user.op_type} {user.name}, which is not quantised"
+                )
     return faults
 
 

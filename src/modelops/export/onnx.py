@@ -120,9 +120,7 @@ def export_onnx(
             precision="float32",
             runtime="onnxruntime",
             error=waiver,
-            inputs={
-                "checkpoint": InputRef(path=portable_path(checkpoint), sha256=source_sha256)
-            },
+            inputs={"checkpoint": InputRef(path=portable_path(checkpoint), sha256=source_sha256)},
             seeds={"parity": _PARITY_SEED},
             environment=current_environment(),
             started_at=started,

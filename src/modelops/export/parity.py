@@ -59,7 +59,9 @@ def torch_denoiser(unet: Any, feed: dict[str, Array]) -> Array:
     return result
 
 
-def denoiser_parity(unet: Any, graph: Graph, rows: TrajectoryRows, bounds: Bounds) -> list[ParityCheck]:
+def denoiser_parity(
+    unet: Any, graph: Graph, rows: TrajectoryRows, bounds: Bounds
+) -> list[ParityCheck]:
     """Compare a denoiser with torch on trajectory rows, at batch sizes 1, 2 and 8.
 
     A batch mixes noise levels from the whole trajectory.
@@ -67,7 +69,10 @@ def denoiser_parity(unet: Any, graph: Graph, rows: TrajectoryRows, bounds: Bound
     checks = []
     for size in PARITY_BATCHES:
         picks = np.linspace(0, len(rows) - 1, num=max(8, size)).astype(int)
-        feeds = [rows.take(picks[start::len(picks) // size][:size]) for start in range(len(picks) // size)]
+        feeds = [
+            rows.take(picks[start :: len(picks) // size][:size])
+            for start in range(len(picks) // size)
+        ]
         references = [torch_denoiser(unet, feed) for feed in feeds]
         outputs = [graph.run(feed) for feed in feeds]
         checks += _compare(f"denoiser/batch{size}/{graph.runtime}", references, outputs, bounds)
@@ -106,7 +111,9 @@ def image_parity(
     steps: int = PARITY_STEPS,
 ) -> ParityCheck:
     """Compare pictures of two pipelines from the same prompts, seeds and steps."""
-    first, second = (sample_images(p, prompts, seed=seed, steps=steps) for p in (reference, exported))
+    first, second = (
+        sample_images(p, prompts, seed=seed, steps=steps) for p in (reference, exported)
+    )
     value = psnr_db(first, second)
     return ParityCheck(
         name=name, measure="psnr_db", value=value, bound=bounds.psnr_db,

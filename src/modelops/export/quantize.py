@@ -100,7 +100,9 @@ def node_groups(path: Path) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for node in model.graph.node:
         if node.op_type in _OPS and node.input[1] in constants:
-            scopes = next((p.value for p in node.metadata_props if p.key.endswith("name_scopes")), "")
+            scopes = next(
+                (p.value for p in node.metadata_props if p.key.endswith("name_scopes")), ""
+            )
             groups.setdefault(group_of(scopes), []).append(node.name)
     if not groups:
         raise ExportError(f"{path}: no layer with constant weights to quantise")
@@ -140,8 +142,14 @@ def quantize_graph(
     class Reader(_Reader, CalibrationDataReader):  # type: ignore[misc]
         """What quantize_static checks for by its base class."""
 
-    groups = node_groups(source)
-    excluded = [name for group in keep_fp32 for name in groups.get(group, [])]
+    included = [
+        name
+        for group, names in node_groups(source).items()
+        if group not in keep_fp32
+        for name in names
+    ]
+    if not included:
+        raise ExportError(f"{source}: no layer is left to quantise")
     methods = {
         "minmax": CalibrationMethod.MinMax,
         "percentile": CalibrationMethod.Percentile,
@@ -159,7 +167,7 @@ def quantize_graph(
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=excluded,
+                nodes_to_quantize=included,  # MatMulConstBOnly alone lets attention's products in
                 calibrate_method=methods[method],
                 calibration_cache_path=table,
                 extra_options={
@@ -227,7 +235,11 @@ def errors_by_sigma(source: Path, target: Path, rows: TrajectoryRows) -> list[di
         errors = relative_errors(first.run(feed), second.run(feed))
         low, high = rows.sigmas[part[0]], rows.sigmas[part[-1]]
         bands.append(
-            {"sigma_low": float(low), "sigma_high": float(high), "rms": float(np.sqrt(np.mean(errors**2)))}
+            {
+                "sigma_low": float(low),
+                "sigma_high": float(high),
+                "rms": float(np.sqrt(np.mean(errors**2))),
+            }
         )
     return bands
 

@@ -74,9 +74,7 @@ def open_artifact(
 def choose_runtime(record: ArtifactRecord) -> RuntimeName:
     """The runtime that "auto" takes for an artifact here."""
     wanted = _known(record.runtime)
-    passed = all(
-        check.passed for check in record.parity if check.name.endswith(f"/{wanted}")
-    )
+    passed = all(check.passed for check in record.parity if check.name.endswith(f"/{wanted}"))
     return wanted if wanted in available_runtimes() and passed else "onnxruntime"
 
 
