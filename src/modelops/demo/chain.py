@@ -1,0 +1,127 @@
+"""The demo's steps, in the order of a release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelops.config import load_config
+from modelops.demo.budgets import Budget, trainer_config
+from modelops.demo.project import (
+    CONFIG,
+    DEDUP,
+    EARLY,
+    ENDPOINT,
+    FINAL,
+    GRID,
+    INT8,
+    INT8_DIR,
+    LIT,
+    MANIFEST,
+    ONNX_DIR,
+    POLICY,
+    RUN,
+    SEED,
+    SHARDS,
+    SPLITS,
+    VERDICT,
+    grid_prompts,
+)
+from modelops.demo.stages import Stages
+from modelops.steps import Chain, Step
+
+
+def demo_chain(root: Path, budget: Budget) -> Chain:
+    """The steps of the demo in project directory `root`; the trainer's config there, or the
+    budget's own before there is one, says at what resolution."""
+    config = root / CONFIG
+    resolution = load_config(
+        config if config.exists() else trainer_config(budget.config)
+    ).model.resolution
+    stages = Stages(root, budget, resolution)
+    size = {
+        "prompts": budget.prompts,
+        "steps": budget.steps,
+        "seed": SEED,
+        "resamples": budget.resamples,
+    }
+    evaluated = [MANIFEST, SPLITS, LIT]
+    steps = [
+        Step(
+            name="corpus", title="Draw and caption the pictures", run=stages.corpus,
+            outputs=[MANIFEST, "data/images"],
+            settings={"pictures": budget.pictures, "resolution": resolution},
+        ),
+        Step(
+            name="dedup", title="Find near-duplicates", run=stages.dedup,
+            inputs=[MANIFEST, "data/images"], outputs=[DEDUP],
+        ),
+        Step(
+            name="split", title="Split without leaks", run=stages.split,
+            inputs=[MANIFEST, DEDUP], outputs=[SPLITS, "data/split.json"],
+            settings={"seed": SEED},
+        ),
+        Step(
+            name="shards", title="Pack shards", run=stages.shards,
+            inputs=[MANIFEST, SPLITS, "data/images"], outputs=["data/shards", SHARDS],
+            settings={"resolution": resolution},
+        ),
+        Step(
+            name="loader", title="Test the data loader", run=stages.loader,
+            inputs=[SHARDS, "data/shards"], outputs=["data/smoke.json"],
+        ),
+        Step(
+            name="train", title="Train", run=stages.train,
+            inputs=[CONFIG, MANIFEST, SPLITS, SHARDS],
+            outputs=[f"{RUN}/train.json", f"{RUN}/checkpoints"],
+        ),
+        Step(
+            name="lit", title="Fit the text-image scorer", run=stages.lit,
+            inputs=[MANIFEST, SPLITS], outputs=[LIT], settings={"seed": SEED},
+        ),
+        Step(
+            name="early", title="Evaluate the checkpoint at 5 %", run=stages.evaluate_early,
+            inputs=[f"{RUN}/train.json", *evaluated], outputs=[EARLY], settings=size,
+        ),
+        Step(
+            name="final", title="Evaluate the final checkpoint", run=stages.evaluate_final,
+            inputs=[f"{RUN}/train.json", *evaluated], outputs=[FINAL], settings=size,
+        ),
+        Step(
+            name="grid", title="Draw the fixed 8 x 8 grid", run=stages.grid,
+            inputs=[f"{RUN}/train.json"], outputs=[GRID],
+            settings={"prompts": grid_prompts(), "seed": SEED},
+        ),
+        Step(
+            name="onnx", title="Export to ONNX", run=stages.export_onnx,
+            inputs=[f"{RUN}/train.json"], outputs=[ONNX_DIR],
+        ),
+        Step(
+            name="int8", title="Export to INT8", run=stages.export_int8,
+            inputs=[ONNX_DIR, SPLITS], outputs=[INT8_DIR],
+            settings={"prompts": budget.calibration_prompts, "seed": SEED},
+        ),
+        Step(
+            name="evaluate-int8", title="Evaluate the INT8 artifact", run=stages.evaluate_int8,
+            inputs=[INT8_DIR, *evaluated], outputs=[INT8], settings=size,
+        ),
+        Step(
+            name="cards", title="Write the cards", run=stages.cards,
+            inputs=[FINAL, EARLY, INT8, f"{RUN}/train.json", ONNX_DIR, INT8_DIR,
+                    DEDUP, "data/split.json", GRID],
+            outputs=["cards/model_card.md", "cards/dataset_card.md"],
+        ),
+        Step(
+            name="gate", title="Decide", run=stages.gate,
+            inputs=[POLICY, FINAL, EARLY, INT8, INT8_DIR], outputs=[VERDICT],
+        ),
+        Step(
+            name="release", title="Build the release", run=stages.release,
+            inputs=[VERDICT, INT8_DIR, "cards/model_card.md"],
+            outputs=["release"],
+        ),
+        Step(
+            name="serve", title="Serve it once and ask for a picture", run=stages.serve,
+            inputs=["release"], outputs=[ENDPOINT],
+        ),
+    ]  # fmt: skip
+    return Chain(root, steps)

@@ -1,0 +1,89 @@
+"""The demo's project directory: what lies where, how it is made, and what it came to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from modelops.demo.budgets import Budget, policy_file, trainer_config
+from modelops.errors import UsageError
+from modelops.files import check_writable, read_json, remove_leftovers, write_json, write_text
+from modelops.records import ArtifactRecord, EvaluationRecord, Measurement, read_record
+
+SEED = 0
+NEED_BYTES = 2_000_000_000
+SETTINGS = ".modelops/demo.json"
+CONFIG = "pilot_config.yaml"
+POLICY = "policy.yaml"
+RUN = "runs/pilot"
+FINAL, EARLY, INT8 = (f"evaluations/{name}.json" for name in ("final", "early", "int8"))
+ONNX_DIR, INT8_DIR = "artifacts/pilot/onnx", "artifacts/pilot/int8"
+MANIFEST, DEDUP = "data/manifest.parquet", "data/dedup_report.json"
+SPLITS, SHARDS = "data/splits.parquet", "data/shard_manifest.csv"
+LIT, GRID, VERDICT = "models/lit", "cards/grid.png", "gate/verdict.json"
+ENDPOINT, SERVED_IMAGES = "evaluations/endpoint.json", 8
+MODEL_NAME = "openmoji-pilot"
+
+
+def prepare(root: Path, budget_name: str, budget: Budget) -> None:
+    """Make the project directory, or accept it as one of the same budget.
+
+    Raises:
+        UsageError: the directory holds something else, or a demo of another budget.
+        ModelopsError: it cannot be written, or the disk is too full.
+    """
+    from modelops.scaffold import init_project
+
+    settings = root / SETTINGS
+    state = read_json(settings) if settings.exists() else {}
+    if state:
+        earlier = state.get("budget")
+        if earlier != budget_name:
+            raise UsageError(
+                f"{root}: made with --budget {earlier}, not {budget_name}",
+                hint=f"use --budget {earlier}, or another directory",
+            )
+    elif root.exists() and any(root.iterdir()):
+        raise UsageError(f"{root}: not empty and not a demo", hint="name a new directory")
+    check_writable(root, need_bytes=NEED_BYTES)
+    for folder in (".", "data", "runs", RUN, "models", "artifacts/pilot", "evaluations", "cards"):
+        remove_leftovers(root / folder)
+    if not state.get("ready"):
+        write_json(settings, {"budget": budget_name, "ready": False})
+        init_project(root, force=True)
+        write_text(root / CONFIG, trainer_config(budget.config).read_text("utf-8"))
+        write_text(root / POLICY, policy_file(budget.policy).read_text("utf-8"))
+        write_json(settings, {"budget": budget_name, "ready": True})
+
+
+def grid_prompts() -> list[str]:
+    """The 64 prompts of the fixed 8 x 8 grid."""
+    text = (Path(__file__).parent / "prompts.txt").read_text("utf-8")
+    return [line for line in text.splitlines() if line]
+
+
+def headline(root: Path) -> list[tuple[str, str, str]]:
+    """(measure, value, meaning) rows about a finished demo."""
+    early, final, int8 = (
+        read_record(root / name, EvaluationRecord) for name in (EARLY, FINAL, INT8)
+    )
+    artifact = read_record(root / INT8_DIR / "artifact.json", ArtifactRecord)
+    key = "frechet_distance_lite0"
+    rows = [
+        ("Fréchet distance at 5 %", early.metrics[key], "Lite0 features, to held-out pictures"),
+        ("Fréchet distance, final", final.metrics[key], "lower is better"),
+        ("Fréchet distance, INT8", int8.metrics[key], "the artifact that is served"),
+        ("... of training pictures", final.metrics[f"{key}_floor"], "the floor at this n"),
+        ("alignment gain", final.metrics["lit_alignment_gain"], "own minus shuffled prompts"),
+        ("nearest-neighbour gap", final.metrics["nearest_train_distance_gap"],
+         "above 0: farther from training pictures than held-out ones are"),
+        ("unsafe rate, INT8", int8.metrics["unsafe_rate"], "open_nsfw, exact interval"),
+        *((name, value, "in one interleaved run") for name, value in artifact.speed.items()),
+    ]  # fmt: skip
+    return [(name, describe(value), meaning) for name, value, meaning in rows]
+
+
+def describe(measurement: Measurement) -> str:
+    """`0.123 [0.101, 0.140]`, or why there is no number."""
+    if measurement.value is None:
+        return f"not measured ({measurement.not_measured})"
+    return f"{measurement.value:.3g} [{measurement.low:.3g}, {measurement.high:.3g}]"

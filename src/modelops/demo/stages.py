@@ -1,0 +1,331 @@
+"""What each step of the demo does: it calls the function behind one command."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from modelops.demo.budgets import Budget
+from modelops.demo.project import (
+    CONFIG,
+    DEDUP,
+    EARLY,
+    ENDPOINT,
+    FINAL,
+    GRID,
+    INT8,
+    INT8_DIR,
+    LIT,
+    MANIFEST,
+    MODEL_NAME,
+    ONNX_DIR,
+    POLICY,
+    RUN,
+    SEED,
+    SERVED_IMAGES,
+    SHARDS,
+    SPLITS,
+    VERDICT,
+    describe,
+    grid_prompts,
+)
+from modelops.errors import GateFailedError, GateUndecidedError, TrainingError, UsageError
+from modelops.files import write_bytes
+from modelops.records import ArtifactRecord, TrainRecord, read_record
+from modelops.steps import OnProgress
+
+
+class Stages:
+    """The stages of one demo; each returns one line about what it made."""
+
+    def __init__(self, root: Path, budget: Budget, resolution: int) -> None:
+        self.root = root
+        self.budget = budget
+        self.resolution = resolution
+
+    def corpus(self, report: OnProgress) -> str:
+        from modelops.data.corpora.openmoji import build_corpus
+        from modelops.data.manifest import read_manifest
+
+        manifest = read_manifest(
+            build_corpus(
+                self.root / "data",
+                resolution=self.resolution,
+                limit=self.budget.pictures,
+                seed=SEED,
+                on_progress=report,
+            )
+        )
+        groups = len({row.group for row in manifest.rows})
+        return f"{len(manifest.rows)} pictures of {groups} emoji at {self.resolution} px"
+
+    def dedup(self, report: OnProgress) -> str:
+        from modelops.data.dedup import deduplicate
+
+        found = deduplicate(
+            self.root / MANIFEST, self.root / DEDUP, threshold=0.95, on_progress=report
+        )
+        return (
+            f"{len(found.clusters)} clusters at cosine {found.threshold}, "
+            f"{found.n_exact_duplicates} exact duplicates"
+        )
+
+    def split(self, report: OnProgress) -> str:
+        from modelops.data.split import split_manifest
+
+        made = split_manifest(
+            self.root / MANIFEST, self.root / DEDUP, self.root / "data", seed=SEED
+        )
+        return ", ".join(f"{count} {name}" for name, count in made.counts.items())
+
+    def shards(self, report: OnProgress) -> str:
+        from modelops.data.shards import read_shard_manifest, write_shards
+
+        path = write_shards(
+            self.root / MANIFEST,
+            self.root / SPLITS,
+            self.root / "data",
+            resolution=self.resolution,
+            samples_per_shard=1000,
+            on_progress=report,
+        )
+        rows = read_shard_manifest(path)
+        return f"{len(rows)} tars, {sum(row.bytes for row in rows) / 1e6:.1f} MB"
+
+    def loader(self, report: OnProgress) -> str:
+        from modelops.data.smoke import smoke_test
+
+        found = smoke_test(self.root / SHARDS, self.root / "data/smoke.json", on_progress=report)
+        reasons = f": {'; '.join(found.reasons)}" if found.reasons else ""
+        return f"{found.verdict}, {found.images_per_second:.0f} images/s{reasons}"
+
+    def train(self, report: OnProgress) -> str:
+        from modelops.launch import launch_training, plan_run
+
+        run = self.root / RUN
+        resume = (run / "config.json").exists()
+        if resume:
+            try:
+                plan_run(self.root / CONFIG, run_dir=run, resume=True)
+            except UsageError:  # the config or the data has changed: another run
+                shutil.rmtree(run)
+                resume = False
+        if (run / "train.json").exists() and read_record(
+            run / "train.json", TrainRecord
+        ).status == "ok":
+            shutil.rmtree(run)  # finished, and yet asked for again: --force, or edited outputs
+            resume = False
+        lines: list[str] = []
+        code = launch_training(
+            self.root / CONFIG, run, resume=resume, on_line=lines.append, on_progress=report
+        )
+        if code != 0:
+            said = [line for line in lines if line.strip()]
+            raise TrainingError(
+                f"training ended with exit code {code}: {said[-1] if said else 'no message'}",
+                hint="run `modelops demo` again to go on from the last checkpoint",
+            )
+        record = self.train_record()
+        return (
+            f"{record.parameters / 1e6:.1f} M parameters, {record.steps} steps, "
+            f"{record.images_seen} images seen, loss {record.loss_trend}"
+        )
+
+    def lit(self, report: OnProgress) -> str:
+        from modelops.evaluation.lit import fit_lit
+
+        record = fit_lit(
+            self.root / MANIFEST, self.root / SPLITS, self.root / LIT, seed=SEED, on_progress=report
+        )
+        top5 = record.metrics["lit_heldout_retrieval_top5"]
+        return f"held-out retrieval top-5 {describe(top5)} of {top5.n}"
+
+    def evaluate_early(self, report: OnProgress) -> str:
+        first = min(self.train_record().checkpoints, key=lambda checkpoint: checkpoint.step)
+        return self._evaluate(self.root / RUN / first.path, EARLY, report)
+
+    def evaluate_final(self, report: OnProgress) -> str:
+        return self._evaluate(self.final_checkpoint, FINAL, report)
+
+    def evaluate_int8(self, report: OnProgress) -> str:
+        return self._evaluate(self.root / INT8_DIR, INT8, report)
+
+    def _evaluate(
+        self, source: Path | str, out: str, report: OnProgress, n: int | None = None
+    ) -> str:
+        from modelops.evaluation.evaluate import evaluate
+        from modelops.evaluation.settings import EvaluationSettings
+        from modelops.evaluation.sources import open_source
+
+        settings = EvaluationSettings(
+            manifest=self.root / MANIFEST,
+            splits=self.root / SPLITS,
+            lit=self.root / LIT,
+            n=n or self.budget.prompts,
+            seed=SEED,
+            steps=self.budget.steps,
+            resamples=self.budget.resamples,
+        )
+        record = evaluate(
+            open_source(str(source)), settings, out_path=self.root / out, on_progress=report
+        )
+        distance = record.metrics["frechet_distance_lite0"]
+        gain = record.metrics["lit_alignment_gain"]
+        return f"Fréchet (Lite0) {describe(distance)}, alignment gain {describe(gain)}"
+
+    def grid(self, report: OnProgress) -> str:
+        from modelops.evaluation.grids import write_grid
+        from modelops.models.sources import ImageRequest, open_checkpoint
+        from modelops.seeding import image_seed
+
+        source = open_checkpoint(self.final_checkpoint)
+        base = source.defaults
+        prompts = grid_prompts()
+        images: list[Any] = []
+        for start in range(0, len(prompts), source.batch_size):
+            images += source.generate(
+                [
+                    ImageRequest(
+                        prompt=prompt, seed=image_seed(SEED, prompt),
+                        steps=self.budget.steps or base.steps, guidance=base.guidance,
+                        height=base.height, width=base.width,
+                    )
+                    for prompt in prompts[start : start + source.batch_size]
+                ]
+            )  # fmt: skip
+            report(len(images), len(prompts))
+        write_grid(self.root / GRID, images, prompts, columns=8, tile=128)
+        return f"{len(prompts)} prompts, one seed each, none selected"
+
+    def export_onnx(self, report: OnProgress) -> str:
+        from modelops.export.onnx import export_onnx
+
+        record = export_onnx(
+            self.final_checkpoint, self.root / ONNX_DIR, overwrite=True, on_progress=report
+        )
+        return f"{_parity(record)}, {record.bytes_total / 1e6:.0f} MB"
+
+    def export_int8(self, report: OnProgress) -> str:
+        from modelops.data.manifest import read_manifest
+        from modelops.data.split import read_splits
+        from modelops.export.int8 import export_int8
+        from modelops.seeding import numpy_generator
+
+        splits = read_splits(self.root / SPLITS)
+        captions = sorted(
+            {row.caption for row in read_manifest(self.root / MANIFEST, check_files=False).rows
+             if splits[row.id] == "train"}
+        )  # fmt: skip
+        picked = numpy_generator(SEED, "calibration prompts").permutation(len(captions))
+        record = export_int8(
+            self.root / ONNX_DIR,
+            self.final_checkpoint,
+            self.root / INT8_DIR,
+            prompts=[captions[i] for i in picked[: self.budget.calibration_prompts]],
+            seed=SEED,
+            overwrite=True,
+            on_progress=report,
+        )
+        return f"{_parity(record)}, {record.bytes_total / 1e6:.0f} MB"
+
+    def cards(self, report: OnProgress) -> str:
+        from modelops.cards.dataset import write_dataset_card
+        from modelops.cards.model import write_model_card
+        from modelops.data.stats import manifest_statistics
+
+        cards = self.root / "cards"
+        report(0, 2)
+        write_dataset_card(
+            cards / "dataset_card.md",
+            statistics=manifest_statistics(
+                self.root / MANIFEST, self.root / SPLITS, self.root / DEDUP
+            ),
+            manifest=self.root / MANIFEST,
+            dedup=self.root / DEDUP,
+            split=self.root / "data/split.json",
+            smoke=self.root / "data/smoke.json",
+            shard_manifest=self.root / SHARDS,
+        )
+        report(1, 2)
+        write_model_card(
+            cards / "model_card.md",
+            train=self.root / RUN / "train.json",
+            evaluations={
+                "early": self.root / EARLY, "final": self.root / FINAL, "int8": self.root / INT8,
+            },
+            artifacts={
+                "onnx": self.root / ONNX_DIR / "artifact.json",
+                "int8": self.root / INT8_DIR / "artifact.json",
+            },
+            split=self.root / "data/split.json",
+            dedup=self.root / DEDUP,
+            pictures={
+                "64 common prompts, one fixed seed each, none selected": self.root / GRID,
+                "Loss": self.root / RUN / "loss.png",
+            },
+            dataset_card=cards / "dataset_card.md",
+        )  # fmt: skip
+        return "model_card.md, dataset_card.md"
+
+    def gate(self, report: OnProgress) -> str:
+        from modelops.gates.decide import decide
+
+        verdict = decide(self.root / POLICY, root=self.root, out_path=self.root / VERDICT)
+        unmet = [line for line in verdict.criteria if line.answer != "pass"]
+        if unmet:
+            raise (GateFailedError if verdict.answer == "fail" else GateUndecidedError)(
+                f"the gate says {verdict.answer}: "
+                + "; ".join(f"{line.name}: {line.reason}" for line in unmet),
+                hint=f"see {self.root / VERDICT}; the policy is {self.root / POLICY}",
+            )
+        return f"{verdict.answer}, {len(verdict.criteria)} of {len(verdict.criteria)} criteria met"
+
+    def release(self, report: OnProgress) -> str:
+        from modelops.cards.about import openmoji_about
+        from modelops.release import build_release
+
+        record = build_release(
+            self.root / "release",
+            model_dir=self.root / INT8_DIR,
+            verdict=self.root / VERDICT,
+            policy=self.root / POLICY,
+            records=[
+                self.root / name
+                for name in (EARLY, FINAL, INT8, f"{RUN}/train.json", DEDUP, "data/split.json")
+            ],
+            cards=[self.root / "cards/model_card.md", self.root / "cards/dataset_card.md"],
+            name=MODEL_NAME,
+            version="1.0.0",
+            notice="\n".join(openmoji_about().attribution),
+        )
+        size = sum(file.bytes for file in record.files.values())
+        return f"{len(record.files)} files, {size / 1e6:.0f} MB, every one by digest"
+
+    def serve(self, report: OnProgress) -> str:
+        from modelops.evaluation.agreement import compare_images
+        from modelops.serving.check import check_endpoint
+        from modelops.serving.launch import start_server
+
+        log = self.root / ".modelops/server.log"
+        with start_server(self.root / "release", log_path=log) as server:
+            check = check_endpoint(server.url, "red heart", seed=1)
+            self._evaluate(server.url, ENDPOINT, report, n=SERVED_IMAGES)
+        write_bytes(self.root / "evaluations/served.png", check.png)
+        found = compare_images(self.root / ENDPOINT, self.root / INT8)
+        return (
+            f"openai client served in {check.second_s:.1f} s; {found.identical} of {found.n} "
+            f"served images equal the gated ones, the rest within {found.largest} of 255"
+        )
+
+    @property
+    def final_checkpoint(self) -> Path:
+        return self.root / RUN / self.train_record().checkpoints[-1].path
+
+    def train_record(self) -> TrainRecord:
+        return read_record(self.root / RUN / "train.json", TrainRecord)
+
+
+def _parity(record: ArtifactRecord) -> str:
+    worst = [check for check in record.parity if not check.passed]
+    return f"parity: {len(record.parity) - len(worst)} of {len(record.parity)} checks passed"
