@@ -68,7 +68,9 @@ def evaluation(
         "unsafe_rate": measured(
             0.0, 0.0, 0.0143, protocol=name, method="Clopper–Pearson", higher_is_better=False
         ),
-        "nearest_train_distance_gap": measured(0.03, 0.01, 0.05, protocol=name),
+        "nearest_train_distance_gap": measured(
+            0.03, 0.01, 0.05, protocol=name, unit="1 - cosine", warnings=["n is small"]
+        ),
     }
     values: dict[str, Any] = {
         "source": SourceInfo(

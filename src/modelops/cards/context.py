@@ -16,7 +16,7 @@ from modelops.cards.numbers import (
     measurement_in,
     measurements_table,
     record_link,
-    rows_by_part,
+    tables_by_part,
 )
 from modelops.cards.sources import CardSources
 from modelops.cards.words import words_of
@@ -83,7 +83,7 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
     verdict = _optional(sources, folder, "verdict", Verdict)
     records: list[Record] = [train, *(item.record for item in evaluations)]
     records += [record for _, _, record in artifacts]
-    parts = rows_by_part(evaluations)
+    parts = tables_by_part(evaluations)
     return {
         "about": parse_about(sources.about, source="about"),
         "train": train,
@@ -92,8 +92,8 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
         "compute": _compute(train),
         "evaluations": [_column(item, train) for item in evaluations],
         "parts": parts,
-        "all_rows": [row for rows in parts.values() for row in rows],
-        "unlike": [row for rows in parts.values() for row in rows if not row.alike],
+        "all_rows": [row for table in parts.values() for row in table.rows],
+        "unlike": [row for table in parts.values() for row in table.rows if not row.alike],
         "samplings": _samplings(evaluations),
         "glance": _glance(evaluations),
         "artifacts": [_artifact(name, file, record) for name, file, record in artifacts],
@@ -259,9 +259,13 @@ def _criterion_value(value: float | str | None, low: float | None, high: float |
 
 
 def _checkpoint(evaluations: list[Measured], train: TrainRecord) -> str:
+    """Path of the checkpoint for the how-to-use snippet; never a path of one machine."""
     for item in released_evaluations(evaluations):
-        if item.record.source.kind == "checkpoint":
-            return item.record.source.uri
+        source = item.record.source
+        if source.kind == "checkpoint":
+            listed = (c.path for c in train.checkpoints if c.sha256 == source.sha256)
+            path = next(listed, source.uri)
+            return PurePosixPath(path).name if PurePosixPath(path).is_absolute() else path
     return train.checkpoints[-1].path if train.checkpoints else "path/to/checkpoint"
 
 

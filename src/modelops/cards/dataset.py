@@ -119,7 +119,7 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
             "quarantined": stats.quarantined(counted),
             "duplicates": counted.get("duplicates"),
             **records,
-            "leakage": measurements_table(split.leakage) if isinstance(split, SplitReport) else [],
+            "leakage": measurements_table(split.leakage if isinstance(split, SplitReport) else {}),
             "pictures": sources.pictures,
             "inputs": sources.inputs,
             "watched": sources.watched,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 from markupsafe import Markup
 
 from modelops.cards.escape import code, link, markdown, number
-from modelops.cards.words import PARTS, words_of
+from modelops.cards.words import METRICS, PARTS, words_of
 from modelops.records import EvaluationRecord, InputRef, Measurement
 
 EXPECTED = (  # asked of every release: a card says so when one is missing
@@ -33,7 +34,8 @@ class Row:
 
     Attributes:
         key: the metric's key in the records.
-        title: with an arrow for the better direction.
+        title: in words.
+        head: the title with its unit and an arrow for the better direction.
         says: in plain words.
         cells: one per evaluation: value [low, high] and n, or why not.
         how: methods and protocols.
@@ -42,33 +44,45 @@ class Row:
 
     key: str
     title: Markup
+    head: Markup
     says: Markup
     cells: list[Markup]
     how: Markup
     alike: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rows of one part of the card, and the warnings that its ⚠1, ⚠2… stand for."""
+
+    rows: list[Row] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
 def interval(measured: Measurement) -> Markup:
     """`21.6 [20.1, 23.0]`, or `not measured: reason`."""
     if measured.value is None or measured.low is None or measured.high is None:
         return Markup("*not measured: ") + markdown(measured.not_measured or "") + Markup("*")
-    unit = f" {measured.unit}" if measured.unit else ""
     low, high = number(measured.low), number(measured.high)
-    return (
-        Markup(f"**{number(measured.value)}**")
-        + markdown(unit and unit)
-        + Markup(f" \\[{low}, {high}\\]")
-    )
+    return Markup(f"**{number(measured.value)}** \\[{low}, {high}\\]")
 
 
-def cell(measured: Measurement) -> Markup:
-    """An interval with its n, and its warnings."""
+def cell(measured: Measurement, warnings: list[str]) -> Markup:
+    """An interval with its n; its warnings become numbered marks and join `warnings`."""
     text = interval(measured)
     if measured.value is not None:
         text += Markup(f" <sub>n {measured.n:,}</sub>")
     for warning in measured.warnings:
-        text += Markup(" ⚠ ") + markdown(warning)
+        if warning not in warnings:
+            warnings.append(warning)
+        text += Markup(f" ⚠{warnings.index(warning) + 1}")
     return text
+
+
+def with_unit(title: Markup, measured: list[Measurement]) -> Markup:
+    """A title with the unit that all its values share."""
+    units = {item.unit for item in measured if item.unit}
+    return title + Markup(" <sub>") + markdown(units.pop()) + Markup("</sub>") if units else title
 
 
 def record_link(file: InputRef) -> Markup:
@@ -76,20 +90,19 @@ def record_link(file: InputRef) -> Markup:
     return link(PurePosixPath(file.path).name, file.path) + Markup(" ") + code(file.sha256[:12])
 
 
-def rows_by_part(evaluations: list[Measured]) -> dict[str, list[Row]]:
+def tables_by_part(evaluations: list[Measured]) -> dict[str, Table]:
     """The evaluation tables: part of the card -> rows, known metrics first."""
     keys = list(EXPECTED)
     for item in evaluations:
         keys += [key for key in item.record.metrics if key not in keys]
-    parts: dict[str, list[Row]] = {part: [] for part in PARTS}
+    parts = {part: Table() for part in PARTS}
     for key in sorted(keys, key=_place):
-        parts[words_of(key).part].append(_row(key, evaluations))
+        table = parts[words_of(key).part]
+        table.rows.append(_row(key, evaluations, table.warnings))
     return parts
 
 
 def _place(key: str) -> tuple[int, str]:
-    from modelops.cards.words import METRICS
-
     known = list(METRICS)
     return (known.index(key), "") if key in METRICS else (len(known), key)
 
@@ -101,7 +114,7 @@ def measurement_in(item: Measured, key: str) -> Measurement:
     return item.record.metrics.get(key) or Measurement.missing("not in this record")
 
 
-def _row(key: str, evaluations: list[Measured]) -> Row:
+def _row(key: str, evaluations: list[Measured], warnings: list[str]) -> Row:
     words = words_of(key)
     found = [measurement_in(item, key) for item in evaluations]
     made = [measured for measured in found if measured.value is not None]
@@ -110,9 +123,10 @@ def _row(key: str, evaluations: list[Measured]) -> Row:
     title = Markup(words.title) if words.title != key else code(key)
     return Row(
         key=key,
-        title=title + arrow,
+        title=title,
+        head=with_unit(title + arrow, made),
         says=Markup(words.says),
-        cells=[cell(measured) for measured in found],
+        cells=[cell(measured, warnings) for measured in found],
         how=_how(made),
         alike=len({measured.protocol for measured in made}) <= 1,
     )
@@ -126,15 +140,22 @@ def _how(made: list[Measurement]) -> Markup:
         way = markdown(measured.method or "method not recorded")
         way += Markup(f", {measured.confidence * 100:g} % interval")
         way += Markup(", protocol ") + code((measured.protocol or "not recorded")[:12])
+        for name, detail in measured.details.items():
+            shown = number(detail) if isinstance(detail, float) else detail
+            way += Markup(", ") + code(f"{name} {shown}")
         ways[str(way)] = way
     return Markup("; ").join(ways.values())
 
 
-def measurements_table(
-    measurements: Mapping[str, Measurement],
-) -> list[tuple[Markup, Markup, Markup]]:
-    """(name, value [low, high] with n, method) per measurement, for speeds and leakage."""
-    return [
-        (code(name), cell(measured), _how([measured] if measured.value is not None else []))
+def measurements_table(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Speeds or leakages: rows of (name, value [low, high] with n, method), and warnings."""
+    warnings: list[str] = []
+    rows = [
+        (
+            with_unit(code(name), [measured]),
+            cell(measured, warnings),
+            _how([measured] if measured.value is not None else []),
+        )
         for name, measured in measurements.items()
     ]
+    return {"rows": rows, "warnings": warnings}

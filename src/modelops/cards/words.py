@@ -33,6 +33,19 @@ METRICS: dict[str, Words] = {
         "The same question with a cubic kernel, unbiased in n; it may be slightly negative. "
         "Lower is better. Not KID, which uses Inception's features.",
     ),
+    "kernel_distance_lite0_floor": Words(
+        "Floor of that distance", "quality", "The same for real training pictures."
+    ),
+    "precision_lite0": Words(
+        "Precision", "quality",
+        "Share of generated pictures that lie among real ones: low means unreal pictures.",
+    ),
+    "recall_lite0": Words(
+        "Recall", "quality",
+        "Share of real held-out pictures that lie among generated ones: low means little variety.",
+    ),
+    "density_lite0": Words("Density", "quality", "Precision that outliers inflate less."),
+    "coverage_lite0": Words("Coverage", "quality", "Recall that outliers inflate less."),
     "fid": Words(
         "FID", "quality", "Fréchet distance on Inception features, as clean-fid computes it."
     ),
@@ -48,6 +61,16 @@ METRICS: dict[str, Words] = {
     "lit_alignment_gain": Words(
         "Alignment gain (own − other prompt)", "prompts",
         "Own minus shuffled, paired. Clear of zero means that pictures follow their prompts.",
+    ),
+    "lit_retrieval_top1": Words(
+        "Own prompt found first", "prompts",
+        "How often the image–text model finds a generated picture's own prompt first among all "
+        "prompts; chance is one in their number.",
+    ),
+    "lit_retrieval_top5": Words("Own prompt among the first five", "prompts", "The same."),
+    "lit_alignment_real": Words(
+        "Alignment of real held-out pictures (LiT)", "prompts",
+        "Real pictures with their own captions: what a perfect generator would score.",
     ),
     "lit_heldout_retrieval_top1": Words(
         "Skill of the judge: top-1", "prompts",

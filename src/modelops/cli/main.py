@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("modelops.cli.bench:bench", "Measure the latency and throughput of a source."),
     "card": ("modelops.cli.card:card", "Write and check model and dataset cards."),
     "gate": ("modelops.cli.gate:gate", "Decide a release by a policy; exit code = answer."),
-    "sign-off": ("modelops.cli.gate:sign_off", "Sign a verdict or a charter; lapses when it changes."),
+    "sign-off": ("modelops.cli.gate:sign_off", "Sign a verdict; lapses when it changes."),
     "release": ("modelops.cli.release:release", "Build and verify a release directory."),
     "serve": ("modelops.cli.serve:serve", "Serve a release with BentoML."),
     "doctor": ("modelops.cli.doctor:doctor", "Say what this machine can do."),

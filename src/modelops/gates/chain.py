@@ -10,6 +10,7 @@ from modelops.errors import ModelopsError, UsageError
 from modelops.export.artifact import verify_artifact
 from modelops.files import safe_join, sha256_file, sha256_tree
 from modelops.gates.policy import Policy
+from modelops.metrics.protocol import protocol_differences
 from modelops.records import (
     ArtifactRecord,
     EvaluationRecord,
@@ -174,32 +175,28 @@ def _shared_input_misfit(name: str, record: Record, evidence: dict[str, Evidence
     return None
 
 
-def protocol_differences(left: EvaluationRecord, right: EvaluationRecord, metric: str) -> list[str]:
-    """What differs between how two records measured a metric; empty when they are comparable."""
+def unlike(left: EvaluationRecord, right: EvaluationRecord, metric: str) -> list[str]:
+    """What differs between how two records measured a metric; empty when they are comparable.
+
+    The scheduler may differ: it belongs to the source, as its runtime and precision do.
+    """
     mine, theirs = left.metrics[metric], right.metrics[metric]
-    differences = _differences(_protocol(left, mine), _protocol(right, theirs))
+    differences = protocol_differences(_protocol(left, mine), _protocol(right, theirs))
     if mine.protocol is None or theirs.protocol is None:
         differences.insert(0, "protocol: not recorded")
     elif mine.protocol != theirs.protocol and not differences:
         differences.append(f"protocol: {mine.protocol[:12]} against {theirs.protocol[:12]}")
-    return differences
+    return list(dict.fromkeys(differences))
 
 
 def _protocol(record: EvaluationRecord, measured: Measurement) -> dict[str, Any]:
-    sampling = record.sampling.model_dump() if record.sampling else None
+    """The stored protocol, completed from the record where it leaves something out."""
+    stored = record.protocols.get(measured.protocol or "", {})
+    sampling = record.sampling.model_dump(exclude={"scheduler"}) if record.sampling else {}
+    inner = stored.get("sampling")
     return {
-        "protocol": record.protocols.get(measured.protocol or "", {}),
-        "sampling": sampling,
-        "reference": record.reference.sha256 if record.reference else None,
+        **stored,
         "n": measured.n,
+        "reference digest": record.reference.sha256 if record.reference else None,
+        "sampling": {**sampling, **(inner if isinstance(inner, dict) else {})},
     }
-
-
-def _differences(left: Any, right: Any, where: str = "") -> list[str]:
-    if isinstance(left, dict) and isinstance(right, dict):
-        found = []
-        for key in sorted({*left, *right}, key=str):
-            inner = f"{where}.{key}" if where else str(key)
-            found += _differences(left.get(key), right.get(key), inner)
-        return found
-    return [] if left == right else [f"{where.removeprefix('protocol.')}: {left} against {right}"]

@@ -16,8 +16,8 @@ from modelops.gates.chain import (
     Subject,
     find_subject,
     misfit,
-    protocol_differences,
     read_evidence,
+    unlike,
 )
 from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
 from modelops.records import (
@@ -244,7 +244,7 @@ def _relative_limit(
     if problem or base is None or base.value is None:
         return None, f"{bound.of}: {problem or 'not measured'}"
     if isinstance(record, EvaluationRecord) and isinstance(other, EvaluationRecord):
-        differences = protocol_differences(record, other, metric)
+        differences = unlike(record, other, metric)
         if differences:
             return None, f"measured differently from {bound.of}: {'; '.join(differences)}"
     elif type(record) is not type(other):
