@@ -24,6 +24,12 @@ from modelops.serving.app import create_app
 RELEASE_VARIABLE = "MODELOPS_RELEASE"
 
 app = create_app()
+# A container installs modelops from the bento's own sources. `bentoml build` looks nothing up.
+image = (
+    bentoml.images.Image(python_version="3.11", lock_python_packages=False)
+    .build_include("src", "trainer", "pyproject.toml", "README.md", "LICENSE")
+    .python_packages("modelops[demo] @ file:.")
+)
 
 
 class HealthFromNode:
@@ -48,6 +54,7 @@ def _release_directory() -> str:
 
 @bentoml.service(
     name="modelops-image-generator",
+    image=image,
     workers=1,
     traffic={"timeout": 600},  # the node's own deadline answers first, in OpenAI's shape
     metrics={"enabled": False},  # its labels hold raw paths; /metrics is the node's

@@ -48,9 +48,9 @@ def test_dry_run_builds_nothing(tmp_path: Path, inputs: list[str]) -> None:
 def test_gate_that_said_no_has_its_exit_code(
     tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Verdict(
-        answer="fail", policy_sha256="", subject_sha256=sha256_tree(tmp_path / "model")
-    ).write(tmp_path / "verdict.json")
+    Verdict(answer="fail", policy_sha256="", subject_sha256=sha256_tree(tmp_path / "model")).write(
+        tmp_path / "verdict.json"
+    )
     assert main(["release", "build", str(tmp_path / "release"), *inputs]) == 3
     assert "the gate answered fail" in capsys.readouterr().err
 
