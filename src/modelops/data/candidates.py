@@ -65,5 +65,5 @@ def _choose_pairs(samples: Sequence[Sample], pairs: Pairs, seed: int) -> list[in
     return sorted(chosen, key=lambda index: (pairs.cosine[index], index))
 
 
-def _shorten(text: str, length: int = 17) -> str:
+def _shorten(text: str, length: int = 15) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

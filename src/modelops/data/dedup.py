@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,8 @@ from modelops.files import sha256_file
 from modelops.records import DedupReport, DuplicateCluster, InputRef, read_record
 
 CANDIDATE_SHEET = "dedup_candidates.png"
-KINDS = ("bytes", "pixels", "embedding")
+Kind = Literal["bytes", "pixels", "embedding"]
+KINDS: tuple[Kind, ...] = ("bytes", "pixels", "embedding")
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 
@@ -183,20 +185,28 @@ def find_exact_clusters(embedded: Embeddings) -> list[DuplicateCluster]:
         if len(same) < 2:
             continue
         keeper, *others = sorted(same, key=lambda s: (-len(s.tags), -len(s.caption), s.id))
-        for kind, members in (
-            ("bytes", [s.id for s in others if s.sha256 == keeper.sha256]),
-            ("pixels", [s.id for s in others if s.sha256 != keeper.sha256]),
-        ):
+        copies: dict[Kind, list[str]] = {
+            "bytes": [s.id for s in others if s.sha256 == keeper.sha256],
+            "pixels": [s.id for s in others if s.sha256 != keeper.sha256],
+        }
+        for kind, members in copies.items():
             if members:
                 clusters.append(
                     DuplicateCluster(
-                        keeper=keeper.id, members=sorted(members), kind=kind,
+                        keeper=keeper.id,
+                        members=sorted(members),
+                        kind=kind,
                         min_similarity=1.0,
-                        reason=f"equal {kind}; the keeper has {len(keeper.tags)} tags and a "
-                        f"caption of {len(keeper.caption)} characters",
+                        reason=f"equal {kind}, {_compare_captions(same)}; the keeper says most "
+                        f"({len(keeper.tags)} tags, {len(keeper.caption)} characters)",
                     )
-                )  # fmt: skip
+                )
     return sorted(clusters, key=lambda cluster: (cluster.kind, cluster.keeper))
+
+
+def _compare_captions(samples: Sequence[Sample]) -> str:
+    count = len({sample.caption for sample in samples})
+    return "one caption" if count == 1 else f"{count} different captions"
 
 
 def _near_clusters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,7 @@ def nearest_neighbours(
     import faiss
 
     count, dim = base.shape
+    index: Any
     k = min(neighbours, count)
     if count < exact_below:
         index = faiss.IndexFlatIP(dim)

@@ -25,6 +25,7 @@ from modelops.environment import current_environment
 from modelops.errors import UsageError
 from modelops.files import atomic_path
 from modelops.records import DedupReport, InputRef, Measurement, SplitReport, read_record
+from modelops.seeding import numpy_generator
 
 SPLITS = ("train", "val", "test")
 OnProgress = Callable[[int, int], None]  # (done, total)
@@ -84,7 +85,9 @@ def split_manifest(
     result = SplitReport(
         counts=counts,
         n_groups=len(units),
-        leakage=measure_leakage(samples, unit_vectors, where, threshold=report.threshold),
+        leakage=measure_leakage(
+            samples, unit_vectors, where, threshold=report.threshold, seed=seed
+        ),
         fractions={name: round(counts[name] / len(samples), 4) for name in SPLITS},
         group_counts={
             name: sum(1 for split in assigned if split == index)
@@ -137,6 +140,7 @@ def measure_leakage(
     where: npt.NDArray[np.int64],
     *,
     threshold: float,
+    seed: int = 0,
 ) -> dict[str, Measurement]:
     """Share of one split's samples that have a neighbour in another at or above the threshold.
 
@@ -150,7 +154,7 @@ def measure_leakage(
             hits, total, higher_is_better=False,
             details={"threshold": threshold, "highest_cosine": worst},
         )  # fmt: skip
-    shuffled = where[np.random.Generator(np.random.Philox(0)).permutation(len(where))]
+    shuffled = where[numpy_generator(seed, "random split").permutation(len(where))]
     hits, total, worst = _count_leaks(unit_vectors, shuffled == 2, shuffled == 0, threshold)
     found["test_in_train_random"] = count_to_rate(
         hits, total, higher_is_better=False,
