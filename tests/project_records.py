@@ -101,7 +101,11 @@ def write_artifact(directory: Path, *, checkpoint: str = FINAL, **more: Any) -> 
                 name="pipeline", measure="psnr_db", value=34.2, bound=25.0, passed=True, n=16
             )
         ],
-        "speed": {"speedup_batch8": measured(2.4, 2.2, 2.5, n=20, method="interleaved pairs")},
+        "speed": {
+            "denoiser_batch8_over_onnxruntime_fp32": measured(
+                2.4, 2.2, 2.5, n=20, method="interleaved pairs"
+            )
+        },
         "inputs": {"checkpoint": InputRef(path="runs/pilot/checkpoints/step-2000",
                                           sha256=checkpoint)},
         "environment": ENVIRONMENT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,19 @@ HOSTILE = (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that is written once; tests change copies of it."""
+    directory = tmp_path_factory.mktemp("project")
+    init_project(directory)
+    write_project(directory)
+    decide(directory / "policy.yaml", root=directory, out_path=directory / "gate/verdict.json")
+    return directory
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    init_project(tmp_path)
-    write_project(tmp_path)
-    decide(tmp_path / "policy.yaml", root=tmp_path, out_path=tmp_path / "gate/verdict.json")
-    return tmp_path
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
 def card_of(root: Path, **changes: Any) -> str:
@@ -213,6 +221,30 @@ def test_the_runs_settings_are_listed(root: Path) -> None:
     card = card_of(root)
     assert "| `training.lr` | `0.0001` |" in card
     assert "| `training.betas` | `0.9, 0.99` |" in card
+
+
+def test_warnings_units_and_details_stand_beside_the_number(root: Path) -> None:
+    record = evaluation("checkpoint", FINAL, 21.6)
+    record.metrics["lit_retrieval_top1"] = measured(
+        0.25, 0.2, 0.3, unit="rate", warnings=["few | prompts"], details={"chance": 1 / 128}
+    )
+    record.write(root / "evaluations/final.json")
+    card = card_of(root)
+    assert "| Own prompt found first <sub>rate</sub> |" in card
+    assert "**0.25** \\[0.2, 0.3\\] <sub>n 256</sub> ⚠1 |" in card
+    assert "- ⚠1 few \\| prompts" in card
+    assert "`chance 0.007812`" in card
+
+
+def test_no_path_of_one_machine_is_printed(root: Path) -> None:
+    for name in ("early", "final", "int8"):
+        path = root / f"evaluations/{name}.json"
+        record = read_record(path, EvaluationRecord)
+        record.source.uri = str(root / record.source.uri)
+        record.write(path)
+    card = card_of(root)
+    assert str(root) not in card
+    assert 'from_pretrained("checkpoints/step-2000"' in card
 
 
 def test_a_failed_parity_is_not_shown_as_passed(root: Path) -> None:

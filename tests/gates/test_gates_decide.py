@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,17 @@ from project_records import (
 )
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that is written once; tests change copies of it."""
+    directory = tmp_path_factory.mktemp("project")
+    init_project(directory)
+    return write_project(directory)
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    init_project(tmp_path)
-    return write_project(tmp_path)
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
 def verdict_of(root: Path) -> Verdict:
@@ -188,6 +196,11 @@ def test_unlike_protocols_are_refused_with_what_differs(
     assert found.value == 21.6, "what was measured is still shown"
 
 
+def test_another_sampler_belongs_to_the_source(root: Path) -> None:
+    early(sampling=sampling(scheduler="Other")).write(root / "evaluations/early.json")
+    assert line(verdict_of(root), "learned").answer == "pass"
+
+
 def test_another_n_or_no_protocol_at_all_is_unlike(root: Path) -> None:
     record = read_record(root / "evaluations/early.json", EvaluationRecord)
     old = record.metrics["frechet_distance_lite0"]
@@ -271,7 +284,11 @@ def test_parity_that_failed_fails_and_none_at_all_is_undecided(root: Path) -> No
 
 
 def test_speed_leakage_and_fields(root: Path) -> None:
-    speed = {"evidence": "artifact", "metric": "speed.speedup_batch8", "use": "low"}
+    speed = {
+        "evidence": "artifact",
+        "metric": "speed.denoiser_batch8_over_onnxruntime_fp32",
+        "use": "low",
+    }
     policy(
         root,
         {**speed, "name": "faster", "at_least": 2.0},

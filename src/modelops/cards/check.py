@@ -8,7 +8,14 @@ from pathlib import Path
 from modelops import __version__
 from modelops.cards.dataset import render_dataset_card
 from modelops.cards.model import render_model_card
-from modelops.cards.sources import CardSources, read_sources, sources_path, split_notes
+from modelops.cards.sources import (
+    NOTES_BEGIN,
+    CardSources,
+    read_sources,
+    sources_path,
+    split_notes,
+    with_notes,
+)
 from modelops.errors import ModelopsError, UsageError
 from modelops.files import read_text, sha256_bytes, sha256_file
 
@@ -16,7 +23,7 @@ MOST_LINES = 20
 
 
 def find_cards(path: str | Path) -> list[Path]:
-    """The card at `path`, or every card below a folder, by their NAME.sources.json.
+    """The card at `path`, or every card below a folder: what has sources or a notes region.
 
     Raises:
         UsageError: there is none.
@@ -24,10 +31,12 @@ def find_cards(path: str | Path) -> list[Path]:
     top = Path(path)
     if top.is_file():
         return [top]
-    found = [
+    with_sources = {
         item.with_name(item.name.removesuffix(".sources.json") + ".md")
-        for item in sorted(top.rglob("*.sources.json"))
-    ]
+        for item in top.rglob("*.sources.json")
+    }
+    with_notes_region = {item for item in top.rglob("*.md") if NOTES_BEGIN in read_text(item)}
+    found = sorted(with_sources | with_notes_region)
     if not found:
         raise UsageError(f"{path}: no card here", hint="name a card or a folder of cards")
     return found
@@ -38,14 +47,15 @@ def check_card(path: str | Path) -> list[str]:
 
     Returns:
         One line per finding, each naming the file or line: a record or picture that changed or is
-        missing, or a line that was edited outside the notes. Empty when the card holds.
-
-    Raises:
-        UsageError: the card is missing, or nothing says what it was made from.
+        missing, a line that was edited outside the notes, or that nothing says what the card was
+        made from. Empty when the card holds.
     """
     card = Path(path)
-    text = read_text(card)
-    sources = read_sources(card)
+    try:
+        text = read_text(card)
+        sources = read_sources(card)
+    except UsageError as error:
+        return [str(error)]
     folder = card.parent
     changed = _changed_inputs(sources, folder)
     findings = [*changed, *_changed_pictures(sources, folder)]
@@ -114,8 +124,6 @@ def _changed_pictures(sources: CardSources, folder: Path) -> list[str]:
 
 def _line_findings(expected: str, text: str) -> list[str]:
     """One finding per line of the card that its records would print otherwise."""
-    from modelops.cards.sources import with_notes
-
     wanted = with_notes(expected, split_notes(text)[1]).split("\n")
     given = text.replace("\r\n", "\n").split("\n")
     findings: list[str] = []

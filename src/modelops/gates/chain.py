@@ -151,7 +151,7 @@ def _evaluation_misfit(
         if digest not in family:
             return (
                 f"does not belong together: measured {digest[:12]}, which is neither the subject "
-                "nor what it was made from"
+                "nor what it was made from (name it under baselines if it is one)"
             )
         return None
     if role == "run":
