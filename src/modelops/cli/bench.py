@@ -72,7 +72,7 @@ def bench(
     if as_json:
         return
     output.table(
-        ("source", "runtime", "precision", "batch", "p50 ms", "p95 ms", "images/s", "times as fast"),
+        ("source", "runtime", "precision", "batch", "p50 ms", "p95 ms", "images/s", "speed-up"),
         [
             (
                 row.name, row.runtime, row.precision, str(row.batch_size), f"{row.p50_s * 1e3:.0f}",

@@ -1,6 +1,6 @@
 """The directory of an exported artifact, and the check that it is what its record says.
 
-artifact.json                the ArtifactRecord: written last, so a directory without it is unfinished
+artifact.json                the ArtifactRecord; a directory without it is unfinished
 denoiser/{model.onnx,config.json}
 text_encoder/{model.onnx,config.json}
 tokenizer/  scheduler/       as in the checkpoint
@@ -141,7 +141,7 @@ def describe_graph(root: Path, name: str, *, precision: str) -> ExportedComponen
 
 
 def count_quantized(model: Any) -> int:
-    """Nodes of a QDQ graph whose weights are int8: those fed by a DequantizeLinear of a constant."""
+    """Nodes of a QDQ graph with int8 weights: fed by a DequantizeLinear of a constant."""
     constants = {item.name for item in model.graph.initializer}
     weights = {
         node.output[0]
@@ -156,7 +156,7 @@ def count_quantized(model: Any) -> int:
 
 
 def portable_path(path: str | Path) -> str:
-    """A path for a record: relative to the working directory, or only the name if it lies outside."""
+    """A path for a record: relative to the working directory, or the bare name if outside it."""
     resolved = Path(path).resolve()
     here = Path.cwd().resolve()
     return resolved.relative_to(here).as_posix() if resolved.is_relative_to(here) else resolved.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def bench_sources(
         for name, source in zip(names, sources, strict=True):
             if hasattr(source, "batch_size"):
                 source.batch_size = batch  # a larger one would be filled up with copies
-            runs[name] = lambda source=source: source.generate(requests)  # type: ignore[misc]
+            runs[name] = partial(source.generate, requests)
         seconds = interleaved_seconds(runs, rounds=rounds, warmup=1)
         protocol: dict[str, Any] = {"batch": batch, "steps": steps, "what": "whole images"}
         for index, (name, source) in enumerate(zip(names, sources, strict=True)):

@@ -17,7 +17,7 @@ from modelops.seeding import image_seed, numpy_generator
 
 DEFAULT_PROMPTS = (
     "red heart", "grinning face", "waving hand", "house with garden", "flag: Japan", "dog face",
-    "green apple", "sun behind cloud", "bicycle", "musical note", "fish", "clock face: three o’clock",
+    "green apple", "sun behind cloud", "bicycle", "musical note", "fish", "alarm clock",
 )  # fmt: skip
 Progress = Callable[[int, int], None]
 
@@ -29,7 +29,7 @@ class TrajectoryRows:
     Attributes:
         feeds: graph input name to array [R, ...]; timestep is 1000 sigma.
         sigmas: noise level of each row [R], in (0, 1].
-        guided: whether a row is the prompted one of its pair [R]; the other has the negative prompt.
+        guided: whether a row has the prompt [R]; the others have the negative prompt.
         record: prompts, seeds, steps and digest, for the artifact.
     """
 

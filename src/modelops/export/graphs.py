@@ -92,6 +92,8 @@ class OrtGraph:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Idle threads that spin after a run would slow whatever else runs between the steps.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.intra_op_num_threads = threads or process_cores()
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
@@ -114,9 +116,9 @@ class OrtGraph:
 class OpenVinoGraph:
     """A graph in OpenVINO on the CPU, compiled for fixed shapes.
 
-    Dynamic shapes cost up to 1.5 times the latency there, so a batch is filled up (with copies of its
-    last row) to the next of 1, 2, 3, 4, 6, 8, 12, 16, ... rows, and each such shape is compiled when
-    it is first met. Rows do not see each other, so what fills a batch changes nothing.
+    Dynamic shapes cost up to 1.5 times the latency there, so a batch is filled up (with copies of
+    its last row) to the next of 1, 2, 3, 4, 6, 8, 12, 16, ... rows, and each such shape is compiled
+    when it is first met. Rows do not see each other, so what fills a batch changes nothing.
     """
 
     runtime: RuntimeName = "openvino"

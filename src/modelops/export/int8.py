@@ -1,4 +1,4 @@
-"""fp32 artifact to INT8 artifact: calibrated on trajectories, compared in pictures, timed, proven."""
+"""fp32 artifact to INT8 artifact: calibrated on trajectories, compared in pictures, timed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def export_int8(
         if faults:
             raise ExportError(f"the quantised graph breaks a rule: {faults[0]}")
         graph = _open(target, runtime)
-        checks = denoiser_parity(pipeline.unet, graph, held_out, BOUNDS["int8"]) + [pictures]
+        checks = [*denoiser_parity(pipeline.unet, graph, held_out, BOUNDS["int8"]), pictures]
         if runtime != "onnxruntime":
             checks.append(
                 _image_parity(root, pipeline, "onnxruntime", texts[:_N_PARITY_IMAGES], seed + 1)
@@ -275,7 +276,7 @@ def _measure_speed(
     rows: TrajectoryRows,
     rounds: int,
 ) -> dict[str, Measurement]:
-    """Denoiser latency of INT8 against fp32 in the same runtime, onnxruntime fp32 and eager torch."""
+    """Denoiser latency of INT8 over fp32 in the same runtime, onnxruntime fp32, eager torch."""
     int8 = _open(target, runtime)
     graphs = {f"{runtime} int8": int8, "onnxruntime fp32": open_graph(source, "onnxruntime")}
     if runtime == "openvino":
@@ -284,10 +285,9 @@ def _measure_speed(
     for batch in SPEED_BATCHES:
         feed = rows.take([index % len(rows) for index in range(batch)])
         runs: dict[str, Callable[[], object]] = {
-            name: (lambda graph=graph: graph.run(feed))  # type: ignore[misc]
-            for name, graph in graphs.items()
+            name: partial(graph.run, feed) for name, graph in graphs.items()
         }
-        runs["torch eager"] = lambda: torch_denoiser(unet, feed)
+        runs["torch eager"] = partial(torch_denoiser, unet, feed)
         seconds = interleaved_seconds(runs, rounds=rounds)
         protocol = {
             "batch": batch,
@@ -306,7 +306,7 @@ def _measure_speed(
 class _Progress:
     """Counts stages; the number of groups is not known before the graph is read."""
 
-    def __init__(self, report: Callable[[int, int], None] | None, total: int = 11) -> None:
+    def __init__(self, report: Callable[[int, int], None] | None, total: int = 9) -> None:
         self._report, self._done, self._total = report, 0, total
 
     def step(self) -> None:

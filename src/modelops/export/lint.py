@@ -16,9 +16,9 @@ def lint_qdq(path: str | Path) -> list[str]:
     """Check a quantised graph.
 
     The rules: opset at most 20; int8 with zero point 0 everywhere; finite positive float32 scales;
-    activations with one scale for the tensor; weights with a scale for every output channel along an
-    explicit axis; every quantised node has both of its operands quantised; float bias; a quantised
-    tensor feeds nothing but quantised nodes, so that no node pays for a rounding it gains nothing by.
+    activations with one scale for the tensor; weights with a scale for every output channel along
+    an explicit axis; every quantised node has both of its operands quantised; float bias; a
+    quantised tensor feeds nothing but quantised nodes, so that none is rounded to no gain.
 
     Returns:
         One line for each broken rule, naming the node; empty if the graph is in order.

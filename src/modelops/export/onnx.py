@@ -254,8 +254,7 @@ def _text_example(pipeline: Any) -> _Example:
 
 def _write_graph(module: torch.nn.Module, example: _Example, folder: Path, opset: int) -> None:
     dynamic = {
-        name: {axis: torch.export.Dim.DYNAMIC for axis in axes}
-        for name, (_, axes) in example.items()
+        name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, (_, axes) in example.items()
     }
     name = "velocity" if isinstance(module, _Denoiser) else "last_hidden_state"
     with quiet_libraries():
@@ -282,6 +281,8 @@ def _write_graph(module: torch.nn.Module, example: _Example, folder: Path, opset
                 f"{folder.name} cannot be exported: {str(cause).splitlines()[0]}",
                 hint="run with --debug for torch's own report",
             ) from error
+    if program is None:
+        raise ExportError(f"{folder.name}: torch made no graph")
     model = program.model_proto
     if model.ByteSize() > _MAX_GRAPH_BYTES:
         raise ExportError(f"{folder.name}: larger than 2 GB, which needs external data")

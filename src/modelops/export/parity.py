@@ -82,7 +82,7 @@ def denoiser_parity(
 def text_encoder_parity(pipeline: Any, graph: Graph, prompts: Sequence[str]) -> list[ParityCheck]:
     """Compare the text encoder with torch, at batch sizes 1, 2 and 8, always in float32."""
     checks = []
-    texts = (list(prompts) + ["", "a", "a long line of words " * 12])[:64]
+    texts = ([*list(prompts), "", "a", "a long line of words " * 12])[:64]
     for size in PARITY_BATCHES:
         references, outputs = [], []
         for start in range(0, max(1, min(len(texts), 8)), size):

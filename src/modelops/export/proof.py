@@ -42,8 +42,8 @@ def openvino_execution(graph: OpenVinoGraph, feed: dict[str, Array]) -> dict[str
 def onnxruntime_execution(path: Path) -> dict[str, Any]:
     """Integer and float multiplying nodes in the graph that onnxruntime makes of a graph.
 
-    onnxruntime keeps a Conv in INT8 only where its output is quantised too, which TensorRT forbids; so
-    a symmetric graph's convolutions run in float32 there, and its matrix products in INT8.
+    onnxruntime keeps a Conv in INT8 only where its output is quantised too, which TensorRT forbids;
+    so a symmetric graph's convolutions run in float32 there.
     """
     import onnx
 

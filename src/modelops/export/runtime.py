@@ -114,7 +114,7 @@ def assemble(root: Path, denoiser: Graph, text_encoder: Graph) -> Any:
     from modelops.models.pipeline import PixelFlowPipeline
 
     index = read_json(root / "model_index.json")
-    scheduler_class = getattr(diffusers, str(index["scheduler"][1]), None)
+    scheduler_class: Any = getattr(diffusers, str(index["scheduler"][1]), None)
     if not isinstance(scheduler_class, type) or not issubclass(
         scheduler_class, diffusers.SchedulerMixin
     ):

@@ -1,0 +1,63 @@
+"""`modelops export` and `modelops bench` as a person or a script calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from modelops.cli.main import main
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = main(["export", *arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.err
+
+
+def test_export_then_bench(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "onnx"
+    arguments = ["export", str(tiny_checkpoint), "--to", "onnx", "--out", str(out), "--json"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "dry-run"
+    assert not out.exists()
+    assert main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads((out / "artifact.json").read_text())
+    assert main(arguments) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
+
+    line = ["bench", str(tiny_checkpoint), str(out), "--batch-sizes", "1,2", "--steps", "1"]
+    assert main([*line, "--rounds", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["batch_size"] for row in result["rows"]] == [1, 1, 2, 2]
+    assert [row["runtime"] for row in result["rows"][:2]] == ["torch-cpu", "onnxruntime-cpu"]
+    assert result["rows"][1]["speedup"]["value"] > 0
+    assert main([*line, "--rounds", "1"]) == 0
+    assert "onnxruntime-cpu" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    code, text = failure([str(tmp_path / "none"), "--to", "onnx", "--out", out], capsys)
+    assert (code, "no such directory" in text) == (2, True)
+    code, text = failure([str(tiny_checkpoint), "--to", "int8", "--out", out], capsys)
+    assert (code, "no such directory" in text) == (2, True)
+    code, text = failure([str(tiny_checkpoint), "--to", "tensorrt", "--out", out], capsys)
+    assert (code, "onnx" in text) == (2, True)
+    empty = tmp_path / "prompts.txt"
+    empty.write_text("\n\n")
+    code, text = failure(
+        [str(tiny_checkpoint), "--to", "onnx", "--out", out, "--prompts", str(empty)], capsys
+    )
+    assert (code, "no prompts" in text) == (2, True)
+    assert main(["bench", str(tiny_checkpoint), "--batch-sizes", "0"]) == 2
+    assert main(["bench", str(tiny_checkpoint), "--batch-sizes", "many"]) == 2
+    assert "whole numbers" in capsys.readouterr().err
+    assert not Path(out).exists()

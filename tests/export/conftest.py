@@ -1,0 +1,32 @@
+"""Artifacts of the small checkpoint, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def onnx_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 artifact of the tiny checkpoint. Read only."""
+    from modelops.export.onnx import export_onnx
+
+    out = tmp_path_factory.mktemp("artifacts") / "onnx"
+    export_onnx(tiny_checkpoint, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def int8_artifact(
+    onnx_artifact: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The INT8 artifact of the tiny checkpoint. Read only."""
+    from modelops.export.int8 import export_int8
+
+    out = tmp_path_factory.mktemp("artifacts") / "int8"
+    export_int8(
+        onnx_artifact, tiny_checkpoint, out, prompts=["red heart", "dog", "house", "bicycle"],
+        steps=6, rows=32, speed_rounds=3,
+    )  # fmt: skip
+    return out

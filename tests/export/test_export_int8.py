@@ -1,0 +1,187 @@
+"""INT8: the rules of the graph, the pictures, the proof, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from modelops.errors import ExportError, IntegrityError, UsageError
+from modelops.export.artifact import DENOISER, GRAPH, TEXT_ENCODER, read_artifact
+from modelops.export.calibration import collect_rows
+from modelops.export.graphs import OrtGraph, available_runtimes
+from modelops.export.int8 import export_int8
+from modelops.export.lint import lint_qdq
+from modelops.export.onnx import load_source
+from modelops.export.parity import psnr_db, require_parity
+from modelops.export.quantize import quantize_graph
+from modelops.export.runtime import open_artifact
+from modelops.models.sources import ImageRequest, open_checkpoint
+from modelops.records import ParityCheck
+
+
+def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
+    path = int8_artifact / DENOISER / GRAPH
+    onnx.checker.check_model(str(path), full_check=True)
+    assert lint_qdq(path) == []
+    component = next(c for c in read_artifact(int8_artifact).components if c.name == DENOISER)
+    assert component.quantized_nodes > 10
+    assert component.precision == "int8"
+
+
+def test_weights_are_stored_in_a_byte(int8_artifact: Path, onnx_artifact: Path) -> None:
+    record, fp32 = read_artifact(int8_artifact), read_artifact(onnx_artifact)
+    size = {c.name: c.bytes for c in record.components}
+    assert size[DENOISER] < 0.6 * {c.name: c.bytes for c in fp32.components}[DENOISER]
+    text = int8_artifact / TEXT_ENCODER / GRAPH
+    assert text.read_bytes() == (onnx_artifact / TEXT_ENCODER / GRAPH).read_bytes()
+
+
+def test_the_record_says_what_was_measured(int8_artifact: Path) -> None:
+    record = read_artifact(int8_artifact)
+    assert record.format == "int8"
+    assert record.calibration["rows_with_prompt"] * 2 == record.calibration["rows"]
+    assert record.calibration["sigma_max"] > 0.9
+    assert record.calibration["sigma_min"] < 0.3
+    assert record.execution[record.runtime]["int8_layers"] > 0
+    pictures = [c for c in record.parity if c.measure == "psnr_db"]
+    assert pictures
+    assert all(c.passed and c.value >= 28 for c in pictures)
+    for measurement in record.speed.values():
+        assert measurement.low is not None
+        assert measurement.value is not None
+        assert measurement.low <= measurement.value
+    assert {"denoiser_batch1_over_torch_eager", "denoiser_batch8_over_onnxruntime_fp32"} <= set(
+        record.speed
+    )
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_pictures_in_both_runtimes(
+    int8_artifact: Path, tiny_checkpoint: Path, runtime: str
+) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    requests = [ImageRequest(prompt=text, seed=7, steps=4) for text in ("a fish", "green apple")]
+    expected = open_checkpoint(tiny_checkpoint, batch_size=2).generate(requests)
+    source = open_artifact(int8_artifact, runtime=runtime, batch_size=2)
+    images = source.generate(requests)
+    assert source.info.precision.startswith("int8+")
+    assert psnr_db(np.stack(expected) / 255, np.stack(images) / 255) >= 28
+
+
+def test_an_image_does_not_depend_on_its_company(int8_artifact: Path) -> None:
+    source = open_artifact(int8_artifact, batch_size=4)
+    one = ImageRequest(prompt="dog", seed=1, steps=2)
+    two = ImageRequest(prompt="house", seed=2, steps=2)
+    alone = source.generate([one])[0]
+    assert np.array_equal(source.generate([two, one, two])[1], alone)
+
+
+def test_refusals(
+    int8_artifact: Path, onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="no prompts"):
+        export_int8(onnx_artifact, tiny_checkpoint, out, prompts=[])
+    with pytest.raises(UsageError, match="blank"):
+        export_int8(onnx_artifact, tiny_checkpoint, out, prompts=["a", "  "])
+    with pytest.raises(UsageError, match="an int8|a int8"):
+        export_int8(int8_artifact, tiny_checkpoint, out)
+    with pytest.raises(UsageError, match="already exists"):
+        export_int8(onnx_artifact, tiny_checkpoint, int8_artifact)
+    with pytest.raises(UsageError, match="unknown method"):
+        export_int8(onnx_artifact, tiny_checkpoint, out, method="guess")  # type: ignore[arg-type]
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    (other / "note.txt").write_text("another checkpoint")
+    with pytest.raises(IntegrityError, match="was not exported from"):
+        export_int8(onnx_artifact, other, out)
+    assert not out.exists()
+
+
+def test_parity_fails_closed() -> None:
+    failed = ParityCheck(name="images/x", measure="psnr_db", value=20, bound=28, passed=False, n=4)
+    with pytest.raises(ExportError, match="images/x psnr_db 20"):
+        require_parity([failed], allow=False)
+    assert "--allow" in (require_parity([failed], allow=True) or "")
+    assert require_parity([failed.model_copy(update={"passed": True})], allow=False) is None
+
+
+def test_calibration_rows_depend_on_the_seed_alone(
+    onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pipeline, _ = load_source(tiny_checkpoint)
+    names = OrtGraph(onnx_artifact / DENOISER / GRAPH).input_names
+    first, again, other = (
+        collect_rows(pipeline, names, prompts=["dog", "red heart"], seed=seed, steps=4, rows=16)
+        for seed in (0, 0, 1)
+    )
+    assert first.record == again.record
+    assert first.record["inputs_sha256"] != other.record["inputs_sha256"]
+    assert len(first) == 16
+    assert first.guided.sum() == 8
+    counts = np.unique(first.sigmas, return_counts=True)[1]
+    assert counts.tolist() == [4, 4, 4, 4]
+    seen = {float(s) for feed in first.batches(4) for s in feed["timestep"]}
+    assert len(seen) == 4
+    # the same rows give the same graph, byte for byte, with and without the table at hand
+    source, table = onnx_artifact / DENOISER / GRAPH, tmp_path / "table.json"
+    for name in ("a.onnx", "b.onnx"):
+        quantize_graph(source, tmp_path / name, rows=first, table=table)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def _break(model: Any, what: str) -> None:
+    graph = model.graph
+    arrays = {item.name: item for item in graph.initializer}
+    first = next(n for n in graph.node if n.op_type == "QuantizeLinear")
+    weight = next(n for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in arrays)
+    if what == "zero point":
+        arrays[first.input[2]].CopyFrom(
+            onnx.numpy_helper.from_array(np.array(3, np.int8), first.input[2])
+        )
+    elif what == "scale":
+        arrays[first.input[1]].CopyFrom(
+            onnx.numpy_helper.from_array(np.array(0, np.float32), first.input[1])
+        )
+    elif what == "axis":
+        next(a for a in weight.attribute if a.name == "axis").i = 1
+    elif what == "output":
+        pair = next(n for n in graph.node if n.op_type == "DequantizeLinear" and n is not weight
+                    and n.input[0] not in arrays)  # fmt: skip
+        graph.node.append(onnx.helper.make_node("Relu", [pair.output[0]], ["r"], name="relu"))
+    elif what == "opset":
+        next(entry for entry in model.opset_import if not entry.domain).version = 21
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("zero point", "zero point is not 0"),
+        ("scale", "not finite and positive"),
+        ("axis", "wrong axis|every output channel"),
+        ("output", "not quantised"),
+        ("opset", "above 20"),
+    ],
+)
+def test_the_lint_sees_each_broken_rule(
+    int8_artifact: Path, tmp_path: Path, what: str, message: str
+) -> None:
+    import re
+
+    model = onnx.load(str(int8_artifact / DENOISER / GRAPH))
+    _break(model, what)
+    onnx.save(model, str(tmp_path / "broken.onnx"))
+    faults = lint_qdq(tmp_path / "broken.onnx")
+    assert faults
+    assert any(re.search(message, fault) for fault in faults)
+
+
+def test_auto_takes_openvino_for_int8(int8_artifact: Path) -> None:
+    runtime = open_artifact(int8_artifact, batch_size=1).info.runtime
+    assert runtime == ("openvino-cpu" if "openvino" in available_runtimes() else "onnxruntime-cpu")
