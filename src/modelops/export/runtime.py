@@ -114,11 +114,13 @@ def assemble(root: Path, denoiser: Graph, text_encoder: Graph) -> Any:
     from modelops.models.pipeline import PixelFlowPipeline
 
     index = read_json(root / "model_index.json")
-    scheduler_class: Any = getattr(diffusers, str(index["scheduler"][1]), None)
-    if not isinstance(scheduler_class, type) or not issubclass(
+    name = str(index["scheduler"][1])
+    scheduler_class: Any = getattr(diffusers, name, None)
+    known = isinstance(scheduler_class, type) and issubclass(
         scheduler_class, diffusers.SchedulerMixin
-    ):
-        raise UsageError(f"{root}: unknown scheduler {index['scheduler'][1]!r}")
+    )
+    if not known:
+        raise UsageError(f"{root}: unknown scheduler {name!r}")
     own = {"patch_size", "max_text_tokens", "prediction", "default_steps", "default_guidance"}
     return PixelFlowPipeline(
         unet=ExportedDenoiser(denoiser, read_json(root / DENOISER / "config.json")),
