@@ -244,7 +244,7 @@ def test_no_path_of_one_machine_is_printed(root: Path) -> None:
         record.write(path)
     card = card_of(root)
     assert str(root) not in card
-    assert 'from_pretrained("checkpoints/step-2000"' in card
+    assert 'from_pretrained("runs/pilot/checkpoints/step-2000"' in card
 
 
 def test_a_failed_parity_is_not_shown_as_passed(root: Path) -> None:

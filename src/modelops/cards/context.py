@@ -105,7 +105,7 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
         "dedup_file": sources.inputs.get("dedup"),
         "pictures": sources.pictures,
         "dataset_card": sources.options.get("dataset_card", ""),
-        "checkpoint": _checkpoint(evaluations, train),
+        "checkpoint": _checkpoint(evaluations, train, sources.inputs["train"]),
         "inputs": sources.inputs,
         "origins": _origins(records),
         "packages": _packages(train),
@@ -258,15 +258,16 @@ def _criterion_value(value: float | str | None, low: float | None, high: float |
     return Markup(f"{number(value)} \\[{number(low)}, {number(high)}\\]")
 
 
-def _checkpoint(evaluations: list[Measured], train: TrainRecord) -> str:
-    """Path of the checkpoint for the how-to-use snippet; never a path of one machine."""
+def _checkpoint(evaluations: list[Measured], train: TrainRecord, file: InputRef) -> str:
+    """Path of the released checkpoint for a snippet, from the project; never of one machine."""
+    run = PurePosixPath(*(part for part in PurePosixPath(file.path).parent.parts if part != ".."))
     for item in released_evaluations(evaluations):
         source = item.record.source
         if source.kind == "checkpoint":
-            listed = (c.path for c in train.checkpoints if c.sha256 == source.sha256)
+            listed = (str(run / c.path) for c in train.checkpoints if c.sha256 == source.sha256)
             path = next(listed, source.uri)
             return PurePosixPath(path).name if PurePosixPath(path).is_absolute() else path
-    return train.checkpoints[-1].path if train.checkpoints else "path/to/checkpoint"
+    return str(run / train.checkpoints[-1].path) if train.checkpoints else "path/to/checkpoint"
 
 
 def _origins(records: list[Record]) -> list[str]:

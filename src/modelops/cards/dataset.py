@@ -109,7 +109,7 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
         role: read_input(sources, folder, role, kind) if role in sources.inputs else None
         for role, kind in (("dedup", DedupReport), ("split", SplitReport), ("smoke", SmokeReport))
     }
-    split = records["split"]
+    split, dedup = records["split"], records["dedup"]
     try:
         context = {
             "about": about,
@@ -119,6 +119,9 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
             "quarantined": stats.quarantined(counted),
             "duplicates": counted.get("duplicates"),
             **records,
+            "calibration": measurements_table(
+                dedup.calibration if isinstance(dedup, DedupReport) else {}
+            ),
             "leakage": measurements_table(split.leakage if isinstance(split, SplitReport) else {}),
             "pictures": sources.pictures,
             "inputs": sources.inputs,

@@ -139,7 +139,8 @@ def _how(made: list[Measurement]) -> Markup:
     for measured in made:
         way = markdown(measured.method or "method not recorded")
         way += Markup(f", {measured.confidence * 100:g} % interval")
-        way += Markup(", protocol ") + code((measured.protocol or "not recorded")[:12])
+        if measured.protocol:
+            way += Markup(", protocol ") + code(measured.protocol[:12])
         for name, detail in measured.details.items():
             shown = number(detail) if isinstance(detail, float) else detail
             way += Markup(", ") + code(f"{name} {shown}")
