@@ -13,7 +13,7 @@ import torch
 from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
 from modelops.export.artifact import DENOISER, GRAPH, read_artifact
 from modelops.export.graphs import OrtGraph, batch_bucket, open_graph
-from modelops.export.onnx import export_onnx, load_source
+from modelops.export.onnx import export_onnx, load_source, write_denoiser
 from modelops.export.runtime import choose_runtime, open_artifact
 from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, open_checkpoint
@@ -95,6 +95,14 @@ def test_no_path_of_this_machine_is_in_a_graph(onnx_artifact: Path) -> None:
     for graph in onnx_artifact.rglob(GRAPH):
         assert str(Path(torch.__file__).parent).encode() not in graph.read_bytes()
         assert b"stack_trace" not in graph.read_bytes()
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(
+    onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pipeline, _ = load_source(tiny_checkpoint)
+    write_denoiser(pipeline, tmp_path, opset=20)
+    assert (tmp_path / GRAPH).read_bytes() == (onnx_artifact / DENOISER / GRAPH).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,9 @@ def export_onnx(
     check_writable(Path(out_dir).parent, need_bytes=2 * source_bytes)
     tick = _ticker(on_progress, 4)
     with atomic_directory(out_dir) as root:
-        _write_graph(_Denoiser(pipeline.unet), _denoiser_example(pipeline), root / DENOISER, opset)
-        write_json(root / DENOISER / "config.json", _plain_config(pipeline.unet.config))
+        write_denoiser(pipeline, root / DENOISER, opset=opset)
         tick()
-        _write_graph(
-            _TextEncoder(pipeline.text_encoder), _text_example(pipeline), root / TEXT_ENCODER, opset
-        )
-        write_json(root / TEXT_ENCODER / "config.json", pipeline.text_encoder.config.to_dict())
+        write_text_encoder(pipeline, root / TEXT_ENCODER, opset=opset)
         carry_over(Path(checkpoint), root)
         tick()
         denoiser, text_encoder = (OrtGraph(root / n / GRAPH) for n in (DENOISER, TEXT_ENCODER))
@@ -134,6 +130,21 @@ def export_onnx(
         record.write(root / RECORD)
         tick()
     return record
+
+
+def write_denoiser(pipeline: Any, folder: Path, *, opset: int) -> None:
+    """Write the denoiser's model.onnx and config.json; the same weights give the same bytes."""
+    _write_graph(_Denoiser(pipeline.unet), _denoiser_example(pipeline), folder, opset)
+    config = {k: v for k, v in dict(pipeline.unet.config).items() if k != "_name_or_path"}
+    write_json(folder / "config.json", config)
+
+
+def write_text_encoder(pipeline: Any, folder: Path, *, opset: int) -> None:
+    """Write the text encoder's model.onnx and config.json."""
+    _write_graph(_TextEncoder(pipeline.text_encoder), _text_example(pipeline), folder, opset)
+    config = pipeline.text_encoder.config.to_dict()
+    config.pop("_name_or_path", None)  # where the checkpoint lay
+    write_json(folder / "config.json", config)
 
 
 def load_source(checkpoint: str | Path) -> tuple[Any, str]:
@@ -330,10 +341,6 @@ def _name_axes(value: Any, names: dict[int, str]) -> None:
         if index in names:
             dim.Clear()
             dim.dim_param = names[index]
-
-
-def _plain_config(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in dict(config).items() if key != "_name_or_path"}
 
 
 @contextmanager

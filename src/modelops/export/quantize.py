@@ -21,8 +21,8 @@ METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy")
 _OPS = ["Conv", "Gemm", "MatMul"]
 _CALIBRATION_BATCH = 8
 
-# A group of layers stays fp32 if that takes at least this share off the squared error; in
-# this order, each judged with the earlier ones decided. Layers at the edge cost next to nothing in fp32,
+# A group of layers stays fp32 if that takes at least this share off the squared error. In this
+# order, each judged with the earlier ones decided. Layers at the edge cost next to nothing in fp32,
 # attention's projections more; what is not listed holds almost all of the work.
 # "concat_inputs" are convolutions that read a Concat which float layers read too: OpenVINO 2026.4
 # computes wrong values there (relative error 0.2 to 0.5 for one layer, onnxruntime 0.01).
