@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from modelops.seeding import numpy_generator
 
-SMALLEST_LEVEL = (
-    0.05  # an image prediction is turned into velocity by 1 / s no larger than 1 / this
-)
+SMALLEST_LEVEL = 0.05  # a picture prediction becomes a velocity by 1 / max(s, this)
+# Velocity errors of a picture prediction grow as 1 / s; in the loss no further than to this level,
+# or training would spend itself on nearly clean pictures.
+WEIGHTED_LEVEL = 0.25
 
 
 def stratified_sigmas(
@@ -87,7 +88,8 @@ def flow_losses(
     prediction: str,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """Mean squared velocity error of each sample, [N] float32.
+    """Mean squared velocity error of each sample, [N] float32; with a picture prediction its
+    weight falls below s = 0.25.
 
     Args:
         images: [N, H, W, 3] uint8.
@@ -101,4 +103,7 @@ def flow_losses(
     if channels_last:
         noisy = noisy.contiguous(memory_format=torch.channels_last)
     velocity = predict_velocity(network, noisy, sigmas, pooled, tokens, mask, prediction=prediction)
-    return (velocity - (noise - clean)).square().mean(dim=(1, 2, 3))
+    losses = (velocity - (noise - clean)).square().mean(dim=(1, 2, 3))
+    if prediction == "sample":
+        losses = losses * (sigmas.clamp(min=SMALLEST_LEVEL) / sigmas.clamp(min=WEIGHTED_LEVEL)) ** 2
+    return losses

@@ -41,6 +41,7 @@ from .ema import Ema
 from .grids import grid_prompts, prompts_to_grid, save_png, validation_loss
 from .memory import is_out_of_memory, smaller_microbatch
 from .objective import flow_losses
+from .optimizers import make_optimizer
 from .pictures import load_pictures
 from .plan import OVERRUN, corrected_total, is_due, lr_factor, steps_in_time
 from .report import loss_trend, write_report
@@ -167,7 +168,7 @@ class Run:
         self.network = network.to(self.device).train()
         self.parameters = sum(weight.numel() for weight in network.parameters())
         self.ema = Ema(network, config.ema)
-        self.raw_optimizer = make_optimizer(network, config)
+        self.raw_optimizer = make_optimizer(network, training)
         self.pipeline = make_pipeline(
             self.ema.network,
             tokenizer,
@@ -579,23 +580,6 @@ def make_accelerator(config: TrainConfig) -> Any:
     if precision == "fp16" and not has_cuda:
         raise TrainingError("precision fp16 needs a GPU", hint="set training.precision: bf16 or no")
     return Accelerator(mixed_precision=precision, cpu=not has_cuda)
-
-
-def make_optimizer(network: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW; norms and biases are not decayed."""
-    training = config.training
-    matrices = [weight for weight in network.parameters() if weight.ndim >= 2]
-    vectors = [weight for weight in network.parameters() if weight.ndim < 2]
-    kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
-    return kind(
-        [
-            {"params": matrices, "weight_decay": training.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=training.lr,
-        betas=training.betas,
-        fused=True,
-    )
 
 
 def device_name(device: torch.device) -> str:

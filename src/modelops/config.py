@@ -143,8 +143,9 @@ class DataSection(_Section):
 class TrainingSection(_Section):
     """How it is trained."""
 
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """adamw decays weights apart from the gradient; only matrices and kernels are decayed."""
+    optimizer: Literal["adamw", "adam", "muon"] = "adamw"
+    """adamw decays weights apart from the gradient; only matrices and kernels are decayed. muon
+    orthogonalises the updates of hidden layers and leaves the rest to adamw, at the same lr."""
     lr: Real = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: tuple[Real, Real] = (0.9, 0.99)

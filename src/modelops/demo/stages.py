@@ -138,7 +138,7 @@ class Stages:
         record = fit_lit(
             self.root / MANIFEST, self.root / SPLITS, self.root / LIT, seed=SEED, on_progress=report
         )
-        top5 = record.metrics["lit_heldout_retrieval_top5"]
+        top5 = record.metrics["heldout_retrieval_top5"]
         return f"held-out retrieval top-5 {describe(top5)} of {top5.n}"
 
     def evaluate_early(self, report: OnProgress) -> str:
