@@ -163,6 +163,8 @@ class Run:
             cross_attention=config.model.cross_attention,
             text_dim=texts.dim,
         )
+        torch.nn.init.zeros_(network.conv_out.weight)  # the first prediction is 0 everywhere
+        torch.nn.init.zeros_(network.conv_out.bias)
         if training.channels_last:
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(self.device).train()

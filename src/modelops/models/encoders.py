@@ -136,7 +136,7 @@ def texts_to_embeddings(
     max_tokens: int = 32,
     batch_size: int = 256,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Texts to (pooled [N, D] of unit length, tokens [N, L, D], mask [N, L]); L = max_tokens.
+    """Texts to (pooled [N, D] of length sqrt(D), tokens [N, L, D], mask [N, L]), L = max_tokens.
 
     The same definition as `PixelFlowPipeline.encode_prompt`.
     """
@@ -150,7 +150,7 @@ def texts_to_embeddings(
         hidden = model(input_ids=encoded["input_ids"], attention_mask=mask)[0]
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weights).sum(1) / weights.sum(1)
-        pooled.append(F.normalize(mean, dim=-1).numpy())
+        pooled.append((F.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5).numpy())
         tokens.append(hidden.numpy())
         masks.append(mask.numpy())
     if not pooled:

@@ -214,7 +214,7 @@ def save_lit(
     settings: HeadSettings,
 ) -> None:
     """Write an open_clip checkpoint into an existing, empty directory."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = _model_config(settings, HUB_ID)
     source = minilm_directory()
@@ -230,7 +230,7 @@ def save_lit(
     with torch.no_grad():
         model.logit_scale.fill_(float(np.log(1.0 / settings.temperature)))
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, directory / WEIGHTS)
+    (directory / WEIGHTS).write_bytes(save(state))
     preprocess = {
         "size": [LITE0_SIZE, LITE0_SIZE], "mode": "RGB",
         "mean": [127 / 255] * 3, "std": [128 / 255] * 3,

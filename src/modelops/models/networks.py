@@ -46,7 +46,9 @@ def make_unet(
         layers_per_block=layers_per_block,
         attention_head_dim=8,
         cross_attention_dim=text_dim,
-        class_embed_type="simple_projection",
+        class_embed_type="projection",
+        resnet_time_scale_shift="scale_shift",
+        norm_num_groups=16,
         projection_class_embeddings_input_dim=text_dim,
     )
 

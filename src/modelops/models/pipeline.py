@@ -75,7 +75,7 @@ class PixelFlowPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Text to (pooled [N, D] of unit length, tokens [N, L, D], mask [N, L] of 0 and 1).
+        """Text to (pooled [N, D] of length sqrt(D), tokens [N, L, D], mask [N, L] of 0 and 1).
 
         Always padded to L, so that a prompt's embedding does not depend on its company.
         """
@@ -93,7 +93,7 @@ class PixelFlowPipeline(DiffusionPipeline):
         ]
         weights = mask.unsqueeze(-1).to(tokens.dtype)
         pooled = (tokens * weights).sum(1) / weights.sum(1)
-        return F.normalize(pooled, dim=-1), tokens, mask
+        return F.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5, tokens, mask
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents.
