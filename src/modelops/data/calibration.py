@@ -21,7 +21,7 @@ from modelops.data.rates import count_to_rate
 from modelops.records import Measurement
 from modelops.seeding import numpy_generator
 
-SAMPLED = 64  # pictures altered; each alteration is embedded once
+SAMPLED = 64  # pictures altered, at most; a quarter of a small corpus, at least 16
 MAX_FALSE_RATE = 0.05  # of hard negatives, at the suggested threshold
 Image = npt.NDArray[np.uint8]
 
@@ -71,7 +71,7 @@ def calibrate_threshold(
     threshold: float,
     seed: int,
 ) -> tuple[dict[str, Measurement], list[str]]:
-    """Measure a threshold on 64 sampled pictures; returns (measurements, warnings).
+    """Measure a threshold on at most 64 sampled pictures; returns (measurements, warnings).
 
     Measurements: recall_shift, recall_jpeg, recall_resize, recall_brightness, recall (all four),
     hard_negative_rate (nearest of another group at or above the threshold), precision_balanced
@@ -81,7 +81,8 @@ def calibrate_threshold(
     """
     samples = embedded.samples
     draws = numpy_generator(seed, "dedup calibration")
-    taken = np.sort(draws.permutation(len(samples))[:SAMPLED])
+    wanted = min(SAMPLED, max(16, len(samples) // 4))
+    taken = np.sort(draws.permutation(len(samples))[:wanted])
     images = [read_image(manifest.image_path(samples[index])) for index in taken]
     results: dict[str, Measurement] = {}
     hits = 0

@@ -77,7 +77,7 @@ def split_manifest(
     pairs = all_pairs(unit_vectors, threshold=report.threshold)
     same = _same_picture_pairs(samples, report)
     units = build_units([sample.group for sample in samples], pairs, same, fractions=fractions)
-    assigned = deal_units(units, pairs, fractions, seed=seed)
+    assigned = deal_units(units, fractions, seed=seed)
     where = np.array([assigned[unit] for unit in units.unit_of])
     out = Path(out_dir)
     _write_splits(out / "splits.parquet", samples, where, units)
@@ -94,7 +94,7 @@ def split_manifest(
             for index, name in enumerate(SPLITS)
         },
         strategy=units.describe(),
-        warnings=units.warnings(fractions),
+        warnings=units.warnings(),
         files={"splits": report_digest(out / "splits.parquet")},
         inputs={
             "manifest": InputRef(path=manifest.path.name, sha256=manifest.sha256),

@@ -46,7 +46,7 @@ class Units:
             f"most {self.cap} samples"
         )
 
-    def warnings(self, fractions: Sequence[float]) -> list[str]:
+    def warnings(self) -> list[str]:
         """What a reader of the split must know."""
         if not self.cut_pairs:
             return []
@@ -114,7 +114,7 @@ def build_units(
     return Units(unit_of, names, totals, cap, cut, linked)
 
 
-def deal_units(units: Units, pairs: Pairs, fractions: Sequence[float], *, seed: int) -> list[int]:
+def deal_units(units: Units, fractions: Sequence[float], *, seed: int) -> list[int]:
     """The split of each unit (0 train, 1 val, 2 test), by a hash of (seed, unit name).
 
     Units come in hashed order; each goes to a split drawn in proportion to the room left there.
@@ -147,9 +147,6 @@ def deal_units(units: Units, pairs: Pairs, fractions: Sequence[float], *, seed: 
         room[choice] -= units.sizes[unit]
     for split in range(len(fractions)):
         if split not in assigned:
-            spare = min(
-                (unit for unit in order if assigned.count(assigned[unit]) > 1),
-                key=lambda unit: units.sizes[unit],
-            )
-            assigned[spare] = split
+            spare = [unit for unit in order if assigned.count(assigned[unit]) > 1]
+            assigned[min(spare, key=lambda unit: units.sizes[unit])] = split
     return assigned

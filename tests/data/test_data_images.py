@@ -1,0 +1,139 @@
+"""Pictures of every mode, and files made to hurt."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modelops.data.images import decode_image, encode_png, read_image, resize_image
+from modelops.errors import ImageError
+
+GREY = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
+COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
+
+
+def png_bytes(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    return start + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
+
+
+def test_a_png_round_trip_is_exact_and_deterministic() -> None:
+    data = encode_png(COLOUR)
+    assert data == encode_png(COLOUR)
+    image = decode_image(data, "a.png")
+    assert image.dtype == np.uint8 and image.flags.writeable
+    np.testing.assert_array_equal(image, COLOUR)
+
+
+def test_grey_palette_and_16_bit_become_rgb() -> None:
+    expected = np.repeat(GREY[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decode_image(png_bytes(Image.fromarray(GREY)), "a.png"), expected)
+    palette = Image.fromarray(expected).convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
+    np.testing.assert_array_equal(decode_image(png_bytes(palette), "a.png"), expected)
+    deep = Image.fromarray(GREY.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decode_image(png_bytes(deep), "a.png"), expected)
+
+
+def test_transparency_lies_on_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (decode_image(png_bytes(clear), "a.png") == 255).all()
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert (decode_image(png_bytes(half), "a.png") == 127).all()
+    keyed = Image.new("P", (4, 4), 0)
+    keyed.putpalette([10, 20, 30])
+    assert (decode_image(png_bytes(keyed, transparency=0), "a.png") == 255).all()
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path)
+    image = read_image(path)
+    assert image.shape == (8, 8, 3)
+    assert image[0, 0, 0] > 200 and image[0, 0, 1] < 60
+
+
+def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees to show
+    Image.new("RGB", (16, 8), "red").save(path, exif=exif)
+    assert read_image(path).shape == (16, 8, 3)
+
+
+def test_an_embedded_profile_is_converted() -> None:
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    plain = decode_image(png_bytes(Image.fromarray(COLOUR), icc_profile=profile.tobytes()), "a.png")
+    assert np.abs(plain.astype(int) - COLOUR).max() <= 1
+    broken = png_bytes(Image.fromarray(COLOUR), icc_profile=b"not a profile")
+    np.testing.assert_array_equal(decode_image(broken, "a.png"), COLOUR)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.png", b"", "empty"),
+        ("a.png", b"hello", "not a picture"),
+        ("a.gif", png_bytes(Image.fromarray(COLOUR)), "mislabelled"),
+        ("a.jpg", png_bytes(Image.fromarray(COLOUR)), "mislabelled: the content is PNG"),
+        ("a.svg", b"<svg/>", "extension"),
+        ("a", png_bytes(Image.fromarray(COLOUR)), "extension"),
+        ("a.png", png_bytes(Image.fromarray(COLOUR))[:90], "truncated or damaged"),
+        ("a.png", bomb(20_000, 20_000), "20000x20000|pixels"),
+        ("a.png", bomb(9_000, 9_000), "9000x9000"),
+        ("a.png", bomb(2**31 - 1, 2**31 - 1), "pixels|damaged"),
+        ("a.png", bomb(0, 4), "damaged|not a picture"),
+        ("a.png", bomb(64, 64), "truncated or damaged"),
+    ],
+)
+def test_hostile_files_are_refused_in_one_line(name: str, data: bytes, said: str) -> None:
+    with pytest.raises(ImageError, match=said) as caught:
+        decode_image(data, name)
+    assert "\n" not in str(caught.value) and caught.value.message.startswith(name)
+
+
+def test_every_truncation_of_a_jpeg_is_refused_or_read(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+        buffer, "JPEG"
+    )
+    data = buffer.getvalue()
+    for length in range(0, len(data) - 2, 37):
+        with pytest.raises(ImageError):
+            decode_image(data[:length], "a.jpg")
+
+
+def test_unreadable_paths(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="No such file"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="directory"):
+        read_image(tmp_path)
+
+
+def test_resizing_keeps_the_aspect_and_the_centre() -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    assert (resize_image(wide, 10) == 255).all()
+    assert resize_image(wide, 5).shape == (5, 5, 3)
+    assert resize_image(COLOUR, 8) is COLOUR
+    stripes = np.tile(np.array([[0], [255]], np.uint8), (32, 64))[..., None].repeat(3, 2)
+    small = resize_image(stripes, 8)
+    assert small.min() >= 120 and small.max() <= 135, "aliased"
