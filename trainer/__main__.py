@@ -6,17 +6,18 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from modelops.errors import ModelopsError
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train; a known failure prints one line and the way out, and gives its exit code."""
     parser = argparse.ArgumentParser(prog="python -m modelops.trainer", description=__doc__)
     parser.add_argument("config", type=Path, help="runs/NAME/config.json")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     from .train import train
 
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -124,9 +125,18 @@ def _start_wandb(project: str, run_name: str, run_dir: Path, config: dict[str, A
 
 def warn(text: str) -> None:
     """One line for a person, on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    _print(f"warning: {text}", sys.stderr)
 
 
 def event(name: str, **values: Any) -> None:
     """One line of JSON on stdout, for the process that launched this one."""
-    print(json.dumps({"event": name, **values}), flush=True)
+    _print(json.dumps({"event": name, **values}), sys.stdout)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Print; if the launching process is gone, end the run as a SIGTERM would."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)

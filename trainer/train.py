@@ -8,6 +8,7 @@ of the seed and the step (see batches.py), so a run that was killed goes on as i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import signal
@@ -68,13 +69,15 @@ def train(config_path: Path, *, resume: bool) -> int:
     spec = read_run_spec(config_path)
     run = Run(spec, config_path.parent)
     try:
-        with run.signals():
+        with run.signals(), run.alone():
             run.set_up(resume=resume)
             run.loop()
         run.finish(status="ok")
     except Interrupted as stop:
         run.finish(status="failed", error=f"interrupted by {stop} at step {run.progress.step}")
         return 128 + stop.signum
+    except LockedError:
+        raise
     except BaseException as error:
         message = error.message if isinstance(error, ModelopsError) else repr(error)
         with contextlib.suppress(ModelopsError):  # the first error is the one to report
@@ -83,6 +86,10 @@ def train(config_path: Path, *, resume: bool) -> int:
     finally:
         run.close()
     return 0
+
+
+class LockedError(TrainingError):
+    """Another process is at work on the run; its files are not touched."""
 
 
 class Run:
@@ -344,6 +351,32 @@ class Run:
             for name, handler in old.items():
                 signal.signal(name, handler)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the run's lock; the kernel gives it back however this process ends.
+
+        Raises:
+            TrainingError: another process has it and does not end within half a minute.
+        """
+        if not self.is_main:
+            yield
+            return
+        with (self.run_dir / ".lock").open("a") as lock:
+            for attempt in range(60):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if attempt == 0:
+                        self._say("waiting for another process of this run to end")
+                    time.sleep(0.5)
+            else:
+                raise LockedError(
+                    f"{self.run_dir}: another process is training this run",
+                    hint="end it first, or begin another run with --run-name",
+                )
+            yield
+
     def _resume(self) -> dict[str, Any] | None:
         path, complaints = newest_checkpoint(self.checkpoints, self._identity())
         for complaint in complaints:
@@ -581,7 +614,13 @@ def make_accelerator(config: TrainConfig) -> Any:
     has_cuda = torch.cuda.is_available()
     if precision == "fp16" and not has_cuda:
         raise TrainingError("precision fp16 needs a GPU", hint="set training.precision: bf16 or no")
-    return Accelerator(mixed_precision=precision, cpu=not has_cuda)
+    accelerator = Accelerator(mixed_precision=precision, cpu=not has_cuda)
+    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise TrainingError(
+            f"{accelerator.distributed_type.value}: sharded training is not supported",
+            hint="launch it data-parallel: modelops train --processes N",
+        )
+    return accelerator
 
 
 def device_name(device: torch.device) -> str:

@@ -107,10 +107,6 @@ def plan_run(
     if processes < 1:
         raise UsageError(f"--processes {processes}: should be at least 1")
     run_dir = run_dir or default_run_dir(path)
-    if not _RUN_NAME.fullmatch(run_dir.name):
-        raise UsageError(
-            f"{run_dir.name!r} is not a usable run name", hint="use letters, digits, '-', '_', '.'"
-        )
     root = path.resolve().parent
     inputs = {
         name: InputRef(path=_relative(file, root), sha256=sha256_file(file))
@@ -142,22 +138,28 @@ def execute_run(
     say = on_line or (lambda line: print(line, file=sys.stderr))
     check_writable(plan.run_dir)
     write_json(plan.run_dir / "config.json", plan.spec.model_dump(mode="json"))
-    child = subprocess.Popen(
-        plan.command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, **plan.environment, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,  # a Ctrl-C reaches it once, through us
-    )
-    errors = threading.Thread(target=_pass_on, args=(child.stderr, say), daemon=True)
-    errors.start()
-    with _forwarding(child) as forwarded:
-        for line in child.stdout or ():
-            _handle_event(line.rstrip("\n"), say, on_progress)
-        code = child.wait()
-    errors.join(timeout=10)
+    with (
+        subprocess.Popen(
+            plan.command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, **plan.environment, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # a Ctrl-C reaches it once, through us
+        ) as child,
+        _forwarding(child) as forwarded,
+    ):
+        errors = threading.Thread(target=_pass_on, args=(child.stderr, say), daemon=True)
+        errors.start()
+        try:
+            for line in child.stdout or ():
+                _handle_event(line.rstrip("\n"), say, on_progress)
+            code = child.wait()
+            errors.join()
+        except BaseException:
+            child.terminate()  # it saves a checkpoint and ends
+            raise
     if forwarded and code:
         return 128 + forwarded[-1]
     if code < 0:
@@ -263,8 +265,17 @@ def splits_path(config: TrainConfig, root: Path) -> Path | None:
 
 
 def default_run_dir(config_path: Path, *, out: Path | None = None, name: str | None = None) -> Path:
-    """runs/NAME beside the config; pilot_config.yaml gives runs/pilot."""
-    return (out or config_path.parent / "runs") / (name or config_path.stem.removesuffix("_config"))
+    """runs/NAME beside the config; pilot_config.yaml gives runs/pilot.
+
+    Raises:
+        UsageError: the name is not one plain word.
+    """
+    name = name or config_path.stem.removesuffix("_config")
+    if not _RUN_NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not a usable run name", hint="use letters, digits, '-', '_' and '.'"
+        )
+    return (out or config_path.parent / "runs") / name
 
 
 def _check_run_dir(spec: RunSpec, run_dir: Path, *, resume: bool) -> None:

@@ -116,9 +116,15 @@ def test_the_network_that_knows_the_answer_has_no_loss() -> None:
 @pytest.mark.parametrize("prediction", ["velocity", "sample"])
 def test_training_and_sampling_share_one_velocity(prediction: str) -> None:
     torch.manual_seed(0)
-    unet = make_unet(resolution=16, patch_size=2, channels=32, multipliers=(1,), attention_levels=())
+    unet = make_unet(
+        resolution=16, patch_size=2, channels=32, multipliers=(1,), attention_levels=()
+    )
     pipeline = make_pipeline(unet, None, None, patch_size=2, prediction=prediction)
-    latents, sigmas, pooled = torch.randn(2, 12, 8, 8), torch.tensor([0.01, 0.7]), torch.randn(2, 384)
+    latents, sigmas, pooled = (
+        torch.randn(2, 12, 8, 8),
+        torch.tensor([0.01, 0.7]),
+        torch.randn(2, 384),
+    )
     with torch.no_grad():
         ours = predict_velocity(unet, latents, sigmas, pooled, None, None, prediction=prediction)
         theirs = pipeline.predict_velocity(latents, sigmas, pooled)
@@ -126,7 +132,9 @@ def test_training_and_sampling_share_one_velocity(prediction: str) -> None:
 
 
 def test_latents_are_what_the_pipeline_decodes() -> None:
-    unet = make_unet(resolution=16, patch_size=2, channels=32, multipliers=(1,), attention_levels=())
+    unet = make_unet(
+        resolution=16, patch_size=2, channels=32, multipliers=(1,), attention_levels=()
+    )
     pipeline = make_pipeline(unet, None, None, patch_size=2)
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     decoded = pipeline.decode(images_to_latents(images, 2)).permute(0, 2, 3, 1) * 255
@@ -193,7 +201,7 @@ def test_the_plan_is_corrected_only_where_the_rate_is_constant() -> None:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
@@ -230,10 +238,12 @@ def test_text_table_survives_on_disk(tmp_path: Path) -> None:
 
     tokenizer, encoder = load_text_encoder()
     cache = tmp_path / "texts.safetensors"
-    table = TextTable(["a sun", "a sun", "a moon"], tokenizer, encoder, keep_tokens=True, cache=cache)
+    table = TextTable(
+        ["a sun", "a sun", "a moon"], tokenizer, encoder, keep_tokens=True, cache=cache
+    )
     pooled, tokens, mask = table.lookup(["a moon", "", "a sun"])
     assert tokens is not None and mask is not None
-    assert pooled.norm(dim=1) == pytest.approx([1, 1, 1], abs=1e-5)
+    assert pooled.norm(dim=1) == pytest.approx([384**0.5] * 3, rel=1e-5)
     broken = SimpleNamespace(config=encoder.config, parameters=encoder.parameters)  # cannot embed
     again = TextTable(["a moon", "a sun"], tokenizer, broken, keep_tokens=True, cache=cache)
     assert torch.equal(again.lookup(["a moon", "", "a sun"])[0], pooled)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from modelops.launch import RunPlan, plan_run
 from modelops.records import TrainRecord, read_record
 
 Write = Callable[..., Path]
-Trainer = Callable[..., subprocess.CompletedProcess[str]]
+Trainer = Callable[..., Any]
 
 
 def _freeze(config: Path, run_dir: Path, **options: Any) -> RunPlan:
@@ -39,7 +41,9 @@ def _losses(run_dir: Path) -> list[tuple[int, float]]:
 def _tensors(checkpoint: Path) -> dict[str, Any]:
     return {
         f"{name}:{key}": value
-        for name in ("unet/diffusion_pytorch_model", "training_state/weights", "training_state/optimizer")
+        for name in (
+            "unet/diffusion_pytorch_model", "training_state/weights", "training_state/optimizer",
+        )
         for key, value in load_file(checkpoint / f"{name}.safetensors").items()
     }  # fmt: skip
 
@@ -52,7 +56,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     _freeze(config, whole)
     _freeze(config, killed)
     done = run_trainer(whole)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
 
     child = subprocess.Popen(
         [sys.executable, "-m", "modelops.trainer", str(killed / "config.json")],
@@ -65,8 +69,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert not (killed / "train.json").exists()
 
     done = run_trainer(killed, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stdout
+    assert done.code == 0, done.err
+    assert "going on from step" in done.out
     assert _losses(killed) == _losses(whole)
     ours, theirs = (_tensors(run / "checkpoints" / "step-12") for run in (killed, whole))
     assert ours.keys() == theirs.keys()
@@ -88,10 +92,12 @@ def test_microbatches_split_the_same_batch(
         run_dir = tmp_path / f"{microbatch}x{accumulation}"
         _freeze(
             config, run_dir,
-            overrides=[f"training.microbatch={microbatch}", f"training.grad_accum_steps={accumulation}"],
+            overrides=[
+                f"training.microbatch={microbatch}", f"training.grad_accum_steps={accumulation}"
+            ],
         )  # fmt: skip
         done = run_trainer(run_dir)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         runs.append(run_dir)
     for (_, one), (_, other) in zip(_losses(runs[0]), _losses(runs[1]), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
@@ -110,7 +116,7 @@ def test_the_checkpoint_loads_where_modelops_is_not_installed(
     run_dir = tmp_path / "runs" / "a"
     _freeze(write_config(training={"total_steps": 2, "save_every_steps": 2}), run_dir)
     done = run_trainer(run_dir)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert (run_dir / "report.md").read_text().count("![") >= 2
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run_dir / "grids" / "step-2.png").is_file()
@@ -125,12 +131,12 @@ pipeline = DiffusionPipeline.from_pretrained(
 made = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
 print(made.images[0].size)
 """
-    done = subprocess.run(
+    made = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True, text=True, cwd=tmp_path, check=False,
         env={**trainer_environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
-    assert done.stdout.strip() == "(16, 16)", done.stderr
+    assert made.stdout.strip() == "(16, 16)", made.stderr
 
 
 def test_a_diverging_run_stops_before_the_optimizer(
@@ -138,13 +144,15 @@ def test_a_diverging_run_stops_before_the_optimizer(
 ) -> None:
     run_dir = tmp_path / "run"
     _freeze(
-        write_config(training={"lr": 1e30, "warmup_steps": 0, "total_steps": 20, "grad_clip": 1e30}),
+        write_config(
+            training={"lr": 1e30, "warmup_steps": 0, "total_steps": 20, "grad_clip": 1e30}
+        ),
         run_dir,
     )
     done = run_trainer(run_dir)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "error: loss is" in done.stderr or "error: gradient norm is" in done.stderr
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    assert "error: loss is" in done.err or "error: gradient norm is" in done.err
     record = read_record(run_dir / "train.json", TrainRecord)
     assert record.status == "failed"
     assert "at step" in (record.error or "")
@@ -152,21 +160,20 @@ def test_a_diverging_run_stops_before_the_optimizer(
 
 
 def test_sigterm_saves_a_checkpoint_and_says_so(
-    write_config: Write, run_trainer: Trainer, trainer_environment: dict[str, str], tmp_path: Path
+    write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     _freeze(write_config(training={"total_steps": 100_000, "save_every_steps": 100_000}), run_dir)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "modelops.trainer", str(run_dir / "config.json")],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=trainer_environment,
-    )  # fmt: skip
-    assert child.stdout is not None
-    for line in child.stdout:
-        if json.loads(line)["event"] == "step":
-            child.send_signal(signal.SIGTERM)
-            break
-    child.stdout.read()
-    assert child.wait() == 128 + signal.SIGTERM
+    stats = run_dir / "stats.jsonl"
+
+    def stop() -> None:
+        while not (stats.is_file() and '"loss"' in stats.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    done = run_trainer(run_dir)
+    assert done.code == 128 + signal.SIGTERM, done.err
     record = read_record(run_dir / "train.json", TrainRecord)
     assert record.status == "failed"
     assert "SIGTERM" in (record.error or "")
@@ -180,14 +187,14 @@ def test_a_damaged_checkpoint_is_passed_over(
     run_dir = tmp_path / "run"
     _freeze(write_config(), run_dir)
     done = run_trainer(run_dir)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     before = _tensors(run_dir / "checkpoints" / "step-8")
     weights = run_dir / "checkpoints" / "step-8" / "training_state" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     done = run_trainer(run_dir, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "missing or damaged" in done.stderr
-    assert "going on from step 4" in done.stdout
+    assert done.code == 0, done.err
+    assert "missing or damaged" in done.err
+    assert "going on from step 4" in done.out
     after = _tensors(run_dir / "checkpoints" / "step-8")
     for name, value in before.items():
         assert np.array_equal(value, after[name]), name
@@ -199,19 +206,24 @@ def test_retention_keeps_the_newest_and_the_early_one(
     run_dir = tmp_path / "run"
     _freeze(
         write_config(
-            training={"total_steps": 10, "save_every_steps": 2, "keep_checkpoints": 2,
-                      "early_checkpoint": 0.1, "sample_every_steps": 10}
-        ),  # fmt: skip
+            training={
+                "total_steps": 10,
+                "save_every_steps": 2,
+                "keep_checkpoints": 2,
+                "early_checkpoint": 0.1,
+                "sample_every_steps": 10,
+            }
+        ),
         run_dir,
     )
     done = run_trainer(run_dir)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     there = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert there == ["step-1", "step-10", "step-8"]
     record = read_record(run_dir / "train.json", TrainRecord)
     assert [ref.step for ref in record.checkpoints] == [1, 8, 10]
     encoders = {
-        os.stat(run_dir / ref.path / "text_encoder" / "model.safetensors").st_ino
+        (run_dir / ref.path / "text_encoder" / "model.safetensors").stat().st_ino
         for ref in record.checkpoints
     }
     assert len(encoders) == 1  # hard links: the frozen encoder is on disk once
@@ -228,8 +240,8 @@ def test_changed_data_stop_the_run(
     splits = tmp_path / "data" / "splits.parquet"
     splits.write_bytes(splits.read_bytes() + b"\0")
     done = run_trainer(run_dir)
-    assert done.returncode == 1
-    assert "the splits changed" in done.stderr
+    assert done.code == 1
+    assert "the splits changed" in done.err
     assert read_record(run_dir / "train.json", TrainRecord).status == "failed"
 
 
@@ -239,13 +251,17 @@ def test_a_time_limit_plans_fewer_steps_and_still_decays(
     run_dir = tmp_path / "run"
     _freeze(
         write_config(
-            training={"total_steps": 1_000_000, "time_limit_seconds": 3, "save_every_steps": 10**6,
-                      "validate_every_steps": 10**6}
-        ),  # fmt: skip
+            training={
+                "total_steps": 1_000_000,
+                "time_limit_seconds": 3,
+                "save_every_steps": 10**6,
+                "validate_every_steps": 10**6,
+            }
+        ),
         run_dir,
     )
     done = run_trainer(run_dir)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     record = read_record(run_dir / "train.json", TrainRecord)
     assert record.planned_steps is not None
     assert record.planned_steps < 100_000
@@ -276,10 +292,24 @@ def test_shards_and_manifest_give_the_same_run(
         run_dir,
     )
     done = run_trainer(run_dir)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     record = read_record(run_dir / "train.json", TrainRecord)
     assert (record.n_train_images, record.n_validation_images) == (48, 8)
     assert set(record.inputs) == {"manifest", "shards", "splits"}
+
+
+def test_two_processes_of_one_run_do_not_meet(
+    write_config: Write, run_trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    _freeze(write_config(), run_dir)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with (run_dir / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_trainer(run_dir)
+    assert done.code == 1
+    assert "another process is training this run" in done.err
+    assert not (run_dir / "train.json").exists()
 
 
 @pytest.mark.slow
@@ -289,7 +319,7 @@ def test_the_loss_goes_down_on_real_pictures(
     run_dir = tmp_path / "run"
     _freeze(write_config(training={"total_steps": 120, "save_every_steps": 120}), run_dir)
     done = run_trainer(run_dir)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     record = read_record(run_dir / "train.json", TrainRecord)
     assert record.loss_trend == "down"
     rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
