@@ -141,6 +141,8 @@ def test_the_client_gets_its_own_errors(
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "tiny" and model.owned_by == "modelops"
+    about = model.model_extra["x_modelops"]  # type: ignore[index]
+    assert (about["size"], about["steps"], about["guidance"]) == ("32x32", 4, 3.0)
     with pytest.raises(openai.NotFoundError) as error:
         client.images.generate(prompt="sun", model="dall-e-3")
     assert error.value.code == "model_not_found"

@@ -109,6 +109,8 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
                 "model_sha256": served.release.model_sha256,
                 "size": f"{served.resolution}x{served.resolution}",
                 "runtime": served.runtime,
+                "steps": served.defaults.steps,
+                "guidance": served.defaults.guidance,
             },
         }
         return JSONResponse({"object": "list", "data": [entry]})

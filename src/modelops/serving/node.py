@@ -173,6 +173,12 @@ class InferenceNode:
         self.metrics.queue.set_function(lambda: self.engine.waiting)
         self.metrics.running.set_function(lambda: self.engine.running)
         self.metrics.ready.set_function(lambda: float(not self._problems()))
+        stated = self.release.defaults
+        self.defaults = self.engine.fill(
+            ImageRequest(
+                prompt="", seed=0, steps=stated.get("steps"), guidance=stated.get("guidance")
+            )
+        )
         self.golden: GoldenCheck | None = None
         self._golden_pixels: Any = None
         self._golden_problem: str | None = "the golden image has not been made yet"
@@ -273,13 +279,12 @@ class InferenceNode:
                 param="prompt",
             )  # fmt: skip
         seed = request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1)
-        defaults = self.release.defaults
         wanted = [
             ImageRequest(
                 prompt=request.prompt,
                 seed=(seed + index) % (MAX_SEED + 1),
-                steps=request.steps or defaults.get("steps"),
-                guidance=defaults.get("guidance") if request.guidance is None else request.guidance,
+                steps=request.steps or self.defaults.steps,
+                guidance=self.defaults.guidance if request.guidance is None else request.guidance,
                 height=self.resolution,
                 width=self.resolution,
                 negative_prompt=request.negative_prompt or "",
