@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("modelops.cli.train:train", "Train a model from a config."),
     "sample": ("modelops.cli.sample:sample", "Make images from fixed seeds."),
     "eval": ("modelops.cli.eval:evaluate", "Measure a model source; writes a record."),
+    "compare": ("modelops.cli.compare:compare", "Say which of two evaluations is better."),
     "export": ("modelops.cli.export:export", "Export a checkpoint to ONNX or INT8."),
     "bench": ("modelops.cli.bench:bench", "Measure the latency and throughput of a source."),
     "card": ("modelops.cli.card:card", "Write and check model and dataset cards."),

@@ -78,6 +78,8 @@ class Bench:
         self.protocols[identity] = dict(protocol)
         failed = len(self.samples.failures)
         notes = [f"{failed} of {len(self.samples.plan)} images failed"] if failed else []
+        if interval.method.startswith("constant"):
+            notes.append("all values are equal, so the interval has no width and says nothing")
         self.metrics[key] = Measurement(
             value=interval.value, low=interval.low, high=interval.high, method=interval.method,
             n=self.n if n is None else n, unit=unit, higher_is_better=better, protocol=identity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -187,9 +188,11 @@ def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
 
 def _read_features(path: Path, n: int, dim: int) -> Features | None:
     """What the cache holds, or None if it is damaged."""
+    if not zipfile.is_zipfile(path):
+        return None
     try:
         with np.load(path, allow_pickle=False) as stored:
             features = np.asarray(stored["features"], np.float32)
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return features if features.shape == (n, dim) and np.isfinite(features).all() else None

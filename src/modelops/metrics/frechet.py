@@ -87,7 +87,7 @@ def frechet_interval(
         # A common rotation into the span of both sets leaves the distance as it is.
         x, y = _reduce(x, y)
     value = _distance(x, y)
-    leave_out = []
+    leave_out, counts = [], []
     for side, data in enumerate((x, y)):
         count = min(groups, len(data) // 2)
         if count < 2:
@@ -99,7 +99,8 @@ def frechet_interval(
             kept = np.delete(data, group, axis=0)
             distances.append(_distance(kept, y) if side == 0 else _distance(x, kept))
         leave_out.append(np.asarray(distances))
-    method = f"delete-a-group jackknife over images, {groups} groups a side, t quantile"
+        counts.append(count)
+    method = f"delete-a-group jackknife over images, {counts[0]} and {counts[1]} groups, t quantile"
     return jackknife_interval(value, leave_out, confidence=confidence, method=method)
 
 

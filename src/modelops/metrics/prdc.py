@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.errors import EvaluationError
-from modelops.metrics.intervals import Interval, bootstrap_mean
+from modelops.metrics.intervals import Interval, bootstrap_mean, clopper_pearson
 
 Floats = npt.NDArray[np.float64]
 
@@ -23,8 +23,8 @@ def prdc(
     """{"precision", "recall", "density", "coverage"} of generated against real features [N, D].
 
     A sphere around each point reaches to its k-th nearest neighbour in its own set, itself not
-    counted. Intervals are bootstrapped over the images whose membership is averaged, the spheres
-    being held fixed.
+    counted. Intervals are over the images whose membership is averaged, the spheres being held
+    fixed: exact binomial, and BCa bootstrap for density.
 
     Raises:
         EvaluationError: a set has no more than `neighbours` images.
@@ -48,20 +48,17 @@ def prdc(
         covered[rows] = inside.any(axis=1)
         in_generated[rows] = (distances < radius_generated[None]).any(axis=1)
 
-    per_image = {
-        "precision": in_real > 0,
-        "recall": in_generated,
-        "density": in_real / neighbours,
-        "coverage": covered,
-    }
+    fixed = f"k = {neighbours}, spheres fixed"
     results = {}
-    for name, values in per_image.items():
-        made = bootstrap_mean(
-            values.astype(np.float64), seed=seed, resamples=resamples, purpose=f"prdc/{name}"
-        )
-        results[name] = Interval(
-            made.value, made.low, made.high, f"k = {neighbours}; {made.method}, spheres fixed"
-        )
+    for name, hits in (("precision", in_real > 0), ("recall", in_generated), ("coverage", covered)):
+        rate = clopper_pearson(int(hits.sum()), len(hits))
+        results[name] = Interval(rate.value, rate.low, rate.high, f"{rate.method}; {fixed}")
+    density = bootstrap_mean(
+        in_real / neighbours, seed=seed, resamples=resamples, purpose="prdc/density"
+    )
+    results["density"] = Interval(
+        density.value, density.low, density.high, f"{density.method}; {fixed}"
+    )
     return results
 
 

@@ -248,6 +248,7 @@ def load_lit(directory: str | Path) -> LitModel:
         IntegrityError: the weights do not fit the config.
     """
     import open_clip
+    from safetensors import SafetensorError
 
     root = Path(directory)
     for name in (CONFIG, WEIGHTS, "config.json"):
@@ -262,7 +263,7 @@ def load_lit(directory: str | Path) -> LitModel:
             **text_cfg, "hf_model_pretrained": False,
         })  # fmt: skip
         tokenizer = open_clip.get_tokenizer(f"local-dir:{root}")
-    except (KeyError, RuntimeError, ValueError, OSError) as error:
+    except (KeyError, RuntimeError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(f"{root}: open_clip cannot load it: {reason}") from error
     return LitModel(model, tokenizer, sha256_file(root / WEIGHTS))
