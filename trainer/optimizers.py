@@ -98,6 +98,6 @@ def make_optimizer(network: torch.nn.Module, training: TrainingSection) -> torch
         hidden = [weight for name, weight in matrices if not name.startswith(_EDGES)]
         edges = [weight for name, weight in matrices if name.startswith(_EDGES)]
         return MuonAdamW(hidden, [{"params": edges}, vectors], **common)
-    matrices_only = {"params": [weight for _, weight in named if weight.ndim >= 2]}
+    matrices_only: dict[str, Any] = {"params": [weight for _, weight in named if weight.ndim >= 2]}
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
     return kind([matrices_only, vectors], **common)

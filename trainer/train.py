@@ -8,7 +8,6 @@ of the seed and the step (see batches.py), so a run that was killed goes on as i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import signal
@@ -38,6 +37,7 @@ from .checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from .devices import device_name, make_accelerator
 from .ema import Ema
 from .grids import grid_prompts, prompts_to_grid, save_png, validation_loss
 from .memory import is_out_of_memory, smaller_microbatch
@@ -45,19 +45,12 @@ from .objective import flow_losses
 from .optimizers import make_optimizer
 from .pictures import load_pictures
 from .plan import OVERRUN, corrected_total, is_due, lr_factor, steps_in_time
+from .process import Interrupted, LockedError, run_lock
 from .report import loss_trend, write_report
 from .stats import StatsWriter, event, memory_gb, read_stats, warn
 from .texts import TextTable
 
 SKIPPED_IN_A_ROW = 20  # fp16 steps that loss scaling may leave out before the run is given up
-
-
-class Interrupted(Exception):  # noqa: N818  not an error
-    """SIGINT or SIGTERM; `signum` says which."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 def train(config_path: Path, *, resume: bool) -> int:
@@ -69,7 +62,9 @@ def train(config_path: Path, *, resume: bool) -> int:
     spec = read_run_spec(config_path)
     run = Run(spec, config_path.parent)
     try:
-        with run.signals(), run.alone():
+        with run.signals(), contextlib.ExitStack() as stack:
+            if run.is_main:
+                stack.enter_context(run_lock(run.run_dir))
             run.set_up(resume=resume)
             run.loop()
         run.finish(status="ok")
@@ -86,10 +81,6 @@ def train(config_path: Path, *, resume: bool) -> int:
     finally:
         run.close()
     return 0
-
-
-class LockedError(TrainingError):
-    """Another process is at work on the run; its files are not touched."""
 
 
 class Run:
@@ -351,32 +342,6 @@ class Run:
             for name, handler in old.items():
                 signal.signal(name, handler)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the run's lock; the kernel gives it back however this process ends.
-
-        Raises:
-            TrainingError: another process has it and does not end within half a minute.
-        """
-        if not self.is_main:
-            yield
-            return
-        with (self.run_dir / ".lock").open("a") as lock:
-            for attempt in range(60):
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if attempt == 0:
-                        self._say("waiting for another process of this run to end")
-                    time.sleep(0.5)
-            else:
-                raise LockedError(
-                    f"{self.run_dir}: another process is training this run",
-                    hint="end it first, or begin another run with --run-name",
-                )
-            yield
-
     def _resume(self) -> dict[str, Any] | None:
         path, complaints = newest_checkpoint(self.checkpoints, self._identity())
         for complaint in complaints:
@@ -600,34 +565,6 @@ class Run:
     def _say(self, text: str) -> None:
         if self.is_main:
             event("note", text=text)
-
-
-def make_accelerator(config: TrainConfig) -> Any:
-    """Devices, precision and processes, as the launcher set them up.
-
-    Raises:
-        TrainingError: this machine cannot train in the config's precision.
-    """
-    from accelerate import Accelerator
-
-    precision = config.training.precision
-    has_cuda = torch.cuda.is_available()
-    if precision == "fp16" and not has_cuda:
-        raise TrainingError("precision fp16 needs a GPU", hint="set training.precision: bf16 or no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=not has_cuda)
-    if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise TrainingError(
-            f"{accelerator.distributed_type.value}: sharded training is not supported",
-            hint="launch it data-parallel: modelops train --processes N",
-        )
-    return accelerator
-
-
-def device_name(device: torch.device) -> str:
-    """What the run trains on, for the record."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def _spread(count: int, limit: int) -> list[int]:

@@ -150,7 +150,8 @@ def execute_run(
         ) as child,
         _forwarding(child) as forwarded,
     ):
-        errors = threading.Thread(target=_pass_on, args=(child.stderr, say), daemon=True)
+        log = plan.run_dir / "launcher.log" if plan.spec.processes > 1 else None
+        errors = threading.Thread(target=_pass_on, args=(child.stderr, say, log), daemon=True)
         errors.start()
         try:
             for line in child.stdout or ():
@@ -324,10 +325,21 @@ def _handle_event(line: str, say: OnLine, on_progress: OnProgress | None) -> Non
         on_progress(int(event["step"]), int(event["total"]))
 
 
-def _pass_on(stream: Any, say: OnLine) -> None:
-    for line in stream:
-        if line.strip():
-            say(line.rstrip("\n"))
+def _pass_on(stream: Any, say: OnLine, log: Path | None) -> None:
+    """Say the lines of a child's stderr. A launcher of several processes adds its own tracebacks:
+    with `log`, everything goes there, and only the trainer's own lines are said, each once."""
+    with log.open("a", encoding="utf-8") if log else contextlib.nullcontext() as file:
+        said = set()
+        for line in stream:
+            text = line.rstrip("\n")
+            if file is not None:
+                file.write(line)
+                file.flush()
+                if text in said or not text.startswith(("error: ", "  try: ", "warning: ")):
+                    continue
+                said.add(text)
+            if text.strip():
+                say(text)
 
 
 @contextlib.contextmanager
