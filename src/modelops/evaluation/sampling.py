@@ -9,7 +9,7 @@ from typing import Any
 from modelops.data.images import encode_png
 from modelops.errors import ModelopsError, UsageError
 from modelops.evaluation.grids import write_grid
-from modelops.evaluation.samples import generate_each
+from modelops.evaluation.samples import Image, generate_each
 from modelops.files import sha256_bytes, write_bytes, write_json
 from modelops.models.sources import ImageRequest, ModelSource
 from modelops.seeding import image_seed
@@ -48,7 +48,8 @@ def sample_images(
         for prompt in prompts
         for replicate in range(per_prompt)
     ]  # fmt: skip
-    images, entries = [], []
+    images: list[Image | None] = []
+    entries: list[dict[str, Any]] = []
     chunk = max(1, int(getattr(source, "batch_size", 4)))
     for start in range(0, len(requests), chunk):
         part = requests[start : start + chunk]

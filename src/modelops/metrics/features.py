@@ -182,8 +182,9 @@ def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
     """Atomically write plain arrays as `.npz`; objects are refused."""
     if any(array.dtype.hasobject for array in arrays.values()):
         raise EvaluationError(f"{path}: arrays of objects are not written")
+    plain: dict[str, Any] = dict(arrays)
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.savez(handle, **arrays)
+        np.savez(handle, **plain)
 
 
 def _read_features(path: Path, n: int, dim: int) -> Features | None:

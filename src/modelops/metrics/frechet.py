@@ -167,7 +167,7 @@ def _reduce(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     rows = len(x) + len(y)
     if rows >= x.shape[1]:
         return x, y
-    triangle = np.linalg.qr(np.concatenate([x, y]).T, mode="r")  # [rows, rows]
+    triangle: Floats = np.asarray(np.linalg.qr(np.concatenate([x, y]).T, mode="r"))
     return np.ascontiguousarray(triangle.T[: len(x)]), np.ascontiguousarray(triangle.T[len(x) :])
 
 

