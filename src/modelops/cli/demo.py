@@ -124,5 +124,6 @@ def _run(chain, force: tuple[str, ...], *, quiet: bool):  # type: ignore[no-unty
                     f"{numbers[result.name]:>3}/{total} {result.title}: {result.summary}"
                     + (f" ({result.seconds:.1f} s)" if result.state == "done" else " (fresh)"),
                     markup=False,
+                    soft_wrap=True,
                 )
             yield result

@@ -284,7 +284,9 @@ class Stages:
     def release(self, report: OnProgress) -> str:
         from modelops.cards.about import openmoji_about
         from modelops.release import build_release
+        from modelops.serving.golden import GOLDEN_FILE, make_golden
 
+        golden = self.root / ".modelops" / GOLDEN_FILE
         record = build_release(
             self.root / "release",
             model_dir=self.root / INT8_DIR,
@@ -297,6 +299,8 @@ class Stages:
             cards=[self.root / "cards/model_card.md", self.root / "cards/dataset_card.md"],
             name=MODEL_NAME,
             version="1.0.0",
+            defaults={"golden": make_golden(self.root / INT8_DIR, golden)},
+            extra_files={GOLDEN_FILE: golden},
             notice="\n".join(openmoji_about().attribution),
         )
         size = sum(file.bytes for file in record.files.values())
