@@ -119,7 +119,7 @@ class PixelFlowPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """One network evaluation: latents [N, C, h, w] at noise levels sigmas [N] in (0, 1] to
         velocity (noise - image) [N, C, h, w]. Rows may have different noise levels."""
-        text = {"encoder_hidden_states": None}
+        text: dict[str, Any] = {"encoder_hidden_states": None}
         if self.uses_tokens:
             text = {"encoder_hidden_states": tokens, "encoder_attention_mask": mask}
         output = self.unet(
