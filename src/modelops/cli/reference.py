@@ -1,4 +1,8 @@
-"""The command reference, written from the commands' own help: `python -m modelops.cli.reference`."""
+"""The command reference, written from the commands' own help.
+
+    python -m modelops.cli.reference          writes REFERENCE.md
+    python -m modelops.cli.reference --check  exits 1 if it is stale
+"""
 
 from __future__ import annotations
 
