@@ -89,7 +89,7 @@ def collect_rows(
         if on_progress:
             on_progress(done + 1, len(chunks))
     generator = numpy_generator(seed, purpose)
-    per_step = max(2, rows // steps)
+    half = max(1, rows // steps // 2)  # of a step's rows, with and without the prompt
     kept: list[dict[str, Array]] = []
     guided: list[int] = []
     for step in range(steps):
@@ -101,10 +101,7 @@ def collect_rows(
             )
             for name in input_names
         }
-        take = [
-            generator.choice(n, size=min(size, n), replace=False) + offset
-            for size, offset in ((per_step - per_step // 2, 0), (per_step // 2, n))
-        ]
+        take = [generator.choice(n, size=min(half, n), replace=False) + offset for offset in (0, n)]
         chosen = np.concatenate(take)
         kept.append({name: array[chosen] for name, array in prompted.items()})
         guided.extend((chosen < n).tolist())
