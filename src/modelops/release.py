@@ -40,6 +40,7 @@ from modelops.records import (
 
 RECORD_FILE = "release.json"
 MODEL_FOLDER = "model"
+CARD_SIDECARS = (".sources.json", ".statistics.json")
 _TRAINING_STATE = "training_state"  # as in modelops.models.sources, which imports torch
 _PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]*\ssrc=[\"']([^\"']+)")
 
@@ -198,12 +199,15 @@ _REBUILD = "copy the release again, or rebuild it with `modelops release build`"
 
 
 def _card_files(card: Path) -> dict[str, Path]:
-    """A card and the pictures it shows, as {path below cards/: file}.
+    """A card, the pictures it shows and its sources, as {path below cards/: file}.
 
     Raises:
         UsageError: a picture is missing or lies outside the card's folder.
     """
     files = {card.name: card}
+    for suffix in CARD_SIDECARS:  # what `modelops card check` needs
+        if card.with_suffix(suffix).is_file():
+            files[card.with_suffix(suffix).name] = card.with_suffix(suffix)
     for markdown, html in _PICTURE.findall(read_text(card)):
         link = unquote(markdown or html)
         if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):

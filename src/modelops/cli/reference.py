@@ -1,7 +1,7 @@
 """The command reference, written from the commands' own help.
 
-    python -m modelops.cli.reference          writes REFERENCE.md
-    python -m modelops.cli.reference --check  exits 1 if it is stale
+python -m modelops.cli.reference          writes REFERENCE.md
+python -m modelops.cli.reference --check  exits 1 if it is stale
 """
 
 from __future__ import annotations

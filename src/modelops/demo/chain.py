@@ -7,6 +7,8 @@ from pathlib import Path
 from modelops.config import load_config
 from modelops.demo.budgets import Budget, trainer_config
 from modelops.demo.project import (
+    CARDS,
+    CITED,
     CONFIG,
     DEDUP,
     EARLY,
@@ -108,7 +110,7 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
             name="cards", title="Write the cards", run=stages.cards,
             inputs=[FINAL, EARLY, INT8, f"{RUN}/train.json", ONNX_DIR, INT8_DIR,
                     DEDUP, "data/split.json", GRID],
-            outputs=["cards/model_card.md", "cards/dataset_card.md"],
+            outputs=list(CARDS),
         ),
         Step(
             name="gate", title="Decide", run=stages.gate,
@@ -116,8 +118,7 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
         ),
         Step(
             name="release", title="Build the release", run=stages.release,
-            inputs=[VERDICT, INT8_DIR, "cards/model_card.md"],
-            outputs=["release"],
+            inputs=[VERDICT, POLICY, INT8_DIR, *CARDS, *CITED], outputs=["release"],
         ),
         Step(
             name="serve", title="Serve it once and ask for a picture", run=stages.serve,

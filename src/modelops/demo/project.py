@@ -19,9 +19,14 @@ FINAL, EARLY, INT8 = (f"evaluations/{name}.json" for name in ("final", "early", 
 ONNX_DIR, INT8_DIR = "artifacts/pilot/onnx", "artifacts/pilot/int8"
 MANIFEST, DEDUP = "data/manifest.parquet", "data/dedup_report.json"
 SPLITS, SHARDS = "data/splits.parquet", "data/shard_manifest.csv"
+CARDS = ("cards/model_card.md", "cards/dataset_card.md")
 LIT, GRID, VERDICT = "models/lit", "cards/grid.png", "gate/verdict.json"
 ENDPOINT, SERVED_IMAGES = "evaluations/endpoint.json", 8
 MODEL_NAME = "openmoji-pilot"
+CITED = (  # the records that cards are printed from
+    EARLY, FINAL, INT8, f"{RUN}/train.json", f"{RUN}/config.json", f"{ONNX_DIR}/artifact.json",
+    f"{INT8_DIR}/artifact.json", DEDUP, "data/split.json", "data/smoke.json",
+)  # fmt: skip
 
 
 def prepare(root: Path, budget_name: str, budget: Budget) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from modelops.demo.budgets import Budget
 from modelops.demo.project import (
+    CARDS,
+    CITED,
     CONFIG,
     DEDUP,
     EARLY,
@@ -292,15 +294,12 @@ class Stages:
             model_dir=self.root / INT8_DIR,
             verdict=self.root / VERDICT,
             policy=self.root / POLICY,
-            records=[
-                self.root / name
-                for name in (EARLY, FINAL, INT8, f"{RUN}/train.json", DEDUP, "data/split.json")
-            ],
-            cards=[self.root / "cards/model_card.md", self.root / "cards/dataset_card.md"],
+            cards=[self.root / name for name in CARDS],
             name=MODEL_NAME,
             version="1.0.0",
             defaults={"golden": make_golden(self.root / INT8_DIR, golden)},
-            extra_files={GOLDEN_FILE: golden},
+            # Where they lie in the project, so that the cards' links and `card check` hold.
+            extra_files={GOLDEN_FILE: golden, **{name: self.root / name for name in CITED}},
             notice="\n".join(openmoji_about().attribution),
         )
         size = sum(file.bytes for file in record.files.values())
