@@ -21,8 +21,8 @@ def test_a_budget_names_a_config_and_a_policy_that_load(name: str, tmp_path: Pat
     chain = demo_chain(tmp_path, budget)
     made: set[str] = {CONFIG, POLICY}
     for step in chain.steps:
-        for name in step.inputs:  # made by an earlier step, or below or beside what one made
-            assert name in made or name in CITED, f"{step.name}: {name}"
+        for path in step.inputs:  # made by an earlier step, or below or beside what one made
+            assert path in made or path in CITED, f"{step.name}: {path}"
         made |= set(step.outputs)
 
 
