@@ -51,7 +51,6 @@ from modelops.export.parity import (
 )
 from modelops.export.proof import onnxruntime_execution, openvino_execution
 from modelops.export.quantize import (
-    GIVE_UP_ORDER,
     METHODS,
     Method,
     Sensitivity,
@@ -239,7 +238,7 @@ def _quantise_within_bounds(
     Returns the groups left in fp32 and the last comparison of pictures, which may have failed.
     """
     keep = list(sensitivity.keep_fp32)
-    spare = [g for g in GIVE_UP_ORDER if g in sensitivity.nodes and g not in keep]
+    spare = sensitivity.give_up_order
     spare = spare[: len(sensitivity.nodes) - len(keep) - 1]  # something must remain in INT8
     target = root / DENOISER / GRAPH
     while True:

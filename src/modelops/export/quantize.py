@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ KEEP_FP32_GAIN = {
     "embeddings": 0.02,
     "attention": 0.25,
 }
-GIVE_UP_ORDER = (*KEEP_FP32_GAIN, "resampling", "shortcuts")
+_BLOCK = re.compile(r"unet\.((?:down_blocks|up_blocks)\.\d+|mid_block)")
 
 
 @dataclass
@@ -54,6 +55,16 @@ class Sensitivity:
     gain: dict[str, float] = field(default_factory=dict)
     keep_fp32: list[str] = field(default_factory=list)
     nodes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def give_up_order(self) -> list[str]:
+        """The groups that are still INT8, the cheap ones first, then by what they bring a node; the
+        last group is not given up."""
+        open_groups = [group for group in self.nodes if group not in self.keep_fp32]
+        cheap = [group for group in KEEP_FP32_GAIN if group in open_groups]
+        rest = [group for group in open_groups if group not in cheap]
+        rest.sort(key=lambda group: self.gain.get(group, 0.0) / self.nodes[group], reverse=True)
+        return [*cheap, *rest][: len(open_groups) - 1]
 
 
 class _Reader:
@@ -97,7 +108,10 @@ def group_of(scopes: str) -> str:
         return "attention"
     if "samplers." in scopes:
         return "resampling"
-    return "shortcuts" if "conv_shortcut" in scopes else "resnets"
+    if "conv_shortcut" in scopes:
+        return "shortcuts"
+    block = _BLOCK.search(scopes)
+    return f"resnets/{block.group(1)}" if block else "resnets"
 
 
 def node_groups(path: Path) -> dict[str, list[str]]:
@@ -244,6 +258,11 @@ def measure_sensitivity(
         if result.gain[group] >= least:
             result.keep_fp32.append(group)
             current = without
+    for group in groups:  # what each of the rest would bring, if the pictures ask for more
+        if group not in KEEP_FP32_GAIN:
+            on_step()
+            result.without[group] = error_of([*result.keep_fp32, group])
+            result.gain[group] = 1.0 - (result.without[group] / max(current, 1e-12)) ** 2
     return result
 
 
