@@ -68,7 +68,9 @@ class TrainingBatches:
         self.texts = texts
         self.config = config
         self.effective_batch = effective_batch
-        self._weights = group_weights(pictures.groups) if config.data.balance == "group" else None
+        self._weights = None
+        if config.data.balance == "group":
+            self._weights = group_weights(pictures.groups, config.data.balance_power)
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def step_to_indices(self, step: int) -> npt.NDArray[np.int64]:
@@ -161,8 +163,8 @@ def latent_shape(config: TrainConfig) -> tuple[int, int, int]:
     return 3 * config.model.patch**2, side, side
 
 
-def group_weights(groups: list[str]) -> npt.NDArray[np.float64]:
-    """1 / sqrt(size of its group) for each sample."""
+def group_weights(groups: list[str], power: float = 0.5) -> npt.NDArray[np.float64]:
+    """1 / (size of its group)^power for each sample."""
     _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    weights: npt.NDArray[np.float64] = 1.0 / np.sqrt(counts[inverse])
+    weights: npt.NDArray[np.float64] = 1.0 / counts[inverse] ** power
     return weights

@@ -71,18 +71,37 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """[M, N] to a matrix of the same row and column space with singular values near 1 (0.7 to 1.2),
-    in bfloat16 as its authors do."""
-    x = matrix.bfloat16()
+    """[M, N] to a matrix of the same row and column space with singular values near 1 (0.7 to 1.2).
+
+    Long matrices iterate on their small Gram matrix, in float32 because it squares the singular
+    values; the others on themselves in bfloat16, as Muon's authors do.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
     x = x / (x.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.mT
+    x = _orthogonalise_long(x) if x.shape[1] >= 2 * x.shape[0] else _orthogonalise(x.bfloat16())
+    return x.mT if tall else x
+
+
+def _orthogonalise(x: torch.Tensor) -> torch.Tensor:
     a, b, c = _QUINTIC
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return x
+
+
+def _orthogonalise_long(x: torch.Tensor) -> torch.Tensor:
+    """The same polynomial, with all factors gathered before the one product with x."""
+    a, b, c = _QUINTIC
+    gram = x @ x.mT
+    product = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    for _ in range(_ITERATIONS):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    return product @ x
 
 
 def make_optimizer(network: torch.nn.Module, training: TrainingSection) -> torch.optim.Optimizer:

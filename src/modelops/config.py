@@ -126,8 +126,10 @@ class DataSection(_Section):
     shards: str | None = None
     """shard_manifest.csv: read the pictures from its tar files."""
     balance: Literal["none", "group"] = "none"
-    """group: draw with weight 1 / sqrt(size of the sample's group), so that a few large groups of
-    variants do not crowd out the rest."""
+    """group: draw with weight 1 / (size of the sample's group)^balance_power, so that a few large
+    groups of variants do not crowd out the rest."""
+    balance_power: Real = Field(default=0.5, ge=0, le=1)
+    """0.5 is a compromise; 1 draws every group equally often."""
     horizontal_flip: Real = Field(default=0.0, ge=0, le=1)
     """Probability that a training picture is mirrored."""
     cache_gb: Real = Field(default=4.0, ge=0)
