@@ -1,7 +1,7 @@
-"""Publish the cards of a finished demo: python cards/publish.py DEMO_DIR
+"""Publish the cards of a demo: python cards/publish.py DEMO_DIR
 
-Copies what its release holds, except the model, to cards/openmoji-pilot/: the cards with their
-pictures, and every record they print, in the same layout, so that links and `card check` hold.
+Copies to cards/openmoji-pilot/ the cards with their pictures, every record they print and the
+verdict, in the project's own layout, so that links and `modelops card check` hold.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import shutil
 import sys
 from pathlib import Path
 
+from modelops.demo.project import CITED, POLICY, VERDICT
 from modelops.files import atomic_directory, tree_files
-from modelops.release import MODEL_FOLDER, verify_release
 
 PUBLISHED = Path(__file__).parent / "openmoji-pilot"
 
 
-def publish(release: Path) -> int:
-    """Copy a verified release without its model; returns the number of files."""
-    verify_release(release)
-    files = tree_files(release, exclude=[MODEL_FOLDER])
+def publish(project: Path) -> int:
+    """Copy a demo's cards and records; returns the number of files."""
+    cards = {f"cards/{name}": path for name, path in tree_files(project / "cards").items()}
+    records = {name: project / name for name in (*CITED, VERDICT, POLICY)}
+    files = {**cards, **records}
     with atomic_directory(PUBLISHED) as target:
         for name, path in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -28,4 +29,4 @@ def publish(release: Path) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{publish(Path(sys.argv[1]) / 'release')} files in {PUBLISHED}")
+    print(f"{publish(Path(sys.argv[1]))} files in {PUBLISHED}")

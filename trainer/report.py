@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,22 +14,26 @@ from modelops.records import TrainRecord
 
 from .stats import read_stats
 
+SIGNIFICANT = 0.05
+
 
 def loss_trend(losses: Sequence[float]) -> Literal["down", "flat", "up", "unknown"]:
-    """Whether logged losses fall: the last third against the first, by two standard errors.
+    """Whether logged losses fall: the last third against the first, by a rank test (p ≤ 0.05).
 
-    "unknown" below six values.
+    "unknown" below nine values.
     """
     third = len(losses) // 3
-    if third < 2:
+    if third < 3:
         return "unknown"
-    (early, early_variance), (late, late_variance) = map(
-        _mean_and_variance, (losses[:third], losses[-third:])
-    )
-    margin = 2 * math.sqrt((early_variance + late_variance) / third)
-    if late < early - margin:
+    from scipy.stats import mannwhitneyu
+
+    # Ranks, not means: the first losses are far larger than all others and would drown the rest.
+    early, late = losses[:third], losses[-third:]
+    if mannwhitneyu(late, early, alternative="less").pvalue <= SIGNIFICANT:
         return "down"
-    return "up" if late > early + margin else "flat"
+    return (
+        "up" if mannwhitneyu(late, early, alternative="greater").pvalue <= SIGNIFICANT else "flat"
+    )
 
 
 def write_report(run_dir: Path, record: TrainRecord, config: TrainConfig) -> None:
@@ -131,11 +134,6 @@ def _plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _mean_and_variance(values: Sequence[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    return mean, sum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
 def _last(curve: list[tuple[int, float]]) -> float | None:

@@ -163,8 +163,10 @@ def load_checkpoint(
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     directory = Path(path)
     trusted = False
     if directory.exists():
