@@ -21,9 +21,30 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--batch-sizes", default="1,8", show_default=True, callback=_sizes, metavar="N,N")
-@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, metavar="INT")
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, metavar="INT")
+@click.option(
+    "--batch-sizes",
+    default="1,8",
+    show_default=True,
+    callback=_sizes,
+    metavar="N,N",
+    help="Images per call.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="INT",
+    help="Sampling steps.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    metavar="INT",
+    help="Interleaved repetitions.",
+)
 @click.option(
     "--runtime",
     default="auto",

@@ -60,7 +60,12 @@ def _force_option(command: click.decorators.FC) -> click.decorators.FC:
 @_picture_option
 @_about_option
 @click.option(
-    "--out", type=FILE, metavar="FILE", default=Path("cards/model_card.md"), show_default=True
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    default=Path("cards/model_card.md"),
+    show_default=True,
+    help="The card to write.",
 )
 @_force_option
 @json_option
@@ -119,7 +124,12 @@ def model(
 @_picture_option
 @_about_option
 @click.option(
-    "--out", type=FILE, metavar="FILE", default=Path("cards/dataset_card.md"), show_default=True
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    default=Path("cards/dataset_card.md"),
+    show_default=True,
+    help="The card to write.",
 )
 @_force_option
 @json_option

@@ -12,8 +12,16 @@ from modelops.cli.output import emit, json_option, table
 @click.command()
 @click.argument("first", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("second", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling."
+)
+@click.option(
+    "--resamples",
+    type=click.IntRange(20),
+    default=2000,
+    show_default=True,
+    help="Bootstrap resamples.",
+)
 @json_option
 def compare(first: Path, second: Path, seed: int, resamples: int, as_json: bool) -> int:
     """Say what of evaluation SECOND is better or worse than in FIRST.

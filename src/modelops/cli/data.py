@@ -39,7 +39,13 @@ def corpus() -> None:
 
 @corpus.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--resolution", default=64, show_default=True, metavar="PIXELS")
+@click.option(
+    "--resolution",
+    default=64,
+    show_default=True,
+    metavar="PIXELS",
+    help="Height and width of a picture.",
+)
 @click.option("--limit", type=int, metavar="N", help="At most N pictures, in whole groups.")
 @click.option("--seed", default=0, show_default=True, help="Which groups a limit takes.")
 @dry_run_option
@@ -120,8 +126,20 @@ def check(manifest: Path, as_json: bool) -> int:
 @click.option(
     "--report", type=click.Path(path_type=Path), help="[default: dedup_report.json beside it]"
 )
-@click.option("--threshold", default=0.95, show_default=True, metavar="COSINE")
-@click.option("--neighbours", default=5, show_default=True, metavar="K")
+@click.option(
+    "--threshold",
+    default=0.95,
+    show_default=True,
+    metavar="COSINE",
+    help="Similarity from which pictures are near-duplicates.",
+)
+@click.option(
+    "--neighbours",
+    default=5,
+    show_default=True,
+    metavar="K",
+    help="Neighbours looked at for each picture.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of calibration and shown pairs.")
 @click.option(
     "--cleaned", type=click.Path(path_type=Path), metavar="MANIFEST",
@@ -192,8 +210,14 @@ def dedup(
     help="[default: dedup_report.json beside it]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="[default: the manifest's folder]")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--fractions", default="0.8,0.1,0.1", show_default=True, metavar="TRAIN,VAL,TEST")
+@click.option("--seed", default=0, show_default=True, help="Which units go to which split.")
+@click.option(
+    "--fractions",
+    default="0.8,0.1,0.1",
+    show_default=True,
+    metavar="TRAIN,VAL,TEST",
+    help="Shares of the splits.",
+)
 @json_option
 def split(
     manifest: Path,
@@ -237,8 +261,16 @@ def split(
     "--splits", type=click.Path(path_type=Path), help="[default: splits.parquet beside it]"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="[default: the manifest's folder]")
-@click.option("--resolution", default=64, show_default=True, metavar="PIXELS")
-@click.option("--samples-per-shard", default=1000, show_default=True, metavar="N")
+@click.option(
+    "--resolution",
+    default=64,
+    show_default=True,
+    metavar="PIXELS",
+    help="Height and width of a picture.",
+)
+@click.option(
+    "--samples-per-shard", default=1000, show_default=True, metavar="N", help="Pictures in a tar."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the order in the shards.")
 @dry_run_option
 @json_option
@@ -300,8 +332,16 @@ def shard(
 @data.command()
 @click.argument("shard_manifest", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="[default: smoke.json beside it]")
-@click.option("--batch-size", default=64, show_default=True, metavar="N")
-@click.option("--workers", default=0, show_default=True, metavar="N")
+@click.option(
+    "--batch-size", default=64, show_default=True, metavar="N", help="Pictures in a batch."
+)
+@click.option(
+    "--workers",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Worker processes; 0 reads in this one.",
+)
 @json_option
 def smoke(
     shard_manifest: Path, out: Path | None, batch_size: int, workers: int, as_json: bool

@@ -24,7 +24,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("-n", type=click.IntRange(2), help="Images. [default: one per prompt]")
 @click.option("--replicates", type=click.IntRange(1), default=1, show_default=True,
               help="Images per prompt, without -n.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of images and resampling."
+)
 @click.option("--steps", type=click.IntRange(1), help="[default: the source's own]")
 @click.option("--guidance", type=float, help="[default: the source's own]")
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width.")
@@ -34,17 +36,30 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
               help="clean-fid's inception-2015-12-05.pt: measures FID.")  # fmt: skip
 @click.option("--clip-weights", type=_FILE, metavar="FILE",
               help="An open_clip state dict: measures CLIPScore.")  # fmt: skip
-@click.option("--clip-model", default="ViT-B-32-quickgelu", show_default=True)
+@click.option(
+    "--clip-model",
+    default="ViT-B-32-quickgelu",
+    show_default=True,
+    help="Architecture of the CLIP weights.",
+)
 @click.option("--safety", type=click.Choice(["open_nsfw", "none"]), default="open_nsfw",
-              show_default=True)  # fmt: skip
+              show_default=True, help="Image filter behind the unsafe rate.")  # fmt: skip
 @click.option("--safety-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
-              show_default=True)  # fmt: skip
+              show_default=True, help="Score from which an image is unsafe.")  # fmt: skip
 @click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True,
               help="Bootstrap resamples.")  # fmt: skip
 @click.option("--max-failures", type=click.IntRange(0), default=0, show_default=True,
               help="So many images may fail.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Images per call; does not change them.",
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda, cuda:1."
+)
 @click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
 @click.option("--out", type=_FILE, required=True, metavar="FILE", help="The record to write.")
 @dry_run_option

@@ -35,7 +35,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Text file, one prompt a line, to calibrate and compare with.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="INT")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="INT",
+    help="Of calibration and parity noise.",
+)
 @click.option(
     "--calibration",
     "method",

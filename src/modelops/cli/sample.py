@@ -16,13 +16,27 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress
               help="One prompt a line, UTF-8.")  # fmt: skip
 @click.option("-n", "per_prompt", type=click.IntRange(1), default=1, show_default=True,
               help="Images per prompt.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of every image, with its prompt and number.",
+)
 @click.option("--steps", type=click.IntRange(1), help="[default: the source's own]")
 @click.option("--guidance", type=float, help="[default: the source's own]")
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width.")
 @click.option("--columns", type=click.IntRange(1), help="Of the grid.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Images per call; does not change them.",
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda, cuda:1."
+)
 @click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
               metavar="DIR", help="Gets PNG files, grid.png and samples.json.")  # fmt: skip
