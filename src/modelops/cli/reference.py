@@ -24,7 +24,9 @@ def render() -> str:
         "Written by `python -m modelops.cli.reference` from `--help`; do not edit.\n",
     ]
     for path, command in _walk(cli, ["modelops"]):
-        context = click.Context(command, info_name=" ".join(path), terminal_width=88)
+        context = click.Context(
+            command, info_name=" ".join(path), terminal_width=88, **cli.context_settings
+        )
         sections.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(sections)
 
