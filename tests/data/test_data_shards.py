@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -140,7 +141,9 @@ def test_pictures_are_scaled_to_the_resolution(corpus: Path, split: Path, tmp_pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_smoke_test_passes_on_good_shards(shards: Path, tmp_path: Path, workers: int) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
     report = smoke_test(shards, tmp_path / "smoke.json", batch_size=16, workers=workers)
+    assert signal.getsignal(signal.SIGCHLD) == handler  # a DataLoader with workers sets its own
     assert report.verdict == "pass" and report.reasons == []
     assert report.n_samples == sum(row.samples for row in read_shard_manifest(shards))
     assert report.images_per_second > 0

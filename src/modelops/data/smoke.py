@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,21 @@ MIN_STALL_SECONDS = 1.0  # a batch that took less stalls nobody, whatever the me
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """torch's DataLoader leaves a SIGCHLD handler in the process; take it out again.
+
+    With it a later child's end, of a server say, interrupts whatever the process is doing then.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+
+
+@_own_signals()
 def smoke_test(
     shard_manifest: str | Path,
     out_path: str | Path | None = None,
