@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,3 +34,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory.mkdir()
     save_pipeline(pipeline, directory)
     return directory
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("ss_sp", ctypes.c_void_p),
+        ("ss_flags", ctypes.c_int),
+        ("ss_size", ctypes.c_size_t),
+    )
+
+
+@pytest.fixture(autouse=True)
+def signals_on_the_normal_stack() -> None:
+    """In a long test process the alternate signal stack that pytest's faulthandler registers does
+    not stay usable (seen as a SIGSEGV when SIGCHLD or SIGTERM arrives): do without it."""
+    if sys.platform == "linux":
+        disabled = _Stack(None, 2, 0)  # SS_DISABLE
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(disabled), None)

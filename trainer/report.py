@@ -14,16 +14,16 @@ from modelops.records import TrainRecord
 
 from .stats import read_stats
 
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.02
 
 
 def loss_trend(losses: Sequence[float]) -> Literal["down", "flat", "up", "unknown"]:
-    """Whether logged losses fall: the last third against the first, by a rank test (p ≤ 0.05).
+    """Whether logged losses fall: the last third against the first, by a rank test (p ≤ 0.02).
 
-    "unknown" below nine values.
+    "unknown" below twelve values.
     """
     third = len(losses) // 3
-    if third < 3:
+    if third < 4:
         return "unknown"
     from scipy.stats import mannwhitneyu
 

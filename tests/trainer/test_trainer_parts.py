@@ -230,7 +230,7 @@ def test_loss_trend_needs_more_than_noise() -> None:
     assert loss_trend(list(np.linspace(0.2, 1, 60) + noise)) == "up"
     assert loss_trend(list(0.5 + noise)) == "flat"
     assert loss_trend([1.0, 0.5]) == "unknown"
-    assert loss_trend([9.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.11, 0.1]) == "down"
+    assert loss_trend([9.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.3, 0.2, 0.1, 0.11, 0.1, 0.12]) == "down"
 
 
 def test_text_table_survives_on_disk(tmp_path: Path) -> None:
