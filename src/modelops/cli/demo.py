@@ -10,14 +10,16 @@ import click
 from modelops.cli.output import dry_run_option, emit, json_option, stderr_console, table
 
 if TYPE_CHECKING:
-    from modelops.steps import OnProgress, Step, StepResult
+    from collections.abc import Iterator
+
+    from modelops.steps import Chain, OnProgress, Step, StepResult
 
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("modelops-demo"))
 @click.option(
     "--budget", "budget_name", default="default", show_default=True, metavar="NAME",
-    help="`default` (at most 20 minutes on two cores) or `smoke` (under 3).",
+    help="`default` (about 20 minutes on two cores) or `smoke` (about 3).",
 )  # fmt: skip
 @click.option(
     "--force", multiple=True, metavar="STEP", help="Run this step again even if it is fresh."
@@ -83,7 +85,7 @@ def demo(
         )
 
 
-def _run(chain, force: tuple[str, ...], *, quiet: bool):  # type: ignore[no-untyped-def]
+def _run(chain: Chain, force: tuple[str, ...], *, quiet: bool) -> Iterator[StepResult]:
     """Run the chain with a bar for the running step and a line for each finished one."""
     from rich.progress import (
         BarColumn,

@@ -69,7 +69,7 @@ def cli() -> None:
     """Release engineering for image generators.
 
     \b
-    Try it (about 15 minutes on two CPU cores, or 3 with --budget smoke):
+    Try it (about 20 minutes on two CPU cores, or 3 with --budget smoke):
       modelops demo my-demo
     """
 
