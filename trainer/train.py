@@ -415,12 +415,17 @@ class Run:
         return self.batches.step_to_batch(step, self.first_place, self.first_place + self.per_rank)
 
     def _batches(self) -> Iterator[Batch]:
-        """This rank's batches from the current step on; the next is made while one is used."""
+        """This rank's batches from the current step on; a GPU has the next one made meanwhile.
+
+        Not on a CPU: a second thread that uses torch gets OpenMP workers of its own, which spin on
+        the cores that the step needs (measured: the optimizer took 0.21 s instead of 0.07 s).
+        """
         with ThreadPoolExecutor(1) as pool:
             coming: Future[Batch] | None = None
             while self.progress.step < self.progress.total_steps and not self.stop_reason:
                 batch = coming.result() if coming else self._part_of_step(self.progress.step)
-                coming = pool.submit(self._part_of_step, self.progress.step + 1)
+                if self.device.type != "cpu":
+                    coming = pool.submit(self._part_of_step, self.progress.step + 1)
                 yield batch
 
     def _losses(self, batch: Batch, start: int, stop: int) -> torch.Tensor:
