@@ -37,9 +37,7 @@ def compare_images(one: str | Path, other: str | Path) -> Agreement:
         EvaluationError: they have no image in common, or two images differ in size.
     """
     ours, theirs = _latest_samples(Path(one)), _latest_samples(Path(other))
-    shared = sorted(
-        {path.name for path in ours.glob("*.png")} & {p.name for p in theirs.glob("*.png")}
-    )
+    shared = sorted(_png_names(ours) & _png_names(theirs))
     if not shared:
         raise EvaluationError(f"{one} and {other} have no image of the same prompt and seed")
     differences = []

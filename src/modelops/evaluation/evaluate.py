@@ -14,20 +14,7 @@ import numpy as np
 from modelops.environment import current_environment
 from modelops.errors import EvaluationError, ModelopsError
 from modelops.evaluation.grids import write_grid
-from modelops.evaluation.measure import (
-    ALIGNMENT_KEYS,
-    MEMORIZATION_KEYS,
-    PRDC_KEYS,
-    SET_KEYS,
-    Bench,
-    measure_alignment,
-    measure_distances,
-    measure_failures,
-    measure_memorization,
-    measure_prdc,
-    measure_safety,
-    set_protocol,
-)
+from modelops.evaluation.measures import FAMILIES
 from modelops.evaluation.prompts import (
     PromptSet,
     choose_prompts,
@@ -39,22 +26,11 @@ from modelops.evaluation.reference import RealPictures, open_reference
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import FolderSource
-from modelops.files import sha256_file, sha256_tree, write_json
-from modelops.metrics.features import (
-    InceptionExtractor,
-    Lite0Extractor,
-    cached_features,
-    write_arrays,
-)
+from modelops.evaluation.workbench import Workbench
+from modelops.files import sha256_file, write_json
+from modelops.metrics.features import write_arrays
 from modelops.models.sources import ImageRequest, ModelSource
-from modelops.records import (
-    AlignmentModelRecord,
-    EvaluationRecord,
-    InputRef,
-    Measurement,
-    Sampling,
-    read_record,
-)
+from modelops.records import EvaluationRecord, InputRef, Sampling
 
 OnProgress = Callable[[int, int], None]
 
@@ -135,144 +111,23 @@ def _evaluate(
     samples = draw_samples(source, plan, request, workdir / "samples", on_progress=on_progress)
     record.n_failed_images = len(samples.failures)
 
-    problems = []
+    bench = Workbench(
+        settings=settings, record=record, workdir=workdir, prompts=prompts, samples=samples,
+        # Not the scheduler: it belongs to the source, as its runtime and precision do.
+        sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
+        reference=reference, training=training,
+    )  # fmt: skip
     if len(samples.failures) > settings.max_failures:
         first = samples.failures[min(samples.failures)]
-        problems.append(
+        bench.problems.append(
             f"{len(samples.failures)} of {len(plan)} images failed, {settings.max_failures} "
             f"allowed; the first: {first}"
         )
-    extractor = Lite0Extractor()
-    features = cached_features(
-        extractor,
-        [sha256_file(samples.paths[place]) for place in samples.made],
-        lambda row: samples.read(samples.made[row]),
-        workdir / "cache",
-    )
-    bench = Bench(
-        settings=settings, prompts=prompts, samples=samples, features=features,
-        reference=reference, training=training,
-        # Not the scheduler: it belongs to the source, as its runtime and precision do.
-        sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
-    )  # fmt: skip
-    measure_failures(bench)
-    _measure_all(bench, extractor, record, workdir, problems)
-    record.metrics, record.protocols = dict(sorted(bench.metrics.items())), bench.protocols
-    _write_files(bench, record, out, workdir)
-    return problems
-
-
-def _measure_all(
-    bench: Bench,
-    extractor: Lite0Extractor,
-    record: EvaluationRecord,
-    workdir: Path,
-    problems: list[str],
-) -> None:
-    settings, lite0 = bench.settings, extractor.protocol
-    bench.attempt(lambda b: measure_distances(b, lite0), *SET_KEYS)
-    bench.attempt(lambda b: measure_prdc(b, lite0), *PRDC_KEYS)
-    bench.attempt(lambda b: measure_memorization(b, lite0), *MEMORIZATION_KEYS)
-    _alignment(bench, record)
-    _fid(bench, workdir)
-    _clipscore(bench)
-    if settings.safety == "none":
-        bench.missing("turned off by --safety none", "unsafe_rate")
-        return
-    from modelops.safety.image import OpenNsfwFilter
-
-    try:
-        measure_safety(bench, OpenNsfwFilter(threshold=settings.safety_threshold))
-    except ModelopsError as error:
-        bench.missing(f"the safety filter failed: {error.message}", "unsafe_rate")
-        problems.append(f"unsafe_rate: {error.message}")
-
-
-def _alignment(bench: Bench, record: EvaluationRecord) -> None:
-    directory = bench.settings.lit
-    if directory is None:
-        return bench.missing("no alignment model was given (--lit)", *ALIGNMENT_KEYS)
-    if record.source.kind == "folder" and bench.settings.prompts_file is None:
-        return bench.missing("the images have no prompts", *ALIGNMENT_KEYS)
-    from modelops.evaluation.lit import RECORD
-    from modelops.models.lit import load_lit
-
-    model = load_lit(directory)  # a model that was named and cannot be loaded is an error
-    record.inputs["lit"] = InputRef(path=str(directory), sha256=sha256_tree(directory))
-    heldout: dict[str, Measurement] = {}
-    if (directory / RECORD).is_file():
-        fitted = read_record(directory / RECORD, AlignmentModelRecord)
-        heldout = fitted.metrics
-        for name in ("manifest", "splits"):
-            ours, theirs = record.inputs.get(name), fitted.inputs.get(name)
-            if ours and theirs and ours.sha256 != theirs.sha256:
-                for measured in heldout.values():
-                    measured.warnings.append(f"fitted on another {name}; may know these pictures")
-    bench.attempt(lambda b: measure_alignment(b, model, heldout), *ALIGNMENT_KEYS)
-    return None
-
-
-def _fid(bench: Bench, workdir: Path) -> None:
-    weights = bench.settings.inception_weights
-    if weights is None:
-        return bench.missing("no Inception weights were given (--inception-weights)", "fid")
-    if bench.reference is None:
-        return bench.missing("no manifest of real pictures was given", "fid")
-    from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
-
-    extractor = InceptionExtractor(weights)
-    samples, reference = bench.samples, bench.reference
-    fake = cached_features(
-        extractor, [sha256_file(samples.paths[place]) for place in samples.made],
-        lambda row: samples.read(samples.made[row]), workdir / "cache",
-    )  # fmt: skip
-    real = reference.features_of(extractor, workdir / "cache")
-
-    def measure(b: Bench) -> None:
-        interval = frechet_interval(
-            fake, real, seed=b.settings.seed, groups=b.settings.jackknife_groups
-        )
-        protocol = set_protocol(b, extractor.protocol, "fid", ddof=DDOF)
-        warnings = rank_warning(b.n, len(real), extractor.dim)
-        b.put("fid", interval, protocol, better=False, warnings=warnings,
-              details={"n_reference": len(real)})  # fmt: skip
-
-    bench.attempt(measure, "fid")
-    return None
-
-
-def _clipscore(bench: Bench) -> None:
-    settings = bench.settings
-    if settings.clip_weights is None:
-        return bench.missing("no CLIP weights were given (--clip-weights)", "clipscore")
-    from modelops.metrics.alignment import per_prompt
-    from modelops.metrics.clip import ClipScorer
-    from modelops.metrics.intervals import bootstrap_mean
-
-    scorer = ClipScorer(settings.clip_weights, settings.clip_model)
-    made = bench.samples.made
-    scores = np.concatenate(
-        [
-            scorer.scores([bench.samples.read(p)], [bench.samples.plan[p].prompt]) for p in made
-        ]
-    ) if made else np.zeros(0)  # fmt: skip
-
-    def measure(b: Bench) -> None:
-        interval = bootstrap_mean(
-            per_prompt(scores, b.owner), seed=settings.seed, resamples=settings.resamples,
-            purpose="clipscore",
-        )  # fmt: skip
-        protocol = {
-            "metric": "clipscore",
-            **scorer.protocol,
-            "n": b.n,
-            "sampling": dict(b.sampling),
-        }
-        b.put("clipscore", interval, protocol, better=True, unit="2.5 max(0, cosine)")
-
-    bench.per_image["clipscore"] = scores.tolist()
-    bench.attempt(measure, "clipscore")
-    return None
+    for family in FAMILIES:
+        bench.attempt(family.measure, family.KEYS)
+    record.metrics = dict(sorted(record.metrics.items()))
+    _write_files(bench, out)
+    return bench.problems
 
 
 def _real_pictures(
@@ -316,10 +171,10 @@ def _request(source: ModelSource, settings: EvaluationSettings) -> ImageRequest:
     )  # fmt: skip
 
 
-def _write_files(bench: Bench, record: EvaluationRecord, out: Path, workdir: Path) -> None:
+def _write_files(bench: Workbench, out: Path) -> None:
     """Features, per-image values and grids, named in the record by path and digest."""
-    samples = bench.samples
-    made: dict[str, Path] = {}
+    samples, record, workdir = bench.samples, bench.record, bench.workdir
+    made: dict[str, Path] = dict(bench.pages)
     if samples.made:
         write_arrays(workdir / "features.npz", features=bench.features)
         made["features"] = workdir / "features.npz"

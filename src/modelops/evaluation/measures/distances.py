@@ -1,0 +1,52 @@
+"""Fréchet and kernel distance on features that need no download."""
+
+from __future__ import annotations
+
+from modelops.evaluation.reference import overlap
+from modelops.evaluation.workbench import Workbench
+from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.kernel import kernel_distance
+from modelops.seeding import numpy_generator
+
+KEYS = (
+    "frechet_distance_lite0", "frechet_distance_lite0_floor", "kernel_distance_lite0",
+    "kernel_distance_lite0_floor",
+)  # fmt: skip
+
+
+def measure(bench: Workbench) -> None:
+    """Fréchet and kernel distance on Lite0 features, and what training pictures themselves get."""
+    reference, settings, lite0 = bench.real(), bench.settings, bench.extractor.protocol
+    real, fake = reference.features, bench.features
+    warnings = rank_warning(bench.n, len(real), real.shape[1])
+    if bench.training and (shared := overlap(reference, bench.training)):
+        warnings.append(f"{shared} of {len(real)} reference pictures are training pictures")
+    frechet = bench.set_protocol(lite0, "frechet distance", ddof=DDOF)
+    kernel = bench.set_protocol(lite0, "kernel distance", kernel="(x.y/d + 1)^3, unbiased")
+    bench.put(
+        "frechet_distance_lite0",
+        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        frechet, better=False, warnings=warnings, details={"n_reference": len(real)},
+    )  # fmt: skip
+    bench.put(
+        "kernel_distance_lite0", kernel_distance(fake, real), kernel,
+        better=False, details={"n_reference": len(real)},
+    )  # fmt: skip
+    if bench.training is None:
+        return bench.missing("no training split", *(k for k in KEYS if k.endswith("floor")))
+    count = min(bench.n, len(bench.training.samples))
+    rows = numpy_generator(settings.seed, "floor").permutation(len(bench.training.samples))[:count]
+    subset = bench.training.features[rows]
+    less = [f"only {count} training pictures for {bench.n} samples"] if count < bench.n else []
+    floor = {"images": "training pictures", "n": count, "sampling": {"seed": settings.seed}}
+    bench.put(
+        "frechet_distance_lite0_floor",
+        frechet_interval(subset, real, seed=settings.seed, groups=settings.jackknife_groups),
+        {**frechet, **floor}, n=count, better=False, warnings=[*warnings, *less],
+        details={"n_reference": len(real)},
+    )  # fmt: skip
+    bench.put(
+        "kernel_distance_lite0_floor", kernel_distance(subset, real), {**kernel, **floor},
+        n=count, better=False, warnings=less, details={"n_reference": len(real)},
+    )  # fmt: skip
+    return None

@@ -1,0 +1,157 @@
+"""Where one evaluation's images, features and results lie while it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.errors import EvaluationError
+from modelops.evaluation.prompts import PromptSet
+from modelops.evaluation.reference import RealPictures
+from modelops.evaluation.samples import Samples
+from modelops.evaluation.settings import EvaluationSettings
+from modelops.files import sha256_file
+from modelops.metrics.features import Extractor, Lite0Extractor, cached_features
+from modelops.metrics.intervals import Interval
+from modelops.metrics.protocol import protocol_id
+from modelops.records import EvaluationRecord, Measurement
+
+Image = npt.NDArray[np.uint8]
+Features = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Workbench:
+    """What has been made so far, and where results are collected.
+
+    Attributes:
+        record: gets inputs, metrics and protocols; status and files are written at the end.
+        workdir: folder beside the record: samples, cache, pages.
+        sampling: the part of every protocol that says how images were sampled.
+        reference, training: real held-out and training pictures; None without a manifest.
+        per_image: one value for each image that was made, in the order of `samples.made`.
+        problems: what makes the record `failed`.
+        pages: further files, by name, that the record shall name.
+    """
+
+    settings: EvaluationSettings
+    record: EvaluationRecord
+    workdir: Path
+    prompts: PromptSet
+    samples: Samples
+    sampling: Mapping[str, Any]
+    reference: RealPictures | None
+    training: RealPictures | None
+    per_image: dict[str, list[Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    pages: dict[str, Path] = field(default_factory=dict)
+    extractor: Lite0Extractor = field(default_factory=Lite0Extractor)
+    _features: dict[str, Features] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Images that were made."""
+        return len(self.samples.paths)
+
+    @property
+    def owner(self) -> npt.NDArray[np.int64]:
+        """Index of the prompt of each image that was made, [n]."""
+        return np.array([self.samples.plan[i].owner for i in self.samples.made], np.int64)
+
+    @property
+    def made_prompts(self) -> list[str]:
+        """The prompt of each image that was made, [n]."""
+        return [self.samples.plan[place].prompt for place in self.samples.made]
+
+    def image(self, row: int) -> Image:
+        """The image of a row of `per_image`, uint8 [H, W, 3]."""
+        return self.samples.read(self.samples.made[row])
+
+    @property
+    def features(self) -> Features:
+        """Lite0 features of the images, [n, 1280]."""
+        return self.features_of(self.extractor)
+
+    def features_of(self, extractor: Extractor) -> Features:
+        """Features of the images by an extractor, [n, D]; cached by content."""
+        key = protocol_id(extractor.protocol)
+        if key not in self._features:
+            digests = [sha256_file(self.samples.paths[place]) for place in self.samples.made]
+            self._features[key] = cached_features(
+                extractor, digests, self.image, self.workdir / "cache"
+            )
+        return self._features[key]
+
+    def real_features_of(self, pictures: RealPictures, extractor: Extractor) -> Features:
+        """Features of real pictures by an extractor, [N, D]; cached by content."""
+        if isinstance(extractor, Lite0Extractor):
+            return pictures.features
+        return pictures.features_of(extractor, self.workdir / "cache")
+
+    def real(self) -> RealPictures:
+        """The reference pictures.
+
+        Raises:
+            EvaluationError: there are none, or too few images to compare with them.
+        """
+        if self.reference is None:
+            raise EvaluationError("no manifest of real pictures was given")
+        if self.n < 4:
+            raise EvaluationError(f"{self.n} images are too few")
+        return self.reference
+
+    def set_protocol(self, features: Mapping[str, Any], metric: str, **more: Any) -> dict[str, Any]:
+        """Protocol of a measure of the images against the reference pictures."""
+        reference = self.reference
+        return {
+            "metric": metric, "features": dict(features), "n": self.n,
+            "reference": {"sha256": reference.digest, "n": len(reference.samples)}
+            if reference else {},
+            "sampling": dict(self.sampling), **more,
+        }  # fmt: skip
+
+    def put(
+        self,
+        key: str,
+        interval: Interval,
+        protocol: Mapping[str, Any],
+        *,
+        n: int | None = None,
+        better: bool | None = None,
+        unit: str = "",
+        warnings: Sequence[str] = (),
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Collect one measurement under its protocol."""
+        identity = protocol_id(protocol)
+        self.record.protocols[identity] = dict(protocol)
+        failed = len(self.samples.failures)
+        notes = [f"{failed} of {len(self.samples.plan)} images failed"] if failed else []
+        if interval.method.startswith("constant"):
+            notes.append("all values are equal, so the interval has no width and says nothing")
+        self.record.metrics[key] = Measurement(
+            value=interval.value, low=interval.low, high=interval.high, method=interval.method,
+            n=self.n if n is None else n, unit=unit, higher_is_better=better, protocol=identity,
+            warnings=[*warnings, *notes], details=dict(details or {}),
+        )  # fmt: skip
+
+    def missing(self, reason: str, *keys: str) -> None:
+        """Say why these were not measured."""
+        for key in keys:
+            self.record.metrics[key] = Measurement.missing(reason)
+
+    def attempt(self, measure: Callable[[Workbench], None], keys: Sequence[str]) -> None:
+        """Run one family of measurements; those that cannot be made say why.
+
+        Only an EvaluationError is such a reason: a model that was named and cannot be loaded ends
+        the evaluation.
+        """
+        try:
+            measure(self)
+        except EvaluationError as error:
+            self.missing(error.message, *(key for key in keys if key not in self.record.metrics))
