@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelops.errors import EvaluationError, ImageError, UsageError
+from modelops.errors import EvaluationError, ImageError, MissingWeightsError, UsageError
 from modelops.evaluation.prompts import choose_prompts, clean_prompts, plan_images, read_prompts
 from modelops.evaluation.sources import (
     EndpointSource,
@@ -156,6 +156,12 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for uri in (str(tmp_path), str(tmp_path / "none"), "./none/here"):
         with pytest.raises(UsageError):
             open_source(uri)
+
+
+def test_a_hub_id_that_cannot_be_had_says_so_in_one_line() -> None:
+    with pytest.raises(MissingWeightsError, match="not in the local Hugging Face cache") as caught:
+        open_source("nobody-here/no-such-model")
+    assert "\n" not in str(caught.value)
 
 
 def test_unusable_prompts_are_counted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.errors import UsageError
+from modelops.errors import MissingWeightsError, UsageError
 from modelops.files import sha256_tree
 from modelops.records import SourceInfo
 
@@ -160,6 +160,7 @@ def load_checkpoint(
 
     Raises:
         UsageError: not a diffusers directory, or one with custom code that is not ours.
+        MissingWeightsError: a hub id that is neither cached nor to be had.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
@@ -190,12 +191,18 @@ def load_checkpoint(
             directory, dtype=dtype, trust_remote_code=True
         )
     else:
+        logging.set_verbosity_error()  # what went wrong is said once, below
         try:
             pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError) as error:
+            if not directory.exists():
+                raise MissingWeightsError(
+                    f"{path}: not in the local Hugging Face cache, and the hub did not give it",
+                    hint="give a local diffusers directory, or check the id and the network",
+                ) from error
             raise UsageError(
                 f"{path}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}",
-                hint="give a local diffusers directory, or check the network for a hub id",
+                hint="give a complete diffusers directory",
             ) from error
     return pipeline.to(device)
 
