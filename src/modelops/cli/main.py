@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("modelops.cli.init:init", "Write charter, config and policy for a new project."),
     "data": ("modelops.cli.data:data", "Make and check manifests, splits and shards."),
     "train": ("modelops.cli.train:train", "Train a model from a config."),
+    "fit-lit": ("modelops.cli.lit:fit_lit", "Fit the offline text-image alignment model."),
     "sample": ("modelops.cli.sample:sample", "Make images from fixed seeds."),
     "eval": ("modelops.cli.eval:evaluate", "Measure a model source; writes a record."),
     "compare": ("modelops.cli.compare:compare", "Say which of two evaluations is better."),
