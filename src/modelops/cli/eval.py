@@ -31,7 +31,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--guidance", type=float, help="[default: the source's own]")
 @click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width.")
 @click.option("--lit", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Alignment model; see `modelops data` and the demo.")  # fmt: skip
+              help="Alignment model of `modelops fit-lit`.")  # fmt: skip
 @click.option("--inception-weights", type=_FILE, metavar="FILE",
               help="clean-fid's inception-2015-12-05.pt: measures FID.")  # fmt: skip
 @click.option("--clip-weights", type=_FILE, metavar="FILE",
