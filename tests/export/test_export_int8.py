@@ -17,11 +17,11 @@ from modelops.export.graphs import OrtGraph, available_runtimes
 from modelops.export.int8 import export_int8
 from modelops.export.lint import lint_qdq
 from modelops.export.onnx import load_source
-from modelops.export.parity import psnr_db, require_parity
+from modelops.export.parity import BOUNDS, Bounds, psnr_db, require_parity
 from modelops.export.quantize import quantize_graph
 from modelops.export.runtime import open_artifact
 from modelops.models.sources import ImageRequest, open_checkpoint
-from modelops.records import ParityCheck
+from modelops.records import ArtifactRecord, ParityCheck
 
 
 def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
@@ -102,6 +102,26 @@ def test_refusals(
     with pytest.raises(IntegrityError, match="was not exported from"):
         export_int8(onnx_artifact, other, out)
     assert not out.exists()
+
+
+def test_layers_are_given_up_until_the_outputs_are_within_bounds(
+    int8_artifact: Path,
+    onnx_artifact: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def worst(record: ArtifactRecord) -> float:
+        return max(c.value for c in record.parity if c.measure == "max_relative_error")
+
+    before = read_artifact(int8_artifact)
+    tighter = Bounds(absolute=None, relative=0.7 * worst(before), psnr_db=0.0)
+    monkeypatch.setitem(BOUNDS, "int8", tighter)
+    after = export_int8(
+        onnx_artifact, tiny_checkpoint, tmp_path / "int8", steps=4, rows=16, speed_rounds=0
+    )
+    assert worst(after) <= tighter.relative
+    assert len(after.calibration["keep_fp32"]) > len(before.calibration["keep_fp32"])
 
 
 def test_parity_fails_closed() -> None:

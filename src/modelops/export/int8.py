@@ -86,8 +86,8 @@ def export_int8(
     """Quantise the denoiser of an fp32 artifact to symmetric INT8 (S8S8 QDQ).
 
     Every layer with constant weights is quantised, except the groups whose measured error says
-    otherwise; if the pictures are still too far off, more groups are given up, cheapest first. The
-    text encoder stays in float32.
+    otherwise; if outputs or pictures are still too far off, more groups are given up, cheapest
+    first. The text encoder stays in float32.
 
     Args:
         onnx_dir: what `export_onnx` made of the same checkpoint.
@@ -151,8 +151,8 @@ def export_int8(
                 source, Path(scratch), rows=calibration, held_out=held_out, table=table,
                 method=method, on_step=progress.step,
             )  # fmt: skip
-        keep, pictures = _quantise_within_bounds(
-            root, source, pipeline, calibration, table, method, sensitivity, runtime,
+        keep, checks = _quantise_within_bounds(
+            root, source, pipeline, calibration, held_out, table, method, sensitivity, runtime,
             prompts=texts[:_N_PARITY_IMAGES], seed=seed + 1,
         )  # fmt: skip
         progress.step()
@@ -160,7 +160,6 @@ def export_int8(
         if faults:
             raise ExportError(f"the quantised graph breaks a rule: {faults[0]}")
         graph = _open(target, runtime)
-        checks = [*denoiser_parity(pipeline.unet, graph, held_out, BOUNDS["int8"]), pictures]
         if runtime != "onnxruntime":
             checks.append(
                 _image_parity(root, pipeline, "onnxruntime", texts[:_N_PARITY_IMAGES], seed + 1)
@@ -225,6 +224,7 @@ def _quantise_within_bounds(
     source: Path,
     pipeline: Any,
     calibration: TrajectoryRows,
+    held_out: TrajectoryRows,
     table: Path,
     method: Method,
     sensitivity: Sensitivity,
@@ -232,10 +232,11 @@ def _quantise_within_bounds(
     *,
     prompts: Sequence[str],
     seed: int,
-) -> tuple[list[str], ParityCheck]:
-    """Write the quantised graph; give up groups until the pictures are within bounds.
+) -> tuple[list[str], list[ParityCheck]]:
+    """Write the quantised graph; give up groups until its outputs and its pictures are within
+    bounds.
 
-    Returns the groups left in fp32 and the last comparison of pictures, which may have failed.
+    Returns the groups left in fp32 and the last comparisons, some of which may have failed.
     """
     keep = list(sensitivity.keep_fp32)
     spare = sensitivity.give_up_order
@@ -243,9 +244,13 @@ def _quantise_within_bounds(
     target = root / DENOISER / GRAPH
     while True:
         quantize_graph(source, target, rows=calibration, table=table, method=method, keep_fp32=keep)
-        check = _image_parity(root, pipeline, runtime, prompts, seed)
-        if check.passed or not spare:
-            return keep, check
+        graph = _open(target, runtime)
+        checks = [
+            *denoiser_parity(pipeline.unet, graph, held_out, BOUNDS["int8"]),
+            _image_parity(root, pipeline, runtime, prompts, seed),
+        ]
+        if all(check.passed for check in checks) or not spare:
+            return keep, checks
         keep.append(spare.pop(0))
 
 
