@@ -1,7 +1,11 @@
-"""Publish the cards of a demo: python cards/publish.py DEMO_DIR
+"""Publish the cards of a demo, or check the README's numbers against those that are published:
+
+    python cards/publish.py DEMO_DIR
+    python cards/publish.py --check
 
 Copies to cards/openmoji-pilot/ the cards with their pictures, every record they print and the
-verdict, in the project's own layout, so that links and `modelops card check` hold.
+verdict, in the project's own layout, so that links and `modelops card check` hold; and prints the
+README's table from those records.
 """
 
 from __future__ import annotations
@@ -10,10 +14,30 @@ import shutil
 import sys
 from pathlib import Path
 
-from modelops.demo.project import CITED, POLICY, VERDICT
-from modelops.files import atomic_directory, tree_files
+from modelops.demo.project import (
+    CITED,
+    EARLY,
+    FINAL,
+    INT8,
+    INT8_DIR,
+    POLICY,
+    RUN,
+    VERDICT,
+    describe,
+)
+from modelops.files import atomic_directory, tree_files, write_text
+from modelops.records import (
+    ArtifactRecord,
+    EvaluationRecord,
+    Measurement,
+    TrainRecord,
+    Verdict,
+    read_record,
+)
 
 PUBLISHED = Path(__file__).parent / "openmoji-pilot"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- pilot:begin -->", "<!-- pilot:end -->"
 
 
 def publish(project: Path) -> int:
@@ -28,5 +52,80 @@ def publish(project: Path) -> int:
     return len(files)
 
 
+def readme_table(project: Path) -> str:
+    """What the pilot came to, in Markdown, every number from a record."""
+    train = read_record(project / RUN / "train.json", TrainRecord)
+    early, final, int8 = (
+        read_record(project / name, EvaluationRecord).metrics for name in (EARLY, FINAL, INT8)
+    )
+    artifact = read_record(project / INT8_DIR / "artifact.json", ArtifactRecord)
+    verdict = read_record(project / VERDICT, Verdict)
+    distance = "frechet_distance_lite0"
+    ratio = _value(final[distance]) / _value(early[distance])
+    psnr = min(check.value for check in artifact.parity if check.measure == "psnr_db")
+    passed = sum(criterion.answer == "pass" for criterion in verdict.criteria)
+    speed = {
+        name: describe(artifact.speed[f"denoiser_batch8_over_{name}"])
+        for name in ("torch_eager", "onnxruntime_fp32", "openvino_fp32")
+    }
+    rows = [
+        ("Fréchet distance (Lite0 features, not FID)", describe(final[distance]),
+         f"{describe(early[distance])} at 5 % of training, so a ratio of {ratio:.2f}; "
+         f"{describe(final[f'{distance}_floor'])} for real training pictures"),
+        ("the same of the INT8 artifact that is served", describe(int8[distance]), ""),
+        ("alignment with own prompt (LiT cosine)", describe(final["lit_alignment"]),
+         f"{describe(final['lit_alignment_shuffled'])} with shuffled prompts; "
+         f"{describe(final['lit_alignment_real'])} for real pictures"),
+        ("alignment gain, paired", describe(final["lit_alignment_gain"]),
+         f"{describe(early['lit_alignment_gain'])} at 5 % of training"),
+        ("the judge's own held-out retrieval, top-1",
+         describe(final["lit_heldout_retrieval_top1"]),
+         f"top-5 {describe(final['lit_heldout_retrieval_top5'])}"),
+        ("nearest training picture (1 − cosine)", describe(final["nearest_train_distance"]),
+         f"{describe(final['nearest_train_distance_heldout'])} for real held-out pictures"),
+        ("unsafe pictures (open_nsfw)", describe(int8["unsafe_rate"]), ""),
+        ("INT8 denoiser at batch 8", f"× {speed['torch_eager']} eager torch",
+         f"× {speed['onnxruntime_fp32']} onnxruntime fp32, × {speed['openvino_fp32']} OpenVINO "
+         f"fp32; pictures within {psnr:.1f} dB PSNR"),
+        ("gate", f"**{verdict.answer}**", f"{passed} of {len(verdict.criteria)} criteria, "
+         "[policy](cards/openmoji-pilot/policy.yaml), "
+         "[verdict](cards/openmoji-pilot/gate/verdict.json)"),
+    ]  # fmt: skip
+    head = (
+        f"{train.steps} steps, {train.images_seen:,} pictures seen, {train.training_seconds:.0f} s "
+        f"on {train.environment.cores if train.environment else '?'} CPU cores; "
+        f"n = {final[distance].n} held-out captions, 95 % intervals.\n\n"
+        "| measure | value | beside it |\n|---|---|---|\n"
+    )
+    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def readme_with(table: str) -> str:
+    """The README with this table between its markers."""
+    text = README.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, marker, after = rest.partition(END)
+    if not marker:
+        raise SystemExit(f"README.md: no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def _value(measurement: Measurement) -> float:
+    if measurement.value is None:
+        raise SystemExit(f"not measured: {measurement.not_measured}")
+    return measurement.value
+
+
+def main(argument: str) -> int:
+    """Publish, or with --check say whether the README is up to date; returns the exit code."""
+    if argument == "--check":
+        stale = readme_with(readme_table(PUBLISHED)) != README.read_text("utf-8")
+        print("README.md: its pilot table is", "stale" if stale else "up to date")
+        return 3 if stale else 0
+    print(f"{publish(Path(argument))} files in {PUBLISHED}")
+    write_text(README, readme_with(readme_table(PUBLISHED)))
+    return 0
+
+
 if __name__ == "__main__":
-    print(f"{publish(Path(sys.argv[1]))} files in {PUBLISHED}")
+    sys.exit(main(sys.argv[1]))
