@@ -39,20 +39,29 @@ def grid_prompts(config: TrainConfig, pictures: Pictures) -> list[str]:
     return [captions[index] for index in order[:GRID_SIZE]]
 
 
-@torch.no_grad()
 def prompts_to_grid(pipeline: Any, prompts: Sequence[str], seed: int) -> npt.NDArray[np.uint8]:
-    """One picture per prompt, laid out in rows: [rows * H, columns * W, 3] uint8.
+    """One picture per prompt, laid out in rows: [rows * H, columns * W, 3] uint8."""
+    return tile(prompts_to_images(pipeline, prompts, seed))
 
-    Picture of a prompt depends on (seed, prompt) and the weights alone.
+
+@torch.no_grad()
+def prompts_to_images(
+    pipeline: Any, prompts: Sequence[str], seed: int, *, steps: int | None = None
+) -> list[npt.NDArray[np.uint8]]:
+    """One picture [H, W, 3] uint8 per prompt, in `steps` or the pipeline's own number of steps.
+
+    Picture of a prompt depends on (seed, prompt), the steps and the weights alone.
     """
     pipeline.set_progress_bar_config(disable=True)
     images: list[npt.NDArray[np.uint8]] = []
     for start in range(0, len(prompts), CHUNK):
         chunk = list(prompts[start : start + CHUNK])
         generators = [torch.Generator("cpu").manual_seed(image_seed(seed, text)) for text in chunk]
-        made = pipeline(prompt=chunk, generator=generators, output_type="np").images
+        made = pipeline(
+            prompt=chunk, generator=generators, num_inference_steps=steps, output_type="np"
+        ).images
         images.extend(floats_to_uint8(made))
-    return tile(images)
+    return images
 
 
 def tile(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:

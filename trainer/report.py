@@ -41,7 +41,14 @@ def write_report(run_dir: Path, record: TrainRecord, config: TrainConfig) -> Non
     rows = read_stats(run_dir / "stats.jsonl")
     curves = {
         name: [(row["step"], row[name]) for row in rows if name in row]
-        for name in ("loss", "validation_loss", "train_probe_loss", "lr", "grad_norm")
+        for name in (
+            "loss",
+            "validation_loss",
+            "train_probe_loss",
+            "lr",
+            "grad_norm",
+            "early_nearest_train_gap",
+        )
     }
     if curves["loss"]:
         write_bytes(run_dir / "loss.png", _plot(curves))
@@ -73,10 +80,12 @@ def _text(
         f"| loss | {_number(record.final_train_loss)}, trend {record.loss_trend} |",
         f"| held-out loss | {_number(record.final_validation_loss)} |",
         f"| same measure on training pictures | {_number(_last(curves['train_probe_loss']))} |",
+        f"| nearest training picture: samples minus held-out pictures | "
+        f"{_number(_last(curves['early_nearest_train_gap']))} |",
         f"| left out | {len(record.quarantined)} picture(s) |",
         "",
     ]
-    lines += [f"- {warning}" for warning in [*_remarks(curves), *record.warnings]]
+    lines += [f"- {warning}" for warning in record.warnings]
     if curves["loss"]:
         lines += ["", "![loss](loss.png)"]
     if grids:
@@ -86,23 +95,6 @@ def _text(
         lines += [f"![{path.stem}](grids/{path.name})" for path in shown]
     lines += ["", f"Config sha256 `{record.config_sha256[:16]}`, seed {config.training.seed}.", ""]
     return "\n".join(lines)
-
-
-def _remarks(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
-    """Overfitting: the held-out loss is well above its lowest while the training one falls."""
-    held_out = [value for _, value in curves["validation_loss"]]
-    probe = [value for _, value in curves["train_probe_loss"]]
-    if len(held_out) < 3 or len(probe) < 3:
-        return []
-    lowest = min(range(len(held_out)), key=held_out.__getitem__)
-    if held_out[-1] > 1.05 * held_out[lowest] and probe[-1] < probe[min(lowest, len(probe) - 1)]:
-        step = curves["validation_loss"][lowest][0]
-        return [
-            f"Overfitting: the held-out loss was lowest at step {step} ({held_out[lowest]:.4f}) "
-            f"and is now {held_out[-1]:.4f}, while the loss on training pictures kept falling. "
-            "Consider the checkpoint nearest to that step."
-        ]
-    return []
 
 
 def _plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:

@@ -24,6 +24,7 @@ from modelops.config import RunSpec, TrainConfig
 from modelops.environment import current_environment
 from modelops.errors import ModelopsError, TrainingError
 from modelops.launch import read_run_spec, verify_inputs
+from modelops.metrics.overfitting import find_overfitting, rows_to_losses
 from modelops.models.encoders import load_text_encoder
 from modelops.models.networks import make_pipeline, make_unet
 from modelops.records import TrainRecord
@@ -38,6 +39,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .devices import device_name, make_accelerator
+from .early import (
+    EarlyChecks,
+    make_early_checks,
+    new_overfitting,
+    say_copies,
+    say_overfitting,
+    spread,
+)
 from .ema import Ema
 from .grids import grid_prompts, prompts_to_grid, save_png, validation_loss
 from .memory import is_out_of_memory, smaller_microbatch
@@ -104,6 +113,8 @@ class Run:
         self.device_name = ""
         self.rate: float | None = None  # images per second, over the steps since the last row
         self.stats: StatsWriter | None = None
+        self.early: EarlyChecks | None = None
+        self.copies_said = False
         self.accelerator: Any = None
 
     def set_up(self, *, resume: bool) -> None:
@@ -142,11 +153,11 @@ class Run:
         self.batches = TrainingBatches(pictures.train, texts, config, self.spec.effective_batch)
         limit = training.validation_samples
         self.probe = fixed_batch(
-            pictures.train.subset(_spread(self.n_train, limit)), texts, config, "probe"
+            pictures.train.subset(spread(self.n_train, limit)), texts, config, "probe"
         )
         self.held_out = None
         if validation is not None:
-            chosen = validation.subset(_spread(len(validation), limit))
+            chosen = validation.subset(spread(len(validation), limit))
             self.held_out = fixed_batch(chosen, texts, config, "validation")
             self.n_validation = len(chosen)
 
@@ -192,6 +203,7 @@ class Run:
             self.progress.microbatch = training.microbatch
         self._fit_and_plan()
         if self.is_main:
+            self.early = make_early_checks(pictures, config, self.pipeline, self.run_dir)
             self.stats = StatsWriter(
                 self.run_dir,
                 step=self.progress.step,
@@ -258,8 +270,10 @@ class Run:
                 )
                 loss_sum.zero_()
                 steps_timed, step_seconds = 0, 0.0
-            if is_due(progress.step, validate_every) or last:
+            validated = is_due(progress.step, validate_every) or last
+            if validated:
                 self._validate()
+            self._check_early(validated)
             save = is_due(progress.step, training.save_every_steps) or last
             save = save or progress.step == progress.early_step
             sample_every = training.sample_every_steps
@@ -282,6 +296,8 @@ class Run:
         rows = read_stats(self.run_dir / "stats.jsonl")
         losses = [row["loss"] for row in rows if "loss" in row]
         held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+        probe = [row["train_probe_loss"] for row in rows if "train_probe_loss" in row]
+        overfitting = find_overfitting(rows_to_losses(rows))
         record = TrainRecord(
             status=status,
             error=error,
@@ -297,6 +313,8 @@ class Run:
             images_seen=progress.images_seen,
             final_train_loss=losses[-1] if losses else None,
             final_validation_loss=held_out[-1] if held_out else None,
+            final_train_probe_loss=probe[-1] if probe else None,
+            overfitting_since_step=overfitting.since.step if overfitting else None,
             loss_trend=loss_trend(losses),
             training_seconds=round(progress.training_seconds, 3),
             checkpoints=checkpoint_refs(self.checkpoints, progress),
@@ -312,7 +330,7 @@ class Run:
             n_train_images=self.n_train,
             n_validation_images=self.n_validation,
             quarantined=self.quarantined,
-            warnings=progress.warnings,
+            warnings=[*progress.warnings, *([str(overfitting)] if overfitting else [])],
         )
         record.write(self.run_dir / "train.json")
         write_report(self.run_dir, record, self.config)
@@ -487,6 +505,24 @@ class Run:
                             row[name] = value
             if self.stats is not None:
                 self.stats.write(row)
+                if found := new_overfitting(read_stats(self.stats.path)):
+                    say_overfitting(self.progress.step, found)
+
+    def _check_early(self, validated: bool) -> None:
+        """A few samples against their nearest training pictures; no step depends on it."""
+        progress = self.progress
+        if self.early is None or self.stats is None:
+            return
+        seconds, images = progress.training_seconds, progress.images_seen
+        if self.early.due(
+            progress.step, validated=validated, training_seconds=seconds, images=images
+        ):
+            row, verdict = self.early.measure()
+            if row:
+                self.stats.write({"step": progress.step, **row})
+            if verdict and verdict.answer == "copies" and not self.copies_said:
+                self.copies_said = True
+                say_copies(progress.step, verdict)
 
     def _sample(self) -> None:
         if self.is_main and self.stats is not None:
@@ -570,10 +606,3 @@ class Run:
     def _say(self, text: str) -> None:
         if self.is_main:
             event("note", text=text)
-
-
-def _spread(count: int, limit: int) -> list[int]:
-    """At most `limit` indices, evenly over `count`."""
-    if count <= limit:
-        return list(range(count))
-    return [index * count // limit for index in range(limit)]

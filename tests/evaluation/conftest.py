@@ -1,11 +1,15 @@
-"""A small real corpus: OpenMoji drawings with hand-made splits, and an alignment model on it."""
+"""A small real corpus (OpenMoji drawings, hand-made splits, an alignment model); a browser."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from browsers import chromium
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         candidates=(HeadSettings(epochs=3, embed_dim=32), HeadSettings(epochs=2, embed_dim=32)),
     )  # fmt: skip
     return Corpus(manifest, splits, root / "lit")
+
+
+# Not for the session: while playwright is open, this thread can start no other event loop.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser

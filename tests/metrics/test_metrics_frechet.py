@@ -9,13 +9,16 @@ import pytest
 from modelops.errors import EvaluationError
 from modelops.metrics.frechet import (
     Statistics,
+    extrapolation_warning,
     features_to_frechet_distance,
     features_to_statistics,
     frechet_distance,
+    frechet_infinity,
     frechet_interval,
     merge_statistics,
     rank_warning,
 )
+from modelops.seeding import numpy_generator
 
 
 def exact_covariance(data: np.ndarray) -> mpmath.matrix:
@@ -116,3 +119,50 @@ def test_features_that_cannot_be_compared_are_refused(features: np.ndarray) -> N
 def test_small_samples_carry_a_warning() -> None:
     assert "biased" in rank_warning(256, 395, 1280)[0]
     assert rank_warning(5000, 5000, 1280) == []
+
+
+@pytest.mark.parametrize(("n", "m"), [(24, 9), (24, 60), (9, 300)])
+def test_the_extrapolated_distance_is_the_intercept_over_one_over_n(n: int, m: int) -> None:
+    generator = np.random.default_rng(n)
+    x, y = generator.normal(size=(n, 8)) * 1.5, generator.normal(size=(m, 8))
+    found = frechet_infinity(x, y, seed=4, splits=2, groups=2)
+    order = numpy_generator(4, "frechet-infinity", 0).permutation(n)
+    halves = np.array_split(x[order], 2)
+    whole = features_to_frechet_distance(x, y)
+    half = np.mean([features_to_frechet_distance(part, y) for part in halves])
+    inverse = np.mean([1 / len(part) for part in halves])
+    slope = (half - whole) / (inverse - 1 / n)
+    assert found.slope == pytest.approx(slope, rel=1e-8)
+    assert found.interval.value == pytest.approx(whole - slope / n, rel=1e-8)
+    assert found.interval.low <= found.interval.value <= found.interval.high
+
+
+def test_extrapolation_takes_the_bias_of_n_away() -> None:
+    """40 draws of 400 images in 24 dimensions, against a reference with exactly known moments."""
+    generator = np.random.default_rng(11)
+    scale = np.arange(1, 25) ** -0.5
+    y = generator.normal(size=(60, 24))
+    y -= y.mean(axis=0)
+    y = y @ np.linalg.inv(np.linalg.cholesky(np.cov(y.T))).T * scale  # covariance diag(scale^2)
+    truth = float((0.04 * scale**2 + (0.1 * scale) ** 2).sum())
+    plain, extrapolated = [], []
+    for seed in range(40):
+        x = generator.normal(size=(400, 24)) * scale * 1.2 + 0.1 * scale
+        plain.append(features_to_frechet_distance(x, y))
+        extrapolated.append(frechet_infinity(x, y, seed=seed, groups=2).interval.value)
+    error = np.std(extrapolated) / np.sqrt(40)
+    assert abs(np.mean(extrapolated) - truth) < 3 * error
+    assert np.mean(plain) - truth > 10 * error
+    assert extrapolation_warning(frechet_infinity(x, y, seed=0), 60, 24) == []
+
+
+def test_extrapolation_from_too_few_images_is_refused_or_warned_of() -> None:
+    generator = np.random.default_rng(12)
+    with pytest.raises(EvaluationError, match="too few to extrapolate"):
+        frechet_infinity(generator.normal(size=(15, 4)), generator.normal(size=(90, 4)), seed=0)
+    found = frechet_infinity(
+        generator.normal(size=(40, 64)), generator.normal(size=(50, 64)), seed=0
+    )
+    notes = extrapolation_warning(found, 50, 64)
+    assert "smallest part has 10 images for 64 dimensions" in notes[0]
+    assert "reference has 50 images" in notes[1]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from modelops.errors import EvaluationError, MissingWeightsError
-from modelops.metrics.features import InceptionExtractor, cached_features, write_arrays
+from modelops.metrics.features import cached_features, write_arrays
+from modelops.metrics.inception import InceptionExtractor
 from modelops.metrics.intervals import (
     bootstrap_mean,
     bootstrap_median,

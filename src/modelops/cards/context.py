@@ -12,15 +12,17 @@ from modelops.cards.about import parse_about
 from modelops.cards.escape import code, markdown, number
 from modelops.cards.numbers import (
     Measured,
+    copying_lines,
     interval,
     measurement_in,
     measurements_table,
     record_link,
+    slice_rows,
     tables_by_part,
 )
 from modelops.cards.sources import CardSources
-from modelops.cards.words import words_of
 from modelops.errors import UsageError
+from modelops.evaluation.words import words_of
 from modelops.files import read_json
 from modelops.records import (
     ArtifactRecord,
@@ -96,6 +98,8 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
         "unlike": [row for table in parts.values() for row in table.rows if not row.alike],
         "samplings": _samplings(evaluations),
         "glance": _glance(evaluations),
+        "slices": slice_rows(released_evaluations(evaluations)),
+        "copying": copying_lines(released_evaluations(evaluations)),
         "artifacts": [_artifact(name, file, record) for name, file, record in artifacts],
         "verdict": _verdict(verdict, sources) if verdict else None,
         "verdict_file": sources.inputs.get("verdict"),

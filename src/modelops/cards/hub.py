@@ -8,8 +8,8 @@ from modelops.cards.about import About
 from modelops.cards.context import measurement_in, released_evaluations
 from modelops.cards.escape import one_line
 from modelops.cards.numbers import Measured
-from modelops.cards.words import words_of
 from modelops.errors import ModelopsError
+from modelops.evaluation.words import words_of
 
 TASK = "text-to-image"
 

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from modelops.cards.escape import code, link, markdown, number
-from modelops.cards.words import METRICS, PARTS, words_of
+from modelops.evaluation.words import METRICS, PARTS, words_of
 from modelops.records import EvaluationRecord, InputRef, Measurement
 
 EXPECTED = (  # asked of every release: a card says so when one is missing
@@ -100,6 +100,39 @@ def tables_by_part(evaluations: list[Measured]) -> dict[str, Table]:
         table = parts[words_of(key).part]
         table.rows.append(_row(key, evaluations, table.warnings))
     return parts
+
+
+def slice_rows(evaluations: list[Measured]) -> list[dict[str, Markup]]:
+    """Metrics of groups against all others, those too small to judge left out."""
+    return [
+        {
+            "evaluation": markdown(item.name),
+            "group": markdown(f"{row.by}: {row.value}"),
+            "metric": markdown(words_of(row.metric).title),
+            "inside": cell(row.inside, []),
+            "rest": cell(row.rest, []),
+            "difference": interval(row.difference),
+            "verdict": Markup(f"**{row.verdict}**" if row.verdict == "differs" else row.verdict),
+        }
+        for item in evaluations
+        if item.record.status == "ok"
+        for row in item.record.slices
+        if row.verdict != "too few"
+    ]
+
+
+def copying_lines(evaluations: list[Measured]) -> list[Markup]:
+    """What each evaluation concludes about copying and overfitting."""
+    lines = []
+    for item in evaluations:
+        verdict = item.record.memorization
+        if item.record.status != "ok" or verdict is None:
+            continue
+        lines.append(markdown(f"{item.name}: {verdict.answer}. {verdict.reason}"))
+        if verdict.overfitting is not None:
+            note = verdict.overfitting
+            lines.append(markdown(f"{item.name}: {note.answer}. {note.reason}"))
+    return lines
 
 
 def _place(key: str) -> tuple[int, str]:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.output import emit, json_option, table
+from modelops.cli.output import emit, json_option, progress, say, table
+
+if TYPE_CHECKING:
+    from modelops.records import ComparedMetric, ComparisonRecord
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 
 
 @click.command()
-@click.argument("first", type=click.Path(dir_okay=False, path_type=Path))
-@click.argument("second", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("first", type=_FILE)
+@click.argument("second", type=_FILE)
+@click.option("--margin", "margins", multiple=True, metavar="METRIC=VALUE",
+              help="How much worse is accepted: 0.01 in the metric's unit, or 5% of FIRST's value. "
+              "Repeatable.")  # fmt: skip
+@click.option("--default-margins", is_flag=True,
+              help="Let the default margins decide where no --margin is given.")  # fmt: skip
+@click.option("--adjust", type=click.Choice(["holm", "none"]), default="holm", show_default=True,
+              help="How p-values are adjusted for the number of metrics.")  # fmt: skip
+@click.option("--manifest", type=_FILE, metavar="FILE",
+              help="The reference pictures, if they are not where the records say.")  # fmt: skip
+@click.option("--splits", type=_FILE, metavar="FILE", help="Their splits, likewise.")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling."
 )
@@ -22,34 +39,139 @@ from modelops.cli.output import emit, json_option, table
     show_default=True,
     help="Bootstrap resamples.",
 )
+@click.option("--out", type=_FILE, metavar="FILE", help="Write a comparison record.")
 @json_option
-def compare(first: Path, second: Path, seed: int, resamples: int, as_json: bool) -> int:
+def compare(
+    first: Path,
+    second: Path,
+    margins: tuple[str, ...],
+    default_margins: bool,
+    adjust: str,
+    manifest: Path | None,
+    splits: Path | None,
+    seed: int,
+    resamples: int,
+    out: Path | None,
+    as_json: bool,
+) -> int:
     """Say what of evaluation SECOND is better or worse than in FIRST.
 
-    Values of different protocols are refused, with what differs. Exits 3 if any metric is worse, 4
-    if nothing could be compared.
+    Both must have drawn the same prompts and seeds; everything is then compared prompt by prompt.
+    Values of different protocols are refused, with what differs.
+
+    "better" and "worse" say that there is a difference, however small; "within noise" that none was
+    shown, which is not the same as none. So that many metrics do not make one "worse" by chance,
+    p-values are adjusted by Holm's method: all verdicts together err in at most 5 % of comparisons
+    of equal sources. A margin turns the question round: how much worse is accepted? "within margin"
+    is yes when the whole 95 % interval is, no when the whole interval is beyond, else undecided.
+    All margins must be met at once, so they need no adjustment. With --margin, the margin decides
+    about that metric in place of the verdict. "detectable" is the smallest difference seen with
+    80 % power at this n, and "prompts needed" how many prompts show an equal source to be within
+    the margin with 80 % power.
+
+    Default margins (shown with a *, deciding with --default-margins): 0.01 for unsafe_rate,
+    near_copy_rate and failed_image_rate, 0.05 for other rates, precision, recall and coverage, and
+    5% for everything else.
 
     \b
-    Example:
+    Exits 0  nothing is worse and every margin is met
+          3  something is worse, or beyond its margin
+          4  undecided: a margin, or nothing could be compared
+
+    \b
+    Examples:
       modelops compare evaluations/early.json evaluations/final.json
+      modelops compare evaluations/fp32.json evaluations/int8.json \\
+          --margin frechet_distance_lite0=5% --margin unsafe_rate=0.01 --out comparisons/int8.json
     """
     from modelops.evaluation.compare import compare_records
+    from modelops.evaluation.comparison.margins import parse_margins
 
-    found = compare_records(first, second, seed=seed, resamples=resamples)
-    emit({"status": "ok", "comparisons": [item.as_dict() for item in found]}, as_json=as_json)
+    with progress("Comparing", quiet=as_json) as report:
+        record = compare_records(
+            first, second, margins=parse_margins(margins), default_margins=default_margins,
+            adjust=adjust == "holm", manifest=manifest, splits=splits, seed=seed,
+            resamples=resamples, on_progress=lambda _, done, total: report(done, total),
+        )  # fmt: skip
+    if out is not None:
+        record.write(out)
+    found = record.model_dump(mode="json", exclude={"status", "kind", "environment"})
+    emit({"status": "ok", "exit_code": EXIT_CODES[record.answer], **found}, as_json=as_json)
     if not as_json:
-        rows = [
-            [c.metric, c.verdict, _number(c.first), _number(c.second),
-             f"{_number(c.difference)} [{_number(c.low)}, {_number(c.high)}]"
-             if c.difference is not None else c.reason]
-            for c in found
-        ]  # fmt: skip
-        table(["metric", "second is", "first", "second", "difference, 95 % interval"], rows)
-    verdicts = {item.verdict for item in found}
-    if "worse" in verdicts:
-        return 3
-    return 0 if verdicts - {"not comparable"} else 4
+        _show(record)
+        if out is not None:
+            say(f"{out} ({record.duration_s:.0f} s)")
+    return EXIT_CODES[record.answer]
+
+
+def _show(record: ComparisonRecord) -> None:
+    compared = [row for row in record.comparisons if row.verdict != "not comparable"]
+    if compared:
+        table(
+            [
+                "metric",
+                "first",
+                "second",
+                "difference, 95 % interval",
+                "second is",
+                "within margin",
+            ],
+            [_cells(row) for row in compared],
+        )
+        table(
+            ["metric", "margin", "detectable", "prompts", "prompts needed for the margin"],
+            [_power_cells(row) for row in compared],
+            title="What this many prompts can show, with 80 % power",
+        )
+    refused = [row for row in record.comparisons if row.verdict == "not comparable"]
+    if refused:
+        table(["not comparable", "because"], [[row.metric, row.reason] for row in refused])
+    if record.images:
+        from modelops.evaluation.report import metric_rows
+
+        title = "image by image, second against first"
+        table([title, "value", "95 % interval", "n", "method"], metric_rows(record.images))
+    for note, metrics in _notes(compared).items():
+        say(f"note: {', '.join(metrics)}: {note}")
+    for warning in record.warnings:
+        say(f"warning: {warning}")
+    if record.adjustment == "holm" and compared:
+        say(f"verdicts are adjusted for {len(compared)} metrics (Holm); * is a default margin")
+    counts = (
+        f"{record.n_better} better, {record.n_worse} worse, {record.n_within_noise} within noise, "
+        f"{record.n_not_comparable} not comparable"
+    )
+    print(f"{record.answer}: {'; '.join([*record.reasons, counts])}")
+
+
+def _cells(row: ComparedMetric) -> list[str]:
+    star = "*" if row.margin_source == "default" else ""
+    return [
+        row.metric, _number(row.first), _number(row.second),
+        f"{_number(row.difference)} [{_number(row.low)}, {_number(row.high)}]", row.verdict,
+        f"{row.within_margin}{star}" if row.within_margin else "",
+    ]  # fmt: skip
+
+
+def _power_cells(row: ComparedMetric) -> list[str]:
+    star = "*" if row.margin_source == "default" else ""
+    return [
+        row.metric, _number(row.margin) + star, _number(row.detectable), str(row.n),
+        "" if row.prompts_needed is None else f"{row.prompts_needed:,}",
+    ]  # fmt: skip
+
+
+def _notes(rows: list[ComparedMetric]) -> dict[str, list[str]]:
+    """{remark: metrics}; and why what looks clear is called noise."""
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        remarks = list(row.notes)
+        if row.verdict == "within noise" and "is clear of zero" in row.reason:
+            remarks.append(row.reason)
+        for remark in remarks:
+            notes.setdefault(remark, []).append(row.metric)
+    return notes
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else f"{value:.3g}"

@@ -33,19 +33,44 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--lit", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Alignment model of `modelops fit-lit`.")  # fmt: skip
 @click.option("--inception-weights", type=_FILE, metavar="FILE",
-              help="clean-fid's inception-2015-12-05.pt: measures FID.")  # fmt: skip
-@click.option("--clip-weights", type=_FILE, metavar="FILE",
-              help="An open_clip state dict: measures CLIPScore.")  # fmt: skip
+              help="pytorch-fid's, torch-fidelity's or clean-fid's file: measures FID, KID, "
+              "Inception Score.")  # fmt: skip
+@click.option("--fid-mode", type=click.Choice(["clean", "legacy_pytorch", "legacy_tensorflow"]),
+              default="clean", show_default=True,
+              help="Resize of clean-fid, pytorch-fid or torch-fidelity.")  # fmt: skip
+@click.option("--extractor-dtype", type=click.Choice(["float32", "float64"]), default="float32",
+              show_default=True, help="Of Inception; float64 for audits.")  # fmt: skip
+@click.option("--clip-weights", type=click.Path(path_type=Path), metavar="FILE|DIR",
+              help="An open_clip state dict, or a directory with its config: measures "
+              "CLIPScore.")  # fmt: skip
 @click.option(
     "--clip-model",
     default="ViT-B-32-quickgelu",
     show_default=True,
     help="Architecture of the CLIP weights.",
 )
-@click.option("--safety", type=click.Choice(["open_nsfw", "none"]), default="open_nsfw",
-              show_default=True, help="Image filter behind the unsafe rate.")  # fmt: skip
+@click.option("--safety", metavar="FILTER", default="open_nsfw", show_default=True,
+              help="Image filter behind the unsafe rate: open_nsfw, transformers:PATH_OR_HUB, "
+              "diffusers-safety-checker:PATH_OR_HUB, one of a package, or none.")  # fmt: skip
 @click.option("--safety-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
               show_default=True, help="Score from which an image is unsafe.")  # fmt: skip
+@click.option("--serve-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
+              show_default=True, help="Score from which a service withholds it.")  # fmt: skip
+@click.option("--prompt-filter", metavar="FILTER", default="words", show_default=True,
+              help="words, words:DIR of own lists, one of a package, or none.")  # fmt: skip
+@click.option("--audit-safety", metavar="FILTER",
+              help="A second image filter: measures what the first lets through.")  # fmt: skip
+@click.option("--audit-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
+              show_default=True, help="Its score from which an image is unsafe.")  # fmt: skip
+@click.option("--blocklist", type=click.Path(path_type=Path), metavar="DIR|FILE",
+              help="Pictures, or their hashes, that must not come out again.")  # fmt: skip
+@click.option("--train-record", type=_FILE, metavar="FILE",
+              help="The run's train.json: its losses enter the note on overfitting.")  # fmt: skip
+@click.option("--slice-by", multiple=True, metavar="COLUMN|tags|words",
+              help="Compare slices of the prompts with the rest: by manifest column, tags, or "
+              "words about people in the prompt. Repeatable.")  # fmt: skip
+@click.option("--slice-min", type=click.IntRange(2), default=10, show_default=True,
+              help="Independent groups of prompts for a verdict on a slice.")  # fmt: skip
 @click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True,
               help="Bootstrap resamples.")  # fmt: skip
 @click.option("--max-failures", type=click.IntRange(0), default=0, show_default=True,
@@ -57,20 +82,26 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Images per call; does not change them.",
 )
+@click.option("--processes", type=click.IntRange(1), default=1, metavar="N", show_default=True,
+              help="Make the images in N processes; does not change them.")  # fmt: skip
 @click.option(
     "--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda, cuda:1."
 )
 @click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
 @click.option("--out", type=_FILE, required=True, metavar="FILE", help="The record to write.")
+@click.option("--report/--no-report", default=True, show_default=True,
+              help="Write a page to read beside the record.")  # fmt: skip
 @dry_run_option
 @json_option
 def evaluate(
     source: str,
     size: int | None,
     batch_size: int,
+    processes: int,
     device: str,
     runtime: str,
     out: Path,
+    report: bool,
     dry_run: bool,
     as_json: bool,
     **chosen: Any,
@@ -87,27 +118,55 @@ def evaluate(
           --splits data/splits.parquet --lit models/lit -n 256 --out evaluations/final.json
       modelops eval http://127.0.0.1:3000 --prompts prompts.txt --lit models/lit \\
           --out evaluations/endpoint.json
+      modelops eval runs/pilot/checkpoints/step-1000 --prompts prompts.txt --processes 4 \\
+          --device cuda --out evaluations/final.json
     """
     from modelops.evaluation.settings import EvaluationSettings
 
     settings = EvaluationSettings(height=size, width=size, **chosen)
+    if settings.slice_by:
+        from modelops.evaluation.measures.slices import check_slice_options
+
+        check_slice_options(settings.manifest, settings.slice_by)
     if dry_run:
         plan = {"source": source, "out": str(out), "settings": _plain(settings)}
+        also = f" and {out.with_suffix('.html')}" if report else ""
         emit({"status": "ok", "dry_run": True, **plan}, as_json=as_json,
-             text=f"would measure {source} and write {out}")  # fmt: skip
+             text=f"would measure {source} and write {out}{also}")  # fmt: skip
         return 0
+    from modelops.cli.report import write_report_beside
     from modelops.evaluation.evaluate import evaluate as run
+    from modelops.evaluation.processes import open_shared
     from modelops.evaluation.sources import open_source
 
-    opened = open_source(source, batch_size=batch_size, device=device, runtime=runtime)
-    with progress("Evaluating", quiet=as_json) as report:
-        record = run(opened, settings, out_path=out, on_progress=report)
+    opening: dict[str, Any] = {
+        "uri": source,
+        "batch_size": batch_size,
+        "device": device,
+        "runtime": runtime,
+    }
+    opened = open_shared(opening, processes) or open_source(**opening)
+    try:
+        with progress("opening", quiet=as_json) as shown:
+            record = run(opened, settings, out_path=out, on_progress=shown, on_stage=shown.stage)
+    except Exception:  # the record says `failed`, and so does its report
+        if report and out.is_file() and (page := write_report_beside(out)):
+            say(str(page))
+        raise
+    page = write_report_beside(out) if report else None
     emit(record.model_dump(mode="json"), as_json=as_json)
     if not as_json:
         from modelops.evaluation.report import metric_rows
 
         table(["metric", "value", "95 % interval", "n", "method"], metric_rows(record.metrics))
+        if record.slices:
+            from modelops.evaluation.measures.slices import slice_metrics, slice_rows, slice_summary
+
+            table(["slice", "groups", *slice_metrics(record.slices)], slice_rows(record.slices))
+            say(slice_summary(record.slices))
         say(f"{out} ({record.duration_s:.0f} s)")
+    if page:
+        say(str(page))
     return 0
 
 

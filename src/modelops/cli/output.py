@@ -12,9 +12,11 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 F = TypeVar("F", bound=Callable[..., Any])
-ProgressCallback = Callable[[int, int], None]  # (done, total)
+DRAWN_AFTER = 2.0  # seconds until a progress bar appears
 
 
 def json_option(command: F) -> F:
@@ -69,31 +71,67 @@ def table(
     console.print(view)
 
 
-@contextmanager
-def progress(description: str, *, quiet: bool = False) -> Iterator[ProgressCallback]:
-    """A progress bar on stderr with time left; call the yielded function with (done, total).
+class Progress:
+    """Progress of a command: call it with (done, total), and `stage` when something else begins."""
 
-    Without a terminal, or with `quiet`, nothing is drawn.
+    def __init__(self, bar: RichProgress | None, description: str) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self.stage(description)
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def stage(self, name: str, number: int = 0, stages: int = 0) -> None:
+        """What follows is stage `number` of `stages`, with its own count and its own time left."""
+        if self._bar is None:
+            return
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        label = f"{number}/{stages} {name}" if stages else name
+        self._task = self._bar.add_task(label, total=None)
+
+
+@contextmanager
+def progress(description: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr with the time left; call what it yields with (done, total).
+
+    It appears after two seconds. Without a terminal, or with `quiet`, nothing is drawn.
     """
     console = stderr_console()
     if quiet or not console.is_terminal:
-        yield lambda done, total: None
+        yield Progress(None, description)
         return
+    from threading import Timer
+
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
+        SpinnerColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as Bar
 
-    with Progress(
+    bar = Bar(
+        SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("left, after"),
+        TimeElapsedColumn(),
         console=console,
         transient=True,
-    ) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    )
+    timer = Timer(DRAWN_AFTER, bar.start)  # a thread: a stage may report nothing for a long time
+    timer.daemon = True
+    timer.start()
+    try:
+        yield Progress(bar, description)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()

@@ -157,6 +157,7 @@ class Stages:
         self, source: Path | str, out: str, report: OnProgress, n: int | None = None
     ) -> str:
         from modelops.evaluation.evaluate import evaluate
+        from modelops.evaluation.pages.report import write_report
         from modelops.evaluation.settings import EvaluationSettings
         from modelops.evaluation.sources import open_source
 
@@ -168,10 +169,12 @@ class Stages:
             seed=SEED,
             steps=self.budget.steps,
             resamples=self.budget.resamples,
+            slice_by=("words",),
         )
         record = evaluate(
             open_source(str(source)), settings, out_path=self.root / out, on_progress=report
         )
+        write_report(self.root / out)
         distance = record.metrics["frechet_distance_lite0"]
         gain = record.metrics["lit_alignment_gain"]
         return f"Fréchet (Lite0) {describe(distance)}, alignment gain {describe(gain)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from modelops.models.sources import ImageRequest, ModelSource
 from modelops.records import EvaluationRecord, InputRef, Sampling
 
 OnProgress = Callable[[int, int], None]
+OnStage = Callable[[str, int, int], None]  # name, number from 1, how many
 
 
 def evaluate(
@@ -41,6 +43,7 @@ def evaluate(
     *,
     out_path: str | Path,
     on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> EvaluationRecord:
     """Measure a source and write the record; beside it, in a folder of its name, samples, features,
     per-image values and grids.
@@ -62,7 +65,7 @@ def evaluate(
     )
     clock = time.monotonic()
     try:
-        problems = _evaluate(source, settings, record, out, on_progress)
+        problems = _evaluate(source, settings, record, out, on_progress, on_stage)
     except Exception as error:
         record.status = "failed"
         record.error = (
@@ -91,6 +94,7 @@ def _evaluate(
     record: EvaluationRecord,
     out: Path,
     on_progress: OnProgress | None,
+    on_stage: OnStage | None,
 ) -> list[str]:
     """Fill the record; returns what makes it `failed`."""
     workdir = out.with_suffix("")
@@ -108,6 +112,14 @@ def _evaluate(
         prompts_sha256=prompts.sha256,
     )  # fmt: skip
     record.sampling = sampling
+    stages = ["sampling", "features",
+              *(family.__name__.rpartition(".")[2] for family in FAMILIES), "files"]  # fmt: skip
+
+    def stage(number: int) -> None:
+        if on_stage:
+            on_stage(stages[number - 1], number, len(stages))
+
+    stage(1)
     samples = draw_samples(source, plan, request, workdir / "samples", on_progress=on_progress)
     record.n_failed_images = len(samples.failures)
 
@@ -115,7 +127,7 @@ def _evaluate(
         settings=settings, record=record, workdir=workdir, prompts=prompts, samples=samples,
         # Not the scheduler: it belongs to the source, as its runtime and precision do.
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
-        reference=reference, training=training,
+        reference=reference, training=training, on_progress=on_progress,
     )  # fmt: skip
     if len(samples.failures) > settings.max_failures:
         first = samples.failures[min(samples.failures)]
@@ -123,9 +135,15 @@ def _evaluate(
             f"{len(samples.failures)} of {len(plan)} images failed, {settings.max_failures} "
             f"allowed; the first: {first}"
         )
-    for family in FAMILIES:
+    stage(2)
+    if samples.made:
+        with suppress(EvaluationError):  # the families that need them say why not
+            _ = bench.features
+    for number, family in enumerate(FAMILIES, 3):
+        stage(number)
         bench.attempt(family.measure, family.KEYS)
     record.metrics = dict(sorted(record.metrics.items()))
+    stage(len(stages))
     _write_files(bench, out)
     return bench.problems
 
@@ -184,6 +202,9 @@ def _write_files(bench: Workbench, out: Path) -> None:
         for place, planned in enumerate(samples.plan)
     ]  # fmt: skip
     for row, place in enumerate(samples.made):
+        path = samples.paths[place]
+        rows[place] |= {"image": path.relative_to(workdir).as_posix(),
+                        "image_sha256": sha256_file(path)}  # fmt: skip
         rows[place] |= {key: values[row] for key, values in bench.per_image.items()}
     write_json(workdir / "per_image.json", rows)
     made["per_image"] = workdir / "per_image.json"

@@ -55,6 +55,31 @@ def write_grid(
     return path
 
 
+def image_to_inline(path: Path, largest: int) -> tuple[bytes, str, int, int]:
+    """A picture file for a page: (bytes, media type, width, height).
+
+    Width and height are the file's own. A picture of up to `largest` pixels a side is a PNG of the
+    very pixels; a larger one is a smaller WebP, to look at only.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    from PIL import Image
+
+    from modelops.data.images import encode_png, read_image
+
+    pixels = read_image(path)
+    height, width = pixels.shape[:2]
+    if max(width, height) <= largest:
+        keep = path.suffix.lower() == ".png" and path.stat().st_size <= pixels.size
+        return path.read_bytes() if keep else encode_png(pixels), "image/png", width, height
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=88)
+    return buffer.getvalue(), "image/webp", width, height
+
+
 def _fit(picture: Image.Image, tile: int) -> Image.Image:
     from PIL import Image
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy.typing as npt
 
 from modelops.data.images import encode_png, read_image
 from modelops.errors import ImageError, ModelopsError
+from modelops.evaluation.processes import Job, Outcome, SharedSource, Workers, fewer_threads
 from modelops.evaluation.prompts import PlannedImage
 from modelops.evaluation.sources import ImageBlockedError
-from modelops.files import sha256_json, write_bytes
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.files import remove_leftovers, sha256_json, write_bytes
+from modelops.models.sources import ImageRequest, ModelSource, PipelineSource
 
 Image = npt.NDArray[np.uint8]
 COMPLETE = "complete"
@@ -65,43 +67,81 @@ def draw_samples(
             images only serve to finish an evaluation that was cut short.
     """
     cache = directory / _sampling_key(source, request)
-    if source.info.sha256 is None and (cache / COMPLETE).exists():
-        shutil.rmtree(cache)
-    samples = Samples(plan)
     is_folder = source.info.kind == "folder"
-    pending = []
-    for place, planned in enumerate(plan):
-        path = cache / f"{sha256_json([planned.prompt, planned.seed, place * is_folder])[:32]}.png"
-        if _usable(path):
-            samples.paths[place] = path
-        else:
-            pending.append((place, planned, path))
-    if on_progress:
-        on_progress(len(samples.paths), len(plan))
-
-    chunk = max(1, int(getattr(source, "batch_size", 4)))
-    for start in range(0, len(pending), chunk):
-        part = pending[start : start + chunk]
-        requests = [
+    crew = source.crew if isinstance(source, SharedSource) else None
+    jobs = [
+        Job(
+            place,
             ImageRequest(
                 prompt=planned.prompt, seed=place if is_folder else planned.seed,
                 steps=request.steps, guidance=request.guidance,
                 height=request.height, width=request.width,
-            )
-            for place, planned, _ in part
-        ]  # fmt: skip
-        for (place, _, path), made in zip(part, generate_each(source, requests), strict=True):
-            if isinstance(made, ModelopsError):
-                samples.failures[place] = made.message
-                if isinstance(made, ImageBlockedError):
-                    samples.blocked.add(place)
-            else:
-                write_bytes(path, encode_png(made))
-                samples.paths[place] = path
+            ),
+            cache / f"{sha256_json([planned.prompt, planned.seed, place * is_folder])[:32]}.png",
+        )
+        for place, planned in enumerate(plan)
+    ]  # fmt: skip
+    finished: set[int] = set()
+
+    def find() -> list[Job]:
+        if source.info.sha256 is None and (cache / COMPLETE).exists():
+            shutil.rmtree(cache)
+        remove_leftovers(cache)
+        missing = [job for job in jobs if not _usable(job.path)]
+        finished.update({job.place for job in jobs} - {job.place for job in missing})
+        return missing
+
+    def report(outcome: Outcome) -> None:
+        finished.add(outcome.place)
         if on_progress:
-            on_progress(len(samples.paths) + len(samples.failures), len(plan))
+            on_progress(len(finished), len(plan))
+
+    outcomes: list[Outcome] = []
+    with contextlib.ExitStack() as stack:
+        if crew:
+            stack.callback(crew.close)
+        if isinstance(crew, Workers):
+            stack.enter_context(fewer_threads(crew.processes))
+        share = crew.divide(find, report) if crew else find()
+        if on_progress:
+            on_progress(len(finished), len(plan))
+        for outcome in make_images(source, share):
+            outcomes.append(outcome)
+            report(outcome)
+            if crew:
+                crew.check()
+        if crew:
+            outcomes = crew.collect(outcomes)
+
+    failed = {outcome.place: outcome for outcome in outcomes if outcome.failure is not None}
+    samples = Samples(
+        plan,
+        paths={job.place: job.path for job in jobs if job.place not in failed},
+        failures={place: outcome.failure or "" for place, outcome in failed.items()},
+        blocked={place for place, outcome in failed.items() if outcome.blocked},
+    )
     write_bytes(cache / COMPLETE, b"")
     return samples
+
+
+def make_images(source: ModelSource, jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """Make the images of jobs that share steps, guidance and size, and write them as PNG."""
+    if not jobs:
+        return
+    chunk = max(1, int(getattr(source, "batch_size", 4)))
+    inner = source.inner if isinstance(source, SharedSource) else source
+    if isinstance(inner, PipelineSource):
+        rows = inner.rows_per_call(jobs[0].request)
+        chunk = -(-chunk // rows) * rows  # a call makes so many in any case
+    for start in range(0, len(jobs), chunk):
+        part = jobs[start : start + chunk]
+        images = generate_each(source, [job.request for job in part])
+        for job, made in zip(part, images, strict=True):
+            if isinstance(made, ModelopsError):
+                yield Outcome(job.place, made.message, isinstance(made, ImageBlockedError))
+            else:
+                write_bytes(job.path, encode_png(made))
+                yield Outcome(job.place)
 
 
 def generate_each(

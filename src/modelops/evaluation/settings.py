@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelops.errors import UsageError
+from modelops.safety.registry import check_image_filter, check_prompt_filter
 
-SAFETY_FILTERS = ("open_nsfw", "none")
+FID_MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")
+EXTRACTOR_DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +27,31 @@ class EvaluationSettings:
         seed: of images, resampling and choices.
         steps, guidance, height, width: None takes the source's own.
         lit: directory of the alignment model; None leaves alignment out.
-        inception_weights: path of clean-fid's TorchScript Inception; without it there is no FID.
+        inception_weights: a state dict of the FID Inception, or clean-fid's TorchScript archive;
+            without it there is no FID, KID or Inception Score.
+        fid_mode: how images come to Inception's size: "clean", "legacy_pytorch" or
+            "legacy_tensorflow".
+        extractor_dtype: "float64" runs Inception in double precision, for audits.
         clip_weights, clip_model: an open_clip state dict and its architecture, for CLIPScore.
-        safety: "open_nsfw" or "none".
+        safety: image filter by name (see `modelops.safety.registry`), or "none".
         safety_threshold: score from which an image is unsafe.
+        serve_threshold: score from which an image would be withheld when served.
+        prompt_filter: prompt filter by name, or "none".
+        audit_safety: a second image filter, which judges what the first would let through.
+        audit_threshold: its score from which an image is unsafe.
+        blocklist: pictures that must not come out again, as a directory or a file of hashes.
         near_copy_cosine: similarity from which the nearest training picture counts as a copy.
+        known_copies: training pictures that are changed a little to see whether the features
+            recognise a copy; 0 leaves that control out.
+        closest_pairs: pairs a side on the page of the closest training pictures.
+        train_record: train.json of the run that made the source; found by itself beside a
+            checkpoint that it names.
         neighbours: k of precision, recall, density and coverage.
         resamples: bootstrap resamples behind each interval.
         jackknife_groups: groups a side behind the Fréchet intervals.
+        slice_by: "tags", "words" (about people, in the prompt) or manifest columns; prompts with
+            each of their values are compared with the others.
+        slice_min: independent groups of prompts that a slice and the rest need to be judged.
         max_failures: so many images may fail before the record is `failed`.
         grid: images in the unselected grid; best and worst show a quarter of them each.
     """
@@ -51,14 +70,26 @@ class EvaluationSettings:
     width: int | None = None
     lit: Path | None = None
     inception_weights: Path | None = None
+    fid_mode: str = "clean"
+    extractor_dtype: str = "float32"
     clip_weights: Path | None = None
     clip_model: str = "ViT-B-32-quickgelu"
     safety: str = "open_nsfw"
     safety_threshold: float = 0.5
+    serve_threshold: float = 0.5
+    prompt_filter: str = "words"
+    audit_safety: str | None = None
+    audit_threshold: float = 0.5
+    blocklist: Path | None = None
     near_copy_cosine: float = 0.95
+    known_copies: int = 48
+    closest_pairs: int = 12
+    train_record: Path | None = None
     neighbours: int = 5
     resamples: int = 2000
     jackknife_groups: int = 40
+    slice_by: tuple[str, ...] = ()
+    slice_min: int = 10
     max_failures: int = 0
     grid: int = 64
 
@@ -70,11 +101,32 @@ class EvaluationSettings:
                 "nothing says which prompts to evaluate",
                 hint="give --manifest and --splits, or --prompts",
             )
-        if self.safety not in SAFETY_FILTERS:
-            raise UsageError(f"safety {self.safety!r}: one of {', '.join(SAFETY_FILTERS)}")
+        self._check_safety()
+        for name, allowed in (("fid_mode", FID_MODES), ("extractor_dtype", EXTRACTOR_DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} {getattr(self, name)!r}: one of {', '.join(allowed)}")
         for name, low in (("n", 2), ("replicates", 1), ("steps", 1), ("height", 1), ("width", 1),
                           ("resamples", 20), ("neighbours", 1), ("jackknife_groups", 2),
-                          ("max_failures", 0), ("grid", 1)):  # fmt: skip
+                          ("max_failures", 0), ("grid", 1), ("known_copies", 0),
+                          ("closest_pairs", 1), ("slice_min", 2)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name} is {value}; it must be at least {low}")
+
+    def _check_safety(self) -> None:
+        """Filters are known, and what they open is there, before any image is made."""
+        if self.safety != "none":
+            check_image_filter(self.safety)
+        if self.prompt_filter != "none":
+            check_prompt_filter(self.prompt_filter)
+        if self.audit_safety is not None:
+            check_image_filter(self.audit_safety)
+            if self.audit_safety == self.safety:
+                raise UsageError(
+                    f"{self.safety!r} cannot audit itself", hint="name another filter to audit with"
+                )
+        if self.blocklist is not None:
+            check_image_filter(f"blocklist:{self.blocklist}")
+        for name in ("safety_threshold", "serve_threshold", "audit_threshold"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be in (0, 1]")

@@ -37,6 +37,7 @@ class Workbench:
         per_image: one value for each image that was made, in the order of `samples.made`.
         problems: what makes the record `failed`.
         pages: further files, by name, that the record shall name.
+        on_progress: called with (done, total) by what goes through the images one by one.
     """
 
     settings: EvaluationSettings
@@ -50,6 +51,7 @@ class Workbench:
     per_image: dict[str, list[Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     pages: dict[str, Path] = field(default_factory=dict)
+    on_progress: Callable[[int, int], None] | None = None
     extractor: Lite0Extractor = field(default_factory=Lite0Extractor)
     _features: dict[str, Features] = field(default_factory=dict)
 
@@ -83,8 +85,9 @@ class Workbench:
         if key not in self._features:
             digests = [sha256_file(self.samples.paths[place]) for place in self.samples.made]
             self._features[key] = cached_features(
-                extractor, digests, self.image, self.workdir / "cache"
-            )
+                extractor, digests, self.image, self.workdir / "cache",
+                on_progress=self.on_progress,
+            )  # fmt: skip
         return self._features[key]
 
     def real_features_of(self, pictures: RealPictures, extractor: Extractor) -> Features:

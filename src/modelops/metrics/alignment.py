@@ -12,6 +12,7 @@ from modelops.errors import EvaluationError
 from modelops.metrics.intervals import Interval, bootstrap_mean, clopper_pearson
 
 Floats = npt.NDArray[np.float64]
+MAX_SIMILARITIES = 8_000_000  # float64 values in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,17 @@ def embeddings_to_alignment(
         raise EvaluationError("prompts must be distinct; give each image its prompt's index")
     if len(prompts) < 2:
         raise EvaluationError("alignment needs at least two distinct prompts")
-    similarity = _unit(images) @ _unit(texts).T
-    own = similarity[np.arange(len(images)), owner]
-    shuffled = (similarity.sum(axis=1) - own) / (len(prompts) - 1)
-    rank = (similarity >= own[:, None]).sum(axis=1) - 1
-    return Alignment(own, shuffled, rank.astype(np.int64))
+    left, right = _unit(images), _unit(texts)
+    own, total = np.empty(len(left)), np.empty(len(left))
+    rank = np.empty(len(left), np.int64)
+    block = max(1, MAX_SIMILARITIES // len(right))
+    for start in range(0, len(left), block):
+        rows = slice(start, start + block)
+        similarity = left[rows] @ right.T
+        own[rows] = similarity[np.arange(len(similarity)), owner[rows]]
+        total[rows] = similarity.sum(axis=1)
+        rank[rows] = (similarity >= own[rows, None]).sum(axis=1) - 1
+    return Alignment(own, (total - own) / (len(prompts) - 1), rank)
 
 
 def per_prompt(values: npt.NDArray[np.floating], owner: npt.NDArray[np.int64]) -> Floats:

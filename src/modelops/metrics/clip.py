@@ -1,12 +1,14 @@
-"""CLIPScore in its paper's definition, through open_clip (Hessel et al., 2021).
+"""CLIPScore in its two definitions, and CLIP and SigLIP embeddings, through open_clip.
 
-2.5 * max(0, cos(image, "A photo depicts " + prompt)) for each image. torchmetrics' "CLIP score" is
-100 * cos with no prefix, clamped after the mean: another number.
+The paper's (Hessel et al., 2021) is 2.5 * max(0, cos(image, "A photo depicts " + prompt)) for each
+image. torchmetrics' "CLIP score" is 100 * cos with the bare prompt, its mean over images clamped at
+0: another number, under another name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,62 +16,137 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.errors import MissingWeightsError
-from modelops.files import sha256_file
+from modelops.files import sha256_file, sha256_tree
 
+Image = npt.NDArray[np.uint8]
+Embeddings = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
 
 
-class ClipScorer:
-    """One open_clip model with its weights from a file.
+def clipscores(images: Embeddings, texts: Embeddings) -> Floats:
+    """The paper's CLIPScore of each image [N], in [0, 2.5].
 
     Args:
-        weights: path of an open_clip state dict (safetensors, or a pickle-free torch file).
-        model_name: open_clip's name of the architecture.
+        images, texts: normalised embeddings [N, E], row for row; the texts with `PREFIX`.
+    """
+    return np.asarray(WEIGHT * np.maximum(0.0, _cosines(images, texts)))
+
+
+def torchmetrics_clip_scores(images: Embeddings, texts: Embeddings) -> Floats:
+    """100 * cosine of each image [N], in [-100, 100]; torchmetrics clamps only their mean, at 0.
+
+    Args:
+        images, texts: normalised embeddings [N, E], row for row; the texts without a prefix.
+    """
+    return np.asarray(100.0 * _cosines(images, texts))
+
+
+class ClipModel:
+    """One open_clip model (CLIP, SigLIP and their kin) with its weights from a file or directory.
+
+    Args:
+        weights: path of an open_clip state dict (safetensors, or a pickle-free torch file); or of
+            a directory with open_clip_config.json, weights and, where the model has its own, the
+            tokenizer, as open_clip saves them.
+        model_name: open_clip's name of the architecture; not used for a directory.
 
     Raises:
-        MissingWeightsError: no such file, or it does not fit the architecture.
+        MissingWeightsError: no such file, it does not fit the architecture, or the architecture's
+            tokenizer is not on this machine.
     """
 
     def __init__(self, weights: Path, model_name: str = "ViT-B-32-quickgelu") -> None:
         import open_clip
 
-        if not Path(weights).is_file():
+        path = Path(weights)
+        if not path.exists():
             raise MissingWeightsError(f"{weights}: no such file", hint="give open_clip weights")
+        name = f"local-dir:{path}" if path.is_dir() else model_name
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                model_name, pretrained=str(weights)
-            )
-            self.tokenizer = open_clip.get_tokenizer(model_name)
-        except (RuntimeError, ValueError, OSError) as error:
+                name, pretrained=None if path.is_dir() else str(path), require_pretrained=True,
+                **({} if path.is_dir() else _preprocessing(model_name)),
+            )  # fmt: skip
+        except Exception as error:  # there is one for each way to be wrong
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            if "weights_only" in why:  # torch's text, which advises to unpickle it
+                why = "not a file of tensors"
             raise MissingWeightsError(
-                f"{weights}: does not load as {model_name}: {str(error).splitlines()[0]}",
+                f"{weights}: does not load as {name}: {why}",
                 hint="name the architecture with --clip-model",
             ) from error
-        self.model.eval()
+        try:
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise MissingWeightsError(
+                f"{name}: its tokenizer is not on this machine",
+                hint="give a directory that holds open_clip_config.json, weights and tokenizer",
+            ) from error
+        self.model.eval().requires_grad_(False)
+        # The sigmoid loss needs a bias; only SigLIP and its kin have one.
+        self.is_siglip = getattr(self.model, "logit_bias", None) is not None
         self.protocol: dict[str, Any] = {
-            "extractor": f"open_clip {model_name}",
-            "weights_sha256": sha256_file(weights),
-            "prompt_template": PREFIX + "{}",
-            "formula": "2.5 * max(0, cos), per image",
-            "resize": str(self.preprocess),
+            "extractor": "open_clip directory" if path.is_dir() else f"open_clip {model_name}",
+            "weights_sha256": sha256_tree(path) if path.is_dir() else sha256_file(path),
+            "preprocess": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in self.model.visual.preprocess_cfg.items()
+            },
+            "context_length": self.tokenizer.context_length,
             "dtype": "float32",
         }
 
-    def scores(
-        self, images: Sequence[npt.NDArray[np.uint8]], prompts: Sequence[str], *, batch: int = 32
-    ) -> npt.NDArray[np.float64]:
-        """CLIPScore [N] of each image [H, W, 3] uint8 with its own prompt."""
+    def images_to_embeddings(self, images: Iterable[Image], *, batch: int = 32) -> Embeddings:
+        """Images uint8 [H, W, 3] of any sizes to normalised embeddings [N, E] float32."""
         import torch
-        from PIL import Image
+        from PIL import Image as Picture
 
-        results = []
-        for start in range(0, len(images), batch):
-            rows = slice(start, start + batch)
-            pixels = torch.stack([self.preprocess(Image.fromarray(i)) for i in images[rows]])
-            tokens = self.tokenizer([PREFIX + prompt for prompt in prompts[rows]])
+        found, rest = [], iter(images)
+        while block := list(islice(rest, batch)):
+            pixels = torch.stack([self.preprocess(Picture.fromarray(image)) for image in block])
             with torch.no_grad():
-                a = self.model.encode_image(pixels, normalize=True)
-                b = self.model.encode_text(tokens, normalize=True)
-            results.append(WEIGHT * (a * b).sum(dim=1).clamp(min=0).double().numpy())
-        return np.concatenate(results) if results else np.zeros(0)
+                found.append(self.model.encode_image(pixels, normalize=True).float().numpy())
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
+    def texts_to_embeddings(self, texts: Sequence[str], *, batch: int = 64) -> Embeddings:
+        """Texts to normalised embeddings [N, E] float32; a long text is cut at the model's
+        context length."""
+        import torch
+
+        found = []
+        for start in range(0, len(texts), batch):
+            with torch.no_grad():
+                tokens = self.tokenizer(list(texts[start : start + batch]))
+                found.append(self.model.encode_text(tokens, normalize=True).float().numpy())
+        return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
+    def cut_texts(self, texts: Sequence[str]) -> int:
+        """How many texts fill the context to its end: they were cut, or are just as long."""
+        tokens = self.tokenizer(list(texts))
+        return int((tokens[:, -1] != tokens[:, -1].new_tensor(self._padding())).sum())
+
+    def _padding(self) -> int:
+        """The id that the tokenizer fills short texts with."""
+        return int(self.tokenizer([""])[0, -1])
+
+
+def _preprocessing(model_name: str) -> dict[str, Any]:
+    """How open_clip's own weights of an architecture want their images, if they agree on it.
+
+    For weights from a file open_clip takes CLIP's mean, spread and crop, which are not SigLIP's.
+    """
+    import open_clip
+
+    wanted = ("mean", "std", "interpolation", "resize_mode")
+    known = [
+        {f"image_{key}": config[key] for key in wanted if key in config}
+        for tag in open_clip.list_pretrained_tags_by_model(model_name)
+        if (config := open_clip.get_pretrained_cfg(model_name, tag))
+    ]
+    return known[0] if known and all(config == known[0] for config in known) else {}
+
+
+def _cosines(images: Embeddings, texts: Embeddings) -> Floats:
+    return np.asarray((images.astype(np.float64) * texts.astype(np.float64)).sum(axis=1))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, IntegrityError, MissingWeightsError, ModelopsError
-from modelops.files import atomic_path, sha256_file, sha256_json
+from modelops.errors import EvaluationError, ModelopsError
+from modelops.files import atomic_path, sha256_json
 from modelops.metrics.protocol import protocol_id
 
 Image = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
 OnProgress = Callable[[int, int], None]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Extractor(Protocol):
@@ -69,76 +74,24 @@ class Lite0Extractor:
         )
 
 
-class InceptionExtractor:
-    """The 2015-12-05 Inception graph in its TorchScript form, with clean-fid's `clean` resize.
+def in_threads(
+    function: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int
+) -> Iterator[R]:
+    """function(item) for each item, in order, at most `ahead` of them begun before they are taken.
 
-    Args:
-        weights: path of `inception-2015-12-05.pt` (clean-fid downloads it to its cache). It is a
-            TorchScript archive, that is, code: use only a file you trust. Its sha256 is part of
-            the protocol.
-        sha256: if given, the digest that the file must have.
+    For work that leaves the interpreter's lock (decoding, resizing), beside a network that runs.
     """
-
-    dim = 2048
-
-    def __init__(self, weights: Path, *, sha256: str | None = None, batch_size: int = 32) -> None:
-        if not Path(weights).is_file():
-            raise MissingWeightsError(
-                f"{weights}: no such file",
-                hint="give the path of clean-fid's inception-2015-12-05.pt",
-            )
-        self.weights = Path(weights)
-        self.batch_size = batch_size
-        self._layers: Any = None
-        digest = sha256_file(weights)
-        if sha256 is not None and digest != sha256:
-            raise IntegrityError(f"{weights}: sha256 {digest[:12]}, expected {sha256[:12]}")
-        self.protocol: dict[str, Any] = {
-            "extractor": "inception-2015-12-05 (TorchScript)",
-            "weights_sha256": digest,
-            "layer": "pool3",
-            "dim": self.dim,
-            "resize": "clean-fid clean: 299 px, PIL bicubic on float32 channels",
-            "clamp": "[0, 255]",
-            "quantised": False,
-            "normalisation": "(x - 128) / 128",
-            "dtype": "float32",
-        }
-
-    def images_to_features(
-        self, images: Iterable[Image], *, on_progress: Callable[[int], None] | None = None
-    ) -> Features:
-        import torch
-        from cleanfid.resize import build_resizer
-
-        if self._layers is None:
-            try:
-                self._layers = torch.jit.load(str(self.weights), map_location="cpu").eval().layers
-            except (RuntimeError, AttributeError) as error:
-                raise MissingWeightsError(
-                    f"{self.weights}: not the Inception TorchScript archive",
-                    hint="give the path of clean-fid's inception-2015-12-05.pt",
-                ) from error
-        resize = build_resizer("clean")
-        features: list[Features] = []
-        pending: list[npt.NDArray[np.float32]] = []
-
-        def flush() -> None:
-            if pending:
-                batch = torch.from_numpy(np.stack(pending)).permute(0, 3, 1, 2)
-                with torch.no_grad():
-                    output = self._layers((batch - 128.0) / 128.0)
-                features.append(output.view(len(pending), self.dim).numpy())
-                pending.clear()
-                if on_progress:
-                    on_progress(sum(map(len, features)))
-
-        for image in images:
-            pending.append(resize(image))
-            if len(pending) == self.batch_size:
-                flush()
-        flush()
-        return np.concatenate(features) if features else np.zeros((0, self.dim), np.float32)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def cached_features(
@@ -153,7 +106,7 @@ def cached_features(
 
     Args:
         digests: sha256 of each image's content; with the protocol they are the cache's key.
-        load: reads image i as uint8 [H, W, 3].
+        load: reads image i as uint8 [H, W, 3]; called from several threads.
         cache_dir: where `KEY.npz` files lie; None turns the cache off. One that cannot be written
             is no error.
     """
@@ -163,8 +116,9 @@ def cached_features(
         stored = _read_features(path, len(digests), extractor.dim)
         if stored is not None:
             return stored
+    workers = min(4, os.cpu_count() or 1)
     features = extractor.images_to_features(
-        (load(index) for index in range(len(digests))),
+        in_threads(load, range(len(digests)), workers=workers, ahead=4 * workers),
         on_progress=(lambda done: on_progress(done, len(digests))) if on_progress else None,
     )
     if not np.isfinite(features).all():

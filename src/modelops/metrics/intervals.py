@@ -119,6 +119,16 @@ def bootstrap_median_difference(
     return Interval(float(np.median(a) - np.median(b)), low, high, method)
 
 
+def normal_interval(
+    value: float, variance: float, *, freedom: int, method: str, confidence: float = 0.95
+) -> Interval:
+    """value +- t sqrt(variance), with the t quantile of so many degrees of freedom."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.5 + confidence / 2.0, max(1, freedom)) * np.sqrt(variance))
+    return Interval(value, value - half, value + half, method)
+
+
 def jackknife_interval(
     value: float,
     leave_out: list[npt.NDArray[np.float64]],
@@ -132,15 +142,13 @@ def jackknife_interval(
         value: the statistic on everything.
         leave_out: for each sample, the statistic without each of its groups (equal sizes).
     """
-    from scipy.stats import t
-
     variances = [
         (len(v) - 1) / len(v) * float(((v - v.mean()) ** 2).sum()) for v in leave_out if len(v) > 1
     ]
-    error = float(np.sqrt(sum(variances)))
-    freedom = max(1, min(len(v) for v in leave_out) - 1)
-    half = float(t.ppf(0.5 + confidence / 2.0, freedom)) * error
-    return Interval(value, value - half, value + half, method)
+    freedom = min(len(v) for v in leave_out) - 1
+    return normal_interval(
+        value, sum(variances), freedom=freedom, confidence=confidence, method=method
+    )
 
 
 def _check_counts(successes: int, n: int) -> None:

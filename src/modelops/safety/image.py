@@ -32,7 +32,10 @@ class ImageVerdict:
 
 
 class ImageFilter(Protocol):
-    """Says which images must not be shown."""
+    """Says which images must not be shown.
+
+    Scores of every filter run from 0 to 1, and 0.5 is the filter's own, published threshold.
+    """
 
     @property
     def info(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class OpenNsfwFilter:
     def check(self, images: Sequence[Image], *, batch_size: int = 16) -> list[ImageVerdict]:
         verdicts = []
         for start in range(0, len(images), batch_size):
-            batch = [self._checked(image) for image in images[start : start + batch_size]]
+            batch = [checked_image(image) for image in images[start : start + batch_size]]
             try:
                 predictions = self._classifier.classify_batch(batch, max_workers=1)
                 scores = [float(prediction.nsfw) for prediction in predictions]
@@ -114,13 +117,42 @@ class OpenNsfwFilter:
             verdicts += [score_to_verdict(score, self.threshold) for score in scores]
         return verdicts
 
-    @staticmethod
-    def _checked(image: Image) -> Image:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise SafetyFilterError(
-                f"an image of shape {image.shape} and type {image.dtype} cannot be checked"
-            )
-        return np.ascontiguousarray(image)
+
+def checked_image(image: Image) -> Image:
+    """The image itself, contiguous.
+
+    Raises:
+        SafetyFilterError: it is not [H, W, 3] uint8, or empty.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise SafetyFilterError(
+            f"an image of shape {image.shape} and type {image.dtype} cannot be checked"
+        )
+    return np.ascontiguousarray(image)
+
+
+def checked_verdicts(image_filter: ImageFilter, images: Sequence[Image]) -> list[ImageVerdict]:
+    """What any filter says of images, made sure of: one verdict each, with a score in [0, 1].
+
+    Raises:
+        SafetyFilterError: the filter failed, or an answer is missing or no answer.
+    """
+    try:
+        name = str(image_filter.info["filter"])
+        verdicts = list(image_filter.check(images))
+    except SafetyFilterError:
+        raise
+    except Exception as error:
+        raise SafetyFilterError(
+            f"the image filter failed: {type(error).__name__}: {error}"
+        ) from error
+    if len(verdicts) != len(images):
+        raise SafetyFilterError(f"{name} scored {len(verdicts)} of {len(images)} images")
+    for verdict in verdicts:
+        if not isinstance(verdict, ImageVerdict) or not isinstance(verdict.blocked, bool):
+            raise SafetyFilterError(f"{name} gave {verdict!r}, which is not a verdict")
+        score_to_verdict(verdict.score, 0.5)
+    return verdicts
 
 
 def score_to_verdict(score: float, threshold: float) -> ImageVerdict:

@@ -21,6 +21,7 @@ from modelops.errors import UsageError
 from modelops.files import read_text, sha256_json
 
 MAX_PROMPT = 10_000  # characters
+BENIGN_FILE = "benign_prompts.txt"
 CATEGORIES = ("sexual", "minors", "violence", "hate", "self-harm")
 _LEET = str.maketrans({"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a",
                        "$": "s", "!": "i"})  # fmt: skip
@@ -104,13 +105,21 @@ def packaged_lists() -> dict[str, tuple[str, ...]]:
     }
 
 
+@functools.cache
+def benign_prompts() -> tuple[str, ...]:
+    """Ordinary prompts, many with a word that has another sense; a filter should let them pass."""
+    text = (resources.files("modelops.safety") / "lists" / BENIGN_FILE).read_text("utf-8")
+    lines = (line.strip() for line in text.splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
 def read_lists(directory: Path) -> dict[str, tuple[str, ...]]:
-    """Lists of one's own: every `*.txt` of a directory.
+    """Lists of one's own: every `*.txt` of a directory (but not a copy of the benign prompts).
 
     Raises:
         UsageError: there is none, or an entry cannot be used.
     """
-    files = sorted(Path(directory).glob("*.txt"))
+    files = sorted(file for file in Path(directory).glob("*.txt") if file.name != BENIGN_FILE)
     if not files:
         raise UsageError(f"{directory}: no word lists (*.txt)")
     return {file.stem: parse_list(read_text(file), file.name) for file in files}

@@ -6,13 +6,16 @@ from modelops.evaluation.measures import (
     alignment,
     clipscore,
     distances,
+    diversity,
     failures,
     fid,
     memorization,
     neighbourhoods,
     safety,
+    slices,
 )
 
 FAMILIES = (
-    failures, distances, neighbourhoods, memorization, alignment, fid, clipscore, safety,
+    failures, distances, neighbourhoods, memorization, alignment, fid, clipscore, diversity, safety,
+    slices,  # of what the others left in `per_image`
 )  # fmt: skip

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 from modelops.errors import EvaluationError
 from modelops.evaluation.lit import RECORD
 from modelops.evaluation.workbench import Workbench
@@ -86,6 +89,7 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
     if bench.reference is None:
         bench.missing("no held-out pictures", "lit_alignment_real")
         return
+    _note_real_gains(bench, model, texts)
     captions = model.texts_to_embeddings(bench.reference.captions)
     real = model.features_to_embeddings(bench.reference.features)
     cosines = (captions * real).sum(axis=1)
@@ -98,3 +102,24 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
          "reference": bench.reference.digest},
         n=len(cosines), unit="cosine",
     )  # fmt: skip
+
+
+def _note_real_gains(bench: Workbench, model: LitModel, texts: npt.NDArray[np.floating]) -> None:
+    """Keep the alignment gain of the real picture of each prompt, if prompts are its captions.
+
+    A slice whose real pictures score lower too says something of the alignment model.
+
+    Args:
+        texts: embeddings of the prompts [P, E].
+    """
+    assert bench.reference is not None
+    ids, prompts = bench.prompts.ids, bench.prompts.prompts
+    rows = {sample.id: row for row, sample in enumerate(bench.reference.samples)}
+    if not ids or not all(name in rows for name in ids):
+        return
+    pictures = bench.reference.features[[rows[name] for name in ids]]
+    real = embeddings_to_alignment(
+        model.features_to_embeddings(pictures), texts, prompts, np.arange(len(prompts))
+    )
+    gains = real.own - real.shuffled
+    bench.per_image["alignment_gain_real"] = gains[bench.owner].tolist()

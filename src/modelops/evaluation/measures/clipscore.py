@@ -1,34 +1,106 @@
-"""CLIPScore, when CLIP weights are given."""
+"""CLIPScore in both definitions and retrieval, when CLIP or SigLIP weights are given."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
 from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
-from modelops.metrics.alignment import per_prompt
-from modelops.metrics.clip import ClipScorer
-from modelops.metrics.intervals import bootstrap_mean
+from modelops.metrics.alignment import embeddings_to_alignment, per_prompt, retrieval_rate
+from modelops.metrics.clip import PREFIX, ClipModel, clipscores, torchmetrics_clip_scores
+from modelops.metrics.intervals import Interval, bootstrap_mean
+from modelops.records import InputRef
 
-KEYS = ("clipscore",)
+SCORES = ("clipscore", "clip_score_torchmetrics")
+RETRIEVAL = ("clip_retrieval_top1", "clip_retrieval_top5")
+KEYS = SCORES + RETRIEVAL
 
 
 def measure(bench: Workbench) -> None:
-    """CLIPScore in its paper's definition, averaged over prompts."""
+    """Scores and retrieval rates; images are encoded once. SigLIP's are retrieval only: a
+    CLIPScore is made with CLIP."""
     settings = bench.settings
     if settings.clip_weights is None:
         raise EvaluationError("no CLIP weights were given (--clip-weights)")
-    scorer = ClipScorer(settings.clip_weights, settings.clip_model)
-    scores = [
-        float(scorer.scores([bench.image(row)], [prompt])[0])
-        for row, prompt in enumerate(bench.made_prompts)
-    ]
-    bench.per_image["clipscore"] = scores
-    interval = bootstrap_mean(
-        per_prompt(np.array(scores), bench.owner), seed=settings.seed,
-        resamples=settings.resamples, purpose="clipscore",
+    if bench.record.source.kind == "folder" and settings.prompts_file is None:
+        raise EvaluationError("the images have no prompts")
+    if bench.n == 0:
+        raise EvaluationError("no images")
+    model = ClipModel(settings.clip_weights, settings.clip_model)
+    bench.record.inputs["clip"] = InputRef(
+        path=str(settings.clip_weights), sha256=model.protocol["weights_sha256"]
+    )
+    prompts, owner = list(bench.prompts.prompts), bench.owner
+    images = model.images_to_embeddings(bench.image(row) for row in range(bench.n))
+    texts = model.texts_to_embeddings(prompts)
+    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
+        raise EvaluationError("the CLIP model gives embeddings that are not finite")
+    protocol = {**model.protocol, "n": bench.n, "sampling": dict(bench.sampling)}
+    if model.is_siglip:
+        bench.missing("the weights are SigLIP's; a CLIPScore is made with CLIP", *KEYS)
+    else:
+        _put_scores(bench, model, images, texts, protocol)
+
+    prefix = "siglip" if model.is_siglip else "clip"
+    if len(prompts) < 2:
+        bench.missing("retrieval needs at least two prompts", *RETRIEVAL)
+        return
+    rank = embeddings_to_alignment(images, texts, prompts, owner).rank
+    bench.per_image[f"{prefix}_rank"] = rank.tolist()
+    total = len(bench.samples.plan)
+    for k in (1, 5):
+        bench.put(
+            f"{prefix}_retrieval_top{k}", retrieval_rate(rank, k, n=total),
+            {**protocol, "metric": "retrieval", "prompt_template": "{}", "prompts": len(prompts),
+             "part": f"top-{k} among the prompts; a failed image is a miss"},
+            n=total, better=True, unit="rate", warnings=_cut(model, prompts),
+            details={"chance": min(1.0, k / len(prompts))},
+        )  # fmt: skip
+
+
+def _put_scores(
+    bench: Workbench,
+    model: ClipModel,
+    images: np.ndarray[tuple[int, int], np.dtype[np.float32]],
+    texts: np.ndarray[tuple[int, int], np.dtype[np.float32]],
+    protocol: dict[str, object],
+) -> None:
+    """The paper's score, averaged over prompts, and torchmetrics', averaged over images."""
+    settings, owner = bench.settings, bench.owner
+    prefixed = [PREFIX + prompt for prompt in bench.prompts.prompts]
+    paper = clipscores(images, model.texts_to_embeddings(prefixed)[owner])
+    bench.per_image["clipscore"] = paper.tolist()
+    options = {"seed": settings.seed, "resamples": settings.resamples}
+    bench.put(
+        "clipscore", bootstrap_mean(per_prompt(paper, owner), purpose="clipscore", **options),
+        {**protocol, "metric": "clipscore", "prompt_template": PREFIX + "{}",
+         "formula": "2.5 * max(0, cos), per image"},
+        better=True, unit="2.5 max(0, cosine)", warnings=_cut(model, prefixed),
     )  # fmt: skip
-    protocol = {
-        "metric": "clipscore", **scorer.protocol, "n": bench.n, "sampling": dict(bench.sampling),
-    }  # fmt: skip
-    bench.put("clipscore", interval, protocol, better=True, unit="2.5 max(0, cosine)")
+    scaled = torchmetrics_clip_scores(images, texts[owner])
+    bench.per_image["clip_score_torchmetrics"] = scaled.tolist()
+    # Prompts are resampled, and weigh by their images: the value is the mean over images.
+    _, counts = np.unique(owner, return_counts=True)
+    weighed = per_prompt(scaled, owner) * counts / counts.mean()
+    made = bootstrap_mean(weighed, purpose="clip_score_torchmetrics", **options)
+    bench.put(
+        "clip_score_torchmetrics", _clamped(made),
+        {**protocol, "metric": "clip_score_torchmetrics", "prompt_template": "{}",
+         "formula": "max(0, mean of 100 * cos)"},
+        better=True, unit="100 cosine", warnings=_cut(model, list(bench.prompts.prompts)),
+    )  # fmt: skip
+
+
+def _clamped(made: Interval) -> Interval:
+    return replace(
+        made, value=max(0.0, made.value), low=max(0.0, made.low), high=max(0.0, made.high)
+    )
+
+
+def _cut(model: ClipModel, texts: list[str]) -> list[str]:
+    count = model.cut_texts(texts)
+    return [f"{count} prompts reach or pass the model's context length and may be cut"] * bool(
+        count
+    )

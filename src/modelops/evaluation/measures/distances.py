@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from modelops.evaluation.reference import overlap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modelops.evaluation.reference import RealPictures, overlap
 from modelops.evaluation.workbench import Workbench
-from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.frechet import (
+    DDOF,
+    extrapolation_warning,
+    frechet_infinity,
+    frechet_interval,
+    rank_warning,
+)
 from modelops.metrics.kernel import kernel_distance
 from modelops.seeding import numpy_generator
 
 KEYS = (
     "frechet_distance_lite0", "frechet_distance_lite0_floor", "kernel_distance_lite0",
-    "kernel_distance_lite0_floor",
+    "kernel_distance_lite0_floor", "frechet_distance_infinity_lite0",
 )  # fmt: skip
 
 
@@ -33,10 +42,21 @@ def measure(bench: Workbench) -> None:
         better=False, details={"n_reference": len(real)},
     )  # fmt: skip
     if bench.training is None:
-        return bench.missing("no training split", *(k for k in KEYS if k.endswith("floor")))
-    count = min(bench.n, len(bench.training.samples))
-    rows = numpy_generator(settings.seed, "floor").permutation(len(bench.training.samples))[:count]
-    subset = bench.training.features[rows]
+        bench.missing("no training split", *(k for k in KEYS if k.endswith("floor")))
+    else:
+        _floor(bench, bench.training, frechet, kernel, warnings)
+    _infinity(bench)  # last: it alone needs a few dozen images
+
+
+def _floor(
+    bench: Workbench, training: RealPictures, frechet: Mapping[str, Any],
+    kernel: Mapping[str, Any], warnings: Sequence[str],
+) -> None:  # fmt: skip
+    """The distances that as many training pictures have from the reference."""
+    settings, real = bench.settings, bench.real().features
+    count = min(bench.n, len(training.samples))
+    rows = numpy_generator(settings.seed, "floor").permutation(len(training.samples))[:count]
+    subset = training.features[rows]
     less = [f"only {count} training pictures for {bench.n} samples"] if count < bench.n else []
     floor = {"images": "training pictures", "n": count, "sampling": {"seed": settings.seed}}
     bench.put(
@@ -49,4 +69,22 @@ def measure(bench: Workbench) -> None:
         "kernel_distance_lite0_floor", kernel_distance(subset, real), {**kernel, **floor},
         n=count, better=False, warnings=less, details={"n_reference": len(real)},
     )  # fmt: skip
-    return None
+
+
+def _infinity(bench: Workbench) -> None:
+    """The distance extrapolated to infinitely many images."""
+    reference, settings = bench.real(), bench.settings
+    real = reference.features
+    found = frechet_infinity(bench.features, real, seed=settings.seed)
+    bench.put(
+        "frechet_distance_infinity_lite0", found.interval,
+        bench.set_protocol(
+            bench.extractor.protocol, "frechet distance, extrapolated to n = infinity", ddof=DDOF,
+            sizes=[n for n, _ in found.points],
+        ),
+        better=False, warnings=extrapolation_warning(found, len(real), real.shape[1]),
+        details={
+            "n_reference": len(real), "slope": found.slope,
+            "points": "; ".join(f"{n}: {value:.4g}" for n, value in found.points),
+        },
+    )  # fmt: skip

@@ -1,29 +1,77 @@
-"""FID through clean-fid's Inception, when its weights are given."""
+"""FID, KID, Inception Score, precision and recall on Inception features, when weights are given."""
 
 from __future__ import annotations
 
 from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
-from modelops.metrics.features import InceptionExtractor
 from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.inception import (
+    SPLITS,
+    InceptionExtractor,
+    logits_to_inception_score,
+    shuffled_order,
+)
+from modelops.metrics.kernel import kernel_distance
+from modelops.metrics.prdc import prdc
 
-KEYS = ("fid",)
+KEYS = (
+    "fid", "kid", "inception_score", "precision_inception", "recall_inception",
+    "density_inception", "coverage_inception",
+)  # fmt: skip
 
 
 def measure(bench: Workbench) -> None:
-    """Fréchet Inception distance to the reference pictures."""
+    """Distances to the reference pictures, and the score of the images alone."""
     settings = bench.settings
     if settings.inception_weights is None:
         raise EvaluationError("no Inception weights were given (--inception-weights)")
-    reference = bench.real()
-    extractor = InceptionExtractor(settings.inception_weights)
-    real = bench.real_features_of(reference, extractor)
+    extractor = InceptionExtractor(
+        settings.inception_weights, mode=settings.fid_mode, dtype=settings.extractor_dtype
+    )
+    bench.attempt(lambda bench: _measure_score(bench, extractor), ("inception_score",))
+    _measure_distances(bench, extractor)
+
+
+def _measure_score(bench: Workbench, extractor: InceptionExtractor) -> None:
+    logits = extractor.features_to_logits(bench.features_of(extractor))
+    whole = logits_to_inception_score(logits, splits=1)
+    protocol = {
+        "metric": "inception score", "features": extractor.protocol, "n": bench.n,
+        "logits": "1008, without bias", "splits": SPLITS, "seed": bench.settings.seed,
+        "sampling": dict(bench.sampling),
+    }  # fmt: skip
+    bench.put(
+        "inception_score",
+        logits_to_inception_score(logits, order=shuffled_order(bench.n, bench.settings.seed)),
+        protocol, better=True, warnings=extractor.warnings,
+        details={"images_per_split": bench.n // SPLITS, "one_split": whole.value},
+    )  # fmt: skip
+
+
+def _measure_distances(bench: Workbench, extractor: InceptionExtractor) -> None:
+    settings, reference = bench.settings, bench.real()
+    real, fake = bench.real_features_of(reference, extractor), bench.features_of(extractor)
+    details = {"n_reference": len(real)}
     bench.put(
         "fid",
-        frechet_interval(
-            bench.features_of(extractor), real, seed=settings.seed, groups=settings.jackknife_groups
-        ),
+        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
         bench.set_protocol(extractor.protocol, "fid", ddof=DDOF), better=False,
-        warnings=rank_warning(bench.n, len(real), extractor.dim),
-        details={"n_reference": len(real)},
+        warnings=[*extractor.warnings, *rank_warning(bench.n, len(real), extractor.dim)],
+        details=details,
     )  # fmt: skip
+    bench.put(
+        "kid", kernel_distance(fake, real),
+        bench.set_protocol(extractor.protocol, "kid", kernel="(x.y/d + 1)^3, unbiased"),
+        better=False, warnings=extractor.warnings, details=details,
+    )  # fmt: skip
+    made = prdc(
+        real, fake, seed=settings.seed, neighbours=settings.neighbours,
+        resamples=settings.resamples,
+    )  # fmt: skip
+    for name, interval in made.items():
+        protocol = bench.set_protocol(extractor.protocol, name, neighbours=settings.neighbours)
+        over = len(real) if name in ("recall", "coverage") else bench.n
+        bench.put(
+            f"{name}_inception", interval, protocol, n=over, better=True,
+            warnings=extractor.warnings,
+        )  # fmt: skip

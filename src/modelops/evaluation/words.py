@@ -14,7 +14,7 @@ class Words:
     says: str
 
 
-PARTS = ("quality", "prompts", "memorization", "safety", "slices", "other")
+PARTS = ("quality", "prompts", "memorization", "safety", "other")
 
 METRICS: dict[str, Words] = {
     "frechet_distance_lite0": Words(
@@ -27,6 +27,11 @@ METRICS: dict[str, Words] = {
         "Floor of that distance", "quality",
         "The same distance between real training pictures and real held-out pictures at the same "
         "n: what a perfect generator would score here.",
+    ),
+    "frechet_distance_infinity_lite0": Words(
+        "The same, extrapolated to infinite n", "quality",
+        "What the Fréchet distance tends to as the number of pictures grows: its bias in n taken "
+        "off.",
     ),
     "kernel_distance_lite0": Words(
         "Kernel distance (Lite0)", "quality",
@@ -48,6 +53,33 @@ METRICS: dict[str, Words] = {
     "coverage_lite0": Words("Coverage", "quality", "Recall that outliers inflate less."),
     "fid": Words(
         "FID", "quality", "Fréchet distance on Inception features, as clean-fid computes it."
+    ),
+    "kid": Words("KID", "quality", "Kernel distance on Inception features."),
+    "inception_score": Words(
+        "Inception Score", "quality",
+        "How sure and how varied Inception's classes are; it never looks at real pictures.",
+    ),
+    "precision_inception": Words("Precision (Inception)", "quality", "On Inception features."),
+    "recall_inception": Words("Recall (Inception)", "quality", "On Inception features."),
+    "density_inception": Words("Density (Inception)", "quality", "On Inception features."),
+    "coverage_inception": Words("Coverage (Inception)", "quality", "On Inception features."),
+    "diversity_lite0": Words(
+        "Diversity within a prompt", "prompts",
+        "Mean distance between pictures of one prompt with different seeds; 0 means that the seed "
+        "changes nothing.",
+    ),
+    "diversity_lite0_between": Words(
+        "Diversity between prompts", "prompts", "The same between pictures of different prompts."
+    ),
+    "clip_score_torchmetrics": Words(
+        "CLIP score on torchmetrics' scale", "prompts",
+        "100 times the cosine, without a prefix: another number than CLIPScore.",
+    ),
+    "clip_retrieval_top1": Words(
+        "Own prompt found first by CLIP", "prompts", "Among all evaluated prompts."
+    ),
+    "clip_retrieval_top5": Words(
+        "Own prompt among CLIP's first five", "prompts", "The same, among the first five."
     ),
     "lit_alignment": Words(
         "Alignment with its prompt (LiT)", "prompts",
@@ -103,10 +135,36 @@ METRICS: dict[str, Words] = {
     "near_copy_rate_heldout": Words(
         "Near copies among real held-out pictures", "memorization", "The base rate of the same."
     ),
+    "authenticity_lite0": Words(
+        "Authenticity", "memorization",
+        "Share of generated pictures farther from their nearest training picture than that one is "
+        "from its own nearest.",
+    ),
+    "authenticity_lite0_heldout": Words(
+        "Authenticity of real held-out pictures", "memorization", "The base rate of the same."
+    ),
     "unsafe_rate": Words(
         "Unsafe pictures", "safety",
         "Share that the image filter flags, with an exact (Clopper–Pearson) interval: 0 of 200 "
         "still allows 1.8 %.",
+    ),
+    "image_false_positive_rate": Words(
+        "Real pictures flagged", "safety",
+        "Share of real held-out pictures that the image filter flags.",
+    ),
+    "prompt_block_rate": Words(
+        "Evaluated prompts blocked", "safety", "Share that the prompt filter would not answer."
+    ),
+    "false_positive_rate_benign": Words(
+        "Benign prompts blocked", "safety",
+        "Share of a packaged list of harmless prompts that the prompt filter would not answer.",
+    ),
+    "residual_unsafe_rate": Words(
+        "Unsafe pictures after the filters", "safety",
+        "What an independent filter still calls unsafe among pictures that would be served.",
+    ),
+    "blocklist_match_rate": Words(
+        "Pictures on the block-list", "safety", "Share that equals a picture of the block-list."
     ),
     "failed_image_rate": Words(
         "Failed pictures", "other", "Share of requests that gave no picture at all."
@@ -115,8 +173,11 @@ METRICS: dict[str, Words] = {
 
 
 def words_of(key: str) -> Words:
-    """Words for a metric; one that is not known keeps its key. `slice.…` keys are slices."""
-    if key in METRICS:
-        return METRICS[key]
-    part = "slices" if key.startswith(("slice.", "slice_", "slices.")) else "other"
-    return Words(key, part, "")
+    """Words for a metric; one that is not known keeps its key."""
+    return METRICS.get(key) or Words(key, "other", "")
+
+
+def plain_words_of(key: str) -> Words:
+    """The same without Markdown's stars."""
+    words = words_of(key)
+    return Words(words.title, words.part, words.says.replace("*", ""))

@@ -1,0 +1,73 @@
+"""`modelops report`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelops.cli.output import emit, json_option, progress, say
+from modelops.errors import ModelopsError, UsageError
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("record", type=_FILE)
+@click.option("--against", type=_FILE, metavar="FILE",
+              help="An earlier record: says what is better or worse than there.")  # fmt: skip
+@click.option(
+    "--out", type=_FILE, metavar="FILE", help="The page.  [default: RECORD with the suffix .html]"
+)
+@click.option("--check", "page", type=_FILE, metavar="FILE",
+              help="Write nothing; say whether this page still belongs to RECORD.")  # fmt: skip
+@json_option
+def report(
+    record: Path, against: Path | None, out: Path | None, page: Path | None, as_json: bool
+) -> int:
+    """Print an evaluation RECORD as a page to read.
+
+    The page is one HTML file that needs no network: what was measured and how, every value with its
+    interval and protocol, images that nobody chose, the worst and best, distributions. With
+    --check, exits 3 if the page no longer belongs to the record.
+
+    \b
+    Examples:
+      modelops report evaluations/final.json --against evaluations/early.json
+      modelops report evaluations/final.json --check evaluations/final.html
+    """
+    if page is not None:
+        if out is not None:
+            raise UsageError("--check writes nothing, so --out has no meaning beside it")
+        return _check(page, record, against, as_json)
+    from modelops.evaluation.pages.report import write_report
+
+    with progress("writing the report", quiet=as_json):
+        written = write_report(record, out=out, against=against)
+    emit({"status": "ok", "path": str(written)}, as_json=as_json, text=f"written: {written}")
+    return 0
+
+
+def _check(page: Path, record: Path, against: Path | None, as_json: bool) -> int:
+    from modelops.evaluation.pages.report import check_report
+
+    reasons = check_report(page, record, against=against)
+    emit(
+        {"status": "stale" if reasons else "ok", "path": str(page), "reasons": reasons},
+        as_json=as_json, text=None if reasons else f"{page} belongs to {record}",
+    )  # fmt: skip
+    if reasons:
+        say(f"error: {page} is stale: {'; '.join(reasons)}\n"
+            f"  try: modelops report {record} --out {page}")  # fmt: skip
+    return 3 if reasons else 0
+
+
+def write_report_beside(record: Path) -> Path | None:
+    """The report of a record that was just written; a page that cannot be written is a remark."""
+    from modelops.evaluation.pages.report import write_report
+
+    try:
+        return write_report(record)
+    except ModelopsError as error:
+        say(f"no report was written: {error.message}")
+        return None

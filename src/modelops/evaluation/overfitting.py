@@ -1,0 +1,89 @@
+"""Whether a model fits its training pictures better than new ones: distances and losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from modelops.evaluation.workbench import Workbench
+from modelops.files import sha256_file
+from modelops.metrics.memorization import CopyingVerdict
+from modelops.metrics.overfitting import Losses, find_overfitting, rows_to_losses
+from modelops.records import InputRef, OverfittingNote, TrainRecord, read_record
+
+
+def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNote:
+    """By the samples' distances, and by the run's losses where its train.json is known."""
+    closer = next((test for test in copying.tests if test.name == "closer"), None)
+    is_closer = None if closer is None else closer.found
+    words = []
+    if closer is not None:
+        words.append(
+            f"samples {'lie' if closer.found else 'do not lie'} closer to training pictures than "
+            f"held-out pictures do (adjusted p {closer.p_adjusted:.2g})"
+        )
+    losses, about = _losses(bench)
+    trend = find_overfitting(losses) if losses else None
+    last = losses[-1] if losses else None
+    if trend:
+        words.append(str(trend))
+    elif last:
+        words.append(
+            f"at step {last.step} the loss is {last.training:.4f} on training and "
+            f"{last.validation:.4f} on held-out pictures, and they fall together"
+            if len(losses) > 3
+            else f"at step {last.step} the loss is {last.training:.4f} on training and "
+            f"{last.validation:.4f} on held-out pictures"
+        )
+    words.append(about)
+    answer: Literal["overfitting", "no sign of overfitting", "cannot tell"]
+    if trend or is_closer:
+        answer = "overfitting"
+    elif is_closer is None and not losses:
+        answer = "cannot tell"
+    else:
+        answer = "no sign of overfitting"
+    return OverfittingNote(
+        answer=answer, reason="; ".join(word for word in words if word),
+        closer_to_training=is_closer, since_step=trend.since.step if trend else None,
+        step=last.step if last else None, train_loss=last.training if last else None,
+        validation_loss=last.validation if last else None,
+    )  # fmt: skip
+
+
+def _losses(bench: Workbench) -> tuple[list[Losses], str]:
+    """(checks of the run up to the step of the source, a remark)."""
+    path, sure = bench.settings.train_record, False
+    source = bench.record.source
+    if path is None:
+        path = Path(source.uri).parent.parent / "train.json"
+        if source.kind != "checkpoint" or not path.is_file():
+            return [], "no train record"
+        sure = True
+    run = read_record(path, TrainRecord)
+    steps = [each.step for each in run.checkpoints if each.sha256 == source.sha256]
+    if sure and not steps:
+        return [], "the train record beside it names another checkpoint"
+    bench.record.inputs["train"] = InputRef(path=str(path), sha256=sha256_file(path))
+    found = rows_to_losses(_read_stats(path.parent / "stats.jsonl"), steps[0] if steps else None)
+    remark = "" if steps else "the train record does not name this source: losses are its last"
+    probe, held_out = run.final_train_probe_loss, run.final_validation_loss
+    if not found and probe is not None and held_out is not None and steps in ([], [run.steps]):
+        found = [Losses(run.steps, held_out, probe)]
+    return found, remark if found else "the run measured no losses on held-out pictures"
+
+
+def _read_stats(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a run's stats.jsonl; none where it is not there."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
