@@ -81,6 +81,7 @@ def demo(
         table(["measure", "value", "meaning"], rows, title="What the release is")
         print(
             f"Read   {directory / 'cards/model_card.md'}\n"
+            f"Look   {directory / 'evaluations/final.html'}\n"
             f"Serve  modelops serve {directory / 'release'}"
         )
 
