@@ -23,7 +23,7 @@ import numpy as np
 
 from modelops.data.images import read_image
 from modelops.evaluation.processes import open_shared
-from modelops.evaluation.prompts import PlannedImage, PromptSet, plan_images
+from modelops.evaluation.prompts import PlannedImage, PromptSet, image_name, plan_images
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.sources import open_source
 from modelops.files import sha256_file
@@ -137,12 +137,9 @@ def compare(checkpoint: Path, root: Path, *, images: int, steps: int) -> int:
 
 def _in_order(plan: Sequence[PlannedImage], folder: Path) -> list[Path]:
     """The PNG of each planned image, by the name that the cache gives it."""
-    from modelops.files import sha256_json
 
     (cache,) = {path.parent for path in folder.rglob("*.png")}
-    return [
-        cache / f"{sha256_json([planned.prompt, planned.seed, 0])[:32]}.png" for planned in plan
-    ]
+    return [cache / image_name(planned.prompt, planned.seed) for planned in plan]
 
 
 if __name__ == "__main__":

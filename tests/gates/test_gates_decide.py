@@ -13,11 +13,15 @@ import yaml
 from modelops.files import sha256_bytes, sha256_file, sha256_tree
 from modelops.gates.decide import decide, overall
 from modelops.records import (
+    AbTestRecord,
     CheckpointRef,
+    ComparisonRecord,
     Criterion,
     EvaluationRecord,
     Measurement,
     ParityCheck,
+    Record,
+    SourceInfo,
     Verdict,
     read_record,
 )
@@ -101,6 +105,32 @@ def test_any_fail_wins_over_undecided_and_is_written(root: Path) -> None:
     assert line(verdict, "data loads").answer == "undecided"
     assert verdict.answer == "fail"
     assert json.loads((root / "gate/verdict.json").read_text("utf-8"))["answer"] == "fail"
+
+
+@pytest.mark.parametrize("kind", ["comparison", "abtest"])
+def test_comparisons_and_blind_tests_decide_where_they_are_of_the_released(
+    root: Path, kind: str
+) -> None:
+    def source(digest: str) -> SourceInfo:
+        return SourceInfo(kind="checkpoint", uri="runs/a/step-1", sha256=digest)
+
+    def evidence(second: str) -> Record:
+        metrics = {"won": measured(0.7, 0.6, 0.8)}
+        if kind == "comparison":
+            return ComparisonRecord(
+                first=source(EARLY), second=source(second), answer="pass", metrics=metrics
+            )
+        sources = {"A": source(EARLY), "B": source(second)}
+        return AbTestRecord(question="?", sources=sources, records={}, n_pairs=9, metrics=metrics)
+
+    data = yaml.safe_load((root / "policy.yaml").read_text("utf-8"))
+    criterion = {"name": "wins", "evidence": "people", "metric": "won", "above": 0.5, "use": "low"}
+    policy(root, criterion, evidence={**data["evidence"], "people": "people.json"})
+    for second, answer in ((FINAL, "pass"), ("0" * 64, "undecided")):
+        evidence(second).write(root / "people.json")
+        verdict = verdict_of(root)
+        assert verdict.answer == answer, line(verdict, "wins").reason
+    assert "is not what is released" in line(verdict, "wins").reason
 
 
 def test_overall_order() -> None:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from modelops.data.images import read_image
 from modelops.errors import EvaluationError, ModelopsError
 from modelops.evaluation.evaluate import read_per_image
+from modelops.evaluation.prompts import image_name
 from modelops.evaluation.samples import COMPLETE
-from modelops.files import sha256_file, sha256_json
+from modelops.files import sha256_file
 from modelops.metrics.alignment import per_prompt
 from modelops.metrics.features import Lite0Extractor
 from modelops.metrics.images import SSIM_WINDOW, Lpips, psnr, ssim
@@ -251,9 +252,7 @@ def _made_images(record_path: Path) -> dict[tuple[str, int], tuple[int, Path]]:
     for place, row in enumerate(rows):
         if row["failure"] is not None:
             continue
-        # As `draw_samples` names them.
-        digest = sha256_json([row["prompt"], row["seed"], place * is_folder])
-        path = folder / f"{digest[:32]}.png"
+        path = folder / image_name(row["prompt"], row["seed"], place * is_folder)
         if not path.is_file():
             raise EvaluationError(
                 f"{path}: an image of {record_path} is gone", hint="run `modelops eval` again"

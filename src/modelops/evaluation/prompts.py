@@ -44,6 +44,11 @@ class PlannedImage:
     seed: int
 
 
+def image_name(prompt: str, seed: int, place: int = 0) -> str:
+    """File name of an image in the cache; its place counts only in a folder of ready images."""
+    return f"{sha256_json([prompt, seed, place])[:32]}.png"
+
+
 def clean_prompts(lines: Iterable[str], *, ids: Sequence[str] = ()) -> PromptSet:
     """Drop empty, over-long, duplicate and null-byte prompts, counting each reason."""
     prompts: dict[str, str] = {}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from modelops.data.images import encode_png, read_image
 from modelops.errors import ImageError, ModelopsError
 from modelops.evaluation.processes import Job, Outcome, SharedSource, Workers, fewer_threads
-from modelops.evaluation.prompts import PlannedImage
+from modelops.evaluation.prompts import PlannedImage, image_name
 from modelops.evaluation.sources import ImageBlockedError
 from modelops.files import remove_leftovers, sha256_json, write_bytes
 from modelops.models.sources import ImageRequest, ModelSource, PipelineSource
@@ -77,7 +77,7 @@ def draw_samples(
                 steps=request.steps, guidance=request.guidance,
                 height=request.height, width=request.width,
             ),
-            cache / f"{sha256_json([planned.prompt, planned.seed, place * is_folder])[:32]}.png",
+            cache / image_name(planned.prompt, planned.seed, place * is_folder),
         )
         for place, planned in enumerate(plan)
     ]  # fmt: skip

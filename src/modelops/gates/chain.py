@@ -12,7 +12,9 @@ from modelops.files import safe_join, sha256_file, sha256_tree
 from modelops.gates.policy import Policy
 from modelops.metrics.protocol import protocol_differences
 from modelops.records import (
+    AbTestRecord,
     ArtifactRecord,
+    ComparisonRecord,
     EvaluationRecord,
     Measurement,
     Record,
@@ -116,7 +118,8 @@ def misfit(
 
     An evaluation must be of the subject or of what the subject was made from; a baseline marked
     `run` must be of another checkpoint of the same run; a training record must list what the
-    subject was made from; other artifacts must share its checkpoint; records that name the same
+    subject was made from; the second of a comparison and B of a blind test are measured like an
+    evaluation; other artifacts must share the subject's checkpoint; records that name the same
     manifest, shards, splits or dedup report must mean the same bytes.
     """
     record = evidence[name].record
@@ -133,6 +136,12 @@ def misfit(
         own = {reference.sha256 for reference in record.inputs.values()}
         if not own & family:
             return "does not belong together: the artifact was exported from something else"
+    if isinstance(record, ComparisonRecord) and record.second.sha256 not in family:
+        return "does not belong together: the second of the comparison is not what is released"
+    if isinstance(record, AbTestRecord):
+        newer = record.sources.get("B")
+        if newer is None or newer.sha256 not in family:
+            return "does not belong together: B of the blind test is not what is released"
     return _shared_input_misfit(name, record, evidence)
 
 

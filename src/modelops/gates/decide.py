@@ -21,8 +21,10 @@ from modelops.gates.chain import (
 )
 from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
 from modelops.records import (
+    AbTestRecord,
     Answer,
     ArtifactRecord,
+    ComparisonRecord,
     Criterion,
     EvaluationRecord,
     InputRef,
@@ -259,7 +261,7 @@ def _relative_limit(
 
 def measurement_of(record: Record, metric: str) -> Measurement | None:
     """The measurement a policy means by `metric` in a record of this kind."""
-    if isinstance(record, EvaluationRecord):
+    if isinstance(record, EvaluationRecord | ComparisonRecord | AbTestRecord):
         return record.metrics.get(metric)
     if isinstance(record, ArtifactRecord):
         return record.speed.get(metric.removeprefix("speed."))

@@ -8,8 +8,9 @@ from typing import Any
 
 from modelops.errors import EvaluationError, IntegrityError, ModelopsError, UsageError
 from modelops.evaluation.evaluate import read_per_image
+from modelops.evaluation.prompts import image_name
 from modelops.evaluation.samples import COMPLETE
-from modelops.files import read_json, safe_join, sha256_file, sha256_json
+from modelops.files import read_json, safe_join, sha256_file
 from modelops.records import EvaluationRecord, InputRef, SourceInfo, read_record
 
 Planned = tuple[str, int]  # (prompt, replicate)
@@ -99,9 +100,8 @@ def _from_record(path: Path) -> Side:
         if row.get("failure"):
             side.failures[planned] = row["failure"]
         else:
-            # As modelops.evaluation.samples names them.
             counts = place * (record.source.kind == "folder")
-            names[planned] = f"{sha256_json([row['prompt'], row['seed'], counts])[:32]}.png"
+            names[planned] = image_name(row["prompt"], row["seed"], counts)
     folder = _samples_folder(path, set(names.values()))
     side.files.update({planned: folder / name for planned, name in names.items()})
     return side

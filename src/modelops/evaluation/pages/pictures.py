@@ -10,7 +10,8 @@ from typing import Any
 
 from modelops.errors import ModelopsError
 from modelops.evaluation.grids import image_to_inline
-from modelops.files import safe_join, sha256_file, sha256_json
+from modelops.evaluation.prompts import image_name
+from modelops.files import safe_join, sha256_file
 
 LARGEST = 320  # pixels a side in the page
 SMALL = 160  # up to here pixels are shown as they are, without smoothing
@@ -78,9 +79,8 @@ class Pictures:
         named = row.get("image")
         if isinstance(named, str):
             return safe_join(self.workdir, named)
-        identities = ([row.get("prompt"), row.get("seed"), at] for at in dict.fromkeys((0, place)))
-        for identity in identities:
-            name = f"{sha256_json(identity)[:32]}.png"
+        for at in dict.fromkeys((0, place)):
+            name = image_name(str(row.get("prompt")), row.get("seed", 0), at)
             found = sorted(self.workdir.glob(f"samples/*/{name}"))
             if len(found) == 1:
                 return found[0]
