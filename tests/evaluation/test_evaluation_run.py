@@ -13,7 +13,7 @@ import pytest
 
 from modelops.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
 from modelops.evaluation.evaluate import evaluate, read_per_image
-from modelops.evaluation.measures import clipscore, diversity, fid
+from modelops.evaluation.measures import clip, dinov2, diversity, fid
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import FolderSource, open_source
 from modelops.files import sha256_file
@@ -66,7 +66,7 @@ def test_every_metric_is_measured_or_says_why_not(evaluated: Any, corpus: Any) -
     assert record.status == "ok"
     assert set(record.metrics) >= CONTRACT_KEYS
     unmeasured = {k for k, m in record.metrics.items() if m.value is None}
-    needs_more = {*fid.KEYS, *clipscore.KEYS, *diversity.KEYS}  # weights; replicates
+    needs_more = {*fid.KEYS, *clip.KEYS, *dinov2.KEYS, *diversity.KEYS}  # weights; replicates
     needs_more |= {"frechet_distance_infinity_lite0"}  # images
     assert unmeasured == needs_more | {"blocklist_match_rate", "residual_unsafe_rate"}
     assert "--inception-weights" in (record.metrics["fid"].not_measured or "")

@@ -195,6 +195,11 @@ def test_diversity_and_clip_scores_of_replicates(drawn: Any, folder: Any, tmp_pa
     mean = np.mean([r["clip_score_torchmetrics"] for r in rows])
     assert record.metrics["clip_score_torchmetrics"].value == pytest.approx(max(0.0, mean))
     assert record.metrics["clip_retrieval_top5"].value == 1.0
+    assert "no manifest" in (record.metrics["cmmd"].not_measured or "")
+    real = run("real.json", n=7, manifest=Path(drawn[0]), splits=Path(drawn[1]))
+    assert "ViT-L/14-336" in (real.metrics["cmmd"].not_measured or "")
+    for key in ("gaussian_mmd_clip", "frechet_distance_clip"):
+        assert (real.metrics[key].value or 0) > 0
     single = run("three.json", n=3)
     assert "--replicates 2" in (single.metrics["diversity_lite0"].not_measured or "")
     assert single.slices == []

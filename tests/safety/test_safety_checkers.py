@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from modelops.errors import IntegrityError, MissingWeightsError, UsageError
 from modelops.files import sha256_file
+from modelops.models.pretrained import fetch_directory
 from modelops.safety.checkers import (
     DiffusersSafetyCheckerFilter,
     TransformersFilter,
-    fetch_checker,
     unsafe_labels,
 )
 from modelops.safety.image import SafetyFilterError, checked_verdicts
@@ -150,7 +150,7 @@ def test_a_hub_id_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(MissingWeightsError, match="nobody/no-such-checker"):
-        fetch_checker("nobody/no-such-checker")
+        fetch_directory("nobody/no-such-checker")
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Architecture of the CLIP weights.",
 )
+@click.option("--dinov2-weights", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="DINOv2 as transformers saves it: measures distances on it.")  # fmt: skip
 @click.option("--safety", metavar="FILTER", default="open_nsfw", show_default=True,
               help="Image filter behind the unsafe rate: open_nsfw, transformers:PATH_OR_HUB, "
               "diffusers-safety-checker:PATH_OR_HUB, one of a package, or none.")  # fmt: skip

@@ -33,6 +33,7 @@ class EvaluationSettings:
             "legacy_tensorflow".
         extractor_dtype: "float64" runs Inception in double precision, for audits.
         clip_weights, clip_model: an open_clip state dict and its architecture, for CLIPScore.
+        dinov2_weights: a directory with DINOv2 as transformers saves it, for distances on it.
         safety: image filter by name (see `modelops.safety.registry`), or "none".
         safety_threshold: score from which an image is unsafe.
         serve_threshold: score from which an image would be withheld when served.
@@ -74,6 +75,7 @@ class EvaluationSettings:
     extractor_dtype: str = "float32"
     clip_weights: Path | None = None
     clip_model: str = "ViT-B-32-quickgelu"
+    dinov2_weights: Path | None = None
     safety: str = "open_nsfw"
     safety_threshold: float = 0.5
     serve_threshold: float = 0.5

@@ -54,6 +54,23 @@ METRICS: dict[str, Words] = {
     "fid": Words(
         "FID", "quality", "Fréchet distance on Inception features, as clean-fid computes it."
     ),
+    "cmmd": Words(
+        "CMMD", "quality",
+        "Distance between the sets with a Gaussian kernel on CLIP ViT-L/14-336 embeddings.",
+    ),
+    "gaussian_mmd_clip": Words(
+        "Gaussian MMD (CLIP)", "quality",
+        "CMMD's formula on another CLIP's embeddings: not CMMD.",
+    ),
+    "frechet_distance_clip": Words(
+        "Fréchet distance (CLIP)", "quality", "On CLIP's image embeddings. Not FID."
+    ),
+    "frechet_distance_dinov2": Words(
+        "Fréchet distance (DINOv2)", "quality", "On DINOv2's features. Not FID."
+    ),
+    "kernel_distance_dinov2": Words(
+        "Kernel distance (DINOv2)", "quality", "On DINOv2's features. Not KID."
+    ),
     "kid": Words("KID", "quality", "Kernel distance on Inception features."),
     "inception_score": Words(
         "Inception Score", "quality",

@@ -7,7 +7,7 @@ image. torchmetrics' "CLIP score" is 100 * cos with the bare prompt, its mean ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,27 @@ class ClipModel:
             with torch.no_grad():
                 found.append(self.model.encode_image(pixels, normalize=True).float().numpy())
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
+
+    @property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        return int(self.model.visual.output_dim)
+
+    @property
+    def is_vit_l_14_336(self) -> bool:
+        """Whether it is the architecture that CMMD is defined on."""
+        visual = self.model.visual
+        pixels, patch = getattr(visual, "image_size", None), getattr(visual, "patch_size", None)
+        return (pixels, patch, self.dim) == ((336, 336), (14, 14), 768) and not self.is_siglip
+
+    def images_to_features(
+        self, images: Iterable[Image], *, on_progress: Callable[[int], None] | None = None
+    ) -> Embeddings:
+        """`images_to_embeddings`, under the name that every extractor of features has."""
+        features = self.images_to_embeddings(images)
+        if on_progress:
+            on_progress(len(features))
+        return features
 
     def texts_to_embeddings(self, texts: Sequence[str], *, batch: int = 64) -> Embeddings:
         """Texts to normalised embeddings [N, E] float32; a long text is cut at the model's

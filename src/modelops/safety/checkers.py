@@ -1,8 +1,4 @@
-"""Image filters from Hugging Face-style directories: classifiers, and CompVis' concept checker.
-
-Only safetensors are read, no custom code is run, and a checker of which any weight is missing is
-refused: the libraries would fill it with random numbers and go on.
-"""
+"""Image filters from Hugging Face-style directories: classifiers, and CompVis' concept checker."""
 
 from __future__ import annotations
 
@@ -13,8 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import IntegrityError, MissingWeightsError, UsageError
-from modelops.files import read_json, sha256_file, sha256_json
+from modelops.errors import UsageError
+from modelops.models.pretrained import (
+    directory_digests,
+    images_to_inputs,
+    load_processor,
+    load_whole,
+)
 from modelops.safety.image import (
     Image,
     ImageVerdict,
@@ -31,26 +32,6 @@ SAFE_LABELS = frozenset(
     {"normal", "sfw", "safe", "neutral", "benign", "drawing", "drawings", "other"}
 )
 _BATCH = 16  # images at once
-
-
-def fetch_checker(target: str, *, revision: str | None = None) -> Path:
-    """The directory of a checker: the path itself, or a hub repository's snapshot.
-
-    Raises:
-        MissingWeightsError: neither here nor to be had.
-    """
-    if Path(target).is_dir():
-        return Path(target)
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(target, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises many kinds, of three libraries
-        raise MissingWeightsError(
-            f"{target}: not in the local Hugging Face cache, and the hub did not give it",
-            hint="give a local directory, or check the id and the network",
-        ) from error
 
 
 class TransformersFilter:
@@ -77,9 +58,9 @@ class TransformersFilter:
 
         _check_threshold(threshold)
         self.threshold = threshold
-        self._files = _files(directory)
-        self._processor = _load_processor(directory)
-        self._model = _load_model(AutoModelForImageClassification, directory)
+        self._files = directory_digests(directory)
+        self._processor = load_processor(directory)
+        self._model = load_whole(AutoModelForImageClassification, directory)
         config = self._model.config
         labels = [str(config.id2label[index]) for index in range(config.num_labels)]
         self.labels = tuple(labels)
@@ -105,7 +86,7 @@ class TransformersFilter:
             batch = [checked_image(image) for image in images[start : start + _BATCH]]
             try:
                 with torch.inference_mode():
-                    logits = self._model(**_process(self._processor, batch)).logits.double()
+                    logits = self._model(**images_to_inputs(self._processor, batch)).logits.double()
                 if self._multi_label:
                     scores = logits.sigmoid()[:, self._columns].amax(dim=1)
                 else:
@@ -147,9 +128,9 @@ class DiffusersSafetyCheckerFilter:
             directory = directory / "safety_checker"
         own = (directory / "preprocessor_config.json").is_file()
         extractor = directory if own else directory.parent / "feature_extractor"
-        self._files = _files(directory, extractor)
-        self._processor = _load_processor(extractor)
-        self._model = _load_model(StableDiffusionSafetyChecker, directory)
+        self._files = directory_digests(directory, extractor)
+        self._processor = load_processor(extractor)
+        self._model = load_whole(StableDiffusionSafetyChecker, directory)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -185,7 +166,7 @@ class DiffusersSafetyCheckerFilter:
 
         model = self._model
         with torch.inference_mode():
-            pooled = model.vision_model(_process(self._processor, batch)["pixel_values"])[1]
+            pooled = model.vision_model(images_to_inputs(self._processor, batch)["pixel_values"])[1]
             embeds = normalize(model.visual_projection(pooled))
             special = embeds @ normalize(model.special_care_embeds).T
             concept = embeds @ normalize(model.concept_embeds).T
@@ -225,75 +206,3 @@ def unsafe_labels(labels: Sequence[str], chosen: Sequence[str], *, where: str) -
 def _check_threshold(threshold: float) -> None:
     if not 0.0 < threshold <= 1.0:
         raise SafetyFilterError(f"threshold {threshold} is not in (0, 1]")
-
-
-def _files(directory: Path, extractor: Path | None = None) -> dict[str, str]:
-    """Digests of what a checker is made of.
-
-    Raises:
-        MissingWeightsError: a part is not there.
-    """
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        raise MissingWeightsError(
-            f"{directory}: no weights as *.safetensors",
-            hint="load the model where it came from and save_pretrained it; pickles are not read",
-        )
-    parts = (directory / "config.json", (extractor or directory) / "preprocessor_config.json")
-    for part in parts:
-        if not part.is_file():
-            raise MissingWeightsError(f"{part}: not found", hint="copy the whole repository")
-    digests = {path.name: sha256_file(path) for path in weights}
-    single = next(iter(digests.values())) if len(digests) == 1 else sha256_json(digests)
-    return {
-        "weights_sha256": single,
-        "config_sha256": sha256_json(read_json(parts[0])),
-        "preprocessing_sha256": sha256_json(read_json(parts[1])),
-    }
-
-
-def _load_model(kind: Any, directory: Path) -> Any:
-    """A model in float32, ready to run.
-
-    Raises:
-        IntegrityError: it cannot be loaded, or weights are missing or have another shape.
-    """
-    _quiet()
-    try:
-        model, loading = kind.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise IntegrityError(f"{directory}: cannot be loaded: {first}") from error
-    faults = {key: loading.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")}
-    for key, found in faults.items():
-        if found:
-            raise IntegrityError(
-                f"{directory}: {len(found)} weights: {key.replace('_', ' ')}, such as "
-                f"{next(iter(found))}",
-                hint="the weights belong to another config; copy the whole repository again",
-            )
-    return model.float().eval()
-
-
-def _load_processor(directory: Path) -> Any:
-    from transformers import AutoImageProcessor
-
-    _quiet()
-    try:
-        return AutoImageProcessor.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise IntegrityError(f"{directory}: its preprocessing cannot be loaded: {first}") from error
-
-
-def _process(processor: Any, batch: Sequence[Image]) -> Any:
-    images = [image.copy() for image in batch]  # torch warns of arrays that cannot be written
-    return processor(images=images, return_tensors="pt", input_data_format="channels_last")
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -78,16 +78,18 @@ def _open_nsfw(name: FilterName, *, threshold: float) -> ImageFilter:
 
 
 def _transformers(name: FilterName, *, threshold: float) -> ImageFilter:
-    from modelops.safety.checkers import TransformersFilter, fetch_checker
+    from modelops.models.pretrained import fetch_directory
+    from modelops.safety.checkers import TransformersFilter
 
-    directory = fetch_checker(name.target, revision=name.options.get("revision", (None,))[-1])
+    directory = fetch_directory(name.target, revision=name.options.get("revision", (None,))[-1])
     return TransformersFilter(directory, threshold=threshold, unsafe=name.options.get("unsafe", ()))
 
 
 def _diffusers(name: FilterName, *, threshold: float) -> ImageFilter:
-    from modelops.safety.checkers import DiffusersSafetyCheckerFilter, fetch_checker
+    from modelops.models.pretrained import fetch_directory
+    from modelops.safety.checkers import DiffusersSafetyCheckerFilter
 
-    directory = fetch_checker(name.target, revision=name.options.get("revision", (None,))[-1])
+    directory = fetch_directory(name.target, revision=name.options.get("revision", (None,))[-1])
     return DiffusersSafetyCheckerFilter(directory, threshold=threshold)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from modelops.evaluation.measures import (
     alignment,
-    clipscore,
+    clip,
+    dinov2,
     distances,
     diversity,
     failures,
@@ -16,6 +17,6 @@ from modelops.evaluation.measures import (
 )
 
 FAMILIES = (
-    failures, distances, neighbourhoods, memorization, alignment, fid, clipscore, diversity, safety,
-    slices,  # of what the others left in `per_image`
+    failures, distances, neighbourhoods, memorization, alignment, fid, clip, dinov2, diversity,
+    safety, slices,  # slices: of what the others left in `per_image`
 )  # fmt: skip

@@ -35,7 +35,7 @@ ROWS = 1000  # of the per-image table at most
 # (title, what it asks, how its keys begin), in the order of the page; the first match counts.
 FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Distance to real pictures", "How far the images are, as a set, from held-out real pictures.",
-     ("frechet", "fid", "fd_", "kernel", "kid", "cmmd", "mmd")),
+     ("frechet", "fid", "fd_", "kernel", "kid", "cmmd", "gaussian_mmd", "mmd")),
     ("Fidelity and variety", "Whether single images look real, and whether all kinds are there.",
      ("precision", "recall", "density", "coverage", "inception", "is_", "diversity", "vendi")),
     ("Following the prompt", "Whether an image shows what its prompt asks for.",

@@ -1,4 +1,4 @@
-"""CLIPScore in both definitions and retrieval, when CLIP or SigLIP weights are given."""
+"""CLIPScore in both definitions, retrieval and distances, when CLIP or SigLIP weights are given."""
 
 from __future__ import annotations
 
@@ -10,36 +10,42 @@ from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.alignment import embeddings_to_alignment, per_prompt, retrieval_rate
 from modelops.metrics.clip import PREFIX, ClipModel, clipscores, torchmetrics_clip_scores
+from modelops.metrics.cmmd import cmmd
+from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
 from modelops.metrics.intervals import Interval, bootstrap_mean
 from modelops.records import InputRef
 
 SCORES = ("clipscore", "clip_score_torchmetrics")
 RETRIEVAL = ("clip_retrieval_top1", "clip_retrieval_top5")
-KEYS = SCORES + RETRIEVAL
+DISTANCES = ("cmmd", "frechet_distance_clip")
+KEYS = SCORES + RETRIEVAL + DISTANCES
 
 
 def measure(bench: Workbench) -> None:
-    """Scores and retrieval rates; images are encoded once. SigLIP's are retrieval only: a
-    CLIPScore is made with CLIP."""
+    """Distances to real pictures, scores and retrieval rates; images are encoded once. A CLIPScore
+    is made with CLIP, so SigLIP's weights give no score."""
     settings = bench.settings
     if settings.clip_weights is None:
         raise EvaluationError("no CLIP weights were given (--clip-weights)")
-    if bench.record.source.kind == "folder" and settings.prompts_file is None:
-        raise EvaluationError("the images have no prompts")
     if bench.n == 0:
         raise EvaluationError("no images")
     model = ClipModel(settings.clip_weights, settings.clip_model)
     bench.record.inputs["clip"] = InputRef(
         path=str(settings.clip_weights), sha256=model.protocol["weights_sha256"]
     )
+    bench.attempt(lambda bench: _put_distances(bench, model), DISTANCES)
+    if bench.record.source.kind == "folder" and settings.prompts_file is None:
+        raise EvaluationError("the images have no prompts")
     prompts, owner = list(bench.prompts.prompts), bench.owner
-    images = model.images_to_embeddings(bench.image(row) for row in range(bench.n))
+    images = bench.features_of(model)
     texts = model.texts_to_embeddings(prompts)
     if not (np.isfinite(images).all() and np.isfinite(texts).all()):
         raise EvaluationError("the CLIP model gives embeddings that are not finite")
     protocol = {**model.protocol, "n": bench.n, "sampling": dict(bench.sampling)}
     if model.is_siglip:
-        bench.missing("the weights are SigLIP's; a CLIPScore is made with CLIP", *KEYS)
+        bench.missing(
+            "the weights are SigLIP's; a CLIPScore is made with CLIP", *SCORES, *RETRIEVAL
+        )
     else:
         _put_scores(bench, model, images, texts, protocol)
 
@@ -58,6 +64,27 @@ def measure(bench: Workbench) -> None:
             n=total, better=True, unit="rate", warnings=_cut(model, prompts),
             details={"chance": min(1.0, k / len(prompts))},
         )  # fmt: skip
+
+
+def _put_distances(bench: Workbench, model: ClipModel) -> None:
+    """Gaussian MMD and Fréchet distance to the reference pictures, on image embeddings."""
+    settings, reference = bench.settings, bench.real()
+    fake, real = bench.features_of(model), bench.real_features_of(reference, model)
+    details = {"n_reference": len(real)}
+    key = "cmmd" if model.is_vit_l_14_336 else "gaussian_mmd_clip"
+    if key != "cmmd":
+        bench.missing("CMMD is defined on CLIP ViT-L/14-336; these weights are another's", "cmmd")
+    bench.put(
+        key, cmmd(fake, real),
+        bench.set_protocol(model.protocol, key, kernel="exp(-|x - y|^2 / 200), V-statistic"),
+        better=False, unit="1000 MMD^2", details=details,
+    )  # fmt: skip
+    bench.put(
+        "frechet_distance_clip",
+        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.set_protocol(model.protocol, "frechet distance", ddof=DDOF), better=False,
+        warnings=rank_warning(bench.n, len(real), model.dim), details=details,
+    )  # fmt: skip
 
 
 def _put_scores(

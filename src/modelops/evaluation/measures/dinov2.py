@@ -1,0 +1,35 @@
+"""Fréchet and kernel distance on DINOv2 features, when its weights are given."""
+
+from __future__ import annotations
+
+from modelops.errors import EvaluationError
+from modelops.evaluation.workbench import Workbench
+from modelops.metrics.dinov2 import Dinov2Extractor
+from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.kernel import kernel_distance
+
+KEYS = ("frechet_distance_dinov2", "kernel_distance_dinov2")
+
+
+def measure(bench: Workbench) -> None:
+    """Distances to the reference pictures."""
+    settings = bench.settings
+    if settings.dinov2_weights is None:
+        raise EvaluationError("no DINOv2 weights were given (--dinov2-weights)")
+    reference = bench.real()
+    extractor = Dinov2Extractor(settings.dinov2_weights)
+    fake, real = bench.features_of(extractor), bench.real_features_of(reference, extractor)
+    details = {"n_reference": len(real)}
+    bench.put(
+        KEYS[0],
+        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.set_protocol(extractor.protocol, "frechet distance", ddof=DDOF), better=False,
+        warnings=rank_warning(bench.n, len(real), extractor.dim), details=details,
+    )  # fmt: skip
+    bench.put(
+        KEYS[1], kernel_distance(fake, real),
+        bench.set_protocol(
+            extractor.protocol, "kernel distance", kernel="(x.y/d + 1)^3, unbiased"
+        ),
+        better=False, details=details,
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Networks from Hugging Face-style directories, loaded whole or not at all.
+
+Only safetensors are read, no custom code is run, and a network of which any weight is missing is
+refused: the libraries would fill it with random numbers and go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.errors import IntegrityError, MissingWeightsError
+from modelops.files import read_json, sha256_file, sha256_json
+
+Image = npt.NDArray[np.uint8]
+
+
+def fetch_directory(target: str, *, revision: str | None = None) -> Path:
+    """The directory of a network: the path itself, or a hub repository's snapshot.
+
+    Raises:
+        MissingWeightsError: neither here nor to be had.
+    """
+    if Path(target).is_dir():
+        return Path(target)
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(target, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds, of three libraries
+        raise MissingWeightsError(
+            f"{target}: not in the local Hugging Face cache, and the hub did not give it",
+            hint="give a local directory, or check the id and the network",
+        ) from error
+
+
+def directory_digests(directory: Path, extractor: Path | None = None) -> dict[str, str]:
+    """Digests of weights, config and preprocessing.
+
+    Raises:
+        MissingWeightsError: a part is not there.
+    """
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise MissingWeightsError(
+            f"{directory}: no weights as *.safetensors",
+            hint="load the model where it came from and save_pretrained it; pickles are not read",
+        )
+    parts = (directory / "config.json", (extractor or directory) / "preprocessor_config.json")
+    for part in parts:
+        if not part.is_file():
+            raise MissingWeightsError(f"{part}: not found", hint="copy the whole repository")
+    digests = {path.name: sha256_file(path) for path in weights}
+    single = next(iter(digests.values())) if len(digests) == 1 else sha256_json(digests)
+    return {
+        "weights_sha256": single,
+        "config_sha256": sha256_json(read_json(parts[0])),
+        "preprocessing_sha256": sha256_json(read_json(parts[1])),
+    }
+
+
+def load_whole(kind: Any, directory: Path) -> Any:
+    """A model in float32, ready to run.
+
+    Raises:
+        IntegrityError: it cannot be loaded, or weights are missing or have another shape.
+    """
+    _quiet()
+    try:
+        model, loading = kind.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IntegrityError(f"{directory}: cannot be loaded: {first}") from error
+    faults = {key: loading.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")}
+    for key, found in faults.items():
+        if found:
+            raise IntegrityError(
+                f"{directory}: {len(found)} weights: {key.replace('_', ' ')}, such as "
+                f"{next(iter(found))}",
+                hint="the weights belong to another config; copy the whole repository again",
+            )
+    return model.float().eval()
+
+
+def load_processor(directory: Path) -> Any:
+    """The image processor that the directory describes.
+
+    Raises:
+        IntegrityError: it cannot be loaded.
+    """
+    from transformers import AutoImageProcessor
+
+    _quiet()
+    try:
+        return AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise IntegrityError(f"{directory}: its preprocessing cannot be loaded: {first}") from error
+
+
+def images_to_inputs(processor: Any, batch: Sequence[Image]) -> Any:
+    """Images uint8 [H, W, 3] of any sizes to what a network takes."""
+    images = [image.copy() for image in batch]  # torch warns of arrays that cannot be written
+    return processor(images=images, return_tensors="pt", input_data_format="channels_last")
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
