@@ -376,6 +376,13 @@ def test_an_asked_margin_that_cannot_be_compared_is_undecided(tmp_path: Path) ->
     assert compare_records(a, tmp_path / "b.json").answer == "pass"
     asked = compare_records(a, tmp_path / "b.json", margins=parse_margins(["k=1"]))
     assert (asked.answer, asked.reasons) == ("undecided", ["k is not comparable"])
+    loose = {"m": Margin(5.0, relative=False)}
+    lost = compare_records(a, tmp_path / "b.json", margins=loose, default_margins=True)
+    assert (lost.answer, lost.reasons) == ("undecided", ["k is not comparable"])
+    neither = compare_records(
+        tmp_path / "b.json", tmp_path / "b.json", margins=loose, default_margins=True
+    )
+    assert neither.answer == "pass", "what neither measured decides nothing"
 
 
 def test_farther_from_the_training_pictures_is_not_better(tmp_path: Path) -> None:

@@ -124,13 +124,16 @@ def _show(record: ComparisonRecord) -> None:
             title="What this many prompts can show, with 80 % power",
         )
     refused = [row for row in record.comparisons if row.verdict == "not comparable"]
-    if refused:
-        table(["not comparable", "because"], [[row.metric, row.reason] for row in refused])
+    neither = [row.metric for row in refused if row.first is None and row.second is None]
+    if told := [row for row in refused if row.metric not in neither]:
+        table(["not comparable", "because"], [[row.metric, row.reason] for row in told])
     if record.images:
         from modelops.evaluation.report import metric_rows
 
         title = "image by image, second against first"
         table([title, "value", "95 % interval", "n", "method"], metric_rows(record.images))
+    if neither:
+        say(f"measured in neither: {', '.join(neither)}")
     for note, metrics in _notes(compared).items():
         say(f"note: {', '.join(metrics)}: {note}")
     for warning in record.warnings:

@@ -115,7 +115,7 @@ def compare_records(
         images=_image_measures(first, second), warnings=_warnings(first, second),
         environment=current_environment(), started_at=started,
     )  # fmt: skip
-    _answer(record, deciding={r.metric for r in rows} if default_margins else set(asked))
+    _answer(record, asked=set(asked), default_margins=default_margins)
     record.duration_s = time.monotonic() - clock
     return record
 
@@ -242,16 +242,21 @@ def _apply_margin(
         row.notes.append("the prompts needed assume as many times more reference pictures")
 
 
-def _answer(record: ComparisonRecord, *, deciding: set[str]) -> None:
-    """Fill in the answer, its reasons and the counts.
+def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool) -> None:
+    """Fill in the answer, its reasons and the counts. Where a margin decides, the verdict does not;
+    what neither record measured decides nothing, unless its margin was asked for.
 
     Args:
-        deciding: metrics whose margin decides, in place of the verdict.
+        asked: metrics whose margin was asked for.
+        default_margins: whether the others' default margins decide too.
     """
     failures, doubts = [], []
+    rows = record.comparisons
+    deciding = {row.metric for row in rows} if default_margins else asked
     for row in record.comparisons:
         if row.verdict == "not comparable":
-            if row.metric in deciding and row.margin_source != "default":
+            known = row.first is not None or row.second is not None
+            if row.metric in asked or (known and row.metric in deciding):
                 doubts.append(f"{row.metric} is not comparable")
         elif row.metric in deciding:
             if row.within_margin == "no":
