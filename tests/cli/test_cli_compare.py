@@ -86,7 +86,7 @@ def test_a_person_reads_the_verdict_and_what_it_would_take(
     shown = capsys.readouterr()
     assert "worse" in shown.out and "4 [2.59, 5.41]" in shown.out
     assert "undecided: m may be worse by more than its margin of 4" in shown.out
-    assert "no weights" in shown.out
+    assert "measured in neither: fid" in shown.err
     assert "not paired" in shown.err
 
 
