@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -47,14 +46,21 @@ def start(folder: Path, port: int = 0) -> tuple[subprocess.Popen[str], str]:
     raise AssertionError(f"the server ended with {server.wait()}")
 
 
+def end(server: subprocess.Popen[str], signum: signal.Signals) -> int:
+    """Signal the server; its exit code."""
+    server.send_signal(signum)
+    assert server.stderr is not None
+    with server.stderr:
+        return server.wait(30)
+
+
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     server, url = start(folder)
     try:
         yield url
     finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert end(server, signal.SIGTERM) == 0
 
 
 def test_a_whole_study_with_keys_through_a_kill_and_an_undo(browser: Any, tmp_path: Path) -> None:
@@ -76,8 +82,7 @@ def test_a_whole_study_with_keys_through_a_kill_and_an_undo(browser: Any, tmp_pa
         assert page.url.endswith("?rater=Ann%20O")
         shown = page.inner_text("#prompt"), page.get_attribute("#left-image", "src")
 
-        os.kill(server.pid, signal.SIGKILL)
-        server.wait()
+        end(server, signal.SIGKILL)
         with (folder / "votes.jsonl").open("ab") as votes:
             votes.write(b'{"kind":"vote","study"')  # as a kill in the middle of a write leaves it
         page.keyboard.press(page.evaluate(REDDER))
@@ -103,8 +108,7 @@ def test_a_whole_study_with_keys_through_a_kill_and_an_undo(browser: Any, tmp_pa
             page.get_by_text(f"{done} of {total}", exact=True).wait_for()
         page.get_by_role("heading", name="Thank you").wait_for()
         assert all(address.startswith(url) for address in page.requested)
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(30) == 0
+    assert end(server, signal.SIGTERM) == 0
 
     record = score_study(folder, resamples=50)
     assert (record.n_votes, record.n_undone) == (total, 1)
