@@ -22,9 +22,10 @@ import torch
 from modelops.environment import current_environment
 from modelops.export.artifact import DENOISER, GRAPH, read_artifact
 from modelops.export.calibration import collect_rows
-from modelops.export.graphs import available_runtimes, open_graph, openvino_has_bfloat16
+from modelops.export.graphs import available_runtimes, open_graph
 from modelops.export.int8 import export_int8
 from modelops.export.onnx import export_onnx, load_source
+from modelops.export.openvino import openvino_has_bfloat16
 from modelops.export.parity import relative_errors, torch_denoiser
 from modelops.export.timing import interleaved_seconds, speed_ratio
 

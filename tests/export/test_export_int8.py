@@ -13,10 +13,11 @@ import pytest
 from modelops.errors import ExportError, IntegrityError, UsageError
 from modelops.export.artifact import DENOISER, GRAPH, TEXT_ENCODER, read_artifact
 from modelops.export.calibration import collect_rows
-from modelops.export.graphs import OrtGraph, available_runtimes
+from modelops.export.graphs import available_runtimes
 from modelops.export.int8 import export_int8
 from modelops.export.lint import lint_qdq
 from modelops.export.onnx import load_source
+from modelops.export.onnxruntime import OrtGraph
 from modelops.export.parity import BOUNDS, Bounds, psnr_db, require_parity
 from modelops.export.quantize import quantize_graph
 from modelops.export.runtime import open_artifact

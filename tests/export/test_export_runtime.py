@@ -12,8 +12,10 @@ import torch
 
 from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
 from modelops.export.artifact import DENOISER, GRAPH, read_artifact
-from modelops.export.graphs import OrtGraph, batch_bucket, open_graph
+from modelops.export.graphs import open_graph
 from modelops.export.onnx import export_onnx, load_source, write_denoiser
+from modelops.export.onnxruntime import OrtGraph
+from modelops.export.openvino import batch_bucket
 from modelops.export.runtime import choose_runtime, open_artifact
 from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, open_checkpoint

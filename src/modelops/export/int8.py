@@ -31,16 +31,11 @@ from modelops.export.calibration import (
     check_prompts,
     collect_rows,
 )
-from modelops.export.graphs import (
-    Graph,
-    OpenVinoGraph,
-    OrtGraph,
-    RuntimeName,
-    available_runtimes,
-    open_graph,
-)
+from modelops.export.graphs import Graph, RuntimeName, available_runtimes, open_graph
 from modelops.export.lint import lint_qdq
 from modelops.export.onnx import load_source
+from modelops.export.onnxruntime import OrtGraph
+from modelops.export.openvino import OpenVinoGraph
 from modelops.export.parity import (
     BOUNDS,
     PARITY_STEPS,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from modelops.export.artifact import (
     portable_path,
 )
 from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts, collect_rows
-from modelops.export.graphs import OrtGraph
+from modelops.export.onnxruntime import OrtGraph
 from modelops.export.parity import (
     BOUNDS,
     denoiser_parity,
@@ -37,12 +34,12 @@ from modelops.export.parity import (
     text_encoder_parity,
 )
 from modelops.export.runtime import assemble
+from modelops.export.writer import Example, write_graph
 from modelops.files import atomic_directory, check_writable, sha256_tree, tree_files, write_json
 from modelops.models.sources import TRAINING_STATE, load_checkpoint
 from modelops.records import ArtifactRecord, InputRef
 
 MAX_OPSET = 20  # from 21 on, S8S8 MatMul + Add can fail when a session is created
-_MAX_GRAPH_BYTES = 2_000_000_000  # protobuf's limit; larger graphs need external data
 _PARITY_SEED = 20
 Stage = Callable[[int, int], None]
 
@@ -134,14 +131,20 @@ def export_onnx(
 
 def write_denoiser(pipeline: Any, folder: Path, *, opset: int) -> None:
     """Write the denoiser's model.onnx and config.json; the same weights give the same bytes."""
-    _write_graph(_Denoiser(pipeline.unet), _denoiser_example(pipeline), folder, opset)
+    write_graph(
+        _Denoiser(pipeline.unet), _denoiser_example(pipeline), folder / GRAPH, opset=opset,
+        outputs={"velocity": {0: "batch", 2: "height", 3: "width"}},
+    )  # fmt: skip
     config = {k: v for k, v in dict(pipeline.unet.config).items() if k != "_name_or_path"}
     write_json(folder / "config.json", config)
 
 
 def write_text_encoder(pipeline: Any, folder: Path, *, opset: int) -> None:
     """Write the text encoder's model.onnx and config.json."""
-    _write_graph(_TextEncoder(pipeline.text_encoder), _text_example(pipeline), folder, opset)
+    write_graph(
+        _TextEncoder(pipeline.text_encoder), _text_example(pipeline), folder / GRAPH, opset=opset,
+        outputs={"last_hidden_state": {0: "batch", 1: "tokens"}},
+    )  # fmt: skip
     config = pipeline.text_encoder.config.to_dict()
     config.pop("_name_or_path", None)  # where the checkpoint lay
     write_json(folder / "config.json", config)
@@ -226,17 +229,12 @@ class _TextEncoder(torch.nn.Module):
         return output
 
 
-# name -> (example, names of its dynamic axes). No example dimension that may vary is 0 or 1:
-# torch.export would take it for a constant.
-_Example = dict[str, tuple[torch.Tensor, dict[int, str]]]
-
-
-def _denoiser_example(pipeline: Any) -> _Example:
+def _denoiser_example(pipeline: Any) -> Example:
     channels, height, width = pipeline.latent_shape(pipeline.resolution, pipeline.resolution)
     text_dim = int(pipeline.text_encoder.config.hidden_size)
     tokens = int(pipeline.config["max_text_tokens"])
     generator = torch.Generator().manual_seed(0)
-    example: _Example = {
+    example: Example = {
         "sample": (
             torch.randn(2, channels, height, width, generator=generator),
             {0: "batch", 2: "height", 3: "width"},
@@ -254,107 +252,13 @@ def _denoiser_example(pipeline: Any) -> _Example:
     return example
 
 
-def _text_example(pipeline: Any) -> _Example:
+def _text_example(pipeline: Any) -> Example:
     encoded = pipeline.tokenizer(
         ["a red heart", "two words more than that"], padding="max_length", return_tensors="pt",
         max_length=pipeline.config["max_text_tokens"], truncation=True,
     )  # fmt: skip
     axes = {0: "batch", 1: "tokens"}
     return {name: (encoded[name], axes) for name in ("input_ids", "attention_mask")}
-
-
-def _write_graph(module: torch.nn.Module, example: _Example, folder: Path, opset: int) -> None:
-    dynamic = {
-        name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, (_, axes) in example.items()
-    }
-    name = "velocity" if isinstance(module, _Denoiser) else "last_hidden_state"
-    with quiet_libraries():
-        try:
-            # Captured here and not by torch.onnx.export, which solves for the relations of the axes
-            # and gives up on a UNet with cross-attention.
-            captured = torch.export.export(
-                module.eval(),
-                tuple(value for value, _ in example.values()),
-                dynamic_shapes=dynamic,
-                strict=False,
-            )
-            program = torch.onnx.export(
-                captured,
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(example),
-                output_names=[name],
-                verbose=False,
-            )
-        except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise ExportError(
-                f"{folder.name} cannot be exported: {str(cause).splitlines()[0]}",
-                hint="run with --debug for torch's own report",
-            ) from error
-    if program is None:
-        raise ExportError(f"{folder.name}: torch made no graph")
-    model = program.model_proto
-    if model.ByteSize() > _MAX_GRAPH_BYTES:
-        raise ExportError(f"{folder.name}: larger than 2 GB, which needs external data")
-    _tidy(model, {key: axes for key, (_, axes) in example.items()})
-    _save_checked(model, folder)
-
-
-def _save_checked(model: Any, folder: Path) -> None:
-    import onnx
-
-    onnx.checker.check_model(model, full_check=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _tidy(model: Any, axes: dict[str, dict[int, str]]) -> None:
-    """Give axes their names and drop what would make the bytes depend on the machine.
-
-    torch writes a stack trace with file paths into every node. Of a node's notes only the module it
-    comes from (`name_scopes`) is kept: quantisation chooses by it.
-    """
-    for value in model.graph.input:
-        _name_axes(value, axes[value.name])
-    first = next(iter(axes.values()))
-    for value in model.graph.output:  # as long and as large as the first input
-        _name_axes(value, first)
-    del model.graph.value_info[:]
-    del model.graph.metadata_props[:]
-    del model.metadata_props[:]
-    model.graph.doc_string = model.doc_string = ""
-    for node in model.graph.node:
-        node.doc_string = ""
-        kept = [p for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
-        values = [(p.key, p.value) for p in kept]
-        del node.metadata_props[:]
-        for key, text in values:
-            node.metadata_props.add(key=key, value=text)
-    for tensor in (*model.graph.initializer, *model.graph.input, *model.graph.output):
-        tensor.doc_string = ""
-        del tensor.metadata_props[:]
-
-
-def _name_axes(value: Any, names: dict[int, str]) -> None:
-    for index, dim in enumerate(value.type.tensor_type.shape.dim):
-        if index in names:
-            dim.Clear()
-            dim.dim_param = names[index]
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Without the advice that torch's exporter and onnxruntime's quantiser log for developers."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)
 
 
 def _ticker(on_progress: Stage | None, total: int) -> Callable[[], None]:

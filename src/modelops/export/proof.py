@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from modelops.export.graphs import Array, OpenVinoGraph, OrtGraph
+from modelops.export.graphs import Array
+from modelops.export.onnxruntime import OrtGraph
+from modelops.export.openvino import OpenVinoGraph
 
 _ORT_INTEGER = (
     "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul",

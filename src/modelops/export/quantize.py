@@ -13,9 +13,10 @@ import numpy as np
 
 from modelops.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.graphs import Array, OrtGraph, available_runtimes, open_graph
-from modelops.export.onnx import quiet_libraries
+from modelops.export.graphs import Array, available_runtimes, open_graph
+from modelops.export.onnxruntime import OrtGraph
 from modelops.export.parity import relative_errors
+from modelops.export.writer import quiet_libraries
 
 Method = Literal["minmax", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy")

@@ -7,14 +7,8 @@ from typing import Any
 
 from modelops.errors import UsageError
 from modelops.export.artifact import DENOISER, GRAPH, TEXT_ENCODER, verify_artifact
-from modelops.export.graphs import (
-    RUNTIMES,
-    Graph,
-    RuntimeName,
-    available_runtimes,
-    open_graph,
-    openvino_has_bfloat16,
-)
+from modelops.export.graphs import RUNTIMES, Graph, RuntimeName, available_runtimes, open_graph
+from modelops.export.openvino import openvino_has_bfloat16
 from modelops.files import read_json
 from modelops.models.sources import PipelineSource
 from modelops.records import ArtifactRecord, SourceInfo
