@@ -1,10 +1,10 @@
-"""Denoiser speed in every runtime here, interleaved in one run; prints ratios over eager torch.
+"""Speed of three denoisers in every runtime here, interleaved in one run, beside issue 4's goals.
 
     python bench/bench_runtimes.py
-    python bench/bench_runtimes.py --checkpoint CHECKPOINT --onnx ONNX_DIR --int8 INT8_DIR
+    python bench/bench_runtimes.py --only pilot --checkpoint CHECKPOINT --rounds 30
 
-Without arguments it makes a checkpoint with random weights at 64 x 64 (6.6 M parameters) and
-exports it.
+Eager torch, torch.compile, onnxruntime fp32, OpenVINO fp32 and bf16, and INT8: our symmetric graph
+in OpenVINO (what is not INT8 in fp32 or bf16) and the one made for onnxruntime's CPU kernels.
 """
 
 from __future__ import annotations
@@ -12,111 +12,245 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
-from modelops.export.artifact import DENOISER, GRAPH, read_artifact
-from modelops.export.calibration import collect_rows
-from modelops.export.graphs import available_runtimes, open_graph
-from modelops.export.int8 import export_int8
-from modelops.export.onnx import export_onnx, load_source
+from modelops.export.calibration import TrajectoryRows
+from modelops.export.graphs import Graph, available_runtimes, open_graph, process_cores
 from modelops.export.openvino import openvino_has_bfloat16
-from modelops.export.parity import relative_errors, torch_denoiser
+from modelops.export.parity import relative_errors
+from modelops.export.quantize import quantize_graph
 from modelops.export.timing import interleaved_seconds, speed_ratio
+from modelops.records import Measurement
+
+EAGER, ORT = "torch eager", "onnxruntime fp32"
+ROUNDS = {"pilot": 20, "unet": 6, "transformer": 6}
+CALIBRATION_ROWS = {"pilot": 64, "unet": 24, "transformer": 24}
+HELD_OUT_ROWS = 8
 
 
-def make_checkpoint(directory: Path) -> Path:
-    """A random network of the size that the pilot trains, around the real text encoder."""
-    from modelops.models.checkpoints import save_pipeline
-    from modelops.models.encoders import load_text_encoder
-    from modelops.models.networks import make_pipeline, make_unet
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of the issue and what was measured."""
 
-    torch.manual_seed(0)
-    tokenizer, text_encoder = load_text_encoder()
-    unet = make_unet(resolution=64, patch_size=4, channels=64)
-    directory.mkdir(parents=True)
-    save_pipeline(make_pipeline(unet, tokenizer, text_encoder, patch_size=4), directory)
-    return directory
+    text: str
+    bound: float
+    value: float
+    low: float
+    high: float
+    at_most: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """Met by the whole interval, by the figure alone, or not."""
+        figure, worst = (self.value, self.high) if self.at_most else (-self.value, -self.low)
+        bound = self.bound if self.at_most else -self.bound
+        if figure > bound:
+            return "NOT MET"
+        return "met" if worst <= bound else "met, but the interval reaches past it"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--onnx", type=Path)
-    parser.add_argument("--int8", type=Path)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", choices=NAMES, action="append", help="may be repeated")
+    parser.add_argument("--checkpoint", type=Path, help="the pilot's; random weights without it")
+    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=process_cores())
+    parser.add_argument("--method", default="minmax", choices=["minmax", "percentile", "entropy"])
+    parser.add_argument("--keep-fp32", nargs="*", default=[], metavar="GROUP")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint or make_checkpoint(Path(folder) / "checkpoint")
-        fp32 = options.onnx or Path(folder) / "onnx"
-        int8 = options.int8 or Path(folder) / "int8"
-        if options.onnx is None:
-            export_onnx(checkpoint, fp32)
-        if options.int8 is None:
-            export_int8(fp32, checkpoint, int8, speed_rounds=0)
-        report(checkpoint, fp32, int8, rounds=options.rounds, as_json=options.json)
-
-
-def report(checkpoint: Path, fp32: Path, int8: Path, *, rounds: int, as_json: bool) -> None:
-    """Time and print."""
-    pipeline, _ = load_source(checkpoint)
-    graphs = {"onnxruntime fp32": open_graph(fp32 / DENOISER / GRAPH, "onnxruntime")}
-    graphs["onnxruntime int8"] = open_graph(int8 / DENOISER / GRAPH, "onnxruntime")
-    if "openvino" in available_runtimes():
-        kinds = ["float32", "bfloat16"] if openvino_has_bfloat16() else ["float32"]
-        for precision in kinds:
-            for name, artifact in (("", fp32), ("int8+", int8)):
-                graphs[f"openvino {name}{precision}"] = open_graph(
-                    artifact / DENOISER / GRAPH, "openvino", precision=precision
-                )
-    names = graphs["onnxruntime fp32"].input_names
-    rows = collect_rows(
-        pipeline, names, prompts=["red heart", "dog face"], seed=1, steps=8, rows=32
-    )
-    results = {}
-    for batch in (1, 8):
-        feed = rows.take([(index * 5) % len(rows) for index in range(batch)])
-        expected = torch_denoiser(pipeline.unet, feed)
-        runs: dict[str, Callable[[], object]] = {
-            "torch eager": partial(torch_denoiser, pipeline.unet, feed)
-        }
-        runs |= {name: partial(graph.run, feed) for name, graph in graphs.items()}
-        seconds = interleaved_seconds(runs, rounds=rounds)
-        for name in runs:
-            protocol = {"batch": batch, "shape": "x".join(map(str, feed["sample"].shape))}
-            eager, ort = (
-                speed_ratio(seconds, of=name, over=over, protocol=protocol)
-                for over in ("torch eager", "onnxruntime fp32")
-            )
-            error = 0.0
-            if name in graphs:
-                error = float(relative_errors(expected, graphs[name].run(feed)).max())
-            results[f"{name}, batch {batch}"] = {
-                "ms": float(np.median(seconds[name]) * 1e3),
-                "over_torch_eager": [eager.value, eager.low, eager.high],
-                "over_onnxruntime_fp32": [ort.value, ort.low, ort.high],
-                "relative_error": error,
-            }
-    if as_json:
-        print(json.dumps({"machine": current_environment().model_dump(), "results": results}))
-        return
+    torch.set_num_threads(options.threads)
     machine = current_environment()
-    parity = [c.value for c in read_artifact(int8).parity if c.measure == "psnr_db"]
-    print(f"{machine.cpu}, {machine.cores} cores, torch threads {torch.get_num_threads()}")
-    print(f"INT8 pictures against torch fp32: PSNR {', '.join(f'{v:.1f}' for v in parity)} dB")
-    print(f"{'':34}{'ms':>8}  {'x eager torch':>22}  {'x onnxruntime fp32':>22}  rel. error")
-    for name, row in results.items():
-        ratios = ["{:.2f} ({:.2f}-{:.2f})".format(*row[key]) for key in list(row)[1:3]]
-        print(
-            f"{name:34}{row['ms']:8.1f}  {ratios[0]:>22}  {ratios[1]:>22}  "
-            f"{row['relative_error']:.1e}"
+    print(f"{machine.cpu}, {machine.cores} cores, {options.threads} threads")
+    results = []
+    for name in options.only or NAMES:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(make_denoiser(name, options.checkpoint), Path(folder), options)
+        show(result)
+        results.append(result)
+    if options.json:
+        for result in results:
+            result["goals"] = [vars(goal) | {"verdict": goal.verdict} for goal in result["goals"]]
+        text = json.dumps({"machine": machine.model_dump(), "denoisers": results}, indent=1)
+        options.json.write_text(text + "\n")
+
+
+def measure(denoiser: Denoiser, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Export, quantise, time and compare one denoiser."""
+    rounds = options.rounds or ROUNDS[denoiser.name]
+    held_out = denoiser.make_rows(HELD_OUT_ROWS, 1)
+    fp32 = denoiser.write_onnx(folder / "fp32" / "model.onnx")
+    notes: list[str] = []
+    int8 = quantized(denoiser, fp32, folder, options, notes)
+    sizes = {name: graph_bytes(path) for name, path in {"fp32": fp32, **int8}.items()}
+    runs: dict[str, Callable[[dict[str, Any]], Any]] = {EAGER: denoiser.torch}
+    if not options.no_compile:
+        runs["torch.compile"] = denoiser.compiled()
+    runs |= {name: graph.run for name, graph in open_all(fp32, int8, options.threads).items()}
+    compile_s = 0.0
+    table: list[dict[str, Any]] = []
+    for batch in options.batch_sizes:
+        feed = held_out.take(np.arange(batch) * 5 % len(held_out))
+        if "torch.compile" in runs:
+            started = time.perf_counter()
+            try:
+                runs["torch.compile"](feed)
+            except Exception as error:  # a compiler that is missing or fails; the rest stands
+                reason = str(error).strip().splitlines()[0][:200]
+                notes.append(f"torch.compile is left out from batch {batch} on: {reason}")
+                del runs["torch.compile"]
+            compile_s += time.perf_counter() - started
+        bound = {name: partial(run, feed) for name, run in runs.items()}
+        seconds = interleaved_seconds(bound, rounds=rounds, warmup=1)
+        table += [row(seconds, name, batch, denoiser.name) for name in runs]
+    if compile_s:
+        notes.append(f"torch.compile compiled for {compile_s:.0f} s, outside the timing")
+    errors = {name: error_of(denoiser, run, held_out) for name, run in runs.items()}
+    for line in table:
+        line["relative_error"] = errors.get(line["runtime"])
+    return {
+        "name": denoiser.name, "about": denoiser.about, "parameters": denoiser.weight_bytes // 4,
+        "rounds": rounds, "sizes": sizes, "rows": table, "notes": notes,
+        "goals": goals(denoiser.name, table, sizes),
+    }  # fmt: skip
+
+
+def quantized(
+    denoiser: Denoiser, fp32: Path, folder: Path, options: argparse.Namespace, notes: list[str]
+) -> dict[str, Path]:
+    """The INT8 graphs by scheme; one that cannot be made is a note."""
+    rows = denoiser.make_rows(CALIBRATION_ROWS[denoiser.name], 0)
+    paths = {}
+    for scheme in ("sym", "ort-cpu"):
+        path = folder / scheme / "model.onnx"
+        path.parent.mkdir()
+        try:
+            quantize_graph(
+                fp32, path, rows=rows, table=folder / "ranges.json", method=options.method,
+                keep_fp32=options.keep_fp32, scheme=scheme,
+            )  # fmt: skip
+        except Exception as error:
+            notes.append(f"no {scheme} graph: {type(error).__name__}: {error}")
+            continue
+        paths[scheme] = path
+    return paths
+
+
+def open_all(fp32: Path, int8: dict[str, Path], threads: int) -> dict[str, Graph]:
+    """Every runtime here with every graph that is meant for it."""
+    graphs = {ORT: open_graph(fp32, "onnxruntime", threads=threads)}
+    if "ort-cpu" in int8:
+        graphs["onnxruntime int8"] = open_graph(int8["ort-cpu"], "onnxruntime", threads=threads)
+    if "openvino" not in available_runtimes():
+        return graphs
+    kinds = {"float32": "fp32", "bfloat16": "bf16"} if openvino_has_bfloat16() else {
+        "float32": "fp32"
+    }  # fmt: skip
+    for precision, short in kinds.items():
+        graphs[f"OpenVINO {short}"] = open_graph(
+            fp32, "openvino", precision=precision, threads=threads
         )
+        if "sym" in int8:
+            graphs[f"OpenVINO int8, rest {short}"] = open_graph(
+                int8["sym"], "openvino", precision=precision, threads=threads
+            )
+    return graphs
+
+
+def graph_bytes(path: Path) -> int:
+    """Of a graph with its external data."""
+    return sum(file.stat().st_size for file in path.parent.iterdir())
+
+
+def error_of(denoiser: Denoiser, run: Callable[..., Any], rows: TrajectoryRows) -> float:
+    """Relative error against eager torch, root mean square over held-out rows."""
+    feeds = [rows.take([index]) for index in range(len(rows))]
+    errors = [relative_errors(denoiser.torch(feed), run(feed)) for feed in feeds]
+    return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
+
+
+def row(seconds: dict[str, list[float]], name: str, batch: int, network: str) -> dict[str, Any]:
+    protocol = {"batch": batch, "network": network, "what": "one evaluation"}
+    eager, ort = (
+        speed_ratio(seconds, of=name, over=over, protocol=protocol) for over in (EAGER, ORT)
+    )
+    return {
+        "runtime": name, "batch": batch, "ms": float(np.median(seconds[name]) * 1e3),
+        "over_torch_eager": interval(eager), "over_onnxruntime_fp32": interval(ort),
+    }  # fmt: skip
+
+
+def interval(ratio: Measurement) -> list[float]:
+    return [float(value) for value in (ratio.value, ratio.low, ratio.high) if value is not None]
+
+
+def goals(network: str, table: list[dict[str, Any]], sizes: dict[str, int]) -> list[Goal]:
+    """Issue 4's bounds for this network, those of batch sizes that were measured."""
+    found: list[Goal] = []
+
+    def best(batch: int, over: str, *, int8: bool) -> list[float] | None:
+        kept = [
+            line[over] for line in table
+            if line["batch"] == batch and ("int8" in line["runtime"]) == int8
+            and not line["runtime"].startswith("torch")
+        ]  # fmt: skip
+        return max(kept) if kept else None
+
+    def add(text: str, bound: float, figures: list[float] | None) -> None:
+        if figures is not None:
+            found.append(Goal(text, bound, *figures))
+
+    for batch in sorted({line["batch"] for line in table}):
+        ort = next(r for r in table if r["runtime"] == ORT and r["batch"] == batch)
+        add(f"onnxruntime fp32 over eager torch, batch {batch}", 1.25, ort["over_torch_eager"])
+        over_ort = best(batch, "over_onnxruntime_fp32", int8=True)
+        if batch == 1:
+            add("best INT8 over onnxruntime fp32, batch 1", 1.5, over_ort)
+        if batch == 8:
+            wide = best(8, "over_onnxruntime_fp32", int8=False)
+            add("best 16/32-bit over onnxruntime fp32, batch 8", 1.9, wide)
+            bound = 1.5 if network == "transformer" else 2.2
+            add("best INT8 over onnxruntime fp32, batch 8", bound, over_ort)
+            if network != "transformer":
+                over_eager = best(8, "over_torch_eager", int8=True)
+                add("best INT8 over eager torch, batch 8", 3.0, over_eager)
+    for scheme in ("sym", "ort-cpu"):
+        if scheme in sizes:
+            share = sizes[scheme] / sizes["fp32"]
+            text = f"size of the {scheme} graph over fp32"
+            found.append(Goal(text, 0.30, share, share, share, at_most=True))
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['name']}: {result['about']}, {result['parameters'] / 1e6:.1f} M parameters, "
+          f"{result['rounds']} rounds")  # fmt: skip
+    print(f"{'':26}{'batch':>6}{'ms':>9}  {'x eager torch':>20}  {'x onnxruntime':>20}  rel. error")
+    for line in result["rows"]:
+        ratios = [
+            "{:.2f} ({:.2f}-{:.2f})".format(*line[key])
+            for key in ("over_torch_eager", "over_onnxruntime_fp32")
+        ]
+        error = "" if line["relative_error"] is None else f"{line['relative_error']:.1e}"
+        print(f"{line['runtime']:26}{line['batch']:6}{line['ms']:9.1f}  {ratios[0]:>20}  "
+              f"{ratios[1]:>20}  {error}")  # fmt: skip
+    for goal in result["goals"]:
+        sign = "<=" if goal.at_most else ">="
+        print(f"  {goal.text}: {goal.value:.2f} (goal {sign} {goal.bound}): {goal.verdict}")
+    for note in result["notes"]:
+        print(f"  {note}")
 
 
 if __name__ == "__main__":

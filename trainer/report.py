@@ -10,9 +10,7 @@ from typing import Any, Literal
 
 from modelops.config import TrainConfig
 from modelops.files import write_bytes, write_text
-from modelops.records import TrainRecord
-
-from .stats import read_stats
+from modelops.records import TrainRecord, read_stats
 
 SIGNIFICANT = 0.02
 

@@ -17,6 +17,7 @@ import torch
 from modelops.config import LoggingSection
 from modelops.extras import has_module
 from modelops.files import write_text
+from modelops.records import read_stats
 
 
 class StatsWriter:
@@ -76,21 +77,6 @@ class StatsWriter:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def read_stats(path: Path) -> list[dict[str, Any]]:
-    """The rows of a stats.jsonl; a last line that a kill cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
 
 
 def memory_gb(device: torch.device) -> float:

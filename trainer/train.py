@@ -27,7 +27,7 @@ from modelops.launch import read_run_spec, verify_inputs
 from modelops.metrics.overfitting import find_overfitting, rows_to_losses
 from modelops.models.encoders import load_text_encoder
 from modelops.models.networks import make_pipeline, make_unet
-from modelops.records import TrainRecord
+from modelops.records import TrainRecord, read_stats
 from modelops.seeding import derive_seed
 
 from .batches import Batch, TrainingBatches, fixed_batch
@@ -56,7 +56,7 @@ from .pictures import load_pictures
 from .plan import OVERRUN, corrected_total, is_due, lr_factor, steps_in_time
 from .process import Interrupted, LockedError, run_lock
 from .report import loss_trend, write_report
-from .stats import StatsWriter, event, memory_gb, read_stats, warn
+from .stats import StatsWriter, event, memory_gb, warn
 from .texts import TextTable
 
 SKIPPED_IN_A_ROW = 20  # fp16 steps that loss scaling may leave out before the run is given up

@@ -28,9 +28,10 @@ EXTRA_OF_MODULE = {
 def has_module(name: str) -> bool:
     """Whether `name` can be imported, without importing it."""
     try:
-        return importlib.util.find_spec(name) is not None
+        found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return False
+    return found is not None and found.origin is not None  # a bare folder is some package's stubs
 
 
 def require_module(name: str, *, needed_for: str) -> ModuleType:

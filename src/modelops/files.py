@@ -280,6 +280,17 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     return path
 
 
+def cache_directory(name: str) -> Path:
+    """A folder for what can be made again: $MODELOPS_CACHE, or modelops below the user's caches.
+
+    It need not exist: whatever writes into it makes it.
+    """
+    root = os.environ.get("MODELOPS_CACHE")
+    if root:
+        return Path(root).expanduser() / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modelops" / name
+
+
 def check_writable(directory: str | os.PathLike[str], *, need_bytes: int = 0) -> None:
     """Make sure that `directory` can be made, written to, and has `need_bytes` free.
 

@@ -7,6 +7,7 @@ it was not measured.
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import UTC, datetime
 from pathlib import Path
@@ -458,6 +459,8 @@ class ExportedComponent(_Model):
     """One exported graph."""
 
     name: str
+    attribute: str = ""  # the pipeline's name for it; both halves of an autoencoder have one
+    role: Literal["", "denoiser", "control", "text_encoder", "encoder", "decoder"] = ""
     file: str
     sha256: str
     bytes: int
@@ -466,13 +469,22 @@ class ExportedComponent(_Model):
     dynamic_axes: list[str] = []
     quantized_nodes: int = 0
     total_nodes: int = 0
+    data: InputRef | None = None  # the file beside the graph with its weights; counted in `bytes`
+    axis_multiples: dict[str, int] = {}  # sizes of an axis must be a multiple of its number
 
 
 class ParityCheck(_Model):
     """How far an exported component, or the whole pipeline, is from its source."""
 
     name: str
-    measure: Literal["max_abs_error", "max_relative_error", "psnr_db"]
+    measure: Literal[
+        "max_abs_error",  # in records of 0.1 only
+        "max_scaled_error",  # largest |difference| over largest |value|
+        "max_relative_error",  # largest L2 of a row's difference over the row's L2
+        "psnr_db",
+        "ssim",
+        "feature_distance",  # largest 1 - cosine of a pair of pictures in feature space
+    ]
     value: float
     bound: float
     passed: bool
@@ -492,6 +504,11 @@ class ArtifactRecord(Record):
     bytes_total: int = 0
     source_bytes_total: int = 0
     speed: dict[str, Measurement] = {}
+    error_by_noise: list[dict[str, float]] = []  # of the denoiser, in bands of noise level
+    pipeline: str = ""  # class of the diffusers pipeline
+    size: list[int] = []  # height and width in pixels it was exported and compared at
+    omitted: list[str] = []  # parts of the checkpoint that the artifact leaves out
+    conversion: dict[str, Any] = {}  # half precision: what stays in float32, and why
     execution: dict[str, Any] = {}  # which precision each runtime was seen to run the nodes in
     files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it
 
@@ -587,6 +604,22 @@ def read_record(path: str | Path, expected: type[RecordT]) -> RecordT:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"
         raise UsageError(f"{path}: {where}: {first['msg']}") from error
+
+
+def read_stats(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's stats.jsonl, each with its `step`; a last line that a kill cut short is
+    left out, and a missing file has none."""
+    rows: list[dict[str, Any]] = []
+    if not Path(path).is_file():
+        return rows
+    for line in Path(path).read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def read_any_record(path: str | Path) -> Record:

@@ -6,7 +6,6 @@ Imports no torch: the process that starts the workers imports this module too.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Any, cast
@@ -20,6 +19,8 @@ if "prometheus_client" not in sys.modules:
 from modelops.errors import ModelopsError, UsageError
 from modelops.release import verify_release
 from modelops.serving.app import create_app
+from modelops.serving.logs import configure_logging
+from modelops.serving.tracing import configure_tracing
 
 RELEASE_VARIABLE = "MODELOPS_RELEASE"
 
@@ -67,8 +68,10 @@ class ImageGenerator:
     def __init__(self) -> None:
         from modelops.serving.node import InferenceNode, NodeSettings
 
-        logging.getLogger("modelops").setLevel(logging.INFO)
+        lines = configure_logging(os.environ)
+        configure_tracing(os.environ)
         self.node = InferenceNode(_release_directory(), settings=NodeSettings.from_environment())
+        lines.on_lost = self.node.metrics.log_lost.inc
         self.node.start()
         app.state.node = self.node
 

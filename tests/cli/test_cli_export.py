@@ -32,6 +32,7 @@ def test_export_then_bench(
     assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
 
     line = ["bench", str(tiny_checkpoint), str(out), "--batch-sizes", "1,2", "--steps", "1"]
+    line.append("--no-compile")
     assert main([*line, "--rounds", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["batch_size"] for row in result["rows"]] == [1, 1, 2, 2]

@@ -399,3 +399,32 @@ def test_farther_from_the_training_pictures_is_not_better(tmp_path: Path) -> Non
         for a, b in ((far, near), (near, far), (near, copies), (copies, near))
     }
     assert list(verdicts.values()) == ["within noise", "within noise", "worse", "better"]
+
+
+def test_authenticity_is_guarded_by_that_of_real_pictures(root: Path) -> None:
+    """Noise is farthest from all training pictures; less far than noise is not worse. Below what
+    real held-out pictures get it is."""
+    found = {}
+    for first, second, base in (
+        (1.0, 0.9, 0.8),
+        (1.0, 0.9, 0.95),
+        (0.9, 1.0, 0.8),
+        (0.7, 1.0, 0.8),
+    ):
+        for name, value in (("good", first), ("noisy", second)):
+            record = read_record(root / f"{name}.json", EvaluationRecord)
+            protocols = {"p": {"metric": "authenticity", "sampling": {}}}
+            metrics = {
+                key: Measurement(value=v, low=v - 0.01, high=v + 0.01, method="m", n=100,
+                                 higher_is_better=True, protocol="p")
+                for key, v in (("authenticity_lite0", value), ("authenticity_lite0_heldout", base))
+            }  # fmt: skip
+            changed = {"metrics": metrics, "protocols": protocols}
+            record.model_copy(update=changed).write(root / f"{name}.json")
+        made = compare_records(root / "good.json", root / "noisy.json", resamples=20)
+        found[first, second, base] = row_of(made, "authenticity_lite0")
+    assert [row.verdict for row in found.values()] == [
+        "within noise", "worse", "within noise", "better",
+    ]  # fmt: skip
+    assert "real held-out pictures' value that this metric guards" in found[1.0, 0.9, 0.8].reason
+    assert "p < 0.0001, < 0.0001 by Holm over 1 metrics" in found[1.0, 0.9, 0.95].reason

@@ -20,8 +20,10 @@ from modelops.evaluation.samples import Samples
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workbench import Workbench
 from modelops.records import (
+    ArtifactRecord,
     CheckpointRef,
     EvaluationRecord,
+    InputRef,
     SourceInfo,
     TrainRecord,
     read_record,
@@ -181,3 +183,37 @@ def test_the_runs_losses_up_to_the_checkpoint_enter_the_note(
     record, found = note(80, sha256="cd" * 32)  # a record of other weights says nothing
     assert found.step is None and "another checkpoint" in found.reason
     assert "train" not in record.inputs
+
+
+def test_an_artifact_follows_its_checkpoint_to_the_run(
+    make_bench: Make, corpus: Any, tmp_path: Path
+) -> None:
+    """Losses are found through artifact.json's input, or the note says whose are missing."""
+    named = "runs/a/checkpoints/step-20"
+    artifact = tmp_path / "artifacts" / "int8"
+    ArtifactRecord(
+        format="int8", precision="int8", runtime="openvino",
+        inputs={"checkpoint": InputRef(path=named, sha256="cd" * 32)},
+    ).write(artifact / "artifact.json")  # fmt: skip
+    bench = make_bench(pictures(corpus, "val"), uri=str(artifact))
+    bench.record.source = SourceInfo(kind="artifact", uri=str(artifact), sha256="ab" * 32)
+
+    def note() -> str:
+        memorization.measure(bench)
+        assert bench.record.memorization and bench.record.memorization.overfitting
+        return bench.record.memorization.overfitting.reason
+
+    assert note().endswith(f"no train record of {named}, which was exported")
+    run = TrainRecord(
+        run_name="a", parameters=1, effective_batch=1, steps=20, images_seen=20,
+        final_train_loss=0.1, config_sha256="0" * 64, training_seconds=1.0,
+        final_validation_loss=0.2, final_train_probe_loss=0.1,
+        checkpoints=[CheckpointRef(step=20, images_seen=20, path=named, sha256="cd" * 32)],
+    )  # fmt: skip
+    run.write(tmp_path / "runs/a/train.json")
+    assert "the loss is 0.1000 on training and 0.2000 on held-out" in note()
+    assert note().endswith(f"losses are those of {named}, which was exported")
+    assert "train" in bench.record.inputs
+    other = run.checkpoints[0].model_copy(update={"sha256": "ef" * 32})
+    run.model_copy(update={"checkpoints": [other]}).write(tmp_path / "runs/a/train.json")
+    assert note().endswith("the train record beside it names another checkpoint")

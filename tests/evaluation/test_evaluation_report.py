@@ -21,6 +21,7 @@ from modelops.evaluation.pages.drawings import Mark, draw_histogram, draw_interv
 from modelops.evaluation.pages.report import check_report, record_digest, write_report
 from modelops.evaluation.pages.tables import generic_tables
 from modelops.evaluation.pages.text import number, visible
+from modelops.evaluation.words import words_of
 from modelops.files import sha256_file, sha256_json, write_json
 from modelops.records import (
     Environment,
@@ -354,8 +355,11 @@ def test_the_comparison_shows_the_verdicts_and_the_same_prompts_side_by_side(
     page = Page(write_report(record, against=early))
     found = compare_records(early, record).comparisons
     assert found
+    neither = [words_of(r.metric).title for r in found if r.first is None and r.second is None]
+    assert neither and f"Measured in neither: {'; '.join(neither)}." in page.text
     for row in found:
-        assert f"{row.metric} {row.verdict}" in page.text
+        if row.first is not None or row.second is not None:
+            assert f"{row.metric} {row.verdict}" in page.text
     shown = [
         decode_image(base64.b64decode(image["src"].partition(",")[2]), "x.png")
         for image in page.all("img")
@@ -365,6 +369,41 @@ def test_the_comparison_shows_the_verdicts_and_the_same_prompts_side_by_side(
     # The one prompt that got worse is the first of those that fall most.
     assert np.array_equal(shown[16], 255 - drawings[3]) and np.array_equal(shown[17], drawings[3])
     assert "there 0.1875 [0.0625, 0.3125]" in page.text
+
+
+def test_slices_that_are_all_equal_need_no_table_and_real_pictures_stand_beside(
+    build: Build,
+) -> None:
+    nothing = measured(0.0, 0.0, 0.125)
+
+    def beside(value: float) -> Measurement:
+        return measured(value / 2, 0.0, value).model_copy(
+            update={"details": {"real_pictures": value}}
+        )
+
+    record = build(
+        slices=[
+            SliceMeasurement(by="words", value=value, metric=metric, verdict="within noise",
+                             n_groups=5, n_prompts=6, inside=inside, rest=rest, difference=nothing)
+            for value in ("one", "two")
+            for metric, inside, rest in (("unsafe_rate", nothing, nothing),
+                                         ("lit_alignment_gain", beside(0.5), beside(0.75)))
+        ],
+    )  # fmt: skip
+    page = Page(write_report(record))
+    assert "Unsafe pictures by words: 0 in every slice and in the rest." in page.text
+    assert page.text.count("one 6 prompts, 5 groups") == 1
+    assert "real pictures 0.5, of the rest 0.75" in page.text
+
+
+def test_values_with_one_unit_share_an_axis() -> None:
+    def row(value: float, unit: str) -> dict[str, object]:
+        return {"value": value, "low": value, "high": value, "unit": unit}
+
+    cells = generic_tables({"a": row(0.5, "rate"), "b": row(40.0, "dB"), "c": row(1.0, "rate")})
+    drawn = [str(line[1].drawing) for line in cells[0].rows]
+    assert ">1<" in drawn[0] and ">1<" in drawn[2] and ">40<" in drawn[1]
+    assert cells[0].rows[1][1].text.endswith("dB")
 
 
 def test_verdict_sweep_and_slices_of_the_record_are_shown(build: Build) -> None:

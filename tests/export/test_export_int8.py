@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,24 @@ import onnx
 import pytest
 
 from modelops.errors import ExportError, IntegrityError, UsageError
-from modelops.export.artifact import DENOISER, GRAPH, TEXT_ENCODER, read_artifact
+from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.calibration import collect_rows
 from modelops.export.graphs import available_runtimes
-from modelops.export.int8 import export_int8
+from modelops.export.int8 import Int8Options, export_int8
 from modelops.export.lint import lint_qdq
-from modelops.export.onnx import load_source
-from modelops.export.onnxruntime import OrtGraph
-from modelops.export.parity import BOUNDS, Bounds, psnr_db, require_parity
+from modelops.export.parity import BOUNDS, psnr_db, require_parity
 from modelops.export.quantize import quantize_graph
-from modelops.export.runtime import open_artifact
+from modelops.export.runtime import denoiser_of, open_artifact
+from modelops.export.source import component_from, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
 from modelops.records import ArtifactRecord, ParityCheck
 
 
 def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
-    path = int8_artifact / DENOISER / GRAPH
+    path = int8_artifact / "unet" / GRAPH
     onnx.checker.check_model(str(path), full_check=True)
     assert lint_qdq(path) == []
-    component = next(c for c in read_artifact(int8_artifact).components if c.name == DENOISER)
+    component = next(c for c in read_artifact(int8_artifact).components if c.name == "unet")
     assert component.quantized_nodes > 10
     assert component.precision == "int8"
 
@@ -37,15 +37,21 @@ def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
 def test_weights_are_stored_in_a_byte(int8_artifact: Path, onnx_artifact: Path) -> None:
     record, fp32 = read_artifact(int8_artifact), read_artifact(onnx_artifact)
     size = {c.name: c.bytes for c in record.components}
-    assert size[DENOISER] < 0.6 * {c.name: c.bytes for c in fp32.components}[DENOISER]
-    text = int8_artifact / TEXT_ENCODER / GRAPH
-    assert text.read_bytes() == (onnx_artifact / TEXT_ENCODER / GRAPH).read_bytes()
+    assert size["unet"] < 0.5 * {c.name: c.bytes for c in fp32.components}["unet"]
+    text = int8_artifact / "text_encoder" / GRAPH
+    assert text.read_bytes() == (onnx_artifact / "text_encoder" / GRAPH).read_bytes()
 
 
 def test_the_record_says_what_was_measured(int8_artifact: Path) -> None:
     record = read_artifact(int8_artifact)
     assert record.format == "int8"
-    assert record.calibration["rows_with_prompt"] * 2 == record.calibration["rows"]
+    assert record.calibration["timesteps"] == 6
+    groups = {row["group"]: row for row in record.calibration["search"]["table"]}
+    kept = [name for name, row in groups.items() if row["decision"] == "fp32"]
+    assert set(kept) <= set(record.calibration["keep_fp32"]) < set(groups)
+    assert set(record.calibration["sensitivity"]["groups"]) <= set(groups)
+    assert (int8_artifact / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(record.error_by_noise) >= 4
     assert record.calibration["sigma_max"] > 0.9
     assert record.calibration["sigma_min"] < 0.3
     assert record.execution[record.runtime]["int8_layers"] > 0
@@ -91,12 +97,14 @@ def test_refusals(
         export_int8(onnx_artifact, tiny_checkpoint, out, prompts=[])
     with pytest.raises(UsageError, match="blank"):
         export_int8(onnx_artifact, tiny_checkpoint, out, prompts=["a", "  "])
-    with pytest.raises(UsageError, match="a int8 artifact"):
+    with pytest.raises(UsageError, match="int8 artifact"):
         export_int8(int8_artifact, tiny_checkpoint, out)
     with pytest.raises(UsageError, match="already exists"):
         export_int8(onnx_artifact, tiny_checkpoint, int8_artifact)
     with pytest.raises(UsageError, match="unknown method"):
-        export_int8(onnx_artifact, tiny_checkpoint, out, method="guess")  # type: ignore[arg-type]
+        Int8Options(method="guess")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="error budget"):
+        Int8Options(error_budget=1.5)
     other = tmp_path / "other"
     shutil.copytree(tiny_checkpoint, other)
     (other / "note.txt").write_text("another checkpoint")
@@ -116,11 +124,12 @@ def test_layers_are_given_up_until_the_outputs_are_within_bounds(
         return max(c.value for c in record.parity if c.measure == "max_relative_error")
 
     before = read_artifact(int8_artifact)
-    tighter = Bounds(absolute=None, relative=0.7 * worst(before), psnr_db=0.0)
+    tighter = dataclasses.replace(BOUNDS["int8"], relative=0.7 * worst(before))
     monkeypatch.setitem(BOUNDS, "int8", tighter)
     after = export_int8(
-        onnx_artifact, tiny_checkpoint, tmp_path / "int8", steps=4, rows=16, speed_rounds=0
-    )
+        onnx_artifact, tiny_checkpoint, tmp_path / "int8",
+        options=Int8Options(steps=4, rows=16, speed_rounds=0, search_seconds=3),
+    )  # fmt: skip
     assert worst(after) <= tighter.relative
     assert len(after.calibration["keep_fp32"]) > len(before.calibration["keep_fp32"])
 
@@ -136,22 +145,22 @@ def test_parity_fails_closed() -> None:
 def test_calibration_rows_depend_on_the_seed_alone(
     onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    pipeline, _ = load_source(tiny_checkpoint)
-    names = OrtGraph(onnx_artifact / DENOISER / GRAPH).input_names
+    pipeline = load_source(tiny_checkpoint).pipeline
+    unet = denoiser_of(read_artifact(onnx_artifact))
+    denoiser = component_from(pipeline, onnx_artifact / "unet", unet)
     first, again, other = (
-        collect_rows(pipeline, names, prompts=["dog", "red heart"], seed=seed, steps=4, rows=16)
+        collect_rows(pipeline, denoiser, prompts=["dog", "red heart"], seed=seed, steps=4, rows=16)
         for seed in (0, 0, 1)
     )
     assert first.record == again.record
     assert first.record["inputs_sha256"] != other.record["inputs_sha256"]
     assert len(first) == 16
-    assert first.guided.sum() == 8
     counts = np.unique(first.sigmas, return_counts=True)[1]
     assert counts.tolist() == [4, 4, 4, 4]
     seen = {float(s) for feed in first.batches(4) for s in feed["timestep"]}
     assert len(seen) == 4
     # the same rows give the same graph, byte for byte, with and without the table at hand
-    source, table = onnx_artifact / DENOISER / GRAPH, tmp_path / "table.json"
+    source, table = onnx_artifact / "unet" / GRAPH, tmp_path / "table.json"
     for name in ("a.onnx", "b.onnx"):
         quantize_graph(source, tmp_path / name, rows=first, table=table)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
@@ -195,7 +204,7 @@ def test_the_lint_sees_each_broken_rule(
 ) -> None:
     import re
 
-    model = onnx.load(str(int8_artifact / DENOISER / GRAPH))
+    model = onnx.load(str(int8_artifact / "unet" / GRAPH))
     _break(model, what)
     onnx.save(model, str(tmp_path / "broken.onnx"))
     faults = lint_qdq(tmp_path / "broken.onnx")

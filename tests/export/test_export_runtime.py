@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
-from modelops.export.artifact import DENOISER, GRAPH, read_artifact
-from modelops.export.graphs import open_graph
-from modelops.export.onnx import export_onnx, load_source, write_denoiser
+from modelops.export import choice
+from modelops.export.artifact import GRAPH, read_artifact
+from modelops.export.choice import choose_runtime
+from modelops.export.components import find_components
+from modelops.export.graphs import available_runtimes, open_graph
+from modelops.export.onnx import export_onnx, write_component
 from modelops.export.onnxruntime import OrtGraph
 from modelops.export.openvino import batch_bucket
-from modelops.export.runtime import choose_runtime, open_artifact
+from modelops.export.runtime import denoiser_of, open_artifact
+from modelops.export.source import load_source
 from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, open_checkpoint
-from modelops.records import ArtifactRecord
 
 REQUESTS = [
     ImageRequest(prompt=text, seed=seed, steps=3) for seed, text in enumerate(["red heart", "dog"])
@@ -76,7 +81,11 @@ def test_height_and_width_are_dynamic(onnx_artifact: Path, tiny_checkpoint: Path
 
 def test_the_record_describes_the_directory(onnx_artifact: Path, tiny_checkpoint: Path) -> None:
     record = read_artifact(onnx_artifact)
-    denoiser = next(item for item in record.components if item.name == DENOISER)
+    denoiser = denoiser_of(record)
+    assert denoiser.attribute == "unet"
+    assert [(c.name, c.role) for c in record.components] == [
+        ("unet", "denoiser"), ("text_encoder", "text_encoder"),
+    ]  # fmt: skip
     assert record.format == "onnx"
     assert denoiser.opset is not None
     assert denoiser.opset <= 20
@@ -86,7 +95,7 @@ def test_the_record_describes_the_directory(onnx_artifact: Path, tiny_checkpoint
     assert record.inputs["checkpoint"].sha256 == sha256_tree(tiny_checkpoint)
     assert not Path(record.inputs["checkpoint"].path).is_absolute()
     assert all(check.passed for check in record.parity)
-    names = {check.name.split("/")[1] for check in record.parity if "denoiser" in check.name}
+    names = {check.name.split("/")[1] for check in record.parity if "unet" in check.name}
     assert names == {"batch1", "batch2", "batch8"}
     relative = [c.value for c in record.parity if c.measure == "max_relative_error"]
     assert max(relative) <= 1e-4
@@ -102,13 +111,16 @@ def test_no_path_of_this_machine_is_in_a_graph(onnx_artifact: Path) -> None:
 def test_the_same_checkpoint_gives_the_same_bytes(
     onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    pipeline, _ = load_source(tiny_checkpoint)
-    write_denoiser(pipeline, tmp_path, opset=20)
-    assert (tmp_path / GRAPH).read_bytes() == (onnx_artifact / DENOISER / GRAPH).read_bytes()
+    pipeline = load_source(tiny_checkpoint).pipeline
+    for component in find_components(pipeline):
+        write_component(pipeline, component, tmp_path / component.name, opset=20)
+        for path in (tmp_path / component.name).iterdir():
+            again = onnx_artifact / component.name / path.name
+            assert path.read_bytes() == again.read_bytes(), path
 
 
 @pytest.mark.parametrize(
-    "victim", ["denoiser/model.onnx", "tokenizer/tokenizer.json", "model_index.json", "pipeline.py"]
+    "victim", ["unet/model.onnx", "tokenizer/tokenizer.json", "model_index.json", "pipeline.py"]
 )
 def test_one_changed_byte_is_refused(onnx_artifact: Path, tmp_path: Path, victim: str) -> None:
     artifact = copy_of(onnx_artifact, tmp_path / "artifact")
@@ -126,7 +138,7 @@ def test_added_and_missing_files_are_refused(onnx_artifact: Path, tmp_path: Path
     with pytest.raises(IntegrityError, match="is not in"):
         open_artifact(artifact)
     (artifact / "extra.py").unlink()
-    (artifact / DENOISER / "config.json").unlink()
+    (artifact / "unet" / "config.json").unlink()
     with pytest.raises(IntegrityError, match="is missing"):
         open_artifact(artifact)
 
@@ -152,8 +164,10 @@ def test_bad_arguments(onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Pat
         open_artifact(onnx_artifact, batch_size=0)
     with pytest.raises(UsageError, match="unknown runtime"):
         open_artifact(onnx_artifact, runtime="tensorflow")
-    with pytest.raises(UsageError, match="float32"):
+    with pytest.raises(UsageError, match="as the graph says"):
         open_artifact(onnx_artifact, runtime="onnxruntime", precision="bfloat16")
+    with pytest.raises(UsageError, match="does not run artifacts in onnx"):
+        open_artifact(onnx_artifact, runtime="tensorrt")
     with pytest.raises(UsageError, match="no such directory"):
         open_artifact(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="already exists"):
@@ -197,20 +211,45 @@ def test_openvino_missing_names_the_way_out(
 
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError) as caught:
-        open_graph(onnx_artifact / DENOISER / GRAPH, "openvino")
+        open_graph(onnx_artifact / "unet" / GRAPH, "openvino")
     assert "pip install" in (caught.value.hint or "")
 
 
-def test_auto_takes_the_measured_runtime_only_where_parity_held(onnx_artifact: Path) -> None:
-    pytest.importorskip("openvino")
+def test_auto_takes_a_runtime_that_gives_the_numbers_here_and_stays_with_it(
+    onnx_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
     record = read_artifact(onnx_artifact)
-    assert choose_runtime(record) == "onnxruntime"
-    data = record.model_dump() | {"runtime": "openvino"}
-    check = record.parity[-1].model_dump() | {"name": "images/openvino"}
-    passed = ArtifactRecord.model_validate(data | {"parity": [check]})
-    failed = ArtifactRecord.model_validate(data | {"parity": [check | {"passed": False}]})
-    assert choose_runtime(passed) == "openvino"
-    assert choose_runtime(failed) == "onnxruntime"
+    runtime, reason = choose_runtime(onnx_artifact, record, "digest")
+    assert runtime in available_runtimes()
+    assert "parity" in reason
+    assert len(list((tmp_path / "cache/runtimes").iterdir())) == 1
+    monkeypatch.setattr(choice, "_measure", lambda *a: pytest.fail("measured again"))
+    assert choose_runtime(onnx_artifact, record, "digest") == (runtime, reason)
+
+
+def test_auto_refuses_when_no_runtime_gives_the_numbers(
+    onnx_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
+    artifact = copy_of(onnx_artifact, tmp_path / "artifact")
+    feed, expected = choice.read_probe(artifact / "unet")
+    arrays = {f"input:{name}": array for name, array in feed.items()}
+    save_file({**arrays, "output": expected * 1.01}, artifact / "unet" / choice.PROBE)
+    with pytest.raises(ExportError, match=r"off by 0\.0099"):
+        choose_runtime(artifact, read_artifact(artifact), "other digest")
+
+
+def test_the_runtime_it_was_made_for_is_left_only_for_a_clearly_faster_one() -> None:
+    import time
+
+    def waits(seconds: float) -> Callable[[], None]:
+        return lambda: time.sleep(seconds)
+
+    near = {"onnxruntime": waits(0.0105), "openvino": waits(0.010)}
+    assert choice._fastest(near, "onnxruntime", [])[0] == "onnxruntime"
+    far = {"onnxruntime": waits(0.03), "openvino": waits(0.005)}
+    assert choice._fastest(far, "onnxruntime", [])[0] == "openvino"
 
 
 def test_batches_are_filled_up_by_a_third_at_most() -> None:

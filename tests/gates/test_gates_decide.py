@@ -21,6 +21,7 @@ from modelops.records import (
     Measurement,
     ParityCheck,
     Record,
+    SliceMeasurement,
     SourceInfo,
     Verdict,
     read_record,
@@ -362,3 +363,86 @@ def test_a_symbolic_link_out_of_the_project_is_not_followed(root: Path, tmp_path
     (root / "data/smoke.json").rename(outside)
     (root / "data/smoke.json").symlink_to(outside)
     assert line(verdict_of(root), "data loads").answer == "undecided"
+
+
+def slices(**gains: tuple[float, str]) -> list[SliceMeasurement]:
+    """{tone: (alignment gain, verdict)}, each 0.05 either side; the rest has 0.2."""
+    direction: dict[str, Any] = {"higher_is_better": True, "protocol": "s", "n": 12}
+
+    def measurement(value: float) -> Measurement:
+        return measured(value, value - 0.05, value + 0.05, **direction)
+
+    return [
+        SliceMeasurement(
+            by="words", value=f"skin-tone:{tone}", metric="lit_alignment_gain", verdict=verdict,
+            n_groups=12, n_prompts=30, inside=measurement(gain), rest=measurement(0.2),
+            difference=measurement(gain - 0.2) if verdict != "too few"
+            else Measurement.missing("fewer than 10 independent groups on one side"),
+        )
+        for tone, (gain, verdict) in gains.items()
+    ]  # fmt: skip
+
+
+TONES = {"dark": (0.1, "differs"), "light": (0.18, "within noise"), "medium": (-0.3, "too few")}
+GAIN = "lit_alignment_gain"
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "answer", "reason"),
+    [
+        (f"slices.words.skin-tone:dark.{GAIN}", {"at_least": 0.1}, "pass", "the value 0.1 is"),
+        (f"slices.words.skin-tone:dark.{GAIN}", {"at_least": 0.1, "use": "low"}, "fail", "0.05"),
+        (f"slices.words.skin-tone:dark.{GAIN}.difference", {"above": -0.1, "use": "worst"}, "fail",
+         "low end -0.15"),
+        (f"slices.words.worst.{GAIN}", {"at_least": 0.1}, "pass",
+         "skin-tone:dark is the worst of 2 slices, 1 with too few groups left out"),
+        (f"slices.words.worst.{GAIN}.difference", {"at_least": -0.2, "use": "low"}, "pass",
+         "-0.15"),
+        (f"slices.words.worst.{GAIN}.difference", {"at_least": -0.05}, "fail", "skin-tone:dark"),
+        (f"slices.words.worst.{GAIN}", {"at_least": {"plus": -0.1, "of": "early"}}, "undecided",
+         "early: not measured: the evaluation has no slices"),
+        (f"slices.words.skin-tone:medium.{GAIN}.difference", {"at_least": -9}, "undecided",
+         "fewer than 10"),
+        (f"slices.words.skin-tone:blue.{GAIN}", {"at_least": 0}, "undecided", "no slice"),
+        ("slices.words.worst.unsafe_rate", {"at_most": 1}, "undecided", "no slice"),
+        (f"slices.tags.worst.{GAIN}", {"at_least": 0}, "undecided", "words.skin-tone:dark"),
+        (f"slices.words.worst.{GAIN}", {"at_least": 0, "min_n": 13}, "undecided", "n = 12"),
+    ],
+)  # fmt: skip
+def test_a_policy_reads_slices(
+    root: Path, name: str, bound: dict[str, Any], answer: str, reason: str
+) -> None:
+    rewrite(root, "final", slices=slices(**TONES))
+    policy(root, {"name": "fair", "evidence": "final", "metric": name, **bound})
+    found = line(verdict_of(root), "fair")
+    assert found.answer == answer, found.reason
+    assert reason in found.reason
+
+
+def test_slices_against_those_of_a_baseline(root: Path) -> None:
+    """Relative bounds take the same slice of the other record; unlike protocols do not compare."""
+    same = {"s": {"metric": "gain"}}
+    rewrite(root, "final", slices=slices(**TONES), protocols=same)
+    rewrite(root, "early", slices=slices(dark=(0.04, "within noise")), protocols=same)
+    criterion = {"name": "fair", "evidence": "final", "metric": f"slices.words.worst.{GAIN}",
+                 "at_least": {"plus": 0.05, "of": "early"}}  # fmt: skip
+    policy(root, criterion)
+    assert line(verdict_of(root), "fair").answer == "pass"
+    rewrite(root, "early", slices=slices(dark=(0.06, "within noise")), protocols=same)
+    assert line(verdict_of(root), "fair").answer == "fail"
+    rewrite(root, "early", protocols={"s": {"metric": "another"}})
+    assert line(verdict_of(root), "fair").answer == "undecided"
+
+
+def test_a_worst_slice_needs_slices_that_can_be_judged_and_a_direction(root: Path) -> None:
+    policy(root, {"name": "fair", "evidence": "final", "metric": f"slices.words.worst.{GAIN}",
+                  "at_least": 0})  # fmt: skip
+    rewrite(root, "final", slices=slices(dark=(0.5, "too few")))
+    assert "none of the 1 slices" in line(verdict_of(root), "fair").reason
+    both_ways = [
+        one.model_copy(update={"inside": one.inside.model_copy(update={"higher_is_better": None})})
+        for one in slices(dark=(0.5, "differs"))
+    ]
+    rewrite(root, "final", slices=both_ways)
+    found = line(verdict_of(root), "fair")
+    assert found.answer == "undecided" and "no better direction" in found.reason

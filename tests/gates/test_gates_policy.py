@@ -64,6 +64,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
         ({"criteria": [criterion(at_most=float("nan"))]}, "finite"),
         ({"criteria": [criterion(at_most="many")]}, "should be a number, not 'many'"),
         ({"criteria": [criterion(at_least=1)]}, "exactly one of at_most"),
+        ({"criteria": [criterion(metric="slices.worst.fd")]}, "slices.COLUMN.VALUE.METRIC"),
         ({"criteria": [criterion(at_most=None)]}, "exactly one of at_most"),
         ({"criteria": [criterion(field="x")]}, "exactly one of metric, field and parity"),
         ({"criteria": [criterion(at_most={"ratio": 1, "plus": 1, "of": "early"})]}, "either ratio"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mpmath
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from modelops.errors import EvaluationError
 from modelops.metrics.frechet import (
@@ -17,6 +18,7 @@ from modelops.metrics.frechet import (
     frechet_interval,
     merge_statistics,
     rank_warning,
+    tridiagonal_trace_of_root,
 )
 from modelops.seeding import numpy_generator
 
@@ -84,19 +86,80 @@ def test_merged_statistics_are_those_of_the_union() -> None:
 
 
 def test_the_interval_holds_the_expected_distance_about_as_often_as_it_says() -> None:
-    """n = 30 and m = 40 in 48 dimensions; 100 repetitions of a nominal 95 % interval."""
+    """n = 30 and m = 40 in 48 dimensions; 150 repetitions of a nominal 95 % interval."""
     scale = np.arange(1, 49) ** -0.6
     generator = np.random.default_rng(7)
 
     def draw(n: int, shift: float) -> np.ndarray:
         return generator.normal(size=(n, 48)) * scale + shift * scale
 
-    truth = np.mean([features_to_frechet_distance(draw(30, 0.15), draw(40, 0)) for _ in range(300)])
+    truth = np.mean([features_to_frechet_distance(draw(30, 0.15), draw(40, 0)) for _ in range(600)])
     hits = 0
-    for index in range(100):
-        made = frechet_interval(draw(30, 0.15), draw(40, 0), seed=index, groups=10)
+    for index in range(150):
+        made = frechet_interval(draw(30, 0.15), draw(40, 0), seed=index, groups=12)
         hits += made.low <= truth <= made.high
-    assert 90 <= hits <= 100
+    assert 0.90 * 150 <= hits <= 0.99 * 150
+
+
+@pytest.mark.parametrize("dimension", [1, 5])
+def test_the_variance_behind_the_interval_comes_from_halves_and_quarters(dimension: int) -> None:
+    """One round of 9 and 14 images, redone by hand; also where there are fewer than dimensions."""
+    generator = np.random.default_rng(8)
+    x, y = generator.normal(size=(9, dimension)), generator.normal(size=(14, dimension)) + 1
+    made = frechet_interval(x, y, seed=3, groups=3)
+    parts = [
+        np.array_split(numpy_generator(3, "frechet-parts", side).permutation(count), 4)
+        for side, count in enumerate((9, 14))
+    ]
+
+    def part(*which: int) -> float:
+        rows = [np.concatenate([parts[side][k] for k in which]) for side in (0, 1)]
+        return features_to_frechet_distance(x[rows[0]], y[rows[1]])
+
+    pairs = [(part(0, 1), part(2, 3)), (part(0, 2), part(1, 3)), (part(0, 3), part(1, 2))]
+    half = np.mean([np.var(pair, ddof=1) for pair in pairs])
+    quarter = np.var([part(k) for k in range(4)], ddof=1)
+    second_order = np.clip((quarter - 2 * half) / 8, 0, half / 4)
+    error = np.sqrt(half / 2 - second_order / 2)
+    assert made.high - made.value == pytest.approx(t.ppf(0.975, 3) * error, rel=1e-8)
+
+
+def test_seven_images_have_an_interval_and_three_do_not() -> None:
+    generator = np.random.default_rng(9)
+    x = generator.normal(size=(7, 3))
+    made = frechet_interval(x, x + 1, seed=0)
+    assert made.low < made.value < made.high
+    with pytest.raises(EvaluationError, match="3 images are too few"):
+        frechet_interval(x[:3], x, seed=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_the_root_of_a_tridiagonal_matrix_has_the_trace_of_its_eigenvalues(size: int) -> None:
+    """Eigenvalues over twelve orders of magnitude; and an indefinite one, which clips at 0."""
+    generator = np.random.default_rng(size)
+    lower = np.diag(10.0 ** -generator.uniform(0, 6, size))
+    lower += np.diag(0.3 * np.diag(lower)[1:], -1)
+    matrix = lower @ lower.T
+    diagonal, beside = np.diag(matrix).copy(), np.diag(matrix, 1).copy()
+    exact = np.linalg.svd(lower, compute_uv=False).sum()
+    assert tridiagonal_trace_of_root(diagonal, beside) == pytest.approx(exact, rel=1e-12)
+    values = np.linalg.eigvalsh(matrix - 0.3 * np.eye(size))
+    expected = np.sqrt(np.clip(values, 0, None)).sum()
+    assert tridiagonal_trace_of_root(diagonal - 0.3, beside) == pytest.approx(expected, abs=1e-9)
+    assert tridiagonal_trace_of_root(0 * diagonal, 0 * beside) == 0.0
+
+
+@pytest.mark.parametrize("orders", [4, 10, 14])
+def test_an_ill_conditioned_pair_keeps_nine_digits(orders: int) -> None:
+    """Covariances that commute, eigenvalues over so many orders of magnitude."""
+    generator = np.random.default_rng(orders)
+    turn = np.linalg.qr(generator.normal(size=(60, 60)))[0]
+    values = 10.0 ** -np.linspace(0, orders, 60)
+    first, second = (
+        Statistics(np.zeros(60), (turn * v) @ turn.T, 100) for v in (values, np.sqrt(values))
+    )
+    exact = float((values + np.sqrt(values) - 2 * values**0.75).sum())
+    assert frechet_distance(first, second) == pytest.approx(exact, rel=1e-9)
 
 
 def test_the_interval_is_the_same_for_the_same_seed_and_holds_the_value() -> None:

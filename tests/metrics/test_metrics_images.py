@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("skimage")
 
+from modelops.cli.main import main
 from modelops.data.corpora.openmoji import build_corpus
 from modelops.data.images import encode_png, read_image
 from modelops.errors import EvaluationError, MissingWeightsError
@@ -19,6 +20,7 @@ from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
 from modelops.metrics.images import Lpips, psnr, ssim
+from modelops.records import ComparisonRecord, read_record
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,26 @@ def test_pairs_are_measured_with_intervals_over_prompts(
         m = made[key]
         assert m.value is not None and m.low is not None and m.high is not None
         assert m.low < m.value < m.high and m.protocol and m.details["pairs"] == 6
+
+
+def test_compare_measures_lpips_when_its_weights_are_given(
+    records: tuple[Path, Path], alexnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lpips")
+    out = tmp_path / "comparison.json"
+    files = [str(path) for path in records]
+    main(["compare", *files, "--lpips-weights", str(alexnet), "--resamples", "50",
+          "--out", str(out)])  # fmt: skip
+    record = read_record(out, ComparisonRecord)
+    expected = pairwise_measures(*records, lpips_weights=alexnet)["pair_lpips"]
+    assert record.images["pair_lpips"] == expected and expected.value
+    assert record.inputs["lpips"].sha256 == expected.details["weights_sha256"]
+    assert "pair_lpips" in capsys.readouterr().out
+    for weights, net in ((tmp_path / "none.pth", "alex"), (alexnet, "vgg")):
+        arguments = ["--lpips-weights", str(weights), "--lpips-net", net]
+        assert main(["compare", *files, *arguments]) == 1
+        shown = capsys.readouterr()
+        assert f"error: {weights}" in shown.err and shown.out == ""
 
 
 def test_equal_pictures_and_missing_weights_say_so(records: tuple[Path, Path]) -> None:

@@ -21,6 +21,7 @@ from modelops.metrics.frechet import features_to_statistics
 from modelops.metrics.kernel import (
     _kernel_sums,
     _leave_one_out,
+    _orders,
     kernel_distance,
     kernel_variance,
     sums_to_variance,
@@ -94,12 +95,16 @@ def test_the_variance_is_unbiased_and_the_jackknife_is_not(shift: float) -> None
     assert np.mean(jackknife) / np.var(values) > (1.8 if shift == 0 else 1.1)
 
 
-def test_kernel_distance_and_its_jackknife_equal_double_loops() -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_the_ends_of_the_kernel_interval_are_as_far_off_as_their_own_error_allows(
+    shift: float,
+) -> None:
+    """Both ends d solve (value - d)^2 = t^2 (slope d + fixed), with both parts from loops."""
     generator = np.random.default_rng(0)
-    x, y = generator.normal(size=(9, 5)), generator.normal(size=(11, 5)) + 0.4
+    x, y = generator.normal(size=(9, 5)), generator.normal(size=(11, 5)) + shift
     made = kernel_distance(x, y, block=4)
 
-    variance = 0.0
+    jackknife = 0.0
     for data, other, flip in ((x, y, False), (y, x, True)):
         left = np.array(
             [
@@ -107,9 +112,33 @@ def test_kernel_distance_and_its_jackknife_equal_double_loops() -> None:
                 for kept in (np.delete(data, i, 0) for i in range(len(data)))
             ]
         )
-        variance += (len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum()
-    half = t.ppf(0.975, 8) * np.sqrt(variance)
-    assert made.high - made.value == pytest.approx(half, rel=1e-8)
+        jackknife += (len(left) - 1) / len(left) * ((left - left.mean()) ** 2).sum()
+    kernels = [(a @ b.T / 5 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    with_diagonals = kernels[0].mean() + kernels[1].mean() - 2 * kernels[2].mean()
+    fixed = 2.0 * np.clip(_orders(_kernel_sums(x, y, 3, 1.0, 1024))[1], 0, jackknife / 2)
+    squared = t.ppf(0.975, 8) ** 2
+    for end in (made.low, made.high):
+        allowed = squared * (jackknife / with_diagonals * end + fixed)
+        assert (made.value - end) ** 2 == pytest.approx(allowed, rel=1e-8)
+    assert made.low < made.value < made.high
+
+
+def test_the_kernel_interval_of_constant_sets_is_a_point() -> None:
+    same = kernel_distance(np.ones((6, 3)), np.ones((7, 3)))
+    assert (same.low, same.value, same.high) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.35])
+def test_the_kernel_interval_holds_the_distance_about_as_often_as_it_says(shift: float) -> None:
+    """400 repetitions with and without a distance; three standard errors wide around 92 to 98 %."""
+    generator = np.random.default_rng(5)
+    values = []
+    for _ in range(400):
+        x, y = generator.normal(size=(40, 12)), generator.normal(size=(60, 12)) + shift
+        values.append(kernel_distance(x, y))
+    truth = float(np.mean([v.value for v in values])) if shift else 0.0
+    held = np.mean([v.low <= truth <= v.high for v in values])
+    assert 0.89 <= held <= 0.99
 
 
 def test_kernel_distance_does_not_depend_on_the_block_size() -> None:

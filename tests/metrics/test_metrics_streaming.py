@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from modelops.errors import EvaluationError
-from modelops.metrics.frechet import Statistics
+from modelops.metrics.cmmd import cmmd, statistics_to_cmmd
+from modelops.metrics.feature_files import (
+    FeatureCache,
+    map_features,
+    release,
+    row_chunks,
+    write_features,
+)
+from modelops.metrics.features import cached_features, features_key
+from modelops.metrics.frechet import (
+    Statistics,
+    features_to_statistics,
+    frechet_interval,
+)
+from modelops.metrics.inception import (
+    logits_to_inception_score,
+    shuffled_order,
+    streamed_inception_score,
+)
+from modelops.metrics.kernel import kernel_distance
+from modelops.metrics.prdc import prdc
 from modelops.metrics.streaming import (
     RunningStatistics,
     cached_statistics,
     read_statistics,
+    remove_statistics,
+    stream_statistics,
+    streamed_frechet_interval,
+    streamed_interval,
     write_statistics,
 )
 
@@ -107,8 +132,9 @@ def test_reference_statistics_are_cached_by_content_and_protocol(tmp_path: Path)
 
     def get(extractor: _Mean, order: list[int]) -> Statistics:
         return cached_statistics(
-            extractor, [names[i] for i in order], lambda i: images[order[i]], tmp_path, batch=2
-        )
+            extractor, [names[i] for i in order],
+            lambda: extractor.images_to_features(images[order]), tmp_path,
+        )  # fmt: skip
 
     first = get(extractor, [0, 1, 2, 3, 4])
     again = get(extractor, [4, 2, 0, 1, 3])  # a set has no order
@@ -124,7 +150,9 @@ def test_reference_statistics_are_cached_by_content_and_protocol(tmp_path: Path)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other arrays", "not finite"])
 def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), np.uint8)
-    first = cached_statistics(_Mean(), list("abcd"), lambda i: images[i], tmp_path)
+    first = cached_statistics(
+        _Mean(), list("abcd"), lambda: _Mean().images_to_features(images), tmp_path
+    )
     (entry,) = tmp_path.glob("*.npz")
     data = entry.read_bytes()
     if damage == "cut":
@@ -138,7 +166,189 @@ def test_a_damaged_entry_is_computed_again(tmp_path: Path, damage: str) -> None:
     else:
         np.savez(entry, mean=first.mean * np.nan, covariance=first.covariance, n=np.array(4))
     extractor = _Mean()
-    again = cached_statistics(extractor, list("abcd"), lambda i: images[i], tmp_path)
+    again = cached_statistics(
+        extractor, list("abcd"), lambda: extractor.images_to_features(images), tmp_path
+    )
     assert extractor.seen == 4
     np.testing.assert_array_equal(first.covariance, again.covariance)
     assert read_statistics(entry) is not None
+
+
+def test_removing_is_merging_backwards() -> None:
+    data = features()
+    part = features_to_statistics(data[40:90])
+    left = remove_statistics(features_to_statistics(data), part)
+    assert_equal(left, np.concatenate([data[:40], data[90:]]))
+    with pytest.raises(EvaluationError, match="too few"):
+        remove_statistics(part, features_to_statistics(data[40:89]))
+
+
+def mapped(path: Path, data: np.ndarray) -> np.ndarray:
+    """The same features as a memory map."""
+    np.save(path, data.astype(np.float32), allow_pickle=False)
+    found = map_features(path)
+    assert found is not None and isinstance(found, np.memmap)
+    return found
+
+
+@pytest.mark.parametrize(("n", "m"), [(90, 70), (300, 30), (30, 300), (40, 9), (25, 25)])
+def test_streamed_frechet_is_the_same_interval(tmp_path: Path, n: int, m: int) -> None:
+    """Also where one covariance is singular: 12 dimensions against 9 vectors."""
+    generator = np.random.default_rng(1)
+    x = generator.normal(size=(n, 12)).astype(np.float32)
+    y = (generator.normal(size=(m, 12)) * 1.3 + 0.2).astype(np.float32)
+    expected = frechet_interval(x, y, seed=3, groups=5)
+    found = streamed_frechet_interval(
+        mapped(tmp_path / "x.npy", x), mapped(tmp_path / "y.npy", y), seed=3, groups=5
+    )
+    for end in ("value", "low", "high"):
+        assert getattr(found, end) == pytest.approx(getattr(expected, end), rel=1e-6)
+    assert found.method == expected.method
+
+
+def test_streamed_frechet_takes_known_statistics_of_the_second_set() -> None:
+    generator = np.random.default_rng(1)
+    x, y = generator.normal(size=(60, 5)), generator.normal(size=(80, 5))
+    plain = streamed_frechet_interval(x, y, seed=0, groups=4)
+    assert plain == streamed_frechet_interval(x, y, seed=0, groups=4, known=stream_statistics(y))
+
+
+def test_streamed_cmmd_is_near_the_exact_one() -> None:
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=(200, 16)) + 0.5
+    y = generator.normal(size=(150, 16))
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    exact = cmmd(x, y)
+    found = streamed_interval(x, y, lambda a, b: statistics_to_cmmd(a, b).value, seed=0, groups=40)
+    assert found.value == pytest.approx(exact.value, rel=1e-3)
+    width = (found.high - found.low) / (exact.high - exact.low)
+    assert 0.7 < width < 1.4  # 40 groups against one image at a time
+
+
+def test_blocks_and_files_do_not_change_what_needs_pairs(tmp_path: Path) -> None:
+    generator = np.random.default_rng(4)
+    x = generator.normal(size=(130, 6)).astype(np.float32)
+    y = generator.normal(size=(90, 6)).astype(np.float32)
+    files = mapped(tmp_path / "x.npy", x), mapped(tmp_path / "y.npy", y)
+    whole = kernel_distance(x, y)
+    parts = kernel_distance(*files, block=32)
+    assert parts.value == pytest.approx(whole.value, rel=1e-9)
+    assert prdc(x, y, seed=0, block=7) == prdc(*files, seed=0) == prdc(x, y, seed=0, block=1000)
+
+
+def test_features_are_written_in_chunks_and_mapped(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2500, 2, 2, 3), np.uint8)
+    extractor, seen = _Mean(), []
+    path = tmp_path / "f.npy"
+    write_features(
+        extractor, len(images), lambda i: images[i], path,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    found = map_features(path, 2500, 3)
+    assert found is not None
+    np.testing.assert_array_equal(found, _Mean().images_to_features(images))
+    assert seen == [(1024, 2500), (2048, 2500), (2500, 2500)]
+    release(found)
+    np.testing.assert_array_equal(found[2400:], _Mean().images_to_features(images[2400:]))
+    assert map_features(path, 2499, 3) is None and map_features(path, 2500, 4) is None
+    assert [rows.stop for rows in row_chunks(5, 2)] == [2, 4, 5]
+    images[7] = 0
+    with pytest.raises(EvaluationError, match="1 of 1024 images have features"):
+        write_features(_Broken(), len(images), lambda i: images[i], tmp_path / "g.npy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.npy"]
+
+
+class _Broken(_Mean):
+    def images_to_features(self, images: Iterable[np.ndarray], **more: Any) -> np.ndarray:
+        found = super().images_to_features(images)
+        found[found.sum(axis=1) == 0] = np.nan
+        return found
+
+
+def test_the_cache_gives_the_same_features_without_extracting(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    plain = cached_features(_Mean(), list("abcde"), lambda i: images[i], None)
+    first, second = _Mean(), _Mean()
+    for extractor, folder in ((first, tmp_path), (second, tmp_path), (_Mean(), None)):
+        made = FeatureCache(folder).features(extractor, list("abcde"), lambda i: images[i])
+        np.testing.assert_array_equal(made, plain)
+    assert (first.seen, second.seen) == (5, 0)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "text", "not finite", "another shape", "pickle"]
+)
+def test_damaged_features_are_extracted_again(tmp_path: Path, damage: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    plain = FeatureCache(tmp_path).features(_Mean(), list("abcde"), lambda i: images[i]).copy()
+    (path,) = tmp_path.glob("*.npy")
+    bad: dict[str, Any] = {
+        "cut": path.read_bytes()[:-4], "empty": b"", "text": b"features",
+    }  # fmt: skip
+    arrays: dict[str, Any] = {
+        "not finite": plain * np.float32("nan"), "another shape": plain[:4],
+        "pickle": np.array([{"a": 1}], object),
+    }  # fmt: skip
+    if damage in bad:
+        path.write_bytes(bad[damage])
+    else:
+        np.save(path, arrays[damage], allow_pickle=True)
+    extractor = _Mean()
+    again = FeatureCache(tmp_path).features(extractor, list("abcde"), lambda i: images[i])
+    assert extractor.seen == 5
+    np.testing.assert_array_equal(again, plain)
+
+
+def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 2, 2, 3), np.uint8)
+    size = 50 * 3 * 4 + 128
+    cache = FeatureCache(tmp_path, limit=2 * size)
+
+    def get(version: int) -> int:
+        extractor = _Mean(version=version)
+        cache.features(extractor, [str(i) for i in range(50)], lambda i: images[i])
+        path = tmp_path / f"{features_key(extractor, [str(i) for i in range(50)])}.npy"
+        os.utime(path, ns=(next(clock), next(clock)))
+        return extractor.seen
+
+    clock = iter(range(10**9, 10**9 + 100))
+    assert [get(1), get(2), get(1), get(3)] == [50, 50, 0, 50]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * size
+    assert [get(1), get(2)] == [0, 50]  # 2 was used longest ago when 3 came
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    (tmp_path / "file").write_text("not a folder")
+    made = FeatureCache(tmp_path / "file" / "cache").features(
+        _Mean(), list("abcde"), lambda i: images[i]
+    )
+    np.testing.assert_array_equal(made, _Mean().images_to_features(images))
+
+
+class _Classifier:
+    """Logits of fixed weights: all that the score asks of an extractor."""
+
+    weights = np.random.default_rng(9).normal(size=(1008, 6))
+
+    def features_to_logits(self, features: np.ndarray) -> np.ndarray:
+        return np.asarray(features, np.float64) @ self.weights.T
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_streamed_inception_score_is_the_same(splits: int) -> None:
+    features = np.random.default_rng(3).normal(size=(100, 6)).astype(np.float32)
+    order, extractor = shuffled_order(100, 5), cast(Any, _Classifier())
+    expected = logits_to_inception_score(
+        extractor.features_to_logits(features), splits=splits, order=order
+    )
+    found = streamed_inception_score(extractor, features, splits=splits, order=order, chunk=7)
+    for end in ("value", "low", "high"):
+        assert getattr(found, end) == pytest.approx(getattr(expected, end), rel=1e-12)
+    assert found.method == expected.method
+    features[3, 2] = np.nan
+    with pytest.raises(EvaluationError, match="not finite"):
+        streamed_inception_score(extractor, features)
+    with pytest.raises(EvaluationError, match="too few for 10"):
+        streamed_inception_score(extractor, features[:19])

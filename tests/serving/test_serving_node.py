@@ -250,7 +250,7 @@ def test_a_filter_that_breaks_later_gives_no_pixels_and_can_recover(tiny_release
         assert status == 503 and answer["error"]["code"] == "safety_filter_unavailable"
         assert "data" not in answer
         assert client.ask("/readyz")[0] == 503
-        assert client.metric('modelops_filter_failures_total{filter="image"}') >= 1
+        assert client.metric('modelops_filter_failures_total{filter="image",name="custom"}') >= 1
         image_filter._classifier = classifier
         wait_until(lambda: client.ask("/readyz")[0] == 200)
         assert client.generate(seed=1, steps=1)[0] == 200
@@ -272,7 +272,7 @@ def test_a_flagged_picture_is_withheld(tiny_release: Path) -> None:
     with node_with(tiny_release, image_filter=Strict) as client:
         status, answer, _ = client.generate(seed=1, steps=1)
         assert status == 400 and answer["error"]["code"] == "content_policy_violation"
-        assert client.metric('modelops_filter_triggers_total{filter="image"}') == 1
+        assert client.metric('modelops_filter_triggers_total{filter="image",name="custom"}') == 1
 
 
 @pytest.mark.parametrize("fault", ["open", "closed", "raises"])
@@ -342,6 +342,23 @@ def test_settings_come_from_the_environment() -> None:
     for name, value in (("QUEUE_LIMIT", "many"), ("QUEUE_LIMIT", "0"), ("DEADLINE_S", "nan")):
         with pytest.raises(UsageError, match=name):
             NodeSettings.from_environment({f"MODELOPS_{name}": value})
+
+
+def test_filters_are_chosen_by_name(tiny_release: Path, tmp_path: Path) -> None:
+    """Own lists reach the guard; a name that is not known stops the node before it is made."""
+    (tmp_path / "own.txt").write_text("zebra\nporn*\n")
+    chosen = NodeSettings.from_environment({"MODELOPS_PROMPT_FILTER": f"words:{tmp_path}"})
+    node = InferenceNode(tiny_release, settings=chosen)
+    try:
+        node.prompt_guard.load()
+        assert node.prompt_guard.check_prompt("a zebra") == (True, ["own: zebra"])
+        assert not node.prompt_guard.check_prompt("a nude")[0]
+    finally:
+        node.close(drain=False)
+    for name in ("PROMPT_FILTER", "IMAGE_FILTER"):
+        unknown = NodeSettings.from_environment({f"MODELOPS_{name}": "none"})
+        with pytest.raises(UsageError, match="filter 'none'"):
+            InferenceNode(tiny_release, settings=unknown)
 
 
 def test_a_guard_that_hung_refuses_at_once() -> None:

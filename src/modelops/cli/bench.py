@@ -9,14 +9,16 @@ import click
 from modelops.cli import output
 
 
-def _sizes(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
     try:
-        sizes = tuple(int(part) for part in value.split(","))
+        numbers = tuple(int(part) for part in value.split(","))
     except ValueError as error:
         raise click.BadParameter("give whole numbers with commas, such as 1,8") from error
-    if min(sizes) < 1:
-        raise click.BadParameter("a batch has at least one image")
-    return sizes
+    if min(numbers) < 1:
+        raise click.BadParameter("numbers start at 1")
+    return tuple(dict.fromkeys(numbers))
 
 
 @click.command()
@@ -25,9 +27,12 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
     "--batch-sizes",
     default="1,8",
     show_default=True,
-    callback=_sizes,
+    callback=_numbers,
     metavar="N,N",
-    help="Images per call.",
+    help="Images made together; of a service, requests at once.",
+)
+@click.option(
+    "--threads", callback=_numbers, metavar="N,N", help="CPU threads.  [default: all cores]"
 )
 @click.option(
     "--steps",
@@ -49,59 +54,91 @@ def _sizes(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
     "--runtime",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "onnxruntime", "openvino"]),
-    help="For artifacts.",
+    help="Of artifacts: auto, onnxruntime, openvino.",
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Of checkpoints: cpu, cuda, cuda:1."
+)
+@click.option(
+    "--baseline",
+    metavar="CHECKPOINT",
+    help="Compare with this one.  [default: those that the artifacts were made from]",
+)
+@click.option(
+    "--no-compile", is_flag=True, help="Without torch.compile, which may compile for minutes."
 )
 @output.json_option
 def bench(
     sources: tuple[str, ...],
     batch_sizes: tuple[int, ...],
+    threads: tuple[int, ...],
     steps: int,
     rounds: int,
     runtime: str,
+    device: str,
+    baseline: str | None,
+    no_compile: bool,
     as_json: bool,
 ) -> None:
     """Measure checkpoints, artifacts and endpoints side by side.
 
-    The sources take turns, so that a busy machine slows all of them alike. Speed-ups are over the
-    first one: name a checkpoint first to have eager torch as the baseline.
+    The sources take turns, so that a busy machine slows all of them alike. Beside an artifact
+    stands the checkpoint it was made from, in eager torch and under torch.compile, and speed-ups
+    are over that eager torch; where no checkpoint is found, over the first source. A first call,
+    which may compile, is not part of the timing and is printed beside it.
 
     \b
     Example:
-      modelops bench runs/pilot/checkpoints/step-1000 artifacts/pilot/onnx artifacts/pilot/int8
+      modelops bench artifacts/pilot/onnx artifacts/pilot/int8 --threads 1,2
+      modelops bench http://localhost:3000 --baseline runs/pilot/checkpoints/step-1000
     """
+    from functools import partial
+
     from modelops.environment import current_environment
     from modelops.evaluation.sources import open_source
-    from modelops.export.bench import bench_sources
+    from modelops.export.bench import bench_sources, make_contenders
 
-    opened = [open_source(uri, runtime=runtime) for uri in sources]
-    with output.progress("measuring", quiet=as_json) as on_progress:
-        rows = bench_sources(
-            opened, batch_sizes=batch_sizes, steps=steps, rounds=rounds, on_progress=on_progress
-        )
+    with output.progress("opening", quiet=as_json) as on_progress:
+        contenders, notes = make_contenders(
+            sources, open_source=partial(open_source, device=device), runtime=runtime,
+            baseline=baseline, with_compile=not no_compile,
+        )  # fmt: skip
+        on_progress.stage("measuring")
+        measured = bench_sources(
+            contenders, batch_sizes=batch_sizes, threads=threads, steps=steps, rounds=rounds,
+            on_progress=on_progress,
+        )  # fmt: skip
     machine = current_environment()
+    notes += measured.notes
     result = {
         "status": "ok",
         "machine": machine.model_dump(mode="json"),
         "steps": steps,
+        "rounds": rounds,
+        "notes": notes,
         "rows": [
             {**asdict(row), "speedup": row.speedup.model_dump(mode="json") if row.speedup else None}
-            for row in rows
+            for row in measured.rows
         ],
     }
     output.emit(result, as_json=as_json)
     if as_json:
         return
     output.table(
-        ("source", "runtime", "precision", "batch", "p50 ms", "p95 ms", "images/s", "speed-up"),
+        ("source", "runtime", "precision", "batch", "threads", "p50 ms", "p95 ms", "images/s",
+         "speed-up", "first call s"),
         [
             (
-                row.name, row.runtime, row.precision, str(row.batch_size), f"{row.p50_s * 1e3:.0f}",
-                f"{row.p95_s * 1e3:.0f}", f"{row.images_per_second:.2f}",
+                row.name, row.runtime, row.precision, str(row.batch_size),
+                "its own" if row.threads is None else str(row.threads),
+                f"{row.p50_s * 1e3:.0f}", f"{row.p95_s * 1e3:.0f}", f"{row.images_per_second:.2f}",
                 "1" if row.speedup is None
                 else f"{row.speedup.value:.2f} ({row.speedup.low:.2f} to {row.speedup.high:.2f})",
+                f"{row.first_s:.1f}",
             )
-            for row in rows
+            for row in measured.rows
         ],
         title=f"{machine.cpu}, {machine.cores} cores; {steps} steps, {rounds} interleaved rounds",
     )  # fmt: skip
+    for note in notes:
+        output.say(note)

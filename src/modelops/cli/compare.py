@@ -29,6 +29,11 @@ EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 @click.option("--manifest", type=_FILE, metavar="FILE",
               help="The reference pictures, if they are not where the records say.")  # fmt: skip
 @click.option("--splits", type=_FILE, metavar="FILE", help="Their splits, likewise.")
+@click.option("--lpips-weights", type=_FILE, metavar="FILE",
+              help="torchvision's weights of LPIPS's backbone: measures how far apart the images "
+              "of the same prompts and seeds look.")  # fmt: skip
+@click.option("--lpips-net", type=click.Choice(["alex", "vgg", "squeeze"]), default="alex",
+              show_default=True, help="Which backbone that is.")  # fmt: skip
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling."
 )
@@ -49,6 +54,8 @@ def compare(
     adjust: str,
     manifest: Path | None,
     splits: Path | None,
+    lpips_weights: Path | None,
+    lpips_net: str,
     seed: int,
     resamples: int,
     out: Path | None,
@@ -90,8 +97,9 @@ def compare(
     with progress("Comparing", quiet=as_json) as report:
         record = compare_records(
             first, second, margins=parse_margins(margins), default_margins=default_margins,
-            adjust=adjust == "holm", manifest=manifest, splits=splits, seed=seed,
-            resamples=resamples, on_progress=lambda _, done, total: report(done, total),
+            adjust=adjust == "holm", manifest=manifest, splits=splits,
+            lpips_weights=lpips_weights, lpips_net=lpips_net, seed=seed, resamples=resamples,
+            on_progress=lambda _, done, total: report(done, total),
         )  # fmt: skip
     if out is not None:
         record.write(out)

@@ -75,6 +75,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
               help="Independent groups of prompts for a verdict on a slice.")  # fmt: skip
 @click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True,
               help="Bootstrap resamples.")  # fmt: skip
+@click.option("--stream/--no-stream", default=None,
+              help="Keep features in files and read them chunk by chunk, so that memory does not "
+              "grow with the number of images.  [default: from 10,000 images on]")  # fmt: skip
+@click.option("--cache/--no-cache", default=True, show_default=True,
+              help="Keep features of the reference pictures beside their manifest, and use those "
+              "that are kept.")  # fmt: skip
 @click.option("--max-failures", type=click.IntRange(0), default=0, show_default=True,
               help="So many images may fail.")  # fmt: skip
 @click.option(

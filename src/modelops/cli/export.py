@@ -1,21 +1,59 @@
-"""`modelops export`: a checkpoint to ONNX or INT8."""
+"""`modelops export`: a checkpoint to ONNX, INT8, TensorRT or TorchScript."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from modelops.cli import output
 
 if TYPE_CHECKING:
+    from modelops.export.source import Lora
     from modelops.records import ArtifactRecord
+
+# Which formats an option is for; given with another one it is refused, not ignored.
+_SCOPES = {
+    "onnx_dir": ("int8", "tensorrt"),
+    "precision": ("onnx",),
+    "size": ("onnx", "torchscript"),
+    **dict.fromkeys(("lora_path", "lora_mode", "lora_scale"), ("onnx", "torchscript")),
+    **dict.fromkeys(
+        ("seed", "method", "error_budget", "search_seconds", "smooth", "ort_cpu"), ("int8",)
+    ),
+    **dict.fromkeys(
+        (
+            "profiles", "workspace_mb", "optimization_level", "refit", "version_compatible",
+            "timing_cache", "device",
+        ),
+        ("tensorrt",),
+    ),
+}  # fmt: skip
+_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def _size(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    parts = value.lower().split("x")
+    if not all(part.isdigit() for part in parts) or len(parts) > 2 or "0" in parts:
+        raise click.BadParameter("give pixels as HEIGHTxWIDTH, such as 512x768, or one number")
+    return int(parts[0]), int(parts[-1])
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "target", type=click.Choice(["onnx", "int8"]), required=True, help="Format.")
+@click.pass_context
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["onnx", "int8", "tensorrt", "torchscript"]),
+    required=True,
+    help="Format.",
+)
 @click.option(
     "--out",
     "out_dir",
@@ -27,7 +65,42 @@ if TYPE_CHECKING:
     "--onnx",
     "onnx_dir",
     type=click.Path(path_type=Path),
-    help="For int8: the fp32 artifact of the same checkpoint.  [default: 'onnx' beside --out]",
+    help="For int8 and tensorrt: the artifact of the same checkpoint to start from.  "
+    "[default: 'onnx' beside --out]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(list(_PRECISIONS)),
+    default="fp32",
+    show_default=True,
+    help="For onnx. fp16 and bf16 are mixed: norms and what would overflow stay fp32.",
+)
+@click.option(
+    "--size",
+    callback=_size,
+    metavar="HxW",
+    help="For onnx and torchscript: pixels to export and compare at.  [default: the model's own]",
+)
+@click.option(
+    "--lora",
+    "lora_path",
+    type=click.Path(path_type=Path),
+    help="For onnx and torchscript: LoRA weights to export with.",
+)
+@click.option(
+    "--lora-mode",
+    type=click.Choice(["fused", "kept"]),
+    default="fused",
+    show_default=True,
+    help="Add the LoRA into the weights, or keep its layers.",
+)
+@click.option(
+    "--lora-scale",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="Factor of a fused LoRA.",
 )
 @click.option(
     "--prompts",
@@ -41,7 +114,7 @@ if TYPE_CHECKING:
     default=0,
     show_default=True,
     metavar="INT",
-    help="Of calibration and parity noise.",
+    help="For int8: of calibration and parity noise.",
 )
 @click.option(
     "--calibration",
@@ -51,45 +124,115 @@ if TYPE_CHECKING:
     show_default=True,
     help="For int8: how a tensor's range is taken from the values seen.",
 )
-@click.option("--allow", is_flag=True, help="Keep an export outside its parity bounds; recorded.")
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is already there.")
+@click.option(
+    "--error-budget",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="X",
+    help="For int8: relative error of an output that the fastest set of layers may have.  "
+    "[default: 0.06, or 1.5 x what bf16 rounds]",
+)
+@click.option(
+    "--search-seconds",
+    type=click.FloatRange(min=0),
+    default=120.0,
+    show_default=True,
+    metavar="S",
+    help="For int8: time for measuring groups of layers.",
+)
+@click.option(
+    "--smooth/--no-smooth",
+    default=True,
+    show_default=True,
+    help="For int8: try SmoothQuant on transformers.",
+)
+@click.option(
+    "--ort-cpu/--no-ort-cpu",
+    default=None,
+    help="For int8: also try a graph for onnxruntime's CPU provider.  [default: without OpenVINO]",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="AXIS=MIN:OPT:MAX,...",
+    help="For tensorrt: ranges of the dynamic axes; repeatable.  [default: batch=1:2:16]",
+)
+@click.option(
+    "--workspace",
+    "workspace_mb",
+    type=click.IntRange(min=1),
+    metavar="MB",
+    help="For tensorrt: memory that a layer may use while it runs.",
+)
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    metavar="0-5",
+    help="For tensorrt: how long the builder searches.",
+)
+@click.option("--refit", is_flag=True, help="For tensorrt: weights can be exchanged later.")
+@click.option(
+    "--version-compatible", is_flag=True, help="For tensorrt: runs in later minor versions."
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path),
+    help="For tensorrt: folder that keeps kernel timings between builds.",
+)
+@click.option("--device", type=click.IntRange(min=0), default=0, help="For tensorrt: CUDA device.")
+@click.option(
+    "--allow", is_flag=True, help="Keep an export outside its bounds or not faster; recorded."
+)
+@click.option(
+    "--overwrite", "--rebuild", "overwrite", is_flag=True,
+    help="Replace an artifact that is already there.",
+)  # fmt: skip
 @output.dry_run_option
 @output.json_option
 def export(
-    checkpoint: Path,
+    ctx: click.Context,
+    checkpoint: str,
     target: str,
     out_dir: Path,
     onnx_dir: Path | None,
     prompts_file: Path | None,
-    seed: int,
-    method: str,
     allow: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Export CHECKPOINT for a runtime, and prove that it makes the same pictures.
 
-    An export that is not equal to its source within the bounds of its precision is not kept.
+    CHECKPOINT is a diffusers directory or hub id of any text-to-image or unconditional pipeline;
+    each of its networks becomes a graph. An export that is not equal to its source within the
+    bounds of its precision is not kept, and neither is INT8 that is not faster than fp32.
+
+    TensorRT engines are built and checked where an NVIDIA GPU and TensorRT are.
 
     \b
     Examples:
       modelops export runs/pilot/checkpoints/step-1000 --to onnx --out artifacts/pilot/onnx
       modelops export runs/pilot/checkpoints/step-1000 --to int8 --out artifacts/pilot/int8
+      modelops export sd15/ --to onnx --precision fp16 --size 512x512 --out artifacts/sd15/fp16
+      modelops export sd15/ --to tensorrt --onnx artifacts/sd15/fp16 --profile batch=1:2:8 \\
+          --out artifacts/sd15/tensorrt
     """
-    fp32_dir = onnx_dir or out_dir.parent / "onnx"
+    _check_scopes(ctx, target)
+    start = onnx_dir or out_dir.parent / "onnx"
     from modelops.export.artifact import check_destination, read_artifact
     from modelops.files import read_text
 
     check_destination(out_dir, overwrite=overwrite)
-    if target == "int8":
-        read_artifact(fp32_dir)
+    from_artifact = target in ("int8", "tensorrt")
+    if from_artifact:
+        read_artifact(start)
     lines = read_text(prompts_file).splitlines() if prompts_file else None
     prompts = None if lines is None else [line for line in lines if line.strip()]
     if dry_run:
         plan = {
-            "status": "dry-run", "checkpoint": str(checkpoint), "to": target, "out": str(out_dir),
-            "onnx": str(fp32_dir) if target == "int8" else None,
+            "status": "dry-run", "checkpoint": checkpoint, "to": target, "out": str(out_dir),
+            "onnx": str(start) if from_artifact else None,
             "prompts": None if prompts is None else len(prompts),
         }  # fmt: skip
         output.emit(
@@ -99,30 +242,95 @@ def export(
 
     from modelops.export.calibration import DEFAULT_PROMPTS
 
-    texts = DEFAULT_PROMPTS if prompts is None else prompts
+    common: dict[str, Any] = {
+        "prompts": DEFAULT_PROMPTS if prompts is None else prompts,
+        "allow": allow,
+        "overwrite": overwrite,
+    }
     with output.progress(f"exporting to {target}", quiet=as_json) as on_progress:
-        if target == "onnx":
-            from modelops.export.onnx import export_onnx
-
-            record = export_onnx(
-                checkpoint, out_dir, prompts=texts, allow=allow, overwrite=overwrite,
-                on_progress=on_progress,
-            )  # fmt: skip
-        else:
-            from modelops.export.int8 import export_int8
-
-            record = export_int8(
-                fp32_dir, checkpoint, out_dir, prompts=texts, seed=seed, method=method,  # type: ignore[arg-type]
-                allow=allow, overwrite=overwrite, on_progress=on_progress,
-            )  # fmt: skip
+        record = _run(target, checkpoint, start, out_dir, options, common, on_progress)
     if record.error:
         output.say(f"warning: {record.error}")
-    for name, speed in record.speed.items():
-        if speed.high is not None and speed.high < 1.0:
-            output.say(f"warning: slower than its baseline here: {name} {speed.value:.2f} x")
     output.emit(record.model_dump(mode="json"), as_json=as_json)
     if not as_json:
         _print_tables(record, out_dir)
+
+
+def _check_scopes(ctx: click.Context, target: str) -> None:
+    given = click.core.ParameterSource.COMMANDLINE
+    for parameter in ctx.command.params:
+        formats = _SCOPES.get(parameter.name or "")
+        asked = ctx.get_parameter_source(parameter.name or "") is given
+        if asked and formats and target not in formats:
+            raise click.UsageError(
+                f"{parameter.opts[0]} is for --to {' and '.join(formats)}, not {target}"
+            )
+
+
+def _run(
+    target: str,
+    checkpoint: str,
+    start: Path,
+    out_dir: Path,
+    options: dict[str, Any],
+    common: dict[str, Any],
+    on_progress: output.Progress,
+) -> ArtifactRecord:
+    if target == "onnx":
+        from modelops.export.onnx import export_onnx
+
+        return export_onnx(
+            checkpoint, out_dir, precision=_PRECISIONS[options["precision"]], size=options["size"],
+            lora=_lora(options), on_progress=on_progress, **common,
+        )  # fmt: skip
+    if target == "torchscript":
+        from modelops.export.programs import export_torchscript
+
+        return export_torchscript(
+            checkpoint, out_dir, size=options["size"], lora=_lora(options),
+            on_progress=on_progress, **common,
+        )  # fmt: skip
+    if target == "int8":
+        from modelops.export.int8 import Int8Options, export_int8
+
+        how = Int8Options(
+            method=options["method"], error_budget=options["error_budget"],
+            search_seconds=options["search_seconds"], smooth=options["smooth"],
+            ort_cpu=options["ort_cpu"],
+        )  # fmt: skip
+        return export_int8(
+            start, checkpoint, out_dir, seed=options["seed"], options=how, on_progress=on_progress,
+            **common,
+        )  # fmt: skip
+    from modelops.export.engines import DEFAULT_PROFILES, export_tensorrt
+    from modelops.export.tensorrt.fingerprint import EngineFlags
+
+    given = {
+        "workspace_bytes": options["workspace_mb"] and options["workspace_mb"] << 20,
+        "optimization_level": options["optimization_level"],
+        "refit": options["refit"],
+        "version_compatible": options["version_compatible"],
+    }
+    flags = EngineFlags(**{name: value for name, value in given.items() if value is not None})
+
+    def tell(phase: str, done: int, total: int) -> None:
+        on_progress.stage(phase)
+        on_progress(done, total)
+
+    return export_tensorrt(
+        start, checkpoint, out_dir, profiles=options["profiles"] or DEFAULT_PROFILES, flags=flags,
+        device=options["device"], timing_cache=options["timing_cache"], on_progress=tell, **common,
+    )  # fmt: skip
+
+
+def _lora(options: dict[str, Any]) -> Lora | None:
+    if options["lora_path"] is None:
+        return None
+    from modelops.export.source import Lora
+
+    return Lora(
+        options["lora_path"], fused=options["lora_mode"] == "fused", scale=options["lora_scale"]
+    )
 
 
 def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
@@ -147,6 +355,20 @@ def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
             for check in record.parity
         ],
     )  # fmt: skip
+    search = record.calibration.get("search")
+    if search:
+        output.table(
+            ("layers", "nodes", "error", "ms saved", "runs in", "why"),
+            [
+                (
+                    row["group"], str(row["nodes"]), f"{row['error']:.4f}",
+                    "" if row["ms_saved"] is None else f"{row['ms_saved']:.2f}",
+                    row["decision"], row["why"],
+                )
+                for row in search["table"]
+            ],
+            title=f"error {search['error']:.3f}, budget {search['budget']:.3f}",
+        )  # fmt: skip
     if record.speed:
         output.table(
             ("speed", "times as fast", "95 % interval", "ms", "baseline ms"),

@@ -1,4 +1,4 @@
-"""`modelops serve`: `bentoml serve` with a verified release."""
+"""`modelops serve`: `bentoml serve` with a verified release, and what puts it into service."""
 
 from __future__ import annotations
 
@@ -7,15 +7,68 @@ from pathlib import Path
 import click
 
 from modelops.cli.output import dry_run_option, emit, json_option, say
+from modelops.cli.serve_key import key
 
 
-@click.command()
+class _ReleaseOrCommand(click.Group):
+    """`modelops serve RELEASE` is `modelops serve run RELEASE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first not in self.commands and first not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_ReleaseOrCommand)
+def serve() -> None:
+    """Serve a release, keep its API keys, or write what puts it into service.
+
+    `modelops serve RELEASE` is short for `modelops serve run RELEASE`.
+
+    \b
+    Examples:
+      modelops serve release --port 3000
+      modelops serve key create alice
+      modelops serve scaffold deploy
+    """
+
+
+serve.add_command(key)
+
+
+@serve.command()
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=3000, show_default=True, type=int, help="Port to listen on.")
+@click.option(
+    "--keys", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="API keys, made by `modelops serve key create`; followed without a restart.",
+)  # fmt: skip
+@click.option("--insecure", is_flag=True, help="Let everybody in on an open address, without keys.")
+@click.option("--log-prompts", is_flag=True, help="Write prompts into the log; left out otherwise.")
+@click.option(
+    "--log-file", type=click.Path(path_type=Path, dir_okay=False),
+    help="Append the log to this file instead of stderr.",
+)  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True,
+    help="One JSON object a line, or text; auto is text on a terminal.",
+)  # fmt: skip
 @dry_run_option
 @json_option
-def serve(release: Path, host: str, port: int, dry_run: bool, as_json: bool) -> None:
+def run(
+    release: Path,
+    host: str,
+    port: int,
+    keys: Path | None,
+    insecure: bool,
+    log_prompts: bool,
+    log_file: Path | None,
+    log_format: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Verify RELEASE and serve it with BentoML, as OpenAI's Images API.
 
     \b
@@ -26,26 +79,114 @@ def serve(release: Path, host: str, port: int, dry_run: bool, as_json: bool) -> 
       client = OpenAI(base_url="http://127.0.0.1:3000/v1", api_key="none")
       client.images.generate(prompt="red heart")
     """
+    import os
     import shlex
 
     from modelops.release import verify_release
+    from modelops.serving.access import INSECURE_VARIABLE, check_open_address
     from modelops.serving.check import curl_line
+    from modelops.serving.keys import FILE_VARIABLE as KEYS_VARIABLE
     from modelops.serving.launch import check_address, run_server, serve_command
+    from modelops.serving.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
 
     record = verify_release(release)
     address = check_address(host, port)
     url = f"http://{address if address != '0.0.0.0' else '127.0.0.1'}:{port}"
     command = serve_command(address, port)
+    environment = {}
+    if keys is not None:
+        environment[KEYS_VARIABLE] = str(keys.resolve())
+    if insecure:
+        environment[INSECURE_VARIABLE] = "1"
+    everything = {**os.environ, **environment}
+    check_open_address(
+        address, everything, insecure=insecure or everything.get(INSECURE_VARIABLE) == "1"
+    )
+    if log_prompts:
+        environment[PROMPTS_VARIABLE] = "1"
+    if log_file is not None:
+        environment[FILE_VARIABLE] = str(log_file.resolve())
+    if log_format != "auto":
+        environment[FORMAT_VARIABLE] = log_format
     if dry_run:
+        shown = {"MODELOPS_RELEASE": str(release), **environment}
+        words = [f"{name}={shlex.quote(value)}" for name, value in shown.items()]
         emit(
-            {"status": "dry-run", "command": command, "release": str(release), "url": url},
+            {"status": "dry-run", "command": command, "environment": environment,
+             "release": str(release), "url": url},
             as_json=as_json,
-            text=f"MODELOPS_RELEASE={shlex.quote(str(release))} {shlex.join(command)}",
-        )
+            text=f"{' '.join(words)} {shlex.join(command)}",
+        )  # fmt: skip
         return
     say(f"{record.name} {record.version} at {url} (Ctrl-C stops it); when it is ready, try")
     say(f"  {curl_line(url, 'red heart')}")
-    code = run_server(release, host=address, port=port)
+    code = run_server(release, host=address, port=port, environment=environment)
     emit({"status": "stopped", "code": code}, as_json=as_json)
     if code:
         raise click.exceptions.Exit(code)
+
+
+@serve.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--image", help="Name of the container image, with its registry if it has one.")
+@click.option("--gpus", default=0, show_default=True, help="NVIDIA GPUs of a node.")
+@click.option("--replicas", default=2, show_default=True, help="Nodes in Kubernetes, at least.")
+@click.option("--max-replicas", default=8, show_default=True, help="Nodes, at most.")
+@click.option(
+    "--latency-budget", default=30.0, show_default=True, metavar="SECONDS",
+    help="An alert says when p95 of a request takes longer.",
+)  # fmt: skip
+@click.option(
+    "--evaluate-every", default=30.0, show_default=True, metavar="DAYS",
+    help="An alert says when the last evaluation is older.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace files that say something else.")
+@dry_run_option
+@json_option
+def scaffold(
+    directory: Path,
+    image: str | None,
+    gpus: int,
+    replicas: int,
+    max_replicas: int,
+    latency_budget: float,
+    evaluate_every: float,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write a Dockerfile, a compose file, Kubernetes manifests, alert rules and a dashboard.
+
+    Files that are there already are not overwritten without --force.
+
+    \b
+    Example:
+      modelops serve scaffold deploy --image modelops-node:1.0
+    \b
+    Then:
+      promtool test rules deploy/prometheus/modelops.rules.test.yaml
+      kubectl apply -k deploy/kubernetes
+    """
+    from modelops.serving.scaffold import ScaffoldOptions, scaffold_files, write_scaffold
+
+    options = ScaffoldOptions(
+        **({"image": image} if image else {}),  # type: ignore[arg-type]
+        gpus=gpus,
+        replicas=replicas,
+        max_replicas=max_replicas,
+        latency_budget_s=latency_budget,
+        evaluate_every_days=evaluate_every,
+    )
+    if dry_run:
+        states = {str(path): state for path, state in scaffold_files(directory, options).items()}
+        words = {
+            "new": "would be written",
+            "same": "is there already",
+            "different": "would be replaced" if force else "says something else: needs --force",
+        }
+        lines = [f"{path}: {words[state]}" for path, state in states.items()]
+        emit({"status": "dry-run", "files": states}, as_json=as_json, text="\n".join(lines))
+        return
+    written = [str(path) for path in write_scaffold(directory, options, force=force)]
+    text = "\n".join([f"written: {path}" for path in written] or [f"{directory}: up to date"])
+    emit({"status": "ok", "written": written}, as_json=as_json, text=text)

@@ -22,6 +22,9 @@ class Budget:
         resamples: bootstrap resamples behind each interval.
         policy: the gate's policy among `policies/`.
         calibration_prompts: training captions whose trajectories calibrate the INT8 export.
+        search_seconds: for finding the set of INT8 layers.
+        allow_slow_int8: keep INT8 that is not faster than fp32 and record the waiver; a network of
+            the smoke test is too small to gain for sure.
     """
 
     config: str
@@ -31,6 +34,8 @@ class Budget:
     resamples: int
     policy: str
     calibration_prompts: int
+    search_seconds: float
+    allow_slow_int8: bool
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -39,11 +44,11 @@ class Budget:
 BUDGETS = {
     "smoke": Budget(
         config="openmoji_smoke.yaml", pictures=300, prompts=24, steps=6, resamples=100,
-        policy="smoke.yaml", calibration_prompts=8,
+        policy="smoke.yaml", calibration_prompts=8, search_seconds=8.0, allow_slow_int8=True,
     ),
     "default": Budget(
         config="openmoji_pilot.yaml", pictures=None, prompts=None, steps=None, resamples=300,
-        policy="default.yaml", calibration_prompts=32,
+        policy="default.yaml", calibration_prompts=32, search_seconds=30.0, allow_slow_int8=False,
     ),
 }  # fmt: skip
 

@@ -100,7 +100,10 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
         Step(
             name="int8", title="Export to INT8", run=stages.export_int8,
             inputs=[ONNX_DIR, SPLITS], outputs=[INT8_DIR],
-            settings={"prompts": budget.calibration_prompts, "seed": SEED},
+            settings={
+                "prompts": budget.calibration_prompts, "seed": SEED,
+                "search_seconds": budget.search_seconds, "allow": budget.allow_slow_int8,
+            },
         ),
         Step(
             name="evaluate-int8", title="Evaluate the INT8 artifact", run=stages.evaluate_int8,

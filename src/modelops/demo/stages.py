@@ -214,7 +214,7 @@ class Stages:
     def export_int8(self, report: OnProgress) -> str:
         from modelops.data.manifest import read_manifest
         from modelops.data.split import read_splits
-        from modelops.export.int8 import export_int8
+        from modelops.export.int8 import Int8Options, export_int8
         from modelops.seeding import numpy_generator
 
         splits = read_splits(self.root / SPLITS)
@@ -229,6 +229,8 @@ class Stages:
             self.root / INT8_DIR,
             prompts=[captions[i] for i in picked[: self.budget.calibration_prompts]],
             seed=SEED,
+            options=Int8Options(search_seconds=self.budget.search_seconds),
+            allow=self.budget.allow_slow_int8,
             overwrite=True,
             on_progress=report,
         )

@@ -215,8 +215,10 @@ def _features(record_path: Path, rows: Sequence[int], images: Iterable[Path]) ->
     entry = record.files.get("features")
     path = record_path.parent / entry.path if entry else None
     if entry and path and path.is_file() and sha256_file(path) == entry.sha256:
-        with np.load(path, allow_pickle=False) as stored:
-            features = stored["features"] if "features" in stored else np.zeros((0, 0))
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix == ".npz":
+            stored = stored["features"] if "features" in stored else np.zeros((0, 0))
+        features = stored
         if len(features) > max(rows) and features.shape[1:] == (Lite0Extractor().dim,):
             return np.asarray(features[list(rows)], np.float64)
     made = Lite0Extractor().images_to_features(read_image(image) for image in images)

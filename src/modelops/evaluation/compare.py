@@ -27,6 +27,7 @@ from modelops.evaluation.comparison.margins import (
     within_margin,
 )
 from modelops.evaluation.comparison.pairing import Pairing, independent, same_images
+from modelops.files import sha256_file
 from modelops.metrics.multiple import holm
 from modelops.metrics.paired import PairedDifference
 from modelops.metrics.protocol import protocol_differences
@@ -46,6 +47,7 @@ SHARED_INPUTS = ("manifest", "splits", "lit")
 # Below zero is bad, farther above zero no better: samples closer to training pictures than real
 # held-out pictures are may be copies, but noise is farthest from them of all.
 GUARDS = ("nearest_train_distance_gap",)
+GUARDED_BY_BASE = ("authenticity_lite0",)  # the same, with what real held-out pictures get as zero
 
 
 def compare_records(
@@ -57,6 +59,8 @@ def compare_records(
     adjust: bool = True,
     manifest: Path | None = None,
     splits: Path | None = None,
+    lpips_weights: Path | None = None,
+    lpips_net: str = "alex",
     seed: int = 0,
     resamples: int = 2000,
     on_progress: OnProgress | None = None,
@@ -68,17 +72,21 @@ def compare_records(
         default_margins: let the default margins of the others decide too.
         adjust: p-values by Holm's method over all compared metrics.
         manifest, splits: of the reference pictures, if they are not where the records say.
+        lpips_weights, lpips_net: torchvision's weights of LPIPS's backbone, and which it is: how
+            far apart the two sources' images of the same prompts and seeds look.
         on_progress: called with (metric, done, total).
 
     Raises:
         UsageError: a file is not an evaluation record, or a margin names no metric of both.
         IntegrityError: a file beside a record is other than the record says.
+        MissingWeightsError: the weights of LPIPS cannot be used.
     """
     started, clock = datetime.now(UTC), time.monotonic()
     first, second = read_evidence(first_path), read_evidence(second_path)
     names = _comparable_names(first.record, second.record)
     asked = dict(margins or {})
     unknown_margins(asked, names)
+    images = _image_measures(first, second, lpips_weights, lpips_net)  # weights may be unusable
     pairing = Pairing(
         first, second, Reference(first, second, manifest, splits), seed=seed, resamples=resamples,
         on_progress=on_progress,
@@ -101,18 +109,22 @@ def compare_records(
             )  # fmt: skip
             continue
         rows.append(
-            _decide(name, a, b, *made, float(adjusted[name]), len(measured) if adjust else 0)
-        )
+            _decide(
+                name, a, b, *made, float(adjusted[name]), len(measured) if adjust else 0,
+                _guard(name, first.record),
+            )
+        )  # fmt: skip
         _apply_margin(rows[-1], a, made[0], asked.get(name))
     record = ComparisonRecord(
         first=first.record.source, second=second.record.source, answer="undecided",
         adjustment="holm" if adjust else "none", comparisons=rows, seeds={"seed": seed},
-        inputs={"first": first.reference, "second": second.reference, **_shared(first, second)},
+        inputs={"first": first.reference, "second": second.reference, **_shared(first, second),
+                **_weights(lpips_weights)},
         metrics={
             name: _measurement(made, first.record.metrics[name], notes)
             for name, (made, notes) in measured.items()
         },
-        images=_image_measures(first, second), warnings=_warnings(first, second),
+        images=images, warnings=_warnings(first, second),
         environment=current_environment(), started_at=started,
     )  # fmt: skip
     _answer(record, asked=set(asked), default_margins=default_margins)
@@ -178,25 +190,30 @@ def _decide(
     notes: list[str],
     adjusted: float,
     family: int,
+    guard: float | None,
 ) -> ComparedMetric:
     """A verdict on one difference.
 
     Args:
         adjusted: the p-value that decides.
         family: metrics that it was adjusted for; 0 if it was not.
+        guard: see `_guard`.
     """
     assert a.value is not None
     clear = not made.low <= 0 <= made.high
-    by = f"p = {made.p:.2g}" + (f", {adjusted:.2g} by Holm over {family} metrics" if family else "")
+    by = f"p {_p(made.p)}"
+    if family:
+        by += f", {_p(adjusted).removeprefix('= ')} by Holm over {family} metrics"
     reason = f"the interval of the difference {'is clear of' if clear else 'holds'} zero; {by}"
     verdict: Verdict = "within noise"
     if clear and adjusted <= ALPHA:
         verdict = "better" if (made.value > 0) == bool(a.higher_is_better) else "worse"
     guarded = a if verdict == "better" else b
-    above = guarded.low is not None and guarded.low >= 0
-    if name in GUARDS and verdict != "within noise" and above:
+    above = guard is not None and guarded.low is not None and guarded.low >= guard
+    if verdict != "within noise" and above:
         verdict = "within noise"
-        reason = "both are clear of the zero that this metric guards; farther is not better"
+        what = "zero" if name in GUARDS else "real held-out pictures' value"
+        reason = f"both are clear of the {what} that this metric guards; farther is not better"
         notes = [*notes, reason]
     if made.variance == 0:
         notes = [*notes, "every value is the same on both sides: the interval has no width"]
@@ -208,6 +225,19 @@ def _decide(
         p_adjusted=adjusted if family else None,
         detectable=detectable(made) if made.variance > 0 else None, notes=notes,
     )  # fmt: skip
+
+
+def _p(value: float) -> str:
+    """A p-value; below one in ten thousand its digits say nothing."""
+    return "< 0.0001" if value < 1e-4 else f"= {value:.2g}"
+
+
+def _guard(name: str, record: EvaluationRecord) -> float | None:
+    """What a value must not fall below, and above which farther is no better; None without."""
+    if name in GUARDS:
+        return 0.0
+    base = record.metrics.get(f"{name}_heldout") if name in GUARDED_BY_BASE else None
+    return base.value if base else None
 
 
 def _apply_margin(
@@ -226,7 +256,7 @@ def _apply_margin(
     row.margin = margin.absolute(a.value)
     row.margin_source = "default" if asked is None else "asked"
     row.within_margin = within_margin(made, row.margin, higher_is_better=bool(a.higher_is_better))
-    if row.metric in GUARDS and "guards" in row.reason:
+    if "guards" in row.reason:
         row.within_margin = "yes"
     if made.variance == 0:
         return
@@ -320,11 +350,21 @@ def _warnings(first: Evidence, second: Evidence) -> list[str]:
     return warnings
 
 
-def _image_measures(first: Evidence, second: Evidence) -> dict[str, Measurement]:
+def _weights(path: Path | None) -> dict[str, InputRef]:
+    return {"lpips": InputRef(path=str(path), sha256=sha256_file(path))} if path else {}
+
+
+def _image_measures(
+    first: Evidence, second: Evidence, lpips_weights: Path | None, lpips_net: str
+) -> dict[str, Measurement]:
     """How alike the two sources' images of the same prompts and seeds are."""
     from modelops.evaluation.agreement import pairwise_measures
 
     try:
-        return dict(pairwise_measures(first.path, second.path))
+        return dict(
+            pairwise_measures(
+                first.path, second.path, lpips_weights=lpips_weights, lpips_net=lpips_net
+            )
+        )
     except EvaluationError as error:
         return {"image_agreement": Measurement.missing(error.message)}

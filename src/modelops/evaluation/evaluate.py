@@ -194,8 +194,11 @@ def _write_files(bench: Workbench, out: Path) -> None:
     samples, record, workdir = bench.samples, bench.record, bench.workdir
     made: dict[str, Path] = dict(bench.pages)
     if samples.made:
-        write_arrays(workdir / "features.npz", features=bench.features)
-        made["features"] = workdir / "features.npz"
+        if bench.streams:
+            made["features"] = bench.features_path(bench.extractor)
+        else:
+            write_arrays(workdir / "features.npz", features=bench.features)
+            made["features"] = workdir / "features.npz"
     rows = [
         {"prompt": planned.prompt, "replicate": planned.replicate, "seed": planned.seed,
          "failure": samples.failures.get(place)}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from modelops.errors import UsageError
 from modelops.evaluation.workbench import Workbench
 from modelops.files import sha256_file
 from modelops.metrics.memorization import CopyingVerdict
 from modelops.metrics.overfitting import Losses, find_overfitting, rows_to_losses
-from modelops.records import InputRef, OverfittingNote, TrainRecord, read_record
+from modelops.records import (
+    ArtifactRecord,
+    InputRef,
+    OverfittingNote,
+    TrainRecord,
+    read_record,
+    read_stats,
+)
 
 
 def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNote:
@@ -56,34 +63,54 @@ def _losses(bench: Workbench) -> tuple[list[Losses], str]:
     """(checks of the run up to the step of the source, a remark)."""
     path, sure = bench.settings.train_record, False
     source = bench.record.source
+    checkpoint, exported = source.sha256, ""
+    made_from = _exported_from(Path(source.uri)) if source.kind == "artifact" else None
+    if made_from is not None:
+        checkpoint = made_from.sha256
+        exported = f"losses are those of {made_from.path}, which was exported"
     if path is None:
-        path = Path(source.uri).parent.parent / "train.json"
-        if source.kind != "checkpoint" or not path.is_file():
-            return [], "no train record"
+        path = _train_record_of(source.kind, Path(source.uri), made_from)
+        if path is None:
+            whose = f" of {made_from.path}, which was exported" if made_from else ""
+            return [], f"no train record{whose}"
         sure = True
     run = read_record(path, TrainRecord)
-    steps = [each.step for each in run.checkpoints if each.sha256 == source.sha256]
+    steps = [each.step for each in run.checkpoints if each.sha256 == checkpoint]
     if sure and not steps:
         return [], "the train record beside it names another checkpoint"
     bench.record.inputs["train"] = InputRef(path=str(path), sha256=sha256_file(path))
-    found = rows_to_losses(_read_stats(path.parent / "stats.jsonl"), steps[0] if steps else None)
-    remark = "" if steps else "the train record does not name this source: losses are its last"
+    found = rows_to_losses(read_stats(path.parent / "stats.jsonl"), steps[0] if steps else None)
+    remark = (
+        exported if steps else "the train record does not name this source: losses are its last"
+    )
     probe, held_out = run.final_train_probe_loss, run.final_validation_loss
     if not found and probe is not None and held_out is not None and steps in ([], [run.steps]):
         found = [Losses(run.steps, held_out, probe)]
     return found, remark if found else "the run measured no losses on held-out pictures"
 
 
-def _read_stats(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a run's stats.jsonl; none where it is not there."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+def _exported_from(artifact: Path) -> InputRef | None:
+    """The checkpoint that an artifact was exported from, as its artifact.json names it."""
+    try:
+        return read_record(artifact / "artifact.json", ArtifactRecord).inputs.get("checkpoint")
+    except UsageError:
+        return None
+
+
+def _train_record_of(kind: str, source: Path, made_from: InputRef | None) -> Path | None:
+    """train.json of the run whose checkpoint the source is, or was exported from.
+
+    An artifact names its checkpoint relative to where it was exported: that is looked for below
+    the working directory and below the folders that the artifact lies in.
+    """
+    if kind == "checkpoint":
+        places = [source]
+    elif made_from is not None:
+        places = [root / made_from.path for root in (Path(), *source.resolve().parents)]
+    else:
+        return None
+    for place in places:
+        path = place.parent.parent / "train.json"
+        if path.is_file():
+            return path
+    return None

@@ -15,9 +15,11 @@ from modelops.data.manifest import Manifest, Sample, read_manifest
 from modelops.data.split import read_splits
 from modelops.errors import UsageError
 from modelops.files import sha256_json
-from modelops.metrics.features import Extractor, cached_features
+from modelops.metrics.feature_files import FeatureCache
+from modelops.metrics.features import Extractor
 
 Features = npt.NDArray[np.float32]
+CACHE = Path(".cache/reference")  # below the manifest's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class RealPictures:
     @property
     def digest(self) -> str:
         """sha256 over the pictures' own digests, in order."""
-        return sha256_json([sample.sha256 for sample in self.samples])
+        return sha256_json(self.digests)
 
     @property
     def captions(self) -> list[str]:
@@ -41,16 +43,26 @@ class RealPictures:
         """Picture `index`, uint8 [H, W, 3]."""
         return read_image(self.manifest.image_path(self.samples[index]))
 
+    @property
+    def digests(self) -> list[str]:
+        """sha256 of each picture's file."""
+        return [sample.sha256 for sample in self.samples]
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where features of these pictures are kept for other evaluations against them."""
+        return self.manifest.path.parent / CACHE
+
     def features_of(
         self,
         extractor: Extractor,
-        cache_dir: Path | None,
         *,
+        use_cache: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Features of another extractor, cached by content."""
-        digests = [sample.sha256 for sample in self.samples]
-        return cached_features(extractor, digests, self.read, cache_dir, on_progress=on_progress)
+        """Features of another extractor, cached by content beside the manifest."""
+        cache = FeatureCache(self.cache_dir if use_cache else None)
+        return cache.features(extractor, self.digests, self.read, on_progress=on_progress)
 
 
 def open_reference(

@@ -15,7 +15,10 @@ def metric_rows(metrics: Mapping[str, Measurement]) -> list[list[str]]:
             rows.append([name, "not measured", "", "", measured.not_measured or ""])
             continue
         interval = f"[{_short(measured.low)}, {_short(measured.high)}]"
-        rows.append([name, _short(measured.value), interval, str(measured.n), measured.method])
+        mode = f"mode {measured.details['mode']}; " if "mode" in measured.details else ""
+        rows.append(
+            [name, _short(measured.value), interval, str(measured.n), mode + measured.method]
+        )
     return rows
 
 

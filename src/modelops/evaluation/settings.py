@@ -10,6 +10,7 @@ from modelops.safety.registry import check_image_filter, check_prompt_filter
 
 FID_MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 EXTRACTOR_DTYPES = ("float32", "float64")
+STREAM_FROM = 10_000  # images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,10 @@ class EvaluationSettings:
         slice_by: "tags", "words" (about people, in the prompt) or manifest columns; prompts with
             each of their values are compared with the others.
         slice_min: independent groups of prompts that a slice and the rest need to be judged.
+        stream: read features from files, chunk by chunk, so that memory does not grow with the
+            number of images; None does so from `STREAM_FROM` images on.
+        cache: keep features of the reference pictures beside their manifest, for the next
+            evaluation against them, and use what is kept.
         max_failures: so many images may fail before the record is `failed`.
         grid: images in the unselected grid; best and worst show a quarter of them each.
     """
@@ -92,6 +97,8 @@ class EvaluationSettings:
     jackknife_groups: int = 40
     slice_by: tuple[str, ...] = ()
     slice_min: int = 10
+    stream: bool | None = None
+    cache: bool = True
     max_failures: int = 0
     grid: int = 64
 

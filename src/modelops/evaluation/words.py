@@ -52,7 +52,9 @@ METRICS: dict[str, Words] = {
     "density_lite0": Words("Density", "quality", "Precision that outliers inflate less."),
     "coverage_lite0": Words("Coverage", "quality", "Recall that outliers inflate less."),
     "fid": Words(
-        "FID", "quality", "Fréchet distance on Inception features, as clean-fid computes it."
+        "FID", "quality",
+        "Fréchet distance on Inception features. Its mode says how pictures are resized: clean as "
+        "clean-fid, legacy_pytorch as pytorch-fid, legacy_tensorflow as torch-fidelity.",
     ),
     "cmmd": Words(
         "CMMD", "quality",

@@ -14,11 +14,14 @@ from modelops.errors import EvaluationError
 from modelops.evaluation.prompts import PromptSet
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.samples import Samples
-from modelops.evaluation.settings import EvaluationSettings
+from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
 from modelops.files import sha256_file
-from modelops.metrics.features import Extractor, Lite0Extractor, cached_features
+from modelops.metrics.feature_files import map_features, row_chunks, write_features
+from modelops.metrics.features import Extractor, Lite0Extractor, cached_features, features_key
+from modelops.metrics.frechet import Statistics, frechet_interval
 from modelops.metrics.intervals import Interval
 from modelops.metrics.protocol import protocol_id
+from modelops.metrics.streaming import cached_statistics, streamed_frechet_interval
 from modelops.records import EvaluationRecord, Measurement
 
 Image = npt.NDArray[np.uint8]
@@ -54,6 +57,7 @@ class Workbench:
     on_progress: Callable[[int, int], None] | None = None
     extractor: Lite0Extractor = field(default_factory=Lite0Extractor)
     _features: dict[str, Features] = field(default_factory=dict)
+    _digests: list[str] = field(default_factory=list)
 
     @property
     def n(self) -> int:
@@ -79,22 +83,79 @@ class Workbench:
         """Lite0 features of the images, [n, 1280]."""
         return self.features_of(self.extractor)
 
+    @property
+    def streams(self) -> bool:
+        """Whether features stay in files and are read chunk by chunk."""
+        asked = self.settings.stream
+        return self.n > STREAM_FROM if asked is None else asked
+
+    def chunks(self) -> list[slice]:
+        """Slices over the images; a single one where features are in memory."""
+        return list(row_chunks(self.n)) if self.streams else [slice(0, self.n)]
+
+    def features_path(self, extractor: Extractor) -> Path:
+        """The file of the images' features where they are streamed."""
+        return self.workdir / "cache" / f"{features_key(extractor, self.digests)}.npy"
+
+    @property
+    def digests(self) -> list[str]:
+        """sha256 of each image that was made."""
+        if not self._digests:
+            self._digests = [sha256_file(self.samples.paths[p]) for p in self.samples.made]
+        return self._digests
+
     def features_of(self, extractor: Extractor) -> Features:
-        """Features of the images by an extractor, [n, D]; cached by content."""
+        """Features of the images by an extractor, [n, D]; cached by content. Where they are
+        streamed this is a memory map, opened anew so that what was read of it can be let go."""
+        if self.streams:
+            return self._mapped_features(extractor)
         key = protocol_id(extractor.protocol)
         if key not in self._features:
-            digests = [sha256_file(self.samples.paths[place]) for place in self.samples.made]
             self._features[key] = cached_features(
-                extractor, digests, self.image, self.workdir / "cache",
+                extractor, self.digests, self.image, self.workdir / "cache",
                 on_progress=self.on_progress,
             )  # fmt: skip
         return self._features[key]
+
+    def _mapped_features(self, extractor: Extractor) -> Features:
+        path = self.features_path(extractor)
+        found = map_features(path, self.n, extractor.dim)
+        if found is None:
+            write_features(extractor, self.n, self.image, path, on_progress=self.on_progress)
+            found = map_features(path, self.n, extractor.dim)
+        if found is None:
+            raise EvaluationError(f"{path}: written, and cannot be read")
+        return found
 
     def real_features_of(self, pictures: RealPictures, extractor: Extractor) -> Features:
         """Features of real pictures by an extractor, [N, D]; cached by content."""
         if isinstance(extractor, Lite0Extractor):
             return pictures.features
-        return pictures.features_of(extractor, self.workdir / "cache")
+        return pictures.features_of(extractor, use_cache=self.settings.cache)
+
+    def frechet(
+        self, first: Features, second: Features, *, known: Statistics | None = None
+    ) -> Interval:
+        """Fréchet distance with its interval, streamed or not.
+
+        Args:
+            known: statistics of the second set, see `real_statistics_of`.
+        """
+        settings = self.settings
+        options = {"seed": settings.seed, "groups": settings.jackknife_groups}
+        if self.streams:
+            return streamed_frechet_interval(first, second, known=known, **options)
+        return frechet_interval(first, second, **options)
+
+    def real_statistics_of(self, pictures: RealPictures, extractor: Extractor) -> Statistics | None:
+        """Mean and covariance of real pictures, cached by content; None where features are in
+        memory and nothing asks for them."""
+        if not self.streams:
+            return None
+        return cached_statistics(
+            extractor, pictures.digests, lambda: self.real_features_of(pictures, extractor),
+            pictures.cache_dir if self.settings.cache else None,
+        )  # fmt: skip
 
     def real(self) -> RealPictures:
         """The reference pictures.

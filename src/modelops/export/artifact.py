@@ -1,28 +1,31 @@
 """The directory of an exported artifact, and the check that it is what its record says.
 
 artifact.json                the ArtifactRecord; a directory without it is unfinished
-denoiser/{model.onnx,config.json}
-text_encoder/{model.onnx,config.json}
-tokenizer/  scheduler/       as in the checkpoint
+COMPONENT/                   a folder for each network, named as the pipeline names it
+  model.onnx                 the graph, and model.onnx.data with its weights if over 1.5 GB; or
+                             model.pt (and model.pt2) of TorchScript
+  signature.json             how the pipeline calls it
+  config.json                as in the checkpoint
+  probe.safetensors          of the denoiser: real inputs and torch's outputs, to choose a runtime
+  engine.plan, engine.json, engine.layers.json   TensorRT only: the engine and its fingerprint
+tokenizer/  scheduler/ ...   as in the checkpoint
 model_index.json pipeline.py as in the checkpoint; pipeline.py documents, and is never run
 calibration.json             INT8 only: the range of every quantised tensor
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from modelops.errors import IntegrityError, UsageError
+from modelops.export.axes import read_multiples
+from modelops.export.external import check_data, data_path, load_structure
 from modelops.files import safe_join, sha256_file, sha256_json, tree_files
 from modelops.records import ArtifactRecord, ExportedComponent, InputRef, read_record
 
 RECORD = "artifact.json"
-DENOISER = "denoiser"
-TEXT_ENCODER = "text_encoder"
 GRAPH = "model.onnx"
-CARRIED = ("tokenizer", "scheduler", "model_index.json", "pipeline.py")
 
 
 def is_artifact(directory: str | Path) -> bool:
@@ -55,11 +58,13 @@ def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
 
     Raises:
         UsageError: not a finished artifact.
-        IntegrityError: a file is missing, added or different by a byte.
+        IntegrityError: a file is missing, added or different by a byte, or a graph takes weights
+            from anywhere but its own data file.
     """
     record = read_artifact(directory)
     root = Path(directory)
     promised = {item.file: item.sha256 for item in record.components}
+    promised |= {item.data.path: item.data.sha256 for item in record.components if item.data}
     promised |= {name: reference.sha256 for name, reference in record.files.items()}
     for name in promised:
         safe_join(root, name)
@@ -74,6 +79,13 @@ def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
         else:
             continue
         raise IntegrityError(f"{root / name}: {fault}", hint="export it again")
+    kept_outside = {item.file for item in record.components if item.data}
+    for name in sorted(n for n in promised if n.endswith(".onnx")):
+        if check_data(root / name) is None and name in kept_outside:
+            raise IntegrityError(
+                f"{root / name}: {RECORD} names a data file that it does not use",
+                hint="export it again",
+            )
     return record, sha256_json(digests)
 
 
@@ -95,19 +107,10 @@ def check_destination(out_dir: str | Path, *, overwrite: bool) -> None:
         )
 
 
-def carry_over(source: Path, target: Path) -> None:
-    """Copy what an artifact takes unchanged from a checkpoint or another artifact."""
-    for name in CARRIED:
-        path = source / name
-        if path.is_dir():
-            shutil.copytree(path, target / name)
-        elif path.is_file():
-            shutil.copyfile(path, target / name)
-
-
 def other_files(root: Path, components: list[ExportedComponent]) -> dict[str, InputRef]:
     """Name and digest of every file beside the components' graphs and the record."""
     graphs = {item.file for item in components} | {RECORD}
+    graphs |= {item.data.path for item in components if item.data}
     return {
         name: InputRef(path=name, sha256=sha256_file(path))
         for name, path in tree_files(root).items()
@@ -116,11 +119,10 @@ def other_files(root: Path, components: list[ExportedComponent]) -> dict[str, In
 
 
 def describe_graph(root: Path, name: str, *, precision: str) -> ExportedComponent:
-    """One component of an artifact from its graph file."""
-    import onnx
-
+    """One component of an artifact from its graph file, whose weights are only hashed."""
     path = root / name / GRAPH
-    model = onnx.load(str(path))
+    model = load_structure(path)
+    data = check_data(path, model)
     axes = [
         f"{value.name}[{index}]={dim.dim_param}"
         for value in model.graph.input
@@ -131,12 +133,16 @@ def describe_graph(root: Path, name: str, *, precision: str) -> ExportedComponen
         name=name,
         file=f"{name}/{GRAPH}",
         sha256=sha256_file(path),
-        bytes=path.stat().st_size,
+        bytes=path.stat().st_size + (data.stat().st_size if data else 0),
         precision=precision,
         opset=next(entry.version for entry in model.opset_import if not entry.domain),
         dynamic_axes=axes,
         quantized_nodes=count_quantized(model),
         total_nodes=len(model.graph.node),
+        data=InputRef(path=f"{name}/{data_path(path).name}", sha256=sha256_file(data))
+        if data
+        else None,
+        axis_multiples=read_multiples(model),
     )
 
 

@@ -1,18 +1,20 @@
-"""Real denoiser inputs, caught on the pipeline's own trajectories."""
+"""Real inputs of a pipeline's networks, caught on its own trajectories."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from modelops.errors import UsageError
+from modelops.errors import ExportError, UsageError
+from modelops.export.components import CaughtCall, Component, Probe, call_pipeline, catching
 from modelops.export.graphs import Array
-from modelops.export.modules import denoiser_feed
+from modelops.export.signatures import TIMESTEP_NAMES, Method
 from modelops.files import sha256_bytes, sha256_json
+from modelops.models.sources import CPU_ROWS, SMALL
 from modelops.seeding import image_seed, numpy_generator
 
 DEFAULT_PROMPTS = (
@@ -20,6 +22,7 @@ DEFAULT_PROMPTS = (
     "green apple", "sun behind cloud", "bicycle", "musical note", "fish", "alarm clock",
 )  # fmt: skip
 Progress = Callable[[int, int], None]
+Feed = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,16 @@ class TrajectoryRows:
     """Rows of denoiser calls, in the order of their noise level.
 
     Attributes:
-        feeds: graph input name to array [R, ...]; timestep is 1000 sigma.
-        sigmas: noise level of each row [R], in (0, 1].
-        guided: whether a row has the prompt [R]; the others have the negative prompt.
+        feeds: graph input name to array [R, ...].
+        sigmas: noise level of each row [R] in [0, 1]: its timestep over the scheduler's largest.
         record: prompts, seeds, steps and digest, for the artifact.
+        shared: inputs that have no rows, such as the positions of a picture's patches.
     """
 
     feeds: dict[str, Array]
     sigmas: Array
-    guided: Array
     record: dict[str, Any]
+    shared: dict[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -44,7 +47,7 @@ class TrajectoryRows:
     def take(self, rows: Sequence[int] | Array) -> dict[str, Array]:
         """A feed of the given rows."""
         chosen = np.asarray(rows)
-        return {name: array[chosen] for name, array in self.feeds.items()}
+        return {name: array[chosen] for name, array in self.feeds.items()} | self.shared
 
     def batches(self, size: int) -> list[dict[str, Array]]:
         """All rows in feeds of `size` rows, each across all noise levels; a rest is left out."""
@@ -54,75 +57,138 @@ class TrajectoryRows:
 
 def collect_rows(
     pipeline: Any,
-    input_names: list[str],
+    denoiser: Component,
     *,
     prompts: Sequence[str],
     seed: int,
     purpose: str = "calibration",
     steps: int = 16,
     rows: int = 128,
+    size: tuple[int | None, int | None] = (None, None),
     on_progress: Progress | None = None,
 ) -> TrajectoryRows:
-    """Sample every prompt once with guidance and keep an equal number of rows of every step.
+    """Sample every prompt once and keep an equal number of rows of every timestep.
+
+    With guidance a call of the denoiser has rows with the prompt in one half and rows without it in
+    the other; as many are kept of each half.
 
     Args:
-        pipeline: a PixelFlowPipeline in torch.
-        input_names: inputs of the exported denoiser.
+        pipeline: in torch.
+        denoiser: the network whose calls are kept.
         prompts: what to sample; each gets the seed `image_seed(seed, prompt)`.
         seed: of the noise and of the choice of rows.
         purpose: separates the choices for calibration and for parity.
         steps: network evaluations of a trajectory.
-        rows: how many to keep in all; half of them with the prompt and half with the negative one.
+        rows: how many to keep in all.
+        size: height and width in pixels; the pipeline's own when None.
 
     Raises:
         UsageError: no prompts, an empty prompt, or no steps or rows.
+        ExportError: calls differ in an input that has no rows.
     """
     texts = check_prompts(prompts)
     if steps < 1 or rows < 1:
         raise UsageError(f"steps and rows must be positive, got {steps} and {rows}")
-    caught: list[list[dict[str, Array]]] = []  # [chunk][step] -> feed of 2B rows
-    chunks = [texts[start : start + 8] for start in range(0, len(texts), 8)]
+    halves: dict[float, tuple[list[Feed], list[Feed]]] = {}  # timestep -> rows of either half
+    shared: Feed = {}
+    chunk_size = rows_at_once(*size)
+    chunks = [texts[start : start + chunk_size] for start in range(0, len(texts), chunk_size)]
     for done, chunk in enumerate(chunks):
-        caught.append(
-            _record_calls(pipeline, input_names, chunk, [image_seed(seed, t) for t in chunk], steps)
-        )
+        feeds = catch_feeds(
+            pipeline, [denoiser], chunk, [image_seed(seed, t) for t in chunk], steps, size
+        )[denoiser.name]
+        for feed in feeds:
+            _check_shared(denoiser, feed, shared)
+            rowed = {name: feed[name] for name in denoiser.rows_in}
+            level = float(np.max(feed[_timestep_of(denoiser)]))
+            count = len(next(iter(rowed.values())))
+            middle = (count + 1) // 2
+            both = halves.setdefault(level, ([], []))
+            both[0].append({name: array[:middle] for name, array in rowed.items()})
+            both[1].append({name: array[middle:] for name, array in rowed.items()})
         if on_progress:
             on_progress(done + 1, len(chunks))
     generator = numpy_generator(seed, purpose)
-    half = max(1, rows // steps // 2)  # of a step's rows, with and without the prompt
-    kept: list[dict[str, Array]] = []
-    guided: list[int] = []
-    for step in range(steps):
-        n = len(texts)
-        prompted = {  # rows of this step with the prompt, then those with the negative one
-            name: np.concatenate(
-                [run[step][name][: len(run[step][name]) // 2] for run in caught]
-                + [run[step][name][len(run[step][name]) // 2 :] for run in caught]
-            )
-            for name in input_names
-        }
-        take = [generator.choice(n, size=min(half, n), replace=False) + offset for offset in (0, n)]
-        chosen = np.concatenate(take)
-        kept.append({name: array[chosen] for name, array in prompted.items()})
-        guided.extend((chosen < n).tolist())
-    feeds = {name: np.concatenate([feed[name] for feed in kept]) for name in input_names}
-    sigmas = feeds["timestep"] / 1000.0
-    order = np.argsort(sigmas, kind="stable")
-    feeds = {name: array[order] for name, array in feeds.items()}
+    wanted = max(1, rows // len(halves) // 2)
+    kept: list[Feed] = []
+    for level in sorted(halves):
+        for parts in halves[level]:
+            pooled = {n: np.concatenate([p[n] for p in parts]) for n in denoiser.rows_in}
+            count = len(next(iter(pooled.values())))
+            if count:
+                chosen = generator.choice(count, size=min(wanted, count), replace=False)
+                kept.append({name: array[chosen] for name, array in pooled.items()})
+    arrays = {name: np.concatenate([feed[name] for feed in kept]) for name in denoiser.rows_in}
+    # Some networks take a step's number among those of training, some its noise level in [0, 1].
+    largest = 1.0
+    if max(halves) > 1.0:
+        largest = float(pipeline.scheduler.config.get("num_train_timesteps", 1000))
+    sigmas = arrays[_timestep_of(denoiser)].astype(np.float64) / largest
     record = {
         "prompts": texts,
         "seed": seed,
         "seeds": [image_seed(seed, text) for text in texts],
         "steps": steps,
         "rows": len(sigmas),
-        "rows_with_prompt": int(np.sum(guided)),
+        "timesteps": len(halves),
         "sigma_min": float(sigmas.min()),
         "sigma_max": float(sigmas.max()),
         "inputs_sha256": sha256_json(
-            {name: sha256_bytes(array.tobytes()) for name, array in feeds.items()}
+            {name: sha256_bytes(array.tobytes()) for name, array in (arrays | shared).items()}
         ),
     }
-    return TrajectoryRows(feeds, sigmas[order], np.asarray(guided)[order], record)
+    return TrajectoryRows(arrays, sigmas, record, shared)
+
+
+def catch_feeds(
+    pipeline: Any,
+    components: Sequence[Component],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    size: tuple[int | None, int | None] = (None, None),
+) -> dict[str, list[Feed]]:
+    """One call of the pipeline; what each component was called with, as feeds of its graph."""
+    feeds: dict[str, list[Feed]] = {component.name: [] for component in components}
+    known = {(c.attribute, c.signature.method): c for c in components}
+
+    def keep(attribute: str, method: Method, call: CaughtCall) -> None:
+        component = known.get((attribute, method))
+        if component is not None:
+            tensors = component.signature.cast(call.tensors)
+            feeds[component.name].append({n: t.numpy() for n, t in tensors.items()})
+
+    height, width = size
+    with catching(pipeline, keep, only=[component.attribute for component in components]):
+        call_pipeline(
+            pipeline,
+            Probe(batch=len(prompts), height=height, width=width),
+            steps=steps,
+            prompt=list(prompts),
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="np" if any(c.role == "decoder" for c in components) else "latent",
+        )
+    return feeds
+
+
+def rows_at_once(height: int | None, width: int | None) -> int:
+    """Pictures of one call: many small ones, or one that fills the machine alone."""
+    return CPU_ROWS if (height or 0) * (width or 0) <= SMALL else 1
+
+
+def _check_shared(component: Component, feed: Feed, shared: Feed) -> None:
+    for name, array in feed.items():
+        if name in component.rows_in:
+            continue
+        if not np.array_equal(shared.setdefault(name, array), array):
+            raise ExportError(f"{component.name}: {name} has no rows and differs between calls")
+
+
+def _timestep_of(denoiser: Component) -> str:
+    for name in TIMESTEP_NAMES:
+        if name in denoiser.rows_in:
+            return name
+    raise ExportError(f"{denoiser.name}: has no timestep among its inputs")
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
@@ -138,37 +204,3 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
         if not text.strip():
             raise UsageError(f"prompt {index + 1} is blank", hint="remove it")
     return texts
-
-
-def _record_calls(
-    pipeline: Any, input_names: list[str], prompts: list[str], seeds: list[int], steps: int
-) -> list[dict[str, Array]]:
-    """One guided run of the pipeline: the feed of every denoiser call, prompted rows first."""
-    feeds: list[dict[str, Array]] = []
-    predict = type(pipeline).predict_velocity
-
-    def recording(
-        latents: torch.Tensor,
-        sigmas: torch.Tensor,
-        pooled: torch.Tensor,
-        tokens: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        feeds.append(denoiser_feed(input_names, latents, sigmas * 1000.0, pooled, tokens, mask))
-        output: torch.Tensor = predict(pipeline, latents, sigmas, pooled, tokens, mask)
-        return output
-
-    scale = float(pipeline.config["default_guidance"])
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.predict_velocity = recording  # shadows the method on this instance alone
-    try:
-        pipeline(
-            prompts,
-            num_inference_steps=steps,
-            guidance_scale=scale if scale != 1.0 else 3.0,
-            generator=[torch.Generator("cpu").manual_seed(value) for value in seeds],
-            output_type="latent",
-        )
-    finally:
-        del pipeline.predict_velocity
-    return feeds

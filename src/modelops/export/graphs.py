@@ -12,8 +12,19 @@ from modelops.errors import UsageError
 from modelops.extras import has_module
 
 Array = npt.NDArray[Any]
-RuntimeName = Literal["onnxruntime", "openvino"]
-RUNTIMES: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "torchscript", "torch-export"]
+RUNTIMES: tuple[RuntimeName, ...] = (
+    "onnxruntime", "openvino", "tensorrt", "torchscript", "torch-export",
+)  # fmt: skip
+# What runs an artifact of each format.
+RUNTIMES_OF: dict[str, tuple[RuntimeName, ...]] = {
+    "onnx": ("onnxruntime", "openvino"),
+    "int8": ("onnxruntime", "openvino"),
+    "tensorrt": ("tensorrt",),
+    "torchscript": ("torchscript", "torch-export"),
+}
+ENGINE = "engine.plan"
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 class Graph(Protocol):
@@ -32,44 +43,68 @@ class Graph(Protocol):
         """All outputs, in the order of `output_names`."""
 
 
-def available_runtimes() -> list[RuntimeName]:
-    """The runtimes installed here, in the order of RUNTIMES."""
-    return [name for name in RUNTIMES if has_module(name)]
+def available_runtimes(artifact_format: str = "onnx") -> list[RuntimeName]:
+    """The runtimes installed here that run an artifact's format, in the order of RUNTIMES."""
+    packages = {"tensorrt": "tensorrt", "torchscript": "torch", "torch-export": "torch"}
+    return [
+        name
+        for name in RUNTIMES_OF.get(artifact_format, ())
+        if has_module(packages.get(name, name))
+    ]
 
 
 def open_graph(
-    path: Path, runtime: RuntimeName, *, precision: str = "float32", threads: int | None = None
+    path: Path,
+    runtime: RuntimeName,
+    *,
+    precision: str = "float32",
+    threads: int | None = None,
+    provider: str = "auto",
+    device_id: int = 0,
 ) -> Graph:
-    """Open a graph.
+    """Open an exported network whose digest has been verified.
 
     Args:
-        path: model.onnx.
-        runtime: "onnxruntime" or "openvino".
-        precision: what the nodes that are not INT8 run in: "float32", or "bfloat16" in OpenVINO.
+        path: model.onnx; for torchscript and torch-export model.pt or model.pt2; for tensorrt the
+            model.onnx that the engine.plan beside it was built from.
+        runtime: one of RUNTIMES.
+        precision: what float nodes of an ONNX graph run in: "float32" (16-bit weights are computed
+            as their graph says), "bfloat16" or "float16" in OpenVINO.
         threads: CPU threads; all cores of this process when not given.
+        provider: of onnxruntime: "cpu", "cuda", "tensorrt", or "auto".
+        device_id: CUDA device.
 
     Raises:
         UsageError: an unknown runtime, or a precision the runtime does not have.
-        MissingExtraError: OpenVINO is not installed.
-        ExportError: the runtime refuses the graph.
+        MissingExtraError: the runtime is not installed.
+        ExportError: the runtime refuses the graph, or the engine is another machine's.
+        IntegrityError: an engine's bytes are not those of its fingerprint.
     """
     if runtime not in RUNTIMES:
         raise UsageError(
             f"unknown runtime {runtime!r}", hint=f"choose one of auto, {', '.join(RUNTIMES)}"
         )
-    if precision not in ("float32", "bfloat16"):
-        raise UsageError(f"unknown precision {precision!r}", hint="float32 or bfloat16")
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
     if runtime == "onnxruntime" and precision != "float32":
-        raise UsageError("onnxruntime runs these graphs in float32", hint="--runtime openvino")
+        raise UsageError("onnxruntime computes as the graph says", hint="--runtime openvino")
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be positive, got {threads}")
     if runtime == "openvino":
         from modelops.export.openvino import OpenVinoGraph
 
         return OpenVinoGraph(path, precision=precision, threads=threads)
+    if runtime == "tensorrt":
+        from modelops.export.tensorrt.engine import TensorRtGraph
+
+        return TensorRtGraph(path.with_name(ENGINE), onnx_path=path, device=device_id)
+    if runtime in ("torchscript", "torch-export"):
+        from modelops.export.torchscript import TorchGraph
+
+        return TorchGraph(path, threads=threads)
     from modelops.export.onnxruntime import OrtGraph
 
-    return OrtGraph(path, threads=threads)
+    return OrtGraph(path, threads=threads, provider=provider, device_id=device_id)
 
 
 def process_cores() -> int:

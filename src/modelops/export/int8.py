@@ -1,4 +1,4 @@
-"""fp32 artifact to INT8 artifact: calibrated on trajectories, compared in pictures, timed."""
+"""fp32 artifact to INT8 artifact: calibrated on trajectories, searched, compared, proven, timed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelops.environment import current_environment
 from modelops.errors import ExportError, IntegrityError, UsageError
 from modelops.export.artifact import (
-    DENOISER,
     GRAPH,
     RECORD,
-    TEXT_ENCODER,
-    carry_over,
     check_destination,
     describe_graph,
-    other_files,
     portable_path,
     verify_artifact,
 )
@@ -31,36 +26,88 @@ from modelops.export.calibration import (
     check_prompts,
     collect_rows,
 )
+from modelops.export.choice import write_probe
+from modelops.export.components import Component
+from modelops.export.exporting import about_files, about_source, carry_parts
 from modelops.export.graphs import Graph, RuntimeName, available_runtimes, open_graph
 from modelops.export.lint import lint_qdq
-from modelops.export.onnx import load_source
-from modelops.export.onnxruntime import OrtGraph
 from modelops.export.openvino import OpenVinoGraph
 from modelops.export.parity import (
     BOUNDS,
     PARITY_STEPS,
-    denoiser_parity,
+    component_parity,
+    errors_by_noise,
     image_parity,
     require_parity,
-    torch_denoiser,
 )
-from modelops.export.proof import onnxruntime_execution, openvino_execution
-from modelops.export.quantize import (
-    METHODS,
-    Method,
-    Sensitivity,
-    errors_by_sigma,
-    measure_sensitivity,
-    quantize_graph,
+from modelops.export.proof import onnxruntime_execution, openvino_execution, unproven_layers
+from modelops.export.quantize import METHODS, Method, quantize_graph
+from modelops.export.runtime import (
+    ORT_CPU_GRAPH,
+    assemble,
+    default_precision,
+    denoiser_of,
+    graph_file,
 )
-from modelops.export.runtime import assemble, default_precision
-from modelops.export.timing import interleaved_seconds, speed_ratio
-from modelops.files import atomic_directory, check_writable, sha256_path, tree_files
-from modelops.records import ArtifactRecord, InputRef, Measurement, ParityCheck
+from modelops.export.search import Decision, SearchResult, search_groups
+from modelops.export.sensitivity import plot_sensitivity, scan_groups
+from modelops.export.smoothquant import choose_smoothing, smoothable_tensors
+from modelops.export.source import (
+    ExportSource,
+    both_sides,
+    component_from,
+    load_source,
+    size_of,
+)
+from modelops.export.speed import measure_speed, slower_than
+from modelops.export.storage import store_rest_in_half
+from modelops.export.variants import Variants, root_mean_square
+from modelops.files import atomic_directory, check_writable, sha256_path, write_bytes
+from modelops.records import ArtifactRecord, ExportedComponent, InputRef, Measurement, ParityCheck
 
 TABLE = "calibration.json"
-SPEED_BATCHES = (1, 8)
+PLOT = "sensitivity.png"
+ERROR_BUDGET = 0.06  # relative error of an output that INT8 may come to, unless the rest is worse
+_FLOOR_MARGIN = 1.5
 _N_PARITY_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """How a denoiser is quantised.
+
+    Attributes:
+        method: how a tensor's range is taken from the values seen: minmax, percentile, entropy.
+        steps: of a calibration trajectory.
+        rows: denoiser rows to calibrate with.
+        error_budget: relative error allowed (root mean square over held-out rows); when None,
+            ERROR_BUDGET, or 1.5 times what the serving precision rounds without INT8.
+        search_seconds: for measuring groups of layers; a scan by noise level takes as long at most.
+        smooth: try SmoothQuant on transformers.
+        ort_cpu: try a graph for onnxruntime's CPU provider; when None, where OpenVINO is missing.
+        speed_rounds: rounds of the timing; 0 leaves it out.
+    """
+
+    method: Method = "minmax"
+    steps: int = 16
+    rows: int = 128
+    error_budget: float | None = None
+    search_seconds: float = 120.0
+    smooth: bool = True
+    ort_cpu: bool | None = None
+    speed_rounds: int = 15
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(
+                f"unknown method {self.method!r}", hint=f"choose one of {', '.join(METHODS)}"
+            )
+        if self.steps < 1 or self.rows < 8:
+            raise UsageError(
+                f"steps must be at least 1 and rows at least 8, got {self.steps} and {self.rows}"
+            )
+        if self.error_budget is not None and not 0 < self.error_budget < 1:
+            raise UsageError(f"the error budget must be between 0 and 1, got {self.error_budget}")
 
 
 def export_int8(
@@ -70,31 +117,25 @@ def export_int8(
     *,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     seed: int = 0,
-    method: Method = "minmax",
-    steps: int = 16,
-    rows: int = 128,
-    speed_rounds: int = 15,
+    options: Int8Options | None = None,
     allow: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ArtifactRecord:
     """Quantise the denoiser of an fp32 artifact to symmetric INT8 (S8S8 QDQ).
 
-    Every layer with constant weights is quantised, except the groups whose measured error says
-    otherwise; if outputs or pictures are still too far off, more groups are given up, cheapest
-    first. The text encoder stays in float32.
+    The set of quantised groups of layers is searched: fastest within an error budget. If outputs or
+    pictures are still too far off on rows and noise that the search did not see, more groups are
+    given up, those with most error first. Everything but the denoiser stays as it is.
 
     Args:
-        onnx_dir: what `export_onnx` made of the same checkpoint.
-        checkpoint: the checkpoint; its trajectories calibrate, and its pictures are the reference.
+        onnx_dir: what `export_onnx` made of the same checkpoint in float32.
+        checkpoint: its trajectories calibrate, and its pictures are the reference.
         out_dir: the artifact's directory.
         prompts: calibrated with; parity uses the same prompts with other noise.
         seed: of the calibration noise and of the choice of rows.
-        method: "minmax", "percentile" or "entropy".
-        steps: of a calibration trajectory.
-        rows: denoiser rows to calibrate with.
-        speed_rounds: rounds of the timing; 0 leaves it out.
-        allow: keep an export that is outside its parity bounds and record the waiver.
+        options: how; Int8Options() when not given.
+        allow: keep an export that is outside its bounds or not faster, and record the waiver.
         overwrite: replace an artifact that is there.
         on_progress: called with (stages done, stages).
 
@@ -104,208 +145,301 @@ def export_int8(
     Raises:
         UsageError: onnx_dir is not an fp32 artifact, out_dir is taken, no prompts.
         IntegrityError: onnx_dir is damaged or was made from another checkpoint.
-        ExportError: a broken QDQ rule, no INT8 in the runtime, or pictures too far off.
+        ExportError: a broken QDQ rule, no INT8 in the runtime, outputs or pictures too far off, or
+            a graph that is not faster than the fp32 one.
     """
     texts = check_prompts(prompts)
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}", hint=f"choose one of {', '.join(METHODS)}")
-    if steps < 1 or rows < 8:
-        raise UsageError(f"steps must be at least 1 and rows at least 8, got {steps} and {rows}")
+    options = options or Int8Options()
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
     fp32, fp32_sha256 = verify_artifact(onnx_dir)
-    if fp32.format != "onnx":
-        raise UsageError(f"{onnx_dir}: a {fp32.format} artifact", hint="name the onnx artifact")
-    pipeline, source_sha256 = load_source(checkpoint)
-    if fp32.inputs["checkpoint"].sha256 != source_sha256:
+    if fp32.format != "onnx" or fp32.precision != "float32":
+        raise UsageError(
+            f"{onnx_dir}: a {fp32.precision} {fp32.format} artifact",
+            hint="name the float32 onnx artifact",
+        )
+    source = load_source(checkpoint, size=both_sides(size_of(fp32)))
+    if fp32.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(
             f"{onnx_dir}: was not exported from {checkpoint}", hint="export it to onnx again"
         )
-    origin = Path(onnx_dir)
     check_writable(Path(out_dir).parent, need_bytes=2 * fp32.bytes_total)
-    runtime: RuntimeName = "openvino" if "openvino" in available_runtimes() else "onnxruntime"
-    progress = _Progress(on_progress)
-
-    with atomic_directory(out_dir) as root:
-        carry_over(origin, root)
-        shutil.copytree(origin / TEXT_ENCODER, root / TEXT_ENCODER)
-        (root / DENOISER).mkdir()
-        shutil.copyfile(origin / DENOISER / "config.json", root / DENOISER / "config.json")
-        source, target = origin / DENOISER / GRAPH, root / DENOISER / GRAPH
-        names = OrtGraph(source).input_names
-        calibration = collect_rows(
-            pipeline, names, prompts=texts, seed=seed, steps=steps, rows=rows
-        )
-        held_out = collect_rows(
-            pipeline, names, prompts=texts[:8], seed=seed + 1, purpose="parity", steps=8, rows=32
-        )
+    progress = _Progress(on_progress, total=8)
+    with atomic_directory(out_dir) as root, tempfile.TemporaryDirectory() as scratch:
+        job = _Job(source, Path(onnx_dir), root, Path(scratch), fp32, texts, seed, options)
+        job.carry()
         progress.step()
-        table = root / TABLE
-        with tempfile.TemporaryDirectory() as scratch:
-            sensitivity = measure_sensitivity(
-                source, Path(scratch), rows=calibration, held_out=held_out, table=table,
-                method=method, on_step=progress.step,
-            )  # fmt: skip
-        keep, checks = _quantise_within_bounds(
-            root, source, pipeline, calibration, held_out, table, method, sensitivity, runtime,
-            prompts=texts[:_N_PARITY_IMAGES], seed=seed + 1,
-        )  # fmt: skip
+        job.calibrate()
         progress.step()
-        faults = lint_qdq(target)
-        if faults:
-            raise ExportError(f"the quantised graph breaks a rule: {faults[0]}")
-        graph = _open(target, runtime)
-        if runtime != "onnxruntime":
-            checks.append(
-                _image_parity(root, pipeline, "onnxruntime", texts[:_N_PARITY_IMAGES], seed + 1)
-            )
-        waiver = require_parity(checks, allow=allow)
-        execution: dict[str, Any] = {"onnxruntime": onnxruntime_execution(target)}
-        if isinstance(graph, OpenVinoGraph):
-            execution["openvino"] = openvino_execution(graph, held_out.take(range(8)))
-        if not execution[runtime]["int8_layers"]:
-            raise ExportError(f"{runtime} runs no layer of the quantised graph in INT8")
+        smoothing = job.smooth()
         progress.step()
-        speed = (
-            _measure_speed(pipeline.unet, source, target, runtime, held_out, speed_rounds)
-            if speed_rounds
-            else {}
-        )
+        search, scan = job.search()
+        progress.step()
+        keep, checks = job.quantise_within_bounds(search)
+        progress.step()
+        waived = [require_parity(checks, allow=allow)]
+        execution = job.prove()
+        ort_cpu = job.try_ort_cpu(keep)
+        progress.step()
+        speed = job.measure_speed()
+        waived.append(_require_faster(speed, search, allow=allow))
+        progress.step()
+        denoiser = job.denoiser
+        write_probe(job.folder, denoiser, job.final)
         components = [
-            describe_graph(root, DENOISER, precision="int8"),
-            describe_graph(root, TEXT_ENCODER, precision="float32"),
+            _describe(root, item, precision="int8" if item.name == denoiser.name else "float32")
+            for item in fp32.components
         ]
         record = ArtifactRecord(
             format="int8",
-            precision=f"int8+{graph.precision}",
-            runtime=runtime,
-            error=waiver,
-            inputs={
-                "checkpoint": InputRef(path=portable_path(checkpoint), sha256=source_sha256),
-                "onnx": InputRef(path=portable_path(onnx_dir), sha256=fp32_sha256),
-            },
-            seeds={"calibration": seed, "parity": seed + 1},
-            environment=current_environment(),
+            precision=f"int8+{job.graph().precision}",
+            runtime=job.runtime,
+            error="; ".join(text for text in waived if text) or None,
+            seeds={"calibration": seed, "search": seed + 1, "parity": seed + 2},
             started_at=started,
-            components=components,
             parity=checks,
+            error_by_noise=errors_by_noise(denoiser, job.graph(), job.final),
             calibration={
-                "method": method,
-                **calibration.record,
-                "table": InputRef(path=TABLE, sha256=sha256_path(table)).model_dump(),
+                "method": options.method,
+                **job.rows.record,
+                "table": InputRef(path=TABLE, sha256=sha256_path(root / TABLE)).model_dump(),
                 "keep_fp32": keep,
-                "sensitivity": {
-                    "all_int8": sensitivity.full,
-                    "without": sensitivity.without,
-                    "gain": sensitivity.gain,
-                    "nodes": sensitivity.nodes,
-                },
-                "error_by_sigma": errors_by_sigma(source, target, held_out),
+                "smoothing": smoothing,
+                "search": search.as_record(),
+                "sensitivity": scan,
+                "ort_cpu": ort_cpu,
             },
             execution=execution,
             speed=speed,
-            files=other_files(root, components),
-            bytes_total=sum(path.stat().st_size for path in tree_files(root).values()),
-            source_bytes_total=fp32.bytes_total,
             duration_s=time.monotonic() - clock,
+            **{**about_source(checkpoint, source), "source_bytes_total": fp32.bytes_total},
+            **about_files(root, components),
         )
+        record.inputs["onnx"] = InputRef(path=portable_path(onnx_dir), sha256=fp32_sha256)
         record.write(root / RECORD)
         progress.finish()
     return record
 
 
-def _quantise_within_bounds(
-    root: Path,
-    source: Path,
-    pipeline: Any,
-    calibration: TrajectoryRows,
-    held_out: TrajectoryRows,
-    table: Path,
-    method: Method,
-    sensitivity: Sensitivity,
-    runtime: RuntimeName,
-    *,
-    prompts: Sequence[str],
-    seed: int,
-) -> tuple[list[str], list[ParityCheck]]:
-    """Write the quantised graph; give up groups until its outputs and its pictures are within
-    bounds.
+class _Job:
+    """One export: where everything lies, and what the stages hand on to each other."""
 
-    Returns the groups left in fp32 and the last comparisons, some of which may have failed.
+    rows: TrajectoryRows  # calibrate
+    held_out: TrajectoryRows  # choose by
+    final: TrajectoryRows  # judge by
+
+    def __init__(
+        self,
+        source: ExportSource,
+        origin: Path,
+        root: Path,
+        scratch: Path,
+        fp32: ArtifactRecord,
+        prompts: Sequence[str],
+        seed: int,
+        options: Int8Options,
+    ) -> None:
+        self.source, self.origin, self.root, self.scratch = source, origin, root, scratch
+        self.fp32, self.prompts, self.seed, self.options = fp32, prompts, seed, options
+        exported = denoiser_of(fp32)
+        self.denoiser: Component = component_from(source.pipeline, origin / exported.name, exported)
+        self.folder = root / exported.name
+        self.fp32_graph = origin / exported.file
+        self.wide = self.fp32_graph  # what is quantised: the fp32 graph, or its smoothed equal
+        self.runtime: RuntimeName = (
+            "openvino" if "openvino" in available_runtimes() else "onnxruntime"
+        )
+
+    def carry(self) -> None:
+        """Copy everything but the denoiser's graph."""
+        carry_parts(self.source, self.root)
+        for item in self.fp32.components:
+            target = self.root / item.name
+            if item.name != self.denoiser.name:
+                shutil.copytree(self.origin / item.name, target)
+                continue
+            target.mkdir()
+            for path in (self.origin / item.name).iterdir():
+                if path.suffix == ".json":
+                    shutil.copyfile(path, target / path.name)
+
+    def calibrate(self) -> None:
+        """Catch rows to calibrate with, to choose by and to judge by."""
+        options = self.options
+
+        def rows(seed: int, purpose: str, steps: int, count: int) -> TrajectoryRows:
+            texts = self.prompts if purpose == "calibration" else self.prompts[:8]
+            return collect_rows(
+                self.source.pipeline, self.denoiser, prompts=texts, seed=seed, purpose=purpose,
+                steps=steps, rows=count, size=self.source.size,
+            )  # fmt: skip
+
+        self.rows = rows(self.seed, "calibration", options.steps, options.rows)
+        self.held_out = rows(self.seed + 1, "search", 8, 32)
+        self.final = rows(self.seed + 2, "parity", 8, 32)
+
+    def smooth(self) -> dict[str, Any] | None:
+        """SmoothQuant, if the network has anything to smooth and it lowers the error."""
+        if not self.options.smooth or not smoothable_tensors(self.wide):
+            return None
+        target = self.scratch / "smoothed.onnx"
+        found = choose_smoothing(
+            self.wide, target, self.scratch, rows=self.rows, held_out=self.held_out,
+            method=self.options.method,
+        )  # fmt: skip
+        if found.alpha is not None:
+            self.wide = target
+        return found.as_record()
+
+    def search(self) -> tuple[SearchResult, dict[str, Any]]:
+        """The fastest set of groups within the budget, and where rounding hurts."""
+        precision = default_precision("int8", self.runtime)
+        self.variants = Variants(
+            self.wide, self.scratch, rows=self.rows, held_out=self.held_out,
+            table=self.root / TABLE, method=self.options.method, runtime=self.runtime,
+            precision=precision,
+        )  # fmt: skip
+        budget = self.options.error_budget
+        if budget is None:
+            floor = root_mean_square(self.variants.row_errors(self.variants.serve(self.wide)))
+            budget = max(ERROR_BUDGET, _FLOOR_MARGIN * floor)
+        limit = self.options.search_seconds
+        scan = scan_groups(self.variants, time_limit_s=limit)
+        write_bytes(self.root / PLOT, plot_sensitivity(scan))
+        return search_groups(self.variants, budget=budget, time_limit_s=limit), scan
+
+    def quantise_within_bounds(self, search: SearchResult) -> tuple[list[str], list[ParityCheck]]:
+        """Write the graph; give up groups until outputs and pictures are within bounds.
+
+        Returns:
+            The groups left in fp32 and the last comparisons, some of which may have failed.
+        """
+        keep = list(search.keep_fp32)
+        spare = _give_up_order(search.table)
+        while True:
+            quantize_graph(
+                self.wide, self.folder / GRAPH, rows=self.rows, table=self.root / TABLE,
+                method=self.options.method, keep_fp32=keep,
+            )  # fmt: skip
+            store_rest_in_half(self.folder / GRAPH)
+            checks = component_parity(
+                self.denoiser, self.graph(), self.final.batches(8), BOUNDS["int8"]
+            )
+            checks += self._images(self.runtime)
+            if all(check.passed for check in checks) or not spare:
+                break
+            keep.append(spare.pop(0))
+        if self.runtime != "onnxruntime":
+            checks += self._images("onnxruntime")
+        return keep, checks
+
+    def graph(self, runtime: RuntimeName | None = None) -> Graph:
+        """The quantised denoiser as it will be served."""
+        runtime = runtime or self.runtime
+        path = graph_file(self.root, denoiser_of(self.fp32), runtime)
+        return open_graph(path, runtime, precision=default_precision("int8", runtime))
+
+    def prove(self) -> dict[str, Any]:
+        """Check the graph's rules, and that the runtime runs its quantised layers in INT8."""
+        path = self.folder / GRAPH
+        faults = lint_qdq(path)
+        if faults:
+            raise ExportError(f"the quantised graph breaks a rule: {faults[0]}")
+        graph = self.graph()
+        execution: dict[str, Any] = {"onnxruntime": onnxruntime_execution(path)}
+        if isinstance(graph, OpenVinoGraph):
+            execution["openvino"] = openvino_execution(graph, self.final.take(range(8)))
+        served = execution[self.runtime]
+        if self.runtime != "onnxruntime" and not served["int8_layers"]:
+            raise ExportError(f"{self.runtime} runs no layer of the quantised graph in INT8")
+        served["quantised_but_float"] = unproven_layers(path, served)
+        return execution
+
+    def try_ort_cpu(self, keep: Sequence[str]) -> dict[str, Any] | None:
+        """A graph by onnxruntime's own rules, if it is asked for and earns its place."""
+        wanted = self.options.ort_cpu
+        if wanted is None:
+            wanted = self.runtime == "onnxruntime"
+        if not wanted:
+            return None
+        from modelops.export.ortcpu import judge_ort_cpu
+
+        return judge_ort_cpu(
+            self.variants, self.folder / ORT_CPU_GRAPH, rows=self.rows, table=self.root / TABLE,
+            method=self.options.method, keep_fp32=keep, error_bound=BOUNDS["int8"].relative,
+        )  # fmt: skip
+
+    def measure_speed(self) -> dict[str, Measurement]:
+        """Latency of the quantised denoiser beside everything else that runs it here."""
+        if not self.options.speed_rounds:
+            return {}
+        return measure_speed(
+            self.graph(), self.fp32_graph, self.denoiser, self.final,
+            rounds=self.options.speed_rounds,
+        )  # fmt: skip
+
+    def _images(self, runtime: RuntimeName) -> list[ParityCheck]:
+        graphs = {
+            item.name: open_graph(self.root / item.file, runtime)
+            for item in self.fp32.components
+            if item.name != self.denoiser.name
+        }
+        graphs[self.denoiser.name] = self.graph(runtime)
+        return image_parity(
+            self.source.pipeline, assemble(self.root, graphs), name=f"images/{runtime}",
+            prompts=self.prompts[:_N_PARITY_IMAGES], seed=self.seed + 2, bounds=BOUNDS["int8"],
+            steps=PARITY_STEPS, size=self.source.size,
+        )  # fmt: skip
+
+
+def _give_up_order(table: Sequence[Decision]) -> list[str]:
+    """Groups in INT8, those that add most error first; the last one is not given up."""
+    rest = sorted((row for row in table if row.int8), key=lambda row: -row.cost.squared_error)
+    return [row.cost.group for row in rest[:-1]]
+
+
+def _require_faster(
+    speed: dict[str, Measurement], search: SearchResult, *, allow: bool
+) -> str | None:
+    """Refuse INT8 that is not faster than fp32 at the largest batch.
+
+    Returns:
+        What was waived by `allow`, or None.
+
+    Raises:
+        ExportError: it is slower, and `allow` is not set; the message ends with the table of why.
     """
-    keep = list(sensitivity.keep_fp32)
-    spare = sensitivity.give_up_order
-    spare = spare[: len(sensitivity.nodes) - len(keep) - 1]  # something must remain in INT8
-    target = root / DENOISER / GRAPH
-    while True:
-        quantize_graph(source, target, rows=calibration, table=table, method=method, keep_fp32=keep)
-        graph = _open(target, runtime)
-        checks = [
-            *denoiser_parity(pipeline.unet, graph, held_out, BOUNDS["int8"]),
-            _image_parity(root, pipeline, runtime, prompts, seed),
-        ]
-        if all(check.passed for check in checks) or not spare:
-            return keep, checks
-        keep.append(spare.pop(0))
-
-
-def _image_parity(
-    root: Path, pipeline: Any, runtime: RuntimeName, prompts: Sequence[str], seed: int
-) -> ParityCheck:
-    exported = assemble(
-        root,
-        _open(root / DENOISER / GRAPH, runtime),
-        open_graph(root / TEXT_ENCODER / GRAPH, runtime),
+    slower = slower_than(speed)
+    if not slower:
+        return None
+    listed = ", ".join(f"{value:.2f} x {name}" for name, value in slower.items())
+    if allow:
+        return f"not faster than what it replaces, kept by --allow: {listed}"
+    rows = "".join(
+        f"\n  {row.cost.group:28} {_ms(row.cost.ms_saved)} ms saved  "
+        f"{'int8' if row.int8 else 'fp32'}  {row.why}"
+        for row in search.table
     )
-    return image_parity(
-        pipeline, exported, name=f"images/{runtime}", prompts=prompts, seed=seed,
-        bounds=BOUNDS["int8"], steps=PARITY_STEPS,
-    )  # fmt: skip
+    raise ExportError(
+        f"INT8 is not faster than what it replaces: {listed}{rows}",
+        hint="--allow keeps it and records the waiver",
+    )
 
 
-def _open(path: Path, runtime: RuntimeName) -> Graph:
-    return open_graph(path, runtime, precision=default_precision("int8", runtime))
+def _ms(value: float | None) -> str:
+    return "not timed" if value is None else f"{value:8.3f}"
 
 
-def _measure_speed(
-    unet: Any,
-    source: Path,
-    target: Path,
-    runtime: RuntimeName,
-    rows: TrajectoryRows,
-    rounds: int,
-) -> dict[str, Measurement]:
-    """Denoiser latency of INT8 over fp32 in the same runtime, onnxruntime fp32, eager torch."""
-    int8 = _open(target, runtime)
-    graphs = {f"{runtime} int8": int8, "onnxruntime fp32": open_graph(source, "onnxruntime")}
-    if runtime == "openvino":
-        graphs["openvino fp32"] = open_graph(source, "openvino")
-    results = {}
-    for batch in SPEED_BATCHES:
-        feed = rows.take([index % len(rows) for index in range(batch)])
-        runs: dict[str, Callable[[], object]] = {
-            name: partial(graph.run, feed) for name, graph in graphs.items()
-        }
-        runs["torch eager"] = partial(torch_denoiser, unet, feed)
-        seconds = interleaved_seconds(runs, rounds=rounds)
-        protocol = {
-            "batch": batch,
-            "shape": "x".join(str(size) for size in feed["sample"].shape),
-            "rest": int8.precision,
-        }
-        for name in runs:
-            if name != f"{runtime} int8":
-                key = f"denoiser_batch{batch}_over_{name.replace(' ', '_')}"
-                results[key] = speed_ratio(
-                    seconds, of=f"{runtime} int8", over=name, protocol=protocol
-                )
-    return results
+def _describe(root: Path, item: ExportedComponent, *, precision: str) -> ExportedComponent:
+    return describe_graph(root, item.name, precision=precision).model_copy(
+        update={"attribute": item.attribute, "role": item.role}
+    )
 
 
 class _Progress:
-    """Counts stages; the number of groups is not known before the graph is read."""
+    """Counts stages."""
 
-    def __init__(self, report: Callable[[int, int], None] | None, total: int = 9) -> None:
+    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
         self._report, self._done, self._total = report, 0, total
 
     def step(self) -> None:

@@ -2,97 +2,119 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from modelops.export.graphs import Array, Graph
+from modelops.errors import UsageError
+from modelops.export.graphs import Graph
+from modelops.export.signatures import Method, Signature
+
+Part = tuple[Graph, Signature]
 
 
 class ExportedModule:
-    """What a pipeline asks of a network beside calling it: `config`, `dtype`, `device`.
+    """What a pipeline asks of a network, answered by graphs.
+
+    Calling it, `encode` and `decode` run a graph. `config`, `dtype` and `device` are its own.
+    Whatever else a pipeline looks at (the width of a layer, say) is looked up in the original
+    class, built without weights.
 
     Args:
-        graph: the network in its runtime.
+        parts: the method that a graph stands for, to the graph and how it is called.
         config: the configuration of the module it was exported from.
+        library, class_name: where that module's class is found: "diffusers" or "transformers".
     """
 
-    dtype = torch.float32
-    device = torch.device("cpu")  # arrays enter and leave a runtime in host memory
+    dtype = torch.float32  # of everything that enters and leaves a graph
 
-    def __init__(self, graph: Graph, config: dict[str, Any]) -> None:
-        self.graph = graph
-        self.config = FrozenDict(config)
-
-    def _run(self, feed: dict[str, Array]) -> torch.Tensor:
-        return torch.from_numpy(self.graph.run(feed))
-
-
-class ExportedDenoiser(ExportedModule):
-    """Called like UNet2DConditionModel."""
-
-    def __call__(
+    def __init__(
         self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor | float,
-        encoder_hidden_states: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """sample float32 [N, C, h, w] at timestep [N] (or one for all rows) to [N, C, h, w]."""
-        output = self._run(
-            denoiser_feed(
-                self.graph.input_names, sample, torch.as_tensor(timestep), class_labels,
-                encoder_hidden_states, encoder_attention_mask,
-            )
-        )  # fmt: skip
-        if not return_dict:
-            return (output,)
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+        parts: Mapping[Method, Part],
+        config: dict[str, Any],
+        *,
+        library: str = "",
+        class_name: str = "",
+    ) -> None:
+        self.parts = dict(parts)
+        self.config = FrozenDict(config)
+        self.graph = next(iter(self.parts.values()))[0]
+        self.device = torch.device(self.graph.device)
+        self._origin = (library, class_name)
+        self._skeleton: torch.nn.Module | None = None
 
-        return UNet2DConditionOutput(sample=output)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run("forward", args, kwargs)
 
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """As the autoencoder's."""
+        return self._run("encode", args, kwargs)
 
-class ExportedTextEncoder(ExportedModule):
-    """Called like BertModel; returns (last_hidden_state float32 [N, L, D],)."""
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """As the autoencoder's."""
+        return self._run("decode", args, kwargs)
 
-    def __call__(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor]:
-        feed = {"input_ids": _integers(input_ids), "attention_mask": _integers(attention_mask)}
-        return (self._run(feed),)
+    def to(self, *args: Any, **kwargs: Any) -> ExportedModule:
+        """Itself: a graph stays in its runtime."""
+        return self
 
+    def eval(self) -> ExportedModule:
+        """Itself: a graph is never trained."""
+        return self
 
-def denoiser_feed(
-    names: list[str],
-    sample: torch.Tensor,
-    timestep: torch.Tensor,
-    pooled: torch.Tensor | None,
-    tokens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> dict[str, Array]:
-    """A denoiser call as the named arrays of its graph; `names` says which ones it has."""
-    given = {
-        "sample": sample,
-        "timestep": timestep.reshape(-1).expand(len(sample)),
-        "class_labels": pooled,
-        "encoder_hidden_states": tokens,
-    }
-    feed = {
-        name: np.ascontiguousarray(value.detach().to(torch.float32).numpy())
-        for name, value in given.items()
-        if name in names and value is not None
-    }
-    if "encoder_attention_mask" in names and mask is not None:
-        feed["encoder_attention_mask"] = _integers(mask)
-    missing = set(names) - set(feed)
-    if missing:
-        raise TypeError(f"the denoiser needs {', '.join(sorted(missing))}")
-    return feed
+    def _run(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if method not in self.parts:
+            raise UsageError(f"{self._origin[1] or 'this network'} was exported without {method}")
+        graph, signature = self.parts[method]
+        tensors = signature.flatten(args, kwargs)
+        on_device = getattr(graph, "run_device", None) if graph.device != "cpu" else None
+        if on_device is not None:
+            outputs = on_device({name: value.contiguous() for name, value in tensors.items()})
+        else:
+            feed = {name: value.detach().contiguous().numpy() for name, value in tensors.items()}
+            outputs = [torch.from_numpy(array) for array in graph.run_all(feed)]
+        return signature.restore(outputs, return_dict=_wants_fields(signature, args, kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_origin" not in self.__dict__:
+            raise AttributeError(name)
+        if self._skeleton is None:
+            self._skeleton = _build_skeleton(*self._origin, dict(self.config))
+        return getattr(self._skeleton, name)
 
 
-def _integers(tensor: torch.Tensor) -> Array:
-    return np.ascontiguousarray(tensor.detach().to(torch.int64).numpy())
+def _wants_fields(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    given = dict(zip(signature.parameters, args, strict=False)) | kwargs
+    return bool(given.get("return_dict", True))
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of diffusers or transformers by its name.
+
+    Raises:
+        UsageError: another library, or a name that it does not have.
+    """
+    import importlib
+
+    if library not in ("diffusers", "transformers"):
+        raise UsageError(f"a part of the pipeline is from {library!r}, which is not loaded")
+    found = getattr(importlib.import_module(library), name, None)
+    if not isinstance(found, type):
+        raise UsageError(f"{library} has no {name}", hint="is it a newer version's?")
+    return found
+
+
+def _build_skeleton(library: str, class_name: str, config: dict[str, Any]) -> torch.nn.Module:
+    """The original module with its weights on no device."""
+    from accelerate import init_empty_weights
+
+    kind = library_class(library, class_name)
+    with init_empty_weights():
+        if library == "diffusers":
+            module = kind.from_config(config)
+        else:
+            module = kind(kind.config_class.from_dict(config))
+    result: torch.nn.Module = module
+    return result

@@ -6,12 +6,12 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from modelops.errors import ExportError
+from modelops.errors import ExportError, UsageError
+from modelops.export.axes import read_axes
 from modelops.export.graphs import Array, RuntimeName, process_cores
 from modelops.extras import has_module, require_module
 
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _MAX_COMPILED = 12  # shapes that are kept compiled; each holds its own packed weights
 
 
@@ -20,7 +20,19 @@ class OpenVinoGraph:
 
     Dynamic shapes cost up to 1.5 times the latency there, so a batch is filled up (with copies of
     its last row) to the next of 1, 2, 3, 4, 6, 8, 12, 16, ... rows, and each such shape is compiled
-    when it is first met. Rows do not see each other, so what fills a batch changes nothing.
+    when it is first met. Rows do not see each other, so what fills a batch changes nothing. Only
+    axes that the graph calls "batch" are filled up and cut again.
+
+    Args:
+        path: model.onnx, with float32, float16, bfloat16 or INT8 weights.
+        precision: what float nodes run in, whatever their weights are: "float32"; "bfloat16", which
+            goes for what a mixed graph keeps in float32 too; or "float16" where the CPU has it.
+        threads: CPU threads; all cores of this process when not given.
+
+    Raises:
+        UsageError: no such precision on this CPU.
+        ExportError: OpenVINO refuses the graph, or it has an opset that is not out yet.
+        IntegrityError: weights that are missing, or lie where they may not.
     """
 
     runtime: RuntimeName = "openvino"
@@ -30,10 +42,17 @@ class OpenVinoGraph:
         self, path: Path, *, precision: str = "float32", threads: int | None = None
     ) -> None:
         openvino = require_module("openvino", needed_for="running a graph in OpenVINO")
+        from modelops.export.precision import require_supported
+
+        self.axes = read_axes(path)
+        require_supported(path, "openvino", self.axes)
         self.precision = precision
         self._core = openvino.Core()
+        # Asked for a format that the CPU lacks, OpenVINO would quietly take another one.
+        if precision == "float16" and "FP16" not in self._capabilities():
+            raise UsageError("this CPU does not compute in float16", hint="float32 or bfloat16")
         self._options = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or process_cores(),
         }
@@ -46,6 +65,9 @@ class OpenVinoGraph:
             raise ExportError(f"{path}: OpenVINO refuses the graph: {_reason(error)}") from error
         self.input_names = [item.get_any_name() for item in self._model.inputs]
         self.output_names = [item.get_any_name() for item in self._model.outputs]
+
+    def _capabilities(self) -> list[str]:
+        return list(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
     def compiled(self, shapes: dict[str, tuple[int, ...]]) -> Any:
         """The openvino.CompiledModel for these input shapes."""
@@ -72,15 +94,15 @@ class OpenVinoGraph:
         return self.run_all(feed)[0]
 
     def run_all(self, feed: dict[str, Array]) -> list[Array]:
-        rows = len(next(iter(feed.values())))
-        padded = {name: _pad_rows(array, batch_bucket(rows)) for name, array in feed.items()}
+        rows = self.axes.rows(feed)
+        padded = self.axes.pad(feed, batch_bucket(rows or 1))
         shapes = {name: array.shape for name, array in padded.items()}
         self.compiled(shapes)
         request = self._requests[tuple(sorted(shapes.items()))]
         request.infer(padded, share_inputs=True)
         return [
-            request.get_output_tensor(index).data[:rows].copy()
-            for index in range(len(self.output_names))
+            self.axes.cut(name, request.get_output_tensor(index).data, rows).copy()
+            for index, name in enumerate(self.output_names)
         ]
 
 
@@ -101,13 +123,6 @@ def batch_bucket(rows: int) -> int:
             return size * 3 // 2
         size *= 2
     return size
-
-
-def _pad_rows(array: Array, rows: int) -> Array:
-    missing = rows - len(array)
-    if missing:
-        array = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-    return np.ascontiguousarray(array)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,42 +1,35 @@
-"""fp32 graph to symmetric QDQ graph, and which parts of it are better left in fp32."""
+"""fp32 graph to INT8 graph, and which parts of it are better left in fp32."""
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from modelops.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.graphs import Array, available_runtimes, open_graph
+from modelops.export.graphs import available_runtimes, open_graph
+from modelops.export.groups import KEEP_FP32_GAIN, group_of, node_groups, role_of_group
 from modelops.export.onnxruntime import OrtGraph
 from modelops.export.parity import relative_errors
-from modelops.export.writer import quiet_libraries
+from modelops.export.qdq import QdqWriter, Scheme
+from modelops.export.ranges import METHODS, Method, Range, load_or_measure_ranges
 
-Method = Literal["minmax", "percentile", "entropy"]
-METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy")
-_OPS = ["Conv", "Gemm", "MatMul"]
+__all__ = [
+    "KEEP_FP32_GAIN",
+    "METHODS",
+    "Method",
+    "Sensitivity",
+    "calibrated_ranges",
+    "errors_by_sigma",
+    "group_of",
+    "measure_sensitivity",
+    "node_groups",
+    "quantize_graph",
+]
 _CALIBRATION_BATCH = 8
-
-# A group of layers stays fp32 if that takes at least this share off the squared error. In this
-# order, each judged with the earlier ones decided. Layers at the edge cost next to nothing in fp32,
-# attention's projections more; what is not listed holds almost all of the work.
-# "concat_inputs" are convolutions that read a skip connection's Concat. With OpenVINO 2026.4 they
-# were off by 0.2 to 0.5 (onnxruntime: 0.01) while the float readers of the Concat also read its
-# rounded values, see `_normalise`; a group of their own catches it if that comes back.
-KEEP_FP32_GAIN = {
-    "concat_inputs": 0.25,
-    "conv_in": 0.02,
-    "conv_out": 0.02,
-    "embeddings": 0.02,
-    "attention": 0.25,
-}
-_BLOCK = re.compile(r"unet\.((?:down_blocks|up_blocks)\.\d+|mid_block)")
 
 
 @dataclass
@@ -62,79 +55,24 @@ class Sensitivity:
         """The groups that are still INT8, the cheap ones first, then by what they bring a node; the
         last group is not given up."""
         open_groups = [group for group in self.nodes if group not in self.keep_fp32]
-        cheap = [group for group in KEEP_FP32_GAIN if group in open_groups]
+        cheap = [group for group in _judged_alone(self.nodes) if group in open_groups]
         rest = [group for group in open_groups if group not in cheap]
         rest.sort(key=lambda group: self.gain.get(group, 0.0) / self.nodes[group], reverse=True)
         return [*cheap, *rest][: len(open_groups) - 1]
 
 
-class _Reader:
-    """Feeds for onnxruntime's calibrators, one batch at a time so that memory stays bounded."""
+def calibrated_ranges(
+    writer: QdqWriter, rows: TrajectoryRows, table: Path, method: Method = "minmax"
+) -> dict[str, Range]:
+    """Ranges of every tensor that a quantised variant may ask for; kept in `table` (JSON).
 
-    def __init__(self, feeds: list[dict[str, Array]]) -> None:
-        self._feeds = feeds
-        self._next, self._end = 0, len(feeds)
-
-    def __len__(self) -> int:
-        return len(self._feeds)
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self._next, self._end = start_index, end_index
-
-    def get_next(self) -> dict[str, Array] | None:
-        if self._next >= self._end:
-            return None
-        self._next += 1
-        return self._feeds[self._next - 1]
-
-    def __iter__(self) -> _Reader:
-        return self
-
-    def __next__(self) -> dict[str, Array]:
-        feed = self.get_next()
-        if feed is None:
-            raise StopIteration
-        return feed
-
-
-def group_of(scopes: str) -> str:
-    """The group of a node from the `name_scopes` that torch's exporter notes on it."""
-    if "'unet.conv_in'" in scopes:
-        return "conv_in"
-    if "'unet.conv_out'" in scopes:
-        return "conv_out"
-    if any(part in scopes for part in ("time_embedding", "class_embedding", "time_emb_proj")):
-        return "embeddings"
-    if ".attentions." in scopes:
-        return "attention"
-    if "samplers." in scopes:
-        return "resampling"
-    if "conv_shortcut" in scopes:
-        return "shortcuts"
-    block = _BLOCK.search(scopes)
-    return f"resnets/{block.group(1)}" if block else "resnets"
-
-
-def node_groups(path: Path) -> dict[str, list[str]]:
-    """Group to names of the nodes with constant weights in it; see also `group_of`."""
-    import onnx
-
-    model = onnx.load(str(path))
-    constants = {item.name for item in model.graph.initializer}
-    groups: dict[str, list[str]] = {}
-    producers = {name: node.op_type for node in model.graph.node for name in node.output}
-    for node in model.graph.node:
-        if node.op_type in _OPS and node.input[1] in constants:
-            if producers.get(node.input[0]) == "Concat" and node.op_type == "Conv":
-                groups.setdefault("concat_inputs", []).append(node.name)
-                continue
-            scopes = next(
-                (p.value for p in node.metadata_props if p.key.endswith("name_scopes")), ""
-            )
-            groups.setdefault(group_of(scopes), []).append(node.name)
-    if not groups:
-        raise ExportError(f"{path}: no layer with constant weights to quantise")
-    return groups
+    Raises:
+        ExportError: the table is of another graph or method, or a tensor is not finite.
+    """
+    feeds = rows.batches(min(_CALIBRATION_BATCH, len(rows)))
+    return load_or_measure_ranges(
+        writer.source, writer.calibrated_tensors(), feeds, table=table, method=method
+    )
 
 
 def quantize_graph(
@@ -145,8 +83,9 @@ def quantize_graph(
     table: Path,
     method: Method = "minmax",
     keep_fp32: Collection[str] = (),
+    scheme: Scheme = "sym",
 ) -> None:
-    """Write a symmetric S8S8 QDQ graph: per-channel weights, float bias, no Q on outputs.
+    """Write a QDQ graph.
 
     Args:
         source: the fp32 model.onnx.
@@ -154,64 +93,25 @@ def quantize_graph(
         rows: calibration inputs.
         table: ranges of the tensors as JSON; read if it is there, else measured and written.
         method: how a range is taken from the values seen.
-        keep_fp32: groups (see `group_of`) that are not quantised.
+        keep_fp32: groups (see `groups.group_of`) that are not quantised.
+        scheme: "sym" (S8S8, per-channel weights, float bias, no Q on outputs; for TensorRT and
+            OpenVINO) or "ort-cpu" (U8S8, Q on outputs of Conv; for onnxruntime on a CPU).
 
     Raises:
-        ExportError: onnxruntime cannot quantise the graph.
+        ExportError: nothing to quantise, a weight or activation is not finite, or the table is of
+            another graph or method.
     """
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+    writer = QdqWriter(source)
+    groups = writer.groups()
+    if not groups:
+        raise ExportError(f"{source}: no layer with constant weights to quantise")
+    ranges = calibrated_ranges(writer, rows, table, method)
+    writer.write(target, ranges, included_nodes(groups, keep_fp32), scheme=scheme)
 
-    class Reader(_Reader, CalibrationDataReader):
-        """What quantize_static checks for by its base class."""
 
-    included = [
-        name
-        for group, names in node_groups(source).items()
-        if group not in keep_fp32
-        for name in names
-    ]
-    if not included:
-        raise ExportError(f"{source}: no layer is left to quantise")
-    methods = {
-        "minmax": CalibrationMethod.MinMax,
-        "percentile": CalibrationMethod.Percentile,
-        "entropy": CalibrationMethod.Entropy,
-    }
-    feeds = rows.batches(min(_CALIBRATION_BATCH, len(rows)))
-    with quiet_libraries():
-        try:
-            quantize_static(
-                str(source),
-                str(target),
-                Reader(feeds),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=_OPS,
-                per_channel=True,
-                activation_type=QuantType.QInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_quantize=included,  # MatMulConstBOnly alone lets attention's products in
-                calibrate_method=methods[method],
-                calibration_cache_path=table,
-                extra_options={
-                    "ActivationSymmetric": True,
-                    "WeightSymmetric": True,
-                    "QuantizeBias": False,
-                    "MatMulConstBOnly": True,
-                    "OpTypesToExcludeOutputQuantization": _OPS,
-                    "CalibStridedMinMax": 1,
-                },
-            )
-        except Exception as error:  # onnxruntime raises bare ValueError, RuntimeError and its own
-            raise ExportError(
-                f"{source}: cannot be quantised: {str(error).splitlines()[0]}"
-            ) from error
-    _normalise(target, set(included))
+def included_nodes(groups: dict[str, list[str]], keep_fp32: Collection[str]) -> list[str]:
+    """Names of the nodes that are not in a group to keep."""
+    return [name for group, names in groups.items() if group not in keep_fp32 for name in names]
 
 
 def measure_sensitivity(
@@ -232,11 +132,15 @@ def measure_sensitivity(
     feeds = held_out.batches(min(8, len(held_out)))
     reference = OrtGraph(source)
     expected = [reference.run(feed) for feed in feeds]
-    groups = node_groups(source)
+    writer = QdqWriter(source)
+    groups = writer.groups()
+    if not groups:
+        raise ExportError(f"{source}: no layer with constant weights to quantise")
+    ranges = calibrated_ranges(writer, rows, table, method)
 
     def error_of(keep: Collection[str]) -> float:
         path = folder / "candidate.onnx"
-        quantize_graph(source, path, rows=rows, table=table, method=method, keep_fp32=keep)
+        writer.write(path, ranges, included_nodes(groups, keep))
         worst = 0.0
         for runtime in available_runtimes():
             graph = open_graph(path, runtime)
@@ -249,8 +153,9 @@ def measure_sensitivity(
 
     result = Sensitivity(full=error_of(()), nodes={name: len(n) for name, n in groups.items()})
     current = result.full
-    for group, least in KEEP_FP32_GAIN.items():
-        if group not in groups or len(result.keep_fp32) + 1 == len(groups):
+    judged = _judged_alone(result.nodes)
+    for group, least in judged.items():
+        if len(result.keep_fp32) + 1 == len(groups):
             continue
         on_step()
         without = error_of([*result.keep_fp32, group])
@@ -260,7 +165,7 @@ def measure_sensitivity(
             result.keep_fp32.append(group)
             current = without
     for group in groups:  # what each of the rest would bring, if the pictures ask for more
-        if group not in KEEP_FP32_GAIN:
+        if group not in judged and len(result.keep_fp32) + 1 < len(groups):
             on_step()
             result.without[group] = error_of([*result.keep_fp32, group])
             result.gain[group] = 1.0 - (result.without[group] / max(current, 1e-12)) ** 2
@@ -285,32 +190,10 @@ def errors_by_sigma(source: Path, target: Path, rows: TrajectoryRows) -> list[di
     return bands
 
 
-def _normalise(path: Path, quantized: Collection[str]) -> None:
-    """Give float nodes the float tensors back, check the graph, and write it in a stable order.
-
-    onnxruntime's quantiser lets every reader of a quantised tensor read the rounded one: a skip
-    connection beside a quantised convolution, say.
-    """
-    import onnx
-
-    model: Any = onnx.load(str(path))
-    del model.metadata_props[:]
-    original = {
-        node.output[0]: node.input[0]
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear"
-    }
-    rounded = {
-        node.output[0]: original[node.input[0]]
-        for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in original
-    }
-    for node in model.graph.node:
-        if node.name not in quantized:
-            for index, name in enumerate(node.input):
-                if name in rounded:
-                    node.input[index] = rounded[name]
-    onnx.checker.check_model(model, full_check=True)
-    temporary = path.with_suffix(".rewritten")
-    temporary.write_bytes(model.SerializeToString(deterministic=True))
-    shutil.move(temporary, path)
+def _judged_alone(groups: Collection[str]) -> dict[str, float]:
+    """Groups with a bound of their own, in the order of KEEP_FP32_GAIN, and that bound."""
+    judged: dict[str, float] = {}
+    for role, least in KEEP_FP32_GAIN.items():
+        members = [group for group in groups if role_of_group(group) == role]
+        judged.update(dict.fromkeys(members, least / max(1, len(members))))
+    return judged

@@ -1,17 +1,28 @@
-"""An exported artifact as a model source: our own pipeline, its networks in another runtime."""
+"""An exported artifact as a model source: its own pipeline, the networks in another runtime."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from modelops.errors import UsageError
-from modelops.export.artifact import DENOISER, GRAPH, TEXT_ENCODER, verify_artifact
-from modelops.export.graphs import RUNTIMES, Graph, RuntimeName, available_runtimes, open_graph
+from modelops.export.artifact import verify_artifact
+from modelops.export.components import OMITTED
+from modelops.export.graphs import RUNTIMES, RUNTIMES_OF, Graph, RuntimeName, open_graph
+from modelops.export.modules import ExportedModule, Part, library_class
 from modelops.export.openvino import openvino_has_bfloat16
+from modelops.export.signatures import Method, Signature
 from modelops.files import read_json
 from modelops.models.sources import PipelineSource
-from modelops.records import ArtifactRecord, SourceInfo
+from modelops.records import ArtifactRecord, ExportedComponent, SourceInfo
+
+SIGNATURE = "signature.json"
+ORT_CPU_GRAPH = "model.ort-cpu.onnx"
+# Files beside a component's own that one runtime takes instead.
+VARIANTS: dict[str, RuntimeName] = {ORT_CPU_GRAPH: "onnxruntime", "model.pt2": "torch-export"}
+OWN_PIPELINE = "PixelFlowPipeline"
 
 
 def open_artifact(
@@ -26,15 +37,16 @@ def open_artifact(
 
     Args:
         directory: what `modelops export` wrote.
-        runtime: "onnxruntime", "openvino", or "auto": the runtime that the artifact was made and
-            measured for if it is installed and its pictures passed parity in it, else onnxruntime.
+        runtime: one of RUNTIMES, or "auto": the fastest one here that passes parity here; see
+            `choice.choose_runtime`.
         batch_size: images per call of the pipeline.
         threads: CPU threads; all cores of this process when not given.
         precision: what nodes that are not INT8 run in: "float32", "bfloat16" (OpenVINO), or "auto":
             bfloat16 for INT8 artifacts in OpenVINO on a processor that has it, else float32.
 
     Returns:
-        A source whose `pipeline` is a PixelFlowPipeline; its `info` names runtime and precision.
+        A source over the pipeline of the checkpoint's own class; its `info` names runtime,
+        precision, and why this runtime.
 
     Raises:
         UsageError: not a finished artifact; unknown runtime or precision; batch_size below 1.
@@ -49,27 +61,44 @@ def open_artifact(
             f"unknown runtime {runtime!r}", hint=f"choose one of auto, {', '.join(RUNTIMES)}"
         )
     record, digest = verify_artifact(directory)
-    chosen = choose_runtime(record) if runtime == "auto" else _known(runtime)
+    if runtime not in ("auto", *RUNTIMES_OF[record.format]):
+        raise UsageError(
+            f"{directory}: {runtime} does not run artifacts in {record.format}",
+            hint=f"--runtime {' or '.join(RUNTIMES_OF[record.format])}",
+        )
+    root = Path(directory)
+    reason = "asked for"
+    if runtime == "auto":
+        from modelops.export.choice import choose_runtime
+
+        runtime, reason = choose_runtime(root, record, digest, threads=threads)
+    chosen: Any = runtime
     if precision == "auto":
         precision = default_precision(record.format, chosen)
-    root = Path(directory)
-    pipeline = artifact_pipeline(root, chosen, precision=precision, threads=threads)
+    pipeline = artifact_pipeline(root, record, chosen, precision=precision, threads=threads)
+    denoiser = pipeline.components[denoiser_of(record).attribute]
+    rest = precision if record.format == "int8" else record.precision
     info = SourceInfo(
         kind="artifact",
         uri=str(directory),
         sha256=digest,
-        runtime=f"{chosen}-{getattr(pipeline.unet.graph, 'device', 'cpu')}",
-        precision=f"int8+{precision}" if record.format == "int8" else precision,
-        details={"format": record.format, "chosen": "auto" if runtime == "auto" else "asked"},
+        runtime=f"{chosen}-{denoiser.device.type}",
+        precision=f"int8+{rest}" if record.format == "int8" else rest,
+        details={"format": record.format, "runtime": reason},
     )
     return PipelineSource(pipeline, info, batch_size=batch_size)
 
 
-def choose_runtime(record: ArtifactRecord) -> RuntimeName:
-    """The runtime that "auto" takes for an artifact here."""
-    wanted = _known(record.runtime)
-    passed = all(check.passed for check in record.parity if check.name.endswith(f"/{wanted}"))
-    return wanted if wanted in available_runtimes() and passed else "onnxruntime"
+def denoiser_of(record: ArtifactRecord) -> ExportedComponent:
+    """The component that runs at every step.
+
+    Raises:
+        UsageError: the record has none.
+    """
+    for component in record.components:
+        if component.role == "denoiser":
+            return component
+    raise UsageError("the artifact has no denoiser", hint="export it again")
 
 
 def default_precision(artifact_format: str, runtime: str) -> str:
@@ -81,51 +110,117 @@ def default_precision(artifact_format: str, runtime: str) -> str:
 
 def artifact_pipeline(
     root: Path,
+    record: ArtifactRecord,
     runtime: RuntimeName,
     *,
     precision: str = "float32",
     threads: int | None = None,
 ) -> Any:
-    """A PixelFlowPipeline over the graphs of a directory whose digests are not checked here.
+    """The pipeline over the graphs of a directory whose digests are not checked here.
 
-    The text encoder always runs in float32: it runs once where the denoiser runs at every step.
+    What is not the denoiser runs in float32: it runs once where the denoiser runs at every step.
     """
-    denoiser = open_graph(root / DENOISER / GRAPH, runtime, precision=precision, threads=threads)
-    text_encoder = open_graph(root / TEXT_ENCODER / GRAPH, runtime, threads=threads)
-    return assemble(root, denoiser, text_encoder)
+    graphs = {
+        item.name: open_graph(
+            graph_file(root, item, runtime), runtime, threads=threads,
+            precision=precision if item.role == "denoiser" else "float32",
+        )
+        for item in record.components
+    }  # fmt: skip
+    return assemble(root, graphs)
 
 
-def assemble(root: Path, denoiser: Graph, text_encoder: Graph) -> Any:
-    """A PixelFlowPipeline from a directory's tokenizer, scheduler and configs, and two graphs.
+def graph_file(root: Path, item: ExportedComponent, runtime: RuntimeName) -> Path:
+    """The file of a component that a runtime opens: its own variant where there is one."""
+    path = root / item.file
+    for name, for_runtime in VARIANTS.items():
+        if for_runtime == runtime and path.with_name(name).is_file():
+            return path.with_name(name)
+    return path
+
+
+def assemble(root: Path, graphs: Mapping[str, Graph]) -> Any:
+    """A pipeline from a directory's model_index.json and its networks' graphs.
+
+    Args:
+        root: holds model_index.json, tokenizers, the scheduler, and a folder for each graph with
+            its signature.json and config.json.
+        graphs: name of a component's folder to its graph.
 
     Raises:
-        UsageError: the configs are not those of a PixelFlowPipeline.
+        UsageError: the pipeline or one of its parts is of a class that is not known.
     """
-    import diffusers
-    from transformers import AutoTokenizer
-
-    from modelops.export.modules import ExportedDenoiser, ExportedTextEncoder
-    from modelops.models.pipeline import PixelFlowPipeline
-
     index = read_json(root / "model_index.json")
-    name = str(index["scheduler"][1])
-    scheduler_class: Any = getattr(diffusers, name, None)
-    known = isinstance(scheduler_class, type) and issubclass(
-        scheduler_class, diffusers.SchedulerMixin
-    )
-    if not known:
-        raise UsageError(f"{root}: unknown scheduler {name!r}")
-    own = {"patch_size", "max_text_tokens", "prediction", "default_steps", "default_guidance"}
-    return PixelFlowPipeline(
-        unet=ExportedDenoiser(denoiser, read_json(root / DENOISER / "config.json")),
-        text_encoder=ExportedTextEncoder(
-            text_encoder, read_json(root / TEXT_ENCODER / "config.json")
-        ),
-        tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
-        scheduler=scheduler_class.from_pretrained(root / "scheduler"),
-        **{name: value for name, value in index.items() if name in own},
-    )
+    pipeline_class = _pipeline_class(index)
+    parts: dict[str, dict[Method, Part]] = {}
+    for name, graph in graphs.items():
+        signature = read_signature(root / name)
+        attribute = _attribute_of(name, signature.method)
+        parts.setdefault(attribute, {})[signature.method] = (graph, signature)
+    expected = set(inspect.signature(pipeline_class.__init__).parameters)
+    given: dict[str, Any] = {}
+    for name, value in index.items():
+        if name.startswith("_") or name not in expected:
+            continue
+        is_part = isinstance(value, list) and len(value) == 2
+        if not is_part:
+            given[name] = value
+        elif value[0] is None or name in OMITTED:
+            given[name] = None
+        elif name in parts:
+            config = read_json(root / _folder_of(name, parts[name]) / "config.json")
+            given[name] = ExportedModule(parts[name], config, library=value[0], class_name=value[1])
+        else:
+            given[name] = _load_part(root / name, *value)
+    if "requires_safety_checker" in given:
+        given["requires_safety_checker"] = False  # modelops' own filters stand in for it
+    return pipeline_class(**given)
 
 
-def _known(runtime: str) -> RuntimeName:
-    return "openvino" if runtime == "openvino" else "onnxruntime"
+def read_signature(folder: Path) -> Signature:
+    """How the component in a folder is called.
+
+    Raises:
+        UsageError: there is no readable signature.json.
+    """
+    try:
+        return Signature.model_validate(read_json(folder / SIGNATURE))
+    except ValueError as error:
+        raise UsageError(f"{folder / SIGNATURE}: not a signature", hint="export again") from error
+
+
+def _attribute_of(name: str, method: Method) -> str:
+    return name if method == "forward" else name.removesuffix(f"_{method}r")
+
+
+def _folder_of(attribute: str, parts: Mapping[Method, Part]) -> str:
+    method = next(iter(parts))
+    return attribute if method == "forward" else f"{attribute}_{method}r"
+
+
+def _pipeline_class(index: dict[str, Any]) -> Any:
+    import diffusers
+
+    name = index.get("_class_name")
+    if isinstance(name, list):  # [module, class]: a checkpoint that brings its own code
+        name = name[-1]
+    if name == OWN_PIPELINE:
+        from modelops.models.pipeline import PixelFlowPipeline
+
+        return PixelFlowPipeline
+    found = library_class("diffusers", str(name))
+    if not issubclass(found, diffusers.DiffusionPipeline):
+        raise UsageError(f"{name!r} is not a diffusers pipeline")
+    return found
+
+
+def _load_part(folder: Path, library: str, class_name: str) -> Any:
+    """A tokenizer, scheduler or image processor."""
+    if folder.name.startswith("tokenizer") and library == "transformers":
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    part = library_class(library, class_name)
+    if not hasattr(part, "from_pretrained"):
+        raise UsageError(f"{folder}: {class_name} cannot be loaded")
+    return part.from_pretrained(folder, local_files_only=True)

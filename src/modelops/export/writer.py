@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +15,41 @@ from typing import Any
 import torch
 
 from modelops.errors import ExportError
+from modelops.export.axes import write_multiples
+from modelops.export.external import (
+    EXTERNAL_BYTES,
+    SMALL_BYTES,
+    check_graph,
+    check_memory,
+    data_path,
+    remove_graph,
+    save_graph,
+    write_values,
+)
+from modelops.export.simplify import drop_empty_squeezes, simplify
+from modelops.files import atomic_path, check_writable
 
-_MAX_GRAPH_BYTES = 2_000_000_000  # protobuf's limit; larger graphs need external data
 # name -> (example, names of its dynamic axes). No example dimension that may vary is 0 or 1:
 # torch.export would take it for a constant.
 Example = dict[str, tuple[torch.Tensor, dict[int, str]]]
+
+_SLACK = 256 << 20
+_LARGEST_STEP = 256  # sizes that are tried to learn what a network's axes must be a multiple of
+_SIZE = r"L\['(\w+)'\](?:\[(\d+)\])?\.size\(\)\[(\d+)\]"
+_FIXED = re.compile(_SIZE + r" as dynamic but your code specialized it to be a constant \((\d+)\)")
+_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.:]+)'")
+
+
+class FixedAxesError(ExportError):
+    """Axes that should vary are constants to the network.
+
+    Attributes:
+        axes: name of the axis to the one size that the network takes.
+    """
+
+    def __init__(self, message: str, *, axes: dict[str, int], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.axes = axes
 
 
 def write_graph(
@@ -26,8 +59,13 @@ def write_graph(
     *,
     opset: int,
     outputs: Mapping[str, Mapping[int, str]],
+    external_bytes: int = EXTERNAL_BYTES,
 ) -> None:
     """Write a module as an ONNX graph; the same weights give the same bytes.
+
+    Weights that together pass `external_bytes` go to a file beside the graph, one tensor after the
+    other, so that they are in memory once. A killed process leaves no graph at `path`. Sizes that
+    an axis must be a multiple of are noted in the graph, see `axes.GraphAxes.multiples`.
 
     Args:
         module: takes the example's tensors as positions; returns a tensor or a tuple of them.
@@ -35,14 +73,24 @@ def write_graph(
         path: where model.onnx goes; its folder is made.
         opset: of the graph.
         outputs: output name to the names of its dynamic axes, in the module's order.
+        external_bytes: how large the weights inside the graph may be.
 
     Raises:
-        ExportError: torch cannot capture the module, or an operator has no ONNX form.
+        FixedAxesError: an axis that should vary is a constant to the network.
+        ExportError: torch cannot capture the module, an operator has no ONNX form, a weight is
+            missing or not finite, or there is not enough memory.
+        ModelopsError: not enough disk.
     """
     label = path.parent.name
-    dynamic = {
-        name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, (_, axes) in example.items()
-    }
+    check_weights(module, label)
+    weights = _weight_bytes(module)
+    inline = weights <= external_bytes
+    # Inside the graph the weights are copied into the message, and once more as its bytes; else
+    # one tensor at a time.
+    copies = 2 * weights if inline else max(map(_bytes_of, module.parameters()), default=0)
+    check_memory(copies + _SLACK, doing=f"exporting {label}")
+    check_writable(path.parent, need_bytes=weights + _SLACK // 4)
+    dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _, axes in example.values())
     with quiet_libraries():
         try:
             # Captured here and not by torch.onnx.export, which solves for the relations of the axes
@@ -50,9 +98,10 @@ def write_graph(
             captured = torch.export.export(
                 module.eval(),
                 tuple(value for value, _ in example.values()),
-                dynamic_shapes=dynamic,
+                dynamic_shapes=(dynamic,) if _is_variadic(module) else dynamic,
                 strict=False,
             )
+            drop_empty_squeezes(captured)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -60,28 +109,160 @@ def write_graph(
                 input_names=list(example),
                 output_names=list(outputs),
                 verbose=False,
+                optimize=False,
             )
-        except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise ExportError(
-                f"{label} cannot be exported: {str(cause).splitlines()[0]}",
-                hint="run with --debug for torch's own report",
-            ) from error
+            if program is not None:
+                simplify(program.model)
+        except Exception as error:  # torch raises nearly everything here, AssertionError included
+            raise _refusal(error, module, example, label) from error
     if program is None:
         raise ExportError(f"{label}: torch made no graph")
+    names = {key: axes for key, (_, axes) in example.items()} | dict(outputs)
+    multiples = axis_multiples(getattr(captured, "_guards_code", None) or [], module, example)
+    if inline:
+        model = program.model_proto
+        _tidy(model, names)
+        write_multiples(model, multiples)
+        save_graph(model, path, external_bytes=external_bytes)
+        return
+    remove_graph(path)
+    _move_values_out(program.model, path)
     model = program.model_proto
-    if model.ByteSize() > _MAX_GRAPH_BYTES:
-        raise ExportError(f"{label}: larger than 2 GB, which needs external data")
-    _tidy(model, {key: axes for key, (_, axes) in example.items()} | dict(outputs))
-    _save_checked(model, path)
+    _tidy(model, names)
+    write_multiples(model, multiples)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        check_graph(temporary, label=label)
 
 
-def _save_checked(model: Any, path: Path) -> None:
-    import onnx
+def _move_values_out(model: Any, path: Path) -> None:
+    """Write the weights of an onnx_ir.Model to the data file and let the model refer to it."""
+    import onnx_ir
 
-    onnx.checker.check_model(model, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    values = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > SMALL_BYTES
+    ]
+    spans = write_values(path, (value.const_value.tobytes() for value in values))
+    for value, (offset, length) in zip(values, spans, strict=True):
+        value.const_value = onnx_ir.ExternalTensor(
+            data_path(path).name, offset, length, value.const_value.dtype,
+            shape=value.const_value.shape, name=value.name, base_dir=path.parent,
+        )  # fmt: skip
+
+
+def check_weights(module: torch.nn.Module, label: str) -> None:
+    """Refuse a module whose weights are not all there and finite.
+
+    Raises:
+        ExportError: a parameter is missing, NaN or infinite, or a buffer is NaN. (Buffers may be
+            infinite: attention masks are.)
+    """
+    named: list[tuple[str, torch.Tensor, bool]] = []
+    named += [(name, value, True) for name, value in module.named_parameters()]
+    named += [(name, value, False) for name, value in module.named_buffers()]
+    for name, value, is_parameter in named:
+        if value.is_meta:
+            raise ExportError(f"{label}: the weight {name} is missing", hint="is it complete?")
+        if not value.numel() or not value.is_floating_point():
+            continue
+        low, high = (float(limit) for limit in torch.aminmax(value.detach()))
+        if math.isnan(low) or (is_parameter and not math.isfinite(high - low)):
+            raise ExportError(f"{label} has a weight that is not finite: {name}")
+
+
+def axis_multiples(guards: list[str], module: torch.nn.Module, example: Example) -> dict[str, int]:
+    """What torch took for granted about sizes, as axis name to the number it is a multiple of.
+
+    torch.export notes every branch that a network took on a size as a line of Python. Here each
+    axis is tried with other sizes, and those that take the same branches are looked at.
+    """
+    equal = [guard for guard in guards if "==" in guard]
+    if not equal:
+        return {}
+    position = {name: index for index, name in enumerate(_parameters(module))}
+    found = {}
+    for axis in sorted({axis for _, axes in example.values() for axis in axes.values()}):
+        allowed = 0
+        for size in range(2, _LARGEST_STEP + 1):
+            shapes = [
+                _Shape(size if axes.get(i) == axis else n for i, n in enumerate(value.shape))
+                for value, axes in example.values()
+            ]
+            local: dict[str, Any] = {n: shapes[i] for n, i in position.items() if i < len(shapes)}
+            if _is_variadic(module):
+                local = dict.fromkeys(position, shapes)
+            try:  # torch's own text about our own module: sizes and arithmetic
+                if all(eval(g, {"__builtins__": {}}, {"L": local}) for g in equal):
+                    allowed = math.gcd(allowed, size)
+            except Exception:  # a guard on something else than sizes
+                return {}
+        if allowed > 1:
+            found[axis] = allowed
+    return found
+
+
+class _Shape(tuple[int, ...]):
+    """What a guard may ask of a tensor."""
+
+    def size(self) -> tuple[int, ...]:
+        return self
+
+
+def _parameters(module: torch.nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _is_variadic(module: torch.nn.Module) -> bool:
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _refusal(
+    error: BaseException, module: torch.nn.Module, example: Example, label: str
+) -> ExportError:
+    """torch's pages of report as one line."""
+    debug = "run with --debug for torch's own report"
+    chain: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None and len(chain) < 10:
+        chain.append(seen)
+        seen = seen.__cause__ or seen.__context__
+    if any(isinstance(item, MemoryError) for item in chain):
+        return ExportError(f"{label} cannot be exported: out of memory")
+    text = "\n".join(str(item) for item in chain)
+    operator = _NO_OPERATOR.search(text)
+    if operator:
+        return ExportError(
+            f"{label} cannot be exported: {operator.group(1)} has no ONNX form", hint=debug
+        )
+    fixed: dict[str, int] = {}
+    for name, index, axis, size in _FIXED.findall(text):
+        order = _parameters(module)
+        at = int(index) if index else order.index(name) if name in order else -1
+        if 0 <= at < len(example):
+            fixed[list(example.values())[at][1].get(int(axis), "")] = int(size)
+    fixed.pop("", None)
+    if fixed:
+        which = ", ".join(f"{axis} (always {size})" for axis, size in sorted(fixed.items()))
+        return FixedAxesError(
+            f"{label} cannot be exported with these axes dynamic: {which}",
+            axes=fixed,
+            hint="the network was built for these sizes",
+        )
+    cause = error.__cause__ or error
+    line = next((s.strip() for s in str(cause).splitlines() if s.strip()), type(cause).__name__)
+    return ExportError(f"{label} cannot be exported: {line}", hint=debug)
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    tensors = {value.data_ptr(): value for value in (*module.parameters(), *module.buffers())}
+    return sum(map(_bytes_of, tensors.values()))
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _tidy(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from modelops.errors import ModelopsError, UsageError
 from modelops.export.artifact import verify_artifact
 from modelops.files import safe_join, sha256_file, sha256_tree
+from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy
 from modelops.metrics.protocol import protocol_differences
 from modelops.records import (
@@ -189,7 +190,9 @@ def unlike(left: EvaluationRecord, right: EvaluationRecord, metric: str) -> list
 
     The scheduler may differ: it belongs to the source, as its runtime and precision do.
     """
-    mine, theirs = left.metrics[metric], right.metrics[metric]
+    mine, theirs = measurement_of(left, metric), measurement_of(right, metric)
+    if mine is None or theirs is None:
+        return [f"{metric} is not in both"]
     differences = protocol_differences(_protocol(left, mine), _protocol(right, theirs))
     if mine.protocol is None or theirs.protocol is None:
         differences.insert(0, "protocol: not recorded")

@@ -19,18 +19,16 @@ from modelops.gates.chain import (
     read_evidence,
     unlike,
 )
+from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
 from modelops.records import (
-    AbTestRecord,
     Answer,
     ArtifactRecord,
-    ComparisonRecord,
     Criterion,
     EvaluationRecord,
     InputRef,
     Measurement,
     Record,
-    SplitReport,
     Verdict,
 )
 
@@ -257,17 +255,6 @@ def _relative_limit(
         return bound.ratio * base.value, None
     assert bound.plus is not None
     return base.value + bound.plus, None
-
-
-def measurement_of(record: Record, metric: str) -> Measurement | None:
-    """The measurement a policy means by `metric` in a record of this kind."""
-    if isinstance(record, EvaluationRecord | ComparisonRecord | AbTestRecord):
-        return record.metrics.get(metric)
-    if isinstance(record, ArtifactRecord):
-        return record.speed.get(metric.removeprefix("speed."))
-    if isinstance(record, SplitReport):
-        return record.leakage.get(metric.removeprefix("leakage."))
-    return None
 
 
 def _unusable(measured: Measurement | None, metric: str, min_n: int) -> str | None:

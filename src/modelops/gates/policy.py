@@ -35,6 +35,7 @@ from pydantic import (
 
 from modelops.errors import ConfigError
 from modelops.files import read_yaml
+from modelops.gates.measurements import SLICES, is_slice_name
 
 COMPARISONS = ("at_most", "at_least", "below", "above")
 
@@ -87,8 +88,8 @@ class PolicyCriterion(_Section):
     Attributes:
         name: unique in the policy.
         evidence: name of the record that is asked.
-        metric: key of a Measurement: of an evaluation's `metrics`, an artifact's `speed` or a
-            split's `leakage`.
+        metric: key of a Measurement: of an evaluation's `metrics` or `slices` (see
+            `modelops.gates.measurements`), an artifact's `speed` or a split's `leakage`.
         at_most, at_least, below, above: the bound of a metric or of a numeric field; one of them.
         use: which end of the interval decides. `value` the point, `low`, `high`, or `worst`, the
             end that is harder to pass with.
@@ -123,6 +124,11 @@ class PolicyCriterion(_Section):
             if self.parity == []:
                 raise ValueError("name at least one parity check, or all")
         elif self.metric is not None:
+            if self.metric.startswith(SLICES) and not is_slice_name(self.metric):
+                raise ValueError(
+                    f"{self.metric!r}: write slices.COLUMN.VALUE.METRIC or "
+                    "slices.COLUMN.worst.METRIC, with .difference for slice minus rest"
+                )
             if len(bounds) != 1 or self.equals is not None:
                 raise ValueError("a metric needs exactly one of at_most, at_least, below and above")
         elif len(bounds) + (self.equals is not None) != 1:

@@ -69,12 +69,12 @@ def _prompt_sums(
     features: npt.NDArray[np.floating], owner: npt.NDArray[np.integer]
 ) -> tuple[Floats, Floats, npt.NDArray[np.int64]]:
     """Unit features' sum [P, D] and count [P] by prompt; the prompts [P]."""
-    data = np.asarray(features, np.float64)
-    lengths = np.linalg.norm(data, axis=1, keepdims=True)
-    if not np.isfinite(lengths).all() or (lengths == 0).any():
-        raise EvaluationError("an image has features that are zero or not finite")
-    unit = data / lengths
     names, place = np.unique(owner, return_inverse=True)
-    total = np.zeros((len(names), data.shape[1]))
-    np.add.at(total, place, unit)
+    total = np.zeros((len(names), features.shape[1]))
+    for start in range(0, len(features), 1024):  # which may lie in a file
+        data = np.asarray(features[start : start + 1024], np.float64)
+        lengths = np.linalg.norm(data, axis=1, keepdims=True)
+        if not np.isfinite(lengths).all() or (lengths == 0).any():
+            raise EvaluationError("an image has features that are zero or not finite")
+        np.add.at(total, place[start : start + 1024], data / lengths)
     return total, np.bincount(place).astype(np.float64), names.astype(np.int64)

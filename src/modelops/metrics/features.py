@@ -94,6 +94,11 @@ def in_threads(
         pool.shutdown(cancel_futures=True)
 
 
+def features_key(extractor: Extractor, digests: Sequence[str]) -> str:
+    """Name of cached features: the extractor's protocol and the images, in order."""
+    return sha256_json({"protocol": protocol_id(extractor.protocol), "images": list(digests)})
+
+
 def cached_features(
     extractor: Extractor,
     digests: Sequence[str],
@@ -110,8 +115,7 @@ def cached_features(
         cache_dir: where `KEY.npz` files lie; None turns the cache off. One that cannot be written
             is no error.
     """
-    key = sha256_json({"protocol": protocol_id(extractor.protocol), "images": list(digests)})
-    path = cache_dir / f"{key}.npz" if cache_dir else None
+    path = cache_dir / f"{features_key(extractor, digests)}.npz" if cache_dir else None
     if path and path.is_file():
         stored = _read_features(path, len(digests), extractor.dim)
         if stored is not None:

@@ -226,7 +226,6 @@ def logits_to_inception_score(
         EvaluationError: fewer than two images a split, or logits that are not finite.
     """
     from scipy.special import log_softmax
-    from scipy.stats import t
 
     values = np.asarray(logits, np.float64)
     if not np.isfinite(values).all():
@@ -242,7 +241,53 @@ def logits_to_inception_score(
         p = np.exp(log_p)
         marginal = np.log(np.clip(p.mean(axis=0), np.finfo(np.float64).tiny, None))
         scores.append(float(np.exp((p * (log_p - marginal)).sum(axis=1).mean())))
-    value = float(np.mean(scores))
+    return _scores_to_interval(scores, confidence)
+
+
+def streamed_inception_score(
+    extractor: InceptionExtractor,
+    features: Features,
+    *,
+    splits: int = SPLITS,
+    order: npt.NDArray[np.integer] | None = None,
+    confidence: float = 0.95,
+    chunk: int = 1024,
+) -> Interval:
+    """`logits_to_inception_score` from features [N, 2048] that may lie in a file: equal but for
+    rounding, with logits of `chunk` images in memory at a time.
+
+    Raises:
+        EvaluationError: fewer than two images a split, or logits that are not finite.
+    """
+    from scipy.special import log_softmax
+
+    n = len(features)
+    if n < 2 * splits:
+        raise EvaluationError(f"{n} images are too few for {splits} splits of the Inception Score")
+    places = np.arange(n) if order is None else order
+    scores = []
+    for split in range(splits):
+        rows = np.sort(places[split * n // splits : (split + 1) * n // splits])
+        negentropy, mass = 0.0, np.zeros(CLASSES)
+        for start in range(0, len(rows), chunk):
+            logits = extractor.features_to_logits(features[rows[start : start + chunk]])
+            if not np.isfinite(logits).all():
+                raise EvaluationError("logits are not finite")
+            log_p = log_softmax(logits, axis=1)
+            p = np.exp(log_p)
+            negentropy += float((p * log_p).sum())
+            mass += p.sum(axis=0)
+        mean = mass / len(rows)
+        marginal = np.log(np.clip(mean, np.finfo(np.float64).tiny, None))
+        scores.append(float(np.exp(negentropy / len(rows) - (mean * marginal).sum())))
+    return _scores_to_interval(scores, confidence)
+
+
+def _scores_to_interval(scores: list[float], confidence: float) -> Interval:
+    """The mean of the splits' scores with the t interval over them."""
+    from scipy.stats import t
+
+    value, splits = float(np.mean(scores)), len(scores)
     if splits == 1:
         return Interval(value, value, value, "one split, no interval")
     error = float(np.std(scores, ddof=1)) / np.sqrt(splits)

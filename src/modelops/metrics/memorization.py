@@ -100,11 +100,11 @@ def nearest_neighbours(
         raise EvaluationError("no training pictures to compare with")
     # Plain products in blocks: an exact search gains nothing from FAISS, whose threads would spin
     # beside a training step when the trainer's early checks call this.
-    known, asked = _unit(training), _unit(queries)
-    distance, index = np.empty(len(asked), np.float64), np.empty(len(asked), np.int64)
+    known = _unit(training)
+    distance, index = np.empty(len(queries), np.float64), np.empty(len(queries), np.int64)
     block = max(1, BLOCK // len(known))
-    for start in range(0, len(asked), block):
-        similarity = asked[start : start + block] @ known.T
+    for start in range(0, len(queries), block):
+        similarity = _unit(queries[start : start + block]) @ known.T
         best = similarity.argmax(axis=1)
         index[start : start + block] = best
         distance[start : start + block] = 1.0 - similarity[np.arange(len(best)), best]

@@ -21,6 +21,7 @@ def prdc(
     block: int = 1024,
 ) -> dict[str, Interval]:
     """{"precision", "recall", "density", "coverage"} of generated against real features [N, D].
+    Features are taken `block` rows at a time, so that they may lie in a file.
 
     A sphere around each point reaches to its k-th nearest neighbour in its own set, itself not
     counted. Intervals are over the images whose membership is averaged, the spheres being held
@@ -29,7 +30,7 @@ def prdc(
     Raises:
         EvaluationError: a set has no more than `neighbours` images.
     """
-    x, y = np.asarray(real, np.float64), np.asarray(generated, np.float64)
+    x, y = np.asarray(real), np.asarray(generated)
     if min(len(x), len(y)) <= neighbours:
         raise EvaluationError(
             f"{min(len(x), len(y))} images are too few for {neighbours} nearest neighbours"
@@ -42,11 +43,13 @@ def prdc(
     covered = np.zeros(len(x), bool)
     for start in range(0, len(x), block):
         rows = slice(start, start + block)
-        distances = _squared_distances(x[rows], y)
-        inside = distances < radius_real[rows, None]
-        in_real += inside.sum(axis=0)
-        covered[rows] = inside.any(axis=1)
-        in_generated[rows] = (distances < radius_generated[None]).any(axis=1)
+        for other in range(0, len(y), block):
+            columns = slice(other, other + block)
+            distances = _squared_distances(x[rows], y[columns])
+            inside = distances < radius_real[rows, None]
+            in_real[columns] += inside.sum(axis=0)
+            covered[rows] |= inside.any(axis=1)
+            in_generated[rows] |= (distances < radius_generated[None, columns]).any(axis=1)
 
     fixed = f"k = {neighbours}, spheres fixed"
     results = {}
@@ -62,17 +65,24 @@ def prdc(
     return results
 
 
-def _squared_distances(a: Floats, b: Floats) -> Floats:
+def _squared_distances(first: npt.NDArray[np.floating], second: npt.NDArray[np.floating]) -> Floats:
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None]
     return np.asarray(np.clip(squares - 2.0 * (a @ b.T), 0.0, None))
 
 
-def _radii(points: Floats, neighbours: int, block: int) -> Floats:
+def _radii(points: npt.NDArray[np.floating], neighbours: int, block: int) -> Floats:
     """Squared distance from each point to its k-th nearest other point, [N]."""
     found = []
     for start in range(0, len(points), block):
-        distances = _squared_distances(points[start : start + block], points)
-        own = np.arange(len(distances))
-        distances[own, own + start] = np.inf  # rounding must not make it other than itself
-        found.append(np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1])
+        rows = points[start : start + block]
+        nearest = np.empty((len(rows), 0))  # so far
+        for other in range(0, len(points), block):
+            distances = _squared_distances(rows, points[other : other + block])
+            if other == start:
+                np.fill_diagonal(distances, np.inf)  # rounding must not make it other than itself
+            nearest = np.concatenate([nearest, distances], axis=1)
+            if nearest.shape[1] > neighbours:
+                nearest = np.partition(nearest, neighbours - 1, axis=1)[:, :neighbours]
+        found.append(nearest.max(axis=1))
     return np.concatenate(found)

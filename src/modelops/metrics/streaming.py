@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,21 @@ import numpy.typing as npt
 
 from modelops.errors import EvaluationError, ModelopsError
 from modelops.files import sha256_json
-from modelops.metrics.features import Extractor, Image, OnProgress, write_arrays
-from modelops.metrics.frechet import DDOF, Statistics, merge_statistics
+from modelops.metrics.feature_files import release, row_chunks
+from modelops.metrics.features import Extractor, write_arrays
+from modelops.metrics.frechet import (
+    DDOF,
+    PAIRINGS,
+    Statistics,
+    features_to_frechet_distance,
+    features_to_statistics,
+    frechet_distance,
+    frechet_interval,
+    merge_statistics,
+)
+from modelops.metrics.intervals import Interval, jackknife_interval, normal_interval
 from modelops.metrics.protocol import protocol_id
+from modelops.seeding import numpy_generator
 
 
 class RunningStatistics:
@@ -113,17 +126,14 @@ def statistics_key(extractor: Extractor, digests: Sequence[str]) -> str:
 def cached_statistics(
     extractor: Extractor,
     digests: Sequence[str],
-    load: Callable[[int], Image],
+    features: Callable[[], npt.NDArray[np.floating]],
     cache_dir: Path | None,
-    *,
-    batch: int = 256,
-    on_progress: OnProgress | None = None,
 ) -> Statistics:
-    """Statistics of images named by content, `batch` images at a time, or from the cache.
+    """Statistics of images named by content, from the cache or from their features.
 
     Args:
         digests: sha256 of each image's content; with the protocol they are the cache's key.
-        load: reads image i as uint8 [H, W, 3].
+        features: gives [N, D], which may be a memory map; called when the cache does not know them.
         cache_dir: where `KEY.npz` files lie; None turns the cache off. A damaged entry is computed
             again, and a folder that cannot be written is no error.
 
@@ -135,17 +145,165 @@ def cached_statistics(
         known = read_statistics(path)
         if known is not None and known.n == len(digests) and len(known.mean) == extractor.dim:
             return known
-    running = RunningStatistics()
-    for start in range(0, len(digests), batch):
-        rows = range(start, min(start + batch, len(digests)))
-        images: Iterable[Image] = (load(row) for row in rows)
-        running.update(extractor.images_to_features(images))
-        if on_progress:
-            on_progress(running.n, len(digests))
-    found = running.statistics()
+    found = stream_statistics(features())
     if path is not None:
-        try:
+        with contextlib.suppress(ModelopsError, OSError):
             write_statistics(path, found)
-        except ModelopsError:
-            return found
     return found
+
+
+def stream_statistics(
+    features: npt.NDArray[np.floating], rows: npt.NDArray[np.integer] | None = None
+) -> Statistics:
+    """Mean and covariance of features [N, D], or of some of their rows, read in chunks.
+
+    Raises:
+        EvaluationError: fewer than two vectors, or values that are not finite.
+    """
+    running = RunningStatistics()
+    for part in row_chunks(len(features) if rows is None else len(rows)):
+        running.update(features[part] if rows is None else features[rows[part]])
+        release(features)
+    return running.statistics()
+
+
+def remove_statistics(whole: Statistics, part: Statistics) -> Statistics:
+    """The statistics of a set without some of its vectors: `merge_statistics` turned round.
+
+    Raises:
+        EvaluationError: fewer than two vectors would be left.
+    """
+    n = whole.n - part.n
+    if n < 2:
+        raise EvaluationError(f"{whole.n} vectors without {part.n} leave too few")
+    mean = (whole.mean * whole.n - part.mean * part.n) / n
+    delta = part.mean - mean
+    scatter = (
+        whole.covariance * (whole.n - DDOF)
+        - part.covariance * (part.n - DDOF)
+        - np.outer(delta, delta) * (n * part.n / whole.n)
+    )
+    return Statistics(mean, scatter / (n - DDOF), n)
+
+
+def streamed_interval(
+    first: npt.NDArray[np.floating],
+    second: npt.NDArray[np.floating],
+    distance: Callable[[Statistics, Statistics], float],
+    *,
+    seed: int,
+    groups: int = 40,
+    confidence: float = 0.95,
+    known: Statistics | None = None,
+) -> Interval:
+    """A distance of means and covariances with its interval, from features [N, D] and [M, D] that
+    are never in memory as a whole.
+
+    A delete-a-group jackknife over images of both sets: what is left without a group follows from
+    the statistics of the group and of everything.
+
+    Args:
+        distance: of the two sets' statistics, such as `statistics_to_cmmd`'s value.
+        known: statistics of the second set, if they are cached.
+
+    Raises:
+        EvaluationError: too few images for two groups a side, or features that are not finite.
+    """
+    for data in (first, second):
+        if len(data) < 4:
+            raise EvaluationError(f"{len(data)} images are too few for an interval")
+    whole = [stream_statistics(first), known or stream_statistics(second)]
+    value = distance(*whole)
+    leave_out = []
+    for side, data in enumerate((first, second)):
+        count = min(groups, len(data) // 2)
+        order = numpy_generator(seed, "streamed-groups", side).permutation(len(data))
+        usable = order[: len(data) - len(data) % count]
+        values = []
+        for group in np.split(usable, count):
+            left = remove_statistics(whole[side], stream_statistics(data, np.sort(group)))
+            values.append(distance(left, whole[1]) if side == 0 else distance(whole[0], left))
+        leave_out.append(np.asarray(values))
+    counts = " and ".join(str(len(values)) for values in leave_out)
+    method = f"delete-a-group jackknife over images, {counts} groups, t quantile"
+    return jackknife_interval(value, leave_out, confidence=confidence, method=method)
+
+
+def streamed_frechet_interval(
+    first: npt.NDArray[np.floating],
+    second: npt.NDArray[np.floating],
+    *,
+    seed: int,
+    groups: int = 40,
+    confidence: float = 0.95,
+    known: Statistics | None = None,
+) -> Interval:
+    """`frechet_interval` for features in files: equal but for rounding, and memory does not grow
+    with their number. See there for the interval: random halvings, and quarters that make them up.
+
+    What has at most as many vectors as dimensions is brought into memory: there the form without
+    covariances is cheaper, and exact where they are singular.
+
+    Args:
+        known: statistics of the second set, if they are cached.
+
+    Raises:
+        EvaluationError: fewer than four images of a set, or features that are not finite.
+    """
+    x, y = first, second
+    if max(len(x), len(y)) <= 2 * x.shape[1]:
+        return frechet_interval(
+            np.array(x), np.array(y), seed=seed, groups=groups, confidence=confidence
+        )
+    if min(len(x), len(y)) < 4:
+        raise EvaluationError(f"{min(len(x), len(y))} images are too few for an interval")
+    generators = [numpy_generator(seed, "frechet-parts", side) for side in (0, 1)]
+    rounds = max(1, round(groups / 3))
+    halved, quartered = [], []
+    for _ in range(rounds):
+        cut = [
+            [_part(data, np.sort(rows)) for rows in np.array_split(g.permutation(len(data)), 4)]
+            for g, data in zip(generators, (x, y), strict=True)
+        ]
+        for pairing in PAIRINGS:
+            made = [_part_distance(*(_joined(side[a], side[b]) for side in cut))
+                    for a, b in pairing]  # fmt: skip
+            halved.append((made[0] - made[1]) ** 2 / 2)
+        if min(len(x), len(y)) >= 8:
+            quarters = [_part_distance(*pair) for pair in zip(*cut, strict=True)]
+            quartered.append(float(np.var(quarters, ddof=1)))
+    half = float(np.mean(halved))
+    second_order = 0.0
+    if quartered:
+        second_order = float(np.clip((np.mean(quartered) - 2 * half) / 8, 0.0, half / 4))
+    value = _part_distance(stream_statistics(x), known or stream_statistics(y))
+    return normal_interval(
+        value, half / 2 - second_order / 2, freedom=3 * rounds, confidence=confidence,
+        method=f"{3 * rounds} random halvings of both sets, with a second-order term from quarters",
+    )  # fmt: skip
+
+
+_Part = Statistics | npt.NDArray[np.float64]  # of few vectors, the vectors themselves
+
+
+def _part(data: npt.NDArray[np.floating], rows: npt.NDArray[np.integer]) -> _Part:
+    if len(rows) > data.shape[1]:
+        return stream_statistics(data, rows)
+    return np.asarray(data[rows], np.float64)
+
+
+def _as_statistics(part: _Part) -> Statistics:
+    return part if isinstance(part, Statistics) else features_to_statistics(part)
+
+
+def _joined(first: _Part, second: _Part) -> _Part:
+    if isinstance(first, Statistics) or isinstance(second, Statistics):
+        return merge_statistics(_as_statistics(first), _as_statistics(second))
+    return np.concatenate([first, second])
+
+
+def _part_distance(first: _Part, second: _Part) -> float:
+    if not isinstance(first, Statistics) and not isinstance(second, Statistics):
+        return features_to_frechet_distance(first, second)
+    pair = sorted(map(_as_statistics, (first, second)), key=lambda part: -part.n)
+    return frechet_distance(*pair)  # the first with a covariance of full rank

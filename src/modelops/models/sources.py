@@ -7,6 +7,7 @@ evaluation serves all of them. Where a source is opened from a path or URL:
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class PipelineSource:
         self.pipeline = pipeline
         self.batch_size = batch_size
         self._info = info
+        self._scheduler = copy.deepcopy(pipeline.scheduler)
         self._accepts = set(inspect.signature(pipeline.__call__).parameters)
         pipeline.set_progress_bar_config(disable=True)
 
@@ -105,11 +107,11 @@ class PipelineSource:
     @property
     def defaults(self) -> ImageRequest:
         config = self.pipeline.config
-        size = getattr(self.pipeline, "resolution", None)
+        height, width = native_size(self.pipeline)
         return ImageRequest(
             prompt="", seed=0,
             steps=config.get("default_steps"), guidance=config.get("default_guidance"),
-            height=size, width=size,
+            height=height, width=width,
         )  # fmt: skip
 
     def rows_per_call(self, request: ImageRequest) -> int:
@@ -157,8 +159,27 @@ class PipelineSource:
         }
         if "prompt" not in self._accepts and "batch_size" in self._accepts:  # unconditional
             arguments["batch_size"] = len(requests)
+        # A sampler keeps its place and what it saw last: every call starts with one of its own.
+        self.pipeline.scheduler = copy.deepcopy(self._scheduler)
         pictures = np.asarray(self.pipeline(**arguments).images)
         return list(floats_to_uint8(pictures))
+
+
+def native_size(pipeline: Any) -> tuple[int | None, int | None]:
+    """Height and width in pixels that a pipeline makes when nobody says; None if it has no say."""
+    if "height" not in inspect.signature(pipeline.__call__).parameters:
+        return None, None
+    if hasattr(pipeline, "resolution"):
+        return int(pipeline.resolution), int(pipeline.resolution)
+    scale = int(getattr(pipeline, "vae_scale_factor", 1))
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    sample = getattr(pipeline, "default_sample_size", None)
+    if sample is None:
+        sample = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if sample is None:
+        return 256, 256
+    height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
+    return int(height) * scale, int(width) * scale
 
 
 def floats_to_uint8(images: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:

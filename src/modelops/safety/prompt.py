@@ -3,7 +3,8 @@
 A list cannot understand a sentence. It stops the plain cases, and says which word of which category
 it stopped; borderline words are left alone so that ordinary prompts pass. The lists lie in
 `safety/lists/CATEGORY.txt`: one word or phrase a line, `#` starts a comment, `*` at the end of a
-line also takes every word that begins so.
+line also takes every word that begins so. `exceptions.txt` beside them holds phrases in which a
+listed word has another sense, such as "naked eye".
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from modelops.files import read_text, sha256_json
 
 MAX_PROMPT = 10_000  # characters
 BENIGN_FILE = "benign_prompts.txt"
+EXCEPTIONS = "exceptions"  # .txt
 CATEGORIES = ("sexual", "minors", "violence", "hate", "self-harm")
 _LEET = str.maketrans({"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a",
                        "$": "s", "!": "i"})  # fmt: skip
 _CONFUSABLE = str.maketrans("аеорсухіѕԁһӏ", "aeopcyxisdhl")  # Cyrillic that looks Latin
+# After an exception, these words show that it is none: "nude mouse girl".
+_PERSON = (
+    r"(?:wom[ae]n|m[ae]n|girls?|boys?|lad(?:y|ies)|child(?:ren)?|kids?|teen\w*|person|people|models?|"
+    r"bod(?:y|ies)|couples?|babes?|mother|daughter|son|sister|wife|princess|schoolgirls?)"
+)
 _SPELLED_OUT = re.compile(r"\b(?:\w[ .\-_*]){2,}\w\b")
 
 
@@ -52,11 +59,22 @@ class WordListFilter:
     """Blocks prompts that hold a listed word or phrase.
 
     Args:
-        lists: {category: entries}; the packaged lists when not given.
+        lists: {category: entries}; the packaged lists, with their exceptions, when not given.
+        exceptions: phrases within which a listed word does not count. Matches that reach beyond
+            the phrase do.
     """
 
-    def __init__(self, lists: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        lists: Mapping[str, Sequence[str]] | None = None,
+        exceptions: Sequence[str] | None = None,
+    ) -> None:
+        if exceptions is None:
+            exceptions = () if lists else packaged_exceptions()
         self.lists = {k: tuple(v) for k, v in (lists or packaged_lists()).items()}
+        self.exceptions = tuple(exceptions)
+        phrases = "|".join(map(_entry_to_pattern, self.exceptions)) or r"(?!)"
+        self._excused = re.compile(rf"(?:{phrases})(?![\s\-_,]+{_PERSON}\b)")
         self._patterns = {
             category: re.compile("|".join(map(_entry_to_pattern, entries)))
             for category, entries in self.lists.items()
@@ -70,6 +88,8 @@ class WordListFilter:
             "lists_sha256": sha256_json(self.lists),
             "categories": sorted(self.lists),
             "entries": sum(map(len, self.lists.values())),
+            "exceptions_sha256": sha256_json(self.exceptions),
+            "exceptions": len(self.exceptions),
         }
 
     def check(self, prompt: str) -> PromptVerdict:
@@ -77,9 +97,14 @@ class WordListFilter:
             return PromptVerdict(True, (f"length: more than {MAX_PROMPT} characters",))
         reasons: dict[str, None] = {}  # a set that keeps its order
         for text in _readings(prompt):
+            excused: list[tuple[int, int]] | None = None  # looked for when a word is found
             for category, pattern in self._patterns.items():
                 for match in pattern.finditer(text):
-                    reasons[f"{category}: {match.group(0)}"] = None
+                    start, end = match.span()
+                    if excused is None:
+                        excused = [phrase.span() for phrase in self._excused.finditer(text)]
+                    if not any(low <= start and end <= high for low, high in excused):
+                        reasons[f"{category}: {match.group(0)}"] = None
         return PromptVerdict(bool(reasons), tuple(reasons))
 
 
@@ -106,6 +131,13 @@ def packaged_lists() -> dict[str, tuple[str, ...]]:
 
 
 @functools.cache
+def packaged_exceptions() -> tuple[str, ...]:
+    """The exceptions that come with the package."""
+    text = (resources.files("modelops.safety") / "lists" / f"{EXCEPTIONS}.txt").read_text("utf-8")
+    return parse_list(text, f"{EXCEPTIONS}.txt")
+
+
+@functools.cache
 def benign_prompts() -> tuple[str, ...]:
     """Ordinary prompts, many with a word that has another sense; a filter should let them pass."""
     text = (resources.files("modelops.safety") / "lists" / BENIGN_FILE).read_text("utf-8")
@@ -114,15 +146,27 @@ def benign_prompts() -> tuple[str, ...]:
 
 
 def read_lists(directory: Path) -> dict[str, tuple[str, ...]]:
-    """Lists of one's own: every `*.txt` of a directory (but not a copy of the benign prompts).
+    """Lists of one's own: every `*.txt` of a directory (but not its exceptions, nor a copy of the
+    benign prompts).
 
     Raises:
         UsageError: there is none, or an entry cannot be used.
     """
-    files = sorted(file for file in Path(directory).glob("*.txt") if file.name != BENIGN_FILE)
+    others = (BENIGN_FILE, f"{EXCEPTIONS}.txt")
+    files = sorted(file for file in Path(directory).glob("*.txt") if file.name not in others)
     if not files:
         raise UsageError(f"{directory}: no word lists (*.txt)")
     return {file.stem: parse_list(read_text(file), file.name) for file in files}
+
+
+def read_exceptions(directory: Path) -> tuple[str, ...]:
+    """The exceptions to lists of one's own, `exceptions.txt` beside them; none without that file.
+
+    Raises:
+        UsageError: an entry cannot be used.
+    """
+    file = Path(directory) / f"{EXCEPTIONS}.txt"
+    return parse_list(read_text(file), file.name) if file.is_file() else ()
 
 
 def parse_list(text: str, name: str) -> tuple[str, ...]:

@@ -100,9 +100,12 @@ def _blocklist(name: FilterName, *, threshold: float) -> ImageFilter:
 
 
 def _words(name: FilterName) -> PromptFilter:
-    from modelops.safety.prompt import WordListFilter, read_lists
+    from modelops.safety.prompt import WordListFilter, read_exceptions, read_lists
 
-    return WordListFilter(read_lists(Path(name.target)) if name.target else None)
+    if not name.target:
+        return WordListFilter()
+    directory = Path(name.target)
+    return WordListFilter(read_lists(directory), read_exceptions(directory))
 
 
 @dataclass(frozen=True, slots=True)

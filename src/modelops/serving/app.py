@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
 import math
 import os
-import re
-import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from modelops import __version__
-from modelops.errors import UsageError
+from modelops.serving.access import Access
 from modelops.serving.failures import CancelledError, DeadlineError
+from modelops.serving.logs import PROMPTS
 from modelops.serving.metrics import CONTENT_TYPE
 from modelops.serving.schema import ApiError, ImagesRequest, ImagesResponse, parse_request
+from modelops.serving.tracing import SCOPE_KEY, RequestTrace, request_id
 
 if TYPE_CHECKING:
+    from modelops.serving.keys import Caller
     from modelops.serving.node import InferenceNode, Ticket
 
 log = logging.getLogger("modelops.serving")
 
 MAX_BODY_BYTES = 64 * 1024
-API_KEYS_VARIABLE = "MODELOPS_API_KEYS"  # comma-separated hex sha256 of the keys that are valid
+_LOGGED = ("n", "size", "output_format", "steps", "guidance", "seed")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 ROUTES = ("/v1/images/generations", "/v1/models", "/livez", "/readyz", "/metrics", "/openapi.json")
 
 Message = MutableMapping[str, Any]
@@ -52,11 +52,12 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.node = node
-    app.state.key_digests = read_key_digests(os.environ)
+    app.state.access = Access.from_environment(os.environ)
     app.add_middleware(_Observe, application=app)
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+        request.scope[SCOPE_KEY].fields["code"] = error.code
         return error_response(app, error)
 
     @app.exception_handler(404)
@@ -79,18 +80,31 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
         },
     )
     async def generate(request: Request) -> Response:
-        check_key(app, request)
+        caller = check_key(app, request)
         body = await read_body(request)
         served = _node(app)
         wanted = parse_request(body)
-        ticket = await asyncio.to_thread(served.submit, wanted)
+        trace: RequestTrace = request.scope[SCOPE_KEY]
+        note_request(trace, wanted)
+        trace.fields["key"] = caller.name
+        access: Access = app.state.access
+        images_wanted = wanted.n or 1
         try:
-            images = await _wait(ticket, request)
-        finally:
-            ticket.cancel()  # nothing to a finished one; stops the work of a client that left
-        if images is None:
-            return Response(status_code=499)
-        answer = await asyncio.to_thread(served.finish, ticket, images)
+            access.take(caller, images_wanted)
+        except ApiError as error:
+            if error.status == 429:
+                served.metrics.on_rejected("rate_limit")
+            raise
+        texts = (wanted.prompt, wanted.negative_prompt)
+        with access.refunding(caller, images_wanted), PROMPTS.in_hand(*texts):
+            ticket = await asyncio.to_thread(served.submit, wanted, trace)
+            try:
+                images = await _wait(ticket, request)
+            finally:
+                ticket.cancel()  # nothing to a finished one; stops the work of a client that left
+            if images is None:
+                return Response(status_code=499)
+            answer = await asyncio.to_thread(served.finish, ticket, images)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.get("/v1/models", summary="The model that is served")
@@ -111,6 +125,7 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
                 "runtime": served.runtime,
                 "steps": served.defaults.steps,
                 "guidance": served.defaults.guidance,
+                "signing": served.sealer.about,
             },
         }
         return JSONResponse({"object": "list", "data": [entry]})
@@ -196,41 +211,25 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def read_key_digests(environment: Mapping[str, str]) -> list[bytes]:
-    """Digests of the valid API keys; none means that no key is asked for.
-
-    Raises:
-        UsageError: the variable holds something else, such as a key itself.
-    """
-    listed = environment.get(API_KEYS_VARIABLE, "").replace(",", " ").split()
-    if not all(re.fullmatch(r"[0-9a-fA-F]{64}", digest) for digest in listed):
-        raise UsageError(
-            f"{API_KEYS_VARIABLE}: holds something that is no sha256 in hex",
-            hint="give the digests of the keys (sha256sum), separated by commas",
-        )
-    return [bytes.fromhex(digest) for digest in listed]
-
-
-def check_key(app: FastAPI, request: Request) -> None:
-    """Raise 401 unless the bearer token is a valid key, or none is asked for."""
-    digests: list[bytes] = app.state.key_digests
-    if not digests:
-        return
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    given = hashlib.sha256(key.strip().encode()).digest()
-    # Every digest is compared, so that the time says nothing about which one matched.
-    matches = [hmac.compare_digest(given, digest) for digest in digests]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise ApiError(401, "invalid_api_key", "a valid API key is needed")
+def check_key(app: FastAPI, request: Request) -> Caller:
+    """Who asks; raises ApiError (401, 403 or 503) unless it may."""
+    access: Access = app.state.access
+    server: tuple[str, int | None] | None = request.scope.get("server")
+    authorization = request.headers.get("authorization", "")
+    return access.identify(authorization, server[0] if server else None)
 
 
 def error_response(app: FastAPI, error: ApiError) -> JSONResponse:
     """An error in OpenAI's shape; counts it."""
     if app.state.node is not None:
-        app.state.node.metrics.errors.labels(error.code).inc()
+        app.state.node.metrics.on_error(error.code)
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        # OpenAI's client reads this one first: whole seconds are coarse for a small model.
+        headers["Retry-After-Ms"] = str(max(1, math.ceil(1000 * error.retry_after_s)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 
@@ -245,6 +244,15 @@ def failure_to_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "generation_failed", "the image could not be made")
 
 
+def note_request(trace: RequestTrace, request: ImagesRequest) -> None:
+    """What the log line says of a request. Its texts are kept apart from the rest."""
+    asked = request.model_dump(exclude_none=True, include=set(_LOGGED))
+    trace.fields |= asked
+    trace.prompts["prompt"] = request.prompt
+    if request.negative_prompt:
+        trace.prompts["negative_prompt"] = request.negative_prompt
+
+
 def _node(app: FastAPI) -> InferenceNode:
     if app.state.node is None:
         raise ApiError(503, "not_ready", "the server is starting", retry_after_s=5)
@@ -253,7 +261,7 @@ def _node(app: FastAPI) -> InferenceNode:
 
 
 class _Observe:
-    """Counts answers by route and status, and turns an unforeseen error into OpenAI's shape.
+    """Counts, logs and traces answers, and turns an unforeseen error into OpenAI's shape.
 
     Pure ASGI: Starlette's BaseHTTPMiddleware hides a client's disconnect from the route.
     """
@@ -266,18 +274,30 @@ class _Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        status = 0
+        headers = {name.decode("latin-1"): text.decode("latin-1")
+                   for name, text in scope["headers"]}  # fmt: skip
+        trace = RequestTrace(request_id(headers.get("x-request-id")), headers=headers)
+        scope[SCOPE_KEY] = trace
+        route = scope["path"] if scope["path"] in ROUTES else "other"
+        method = scope["method"] if scope["method"] in METHODS else "other"
 
         async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", trace.id.encode("ascii")),
+                ]
             await send(message)
 
         try:
-            await self.app(scope, receive, watch)
+            with trace.current(f"{method} {route}"):
+                await self.app(scope, receive, watch)
         except Exception:
             log.exception("unforeseen error")
+            trace.fields["code"] = "internal_error"
             if status:
                 raise
             failure = error_response(
@@ -286,10 +306,7 @@ class _Observe:
             await failure(scope, receive, watch)
         finally:
             node = self.application.state.node
-            path = scope["path"]
-            route = path if path in ROUTES else "other"
             if node is not None:
-                node.metrics.requests.labels(route, str(status or 499)).inc()
+                node.metrics.on_request(route, status or 499)
             if route.startswith("/v1/") or route == "other":
-                elapsed = time.monotonic() - began
-                log.info("%s %s %s %.3f s", scope["method"], route, status or 499, elapsed)
+                trace.finish(method, route, status or 499)

@@ -48,6 +48,8 @@ class EngineImage:
         request: the request with steps, guidance, height and width filled in.
         queue_s, denoise_s: seconds before the first step, and from there to the pixels.
         mean_rows: rows of the forward passes it took part in, on average.
+        batch_rows: the same for each of its steps.
+        phases: (name, start, end) of queue, text, denoise and decode, by time.monotonic().
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -55,6 +57,8 @@ class EngineImage:
     queue_s: float
     denoise_s: float
     mean_rows: float
+    batch_rows: tuple[int, ...]
+    phases: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,7 @@ class Job:
         self.future: Future[EngineImage] = Future()
         self.deadline = deadline
         self.submitted = time.monotonic()
+        self.admitted = self.submitted
         self.started: float | None = None
         self.step = 0  # network evaluations done
         self._cancelled = threading.Event()
@@ -113,7 +118,7 @@ class _Row:
     latents: torch.Tensor
     text: Text
     negative: Text | None
-    rows_seen: int = 0
+    batch_rows: list[int] = field(default_factory=list)
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -249,6 +254,11 @@ class StepEngine:
         """Requests that wait for a place."""
         return len(self._waiting)
 
+    def oldest_wait(self) -> float:
+        """Seconds that the request at the head of the queue has waited; 0 without one."""
+        with self._changed:
+            return time.monotonic() - self._waiting[0].submitted if self._waiting else 0.0
+
     @property
     def running(self) -> int:
         """Requests in the running batch."""
@@ -315,6 +325,7 @@ class StepEngine:
         while self._waiting and used + self._waiting[0].rows <= self.max_rows:
             job = self._waiting.popleft()
             used += job.rows
+            job.admitted = time.monotonic()
             joining.append(job)
         return joining
 
@@ -407,7 +418,7 @@ class StepEngine:
         finished = []
         for row in rows:
             row.job.step += 1
-            row.rows_seen += width
+            row.batch_rows.append(width)
             if row.job.step >= len(row.scheduler.timesteps):
                 finished.append(row)
         if finished:
@@ -439,7 +450,7 @@ class StepEngine:
 
     def _finish(self, rows: list[_Row]) -> None:
         for row in rows:
-            job = row.job
+            job, stepped = row.job, time.monotonic()
             try:
                 decoded = self.pipeline.decode(row.latents)
                 image = self.pipeline.image_processor.pt_to_numpy(decoded)[0]
@@ -454,7 +465,14 @@ class StepEngine:
                 request=job.request,
                 queue_s=job.started - job.submitted,
                 denoise_s=time.monotonic() - job.started,
-                mean_rows=row.rows_seen / job.step,
+                mean_rows=sum(row.batch_rows) / job.step,
+                batch_rows=tuple(row.batch_rows),
+                phases=(
+                    ("queue", job.submitted, job.admitted),
+                    ("text", job.admitted, job.started),
+                    ("denoise", job.started, stepped),
+                    ("decode", stepped, time.monotonic()),
+                ),
             )
             if job.future.set_running_or_notify_cancel():
                 job.future.set_result(result)

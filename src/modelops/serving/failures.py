@@ -29,3 +29,11 @@ class EngineError(ServingError):
 
 class FilterError(ServingError):
     """A safety filter could not give an answer."""
+
+
+class ProvenanceError(ServingError):
+    """A picture could not be marked as AI-generated, so it must not be sent."""
+
+
+class ReceiptError(ServingError):
+    """A receipt could not be kept, and this node sends no picture without one."""

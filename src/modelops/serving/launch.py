@@ -99,10 +99,22 @@ def serve_environment(
     }
 
 
-def run_server(release_dir: str | Path, *, host: str, port: int) -> int:
-    """Run `bentoml serve` in the foreground, hand it SIGTERM and SIGINT, return its exit code."""
+def run_server(
+    release_dir: str | Path,
+    *,
+    host: str,
+    port: int,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Run `bentoml serve` in the foreground, hand it SIGTERM and SIGINT, return its exit code.
+
+    Args:
+        environment: variables for the server, such as MODELOPS_API_KEYS_FILE.
+    """
     process = subprocess.Popen(
-        serve_command(host, port), env=serve_environment(release_dir), start_new_session=True
+        serve_command(host, port),
+        env=serve_environment(release_dir, extra=environment),
+        start_new_session=True,
     )
     previous = {
         name: signal.signal(name, lambda number, frame: process.send_signal(number))

@@ -19,17 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from modelops.errors import ModelopsError, ServingError, UsageError
-from modelops.files import sha256_bytes, sha256_file
+from modelops.files import sha256_file
 from modelops.models.sources import ImageRequest, load_checkpoint
+from modelops.records import SourceInfo
 from modelops.release import RECORD_FILE, verify_release
+from modelops.safety.registry import parse_filter
 from modelops.seeding import MAX_SEED
 from modelops.serving.engine import EngineImage, Job, StepEngine
-from modelops.serving.failures import FilterError, QueueFullError
-from modelops.serving.golden import GoldenCheck, check_golden, golden_request, pixels_sha256
+from modelops.serving.failures import (
+    FilterError,
+    ProvenanceError,
+    QueueFullError,
+    ReceiptError,
+)
+from modelops.serving.golden import GoldenCheck, check_golden, golden_request
 from modelops.serving.guard import FilterGuard
-from modelops.serving.images import MARK, encode_image
-from modelops.serving.metrics import NodeMetrics
+from modelops.serving.metrics import NodeMetrics, evaluation_time
 from modelops.serving.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
+from modelops.serving.seal import Origin, Sealer
+from modelops.serving.tracing import RequestTrace, request_id
 
 log = logging.getLogger("modelops.serving")
 
@@ -49,6 +57,15 @@ class NodeSettings:
         filter_timeout_s: seconds a safety filter may take.
         runtime: of an exported artifact; "auto" takes the fastest that is installed.
         device: of a checkpoint.
+        prompt_filter, image_filter: by name, as in `modelops eval` (see
+            `modelops.safety.registry`); serving has no "none".
+        evaluate_every_days: an evaluation of the released model that is older is overdue.
+        signing_key, signing_chain: PEM files, see `signing.open_signing_key`; without them a
+            development key of this machine signs.
+        receipts: folder where signed receipts are kept; "" keeps none.
+        receipts_mb: megabytes of that folder, at most; the oldest receipts go first.
+        receipts_failure: "send" or "refuse" the picture when its receipt cannot be written.
+        receipts_prompts: "digest" keeps receipts without the prompt's text, "text" with it.
     """
 
     max_rows: int = 16
@@ -57,6 +74,15 @@ class NodeSettings:
     filter_timeout_s: float = 10.0
     runtime: str = "auto"
     device: str = "cpu"
+    prompt_filter: str = "words"
+    image_filter: str = "open_nsfw"
+    evaluate_every_days: float = 30.0
+    signing_key: str = ""
+    signing_chain: str = ""
+    receipts: str = ""
+    receipts_mb: int = 256
+    receipts_failure: str = "send"
+    receipts_prompts: str = "digest"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
@@ -86,6 +112,7 @@ class Ticket:
 
     request: ImagesRequest
     jobs: list[Job]
+    trace: RequestTrace
     started: float = field(default_factory=time.monotonic)
 
     def cancel(self) -> None:
@@ -96,8 +123,8 @@ class Ticket:
 
 def open_model(
     directory: Path, *, runtime: str = "auto", device: str = "cpu", batch_size: int = 16
-) -> tuple[Any, str]:
-    """(pipeline, runtime's name) of an exported artifact or a checkpoint directory.
+) -> tuple[Any, SourceInfo]:
+    """(pipeline, what runs it) of an exported artifact or a checkpoint directory.
 
     Raises:
         ModelopsError: it cannot be opened.
@@ -106,22 +133,36 @@ def open_model(
         from modelops.export.runtime import open_artifact
 
         source = open_artifact(directory, runtime=runtime, batch_size=batch_size)
-        return source.pipeline, source.info.runtime
+        return source.pipeline, source.info
     pipeline = load_checkpoint(directory, device=device)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, f"torch-{device}"
+    info = SourceInfo(
+        kind="checkpoint", uri=directory.name, runtime=f"torch-{device}",
+        precision=str(pipeline.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return pipeline, info
 
 
-def _load_prompt_filter() -> Any:
-    from modelops.safety.prompt import WordListFilter
+def _prompt_filter_loader(name: str) -> Callable[[], Any]:
+    """What opens a prompt filter; the name is sure to be known."""
+    from modelops.safety.registry import check_prompt_filter, open_prompt_filter
 
-    return WordListFilter()
+    check_prompt_filter(name)
+    return lambda: open_prompt_filter(name)
 
 
-def _load_image_filter() -> Any:
-    from modelops.safety.image import OpenNsfwFilter
+def _image_filter_loader(name: str) -> Callable[[], Any]:
+    """What opens an image filter; the name is sure to be known."""
+    from modelops.safety.registry import check_image_filter, open_image_filter
 
-    return OpenNsfwFilter(threads=1)
+    def open_nsfw() -> Any:
+        from modelops.safety.image import OpenNsfwFilter
+
+        return OpenNsfwFilter(threads=1)  # the cores belong to the engine
+
+    if check_image_filter(name).name == "open_nsfw":
+        return open_nsfw
+    return lambda: open_image_filter(name)
 
 
 class InferenceNode:
@@ -130,9 +171,11 @@ class InferenceNode:
     Args:
         release_dir: verified here, byte by byte.
         settings: see NodeSettings.
-        prompt_filter, image_filter: functions that load the filters, in place of modelops' own.
+        prompt_filter, image_filter: functions that load the filters, in place of those that the
+            settings name.
 
     Raises:
+        UsageError: the settings name a filter that does not exist.
         ModelopsError: the release was changed, or its model cannot be opened.
     """
 
@@ -141,26 +184,38 @@ class InferenceNode:
         release_dir: str | Path,
         *,
         settings: NodeSettings | None = None,
-        prompt_filter: Callable[[], Any] = _load_prompt_filter,
-        image_filter: Callable[[], Any] = _load_image_filter,
+        prompt_filter: Callable[[], Any] | None = None,
+        image_filter: Callable[[], Any] | None = None,
     ) -> None:
         self.settings = settings or NodeSettings()
+        names = {
+            "prompt": "custom" if prompt_filter else parse_filter(self.settings.prompt_filter).name,
+            "image": "custom" if image_filter else parse_filter(self.settings.image_filter).name,
+        }
+        prompt_filter = prompt_filter or _prompt_filter_loader(self.settings.prompt_filter)
+        image_filter = image_filter or _image_filter_loader(self.settings.image_filter)
         self.directory = Path(release_dir)
         self.release = verify_release(self.directory)
         self.release_sha256 = sha256_file(self.directory / RECORD_FILE)
-        self.metrics = NodeMetrics()
-        self.metrics.release.labels(
-            self.release.name, self.release.version, self.release_sha256[:16]
-        ).set(1)
+        self.metrics = NodeMetrics(names)
+        self.metrics.evaluated(
+            evaluation_time(self.directory, self.release),
+            every_days=self.settings.evaluate_every_days,
+        )
         limit = self.settings.filter_timeout_s
         self.prompt_guard = FilterGuard("prompt", prompt_filter, timeout_s=limit)
         self.image_guard = FilterGuard("image", image_filter, timeout_s=limit)
-        pipeline, self.runtime = open_model(
+        pipeline, source = open_model(
             self.directory / self.release.model,
             runtime=self.settings.runtime,
             device=self.settings.device,
             batch_size=self.settings.max_rows,
         )
+        self.runtime = source.runtime
+        self.sealer = Sealer(
+            Origin(release=self.release, release_sha256=self.release_sha256, source=source),
+            self.settings, self.metrics.registry,
+        )  # fmt: skip
         self.resolution = int(pipeline.resolution)
         self.max_tokens = int(pipeline.config["max_text_tokens"])
         self.engine = StepEngine(
@@ -170,9 +225,7 @@ class InferenceNode:
             on_step=self.metrics.on_step,
             on_wasted=self.metrics.on_wasted,
         )
-        self.metrics.queue.set_function(lambda: self.engine.waiting)
-        self.metrics.running.set_function(lambda: self.engine.running)
-        self.metrics.ready.set_function(lambda: float(not self._problems()))
+        self.metrics.serves(self.release, self.release_sha256, self.runtime)
         stated = self.release.defaults
         self.defaults = self.engine.fill(
             ImageRequest(
@@ -183,6 +236,7 @@ class InferenceNode:
         self._golden_pixels: Any = None
         self._golden_problem: str | None = "the golden image has not been made yet"
         self._closing = False
+        self.metrics.watch(self)
 
     def start(self) -> None:
         """Make the golden image and probe the filters; problems end in `readiness`."""
@@ -197,7 +251,7 @@ class InferenceNode:
             self._golden_problem = f"golden image: {error}"
             log.error(self._golden_problem)
         self._probe_filters()
-        log.info("node: %s", self._problems() or "ready")
+        log.info("node: %s", self.problems() or "ready")
 
     # --- health -----------------------------------------------------------------------------------
 
@@ -209,9 +263,10 @@ class InferenceNode:
         """Why the node is not ready; empty when it is. Red filters are probed again."""
         if not self._closing:
             self._probe_filters(every_s=2.0)
-        return self._problems()
+        return self.problems()
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """Why the node is not ready; probes nothing."""
         problems = []
         if self._closing:
             problems.append("shutting down")
@@ -230,7 +285,7 @@ class InferenceNode:
             (self.image_guard, self._probe_image),
         ):
             if guard.reason is not None and not guard.probe(check, every_s=every_s):
-                self.metrics.filter_failures.labels(guard.name).inc()
+                self.metrics.on_filter_failure(guard.name)
 
     def _probe_prompt(self) -> None:
         if self.prompt_guard.check_prompt(GOOD_PROMPT)[0]:
@@ -252,27 +307,31 @@ class InferenceNode:
         """The id in /v1/models: the release's name."""
         return self.release.name
 
-    def submit(self, request: ImagesRequest) -> Ticket:
+    def submit(self, request: ImagesRequest, trace: RequestTrace | None = None) -> Ticket:
         """Check a request and queue its images.
+
+        Args:
+            trace: where the phases are noted.
 
         Raises:
             ApiError: 400, 404 (model), 429 (queue) or 503 (not ready, filter).
         """
-        problems = self._problems()
+        problems = self.problems()
         if problems:
             raise ApiError(503, "not_ready", "not ready, see /readyz", retry_after_s=5)
         self._check_possible(request)
-        began = time.monotonic()
+        trace = trace or RequestTrace(request_id(None))
         try:
-            blocked, reasons = self.prompt_guard.check_prompt(request.prompt)
+            with trace.phase("prompt_filter"):
+                blocked, reasons = self.prompt_guard.check_prompt(request.prompt)
         except FilterError as error:
-            self.metrics.filter_failures.labels("prompt").inc()
+            self.metrics.on_filter_failure("prompt")
             raise ApiError(
                 503, "safety_filter_unavailable", "the prompt filter gave no answer"
             ) from error
-        self.metrics.latency.labels("prompt_filter").observe(time.monotonic() - began)
+        self.metrics.on_phase("prompt_filter", trace.seconds()["prompt_filter"])
+        self.metrics.on_filter("prompt", 1, blocked=blocked)
         if blocked:
-            self.metrics.filtered.labels("prompt").inc()
             raise ApiError(
                 400, "content_policy_violation",
                 f"the prompt is against the content policy ({', '.join(reasons) or 'blocked'})",
@@ -294,6 +353,7 @@ class InferenceNode:
         try:
             jobs = self.engine.submit(wanted, timeout_s=self.settings.deadline_s)
         except QueueFullError as error:
+            self.metrics.on_rejected("queue_full")
             raise ApiError(
                 429, "rate_limit_exceeded",
                 f"too many requests are waiting; try again in {max(1, round(error.wait_s))} s",
@@ -303,7 +363,7 @@ class InferenceNode:
             raise ApiError(400, "invalid_value", error.message) from error
         except ServingError as error:
             raise ApiError(503, "engine_unavailable", error.message) from error
-        return Ticket(request=request, jobs=jobs)
+        return Ticket(request=request, jobs=jobs, trace=trace)
 
     def _check_possible(self, request: ImagesRequest) -> None:
         if request.model is not None and request.model != self.model_id:
@@ -333,35 +393,34 @@ class InferenceNode:
         Raises:
             ApiError: 400 (withheld by the filter) or 503 (the filter gave no answer).
         """
-        observe = self.metrics.latency.labels
-        for image in images:
-            observe("queue").observe(image.queue_s)
-            observe("denoise").observe(image.denoise_s)
-        began = time.monotonic()
+        observe, trace = self.metrics.on_phase, ticket.trace
+        for name, began, ended in (phase for image in images for phase in image.phases):
+            observe(name, trace.add(name, began, ended))
         try:
-            scores, blocked = self.image_guard.check_images([image.pixels for image in images])
+            with trace.phase("image_filter"):
+                scores, blocked = self.image_guard.check_images([one.pixels for one in images])
         except FilterError as error:
-            self.metrics.filter_failures.labels("image").inc()
+            self.metrics.on_filter_failure("image")
             raise ApiError(
                 503, "safety_filter_unavailable",
                 "the image filter gave no answer, so no picture is sent",
             ) from error  # fmt: skip
-        observe("image_filter").observe(time.monotonic() - began)
+        observe("image_filter", trace.seconds()["image_filter"])
+        self.metrics.on_filter("image", len(images), blocked=any(blocked))
         if any(blocked):
-            self.metrics.filtered.labels("image").inc()
             raise ApiError(
                 400, "content_policy_violation",
                 "the picture was withheld by the image filter; try another seed or prompt",
             )  # fmt: skip
-        began = time.monotonic()
         output_format = ticket.request.output_format or "png"
-        data = [
-            self._encode(image, output_format, score)
-            for image, score in zip(images, scores, strict=True)
-        ]
-        observe("encode").observe(time.monotonic() - began)
-        observe("total").observe(time.monotonic() - ticket.started)
-        self.metrics.images.labels(output_format).inc(len(data))
+        with trace.phase("encode"):
+            data = [
+                self._encode(image, output_format, score)
+                for image, score in zip(images, scores, strict=True)
+            ]
+        observe("encode", trace.seconds()["encode"])
+        observe("total", time.monotonic() - ticket.started)
+        self.metrics.on_images(output_format, len(data))
         return ImagesResponse(
             created=int(time.time()),
             data=data,
@@ -370,41 +429,16 @@ class InferenceNode:
         )
 
     def _encode(self, image: EngineImage, output_format: str, score: float) -> ImageData:
-        request = image.request
-        metadata = {
-            "Software": "modelops",
-            "Notice": MARK,
-            "seed": str(request.seed),
-            "steps": str(request.steps),
-            "guidance": f"{request.guidance:g}",
-            "release": f"{self.release.name} {self.release.version}",
-            "release_sha256": self.release_sha256,
-        }
-        encoded = encode_image(image.pixels, output_format, metadata)
-        receipt = {
-            "request": {
-                "prompt": request.prompt,
-                "negative_prompt": request.negative_prompt,
-                "seed": request.seed,
-                "steps": request.steps,
-                "guidance": request.guidance,
-                "size": f"{request.width}x{request.height}",
-                "output_format": output_format,
-            },
-            "release": {
-                "name": self.release.name,
-                "version": self.release.version,
-                "sha256": self.release_sha256,
-            },
-            "model_sha256": self.release.model_sha256,
-            "runtime": self.runtime,
-            "output_sha256": sha256_bytes(encoded),
-            "pixels_sha256": pixels_sha256(image.pixels),
-            "image_filter_score": round(score, 6),
-            "mean_rows": round(image.mean_rows, 2),
-            "queue_s": round(image.queue_s, 4),
-            "denoise_s": round(image.denoise_s, 4),
-        }
+        try:
+            encoded, receipt = self.sealer.seal(image, output_format, score)
+        except ProvenanceError as error:
+            log.error("a picture could not be marked: %s", error.message)
+            raise ApiError(
+                503, "provenance_unavailable",
+                "the picture could not be marked as AI-generated, so it is not sent",
+            ) from error  # fmt: skip
+        except ReceiptError as error:
+            raise ApiError(503, "receipt_unavailable", error.message) from error
         return ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), x_modelops=receipt)
 
     def begin_shutdown(self) -> None:
@@ -417,3 +451,4 @@ class InferenceNode:
         self.engine.close(drain=drain, timeout_s=timeout_s)
         self.prompt_guard.close()
         self.image_guard.close()
+        self.sealer.close()

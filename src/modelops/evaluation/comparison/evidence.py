@@ -85,9 +85,7 @@ class Evidence:
 
     def cached(self, protocol: Mapping[str, Any], digests: list[str]) -> Features | None:
         """Features of images named by content, from the evaluation's cache."""
-        key = sha256_json({"protocol": protocol_id(protocol), "images": digests})
-        path = self.path.with_suffix("") / "cache" / f"{key}.npz"
-        return _read(path) if path.is_file() else None
+        return _find(self.path.with_suffix("") / "cache", protocol, digests)
 
     def _file(self, name: str, what: str) -> Path:
         entry = self.record.files.get(name)
@@ -132,11 +130,13 @@ class Reference:
         pictures = self._open()
         if protocol.get("extractor") == LITE0_NAME:
             return pictures.features
-        digests = [sample.sha256 for sample in pictures.samples]
+        digests = pictures.digests
         for evidence in (self.first, self.second):
             if (found := evidence.cached(protocol, digests)) is not None:
                 return found
-        raise EvaluationError("the reference's features are not in the cache of either evaluation")
+        if (found := _find(pictures.cache_dir, protocol, digests)) is not None:
+            return found
+        raise EvaluationError("the reference's features are in no cache: measure one source again")
 
     def _open(self) -> RealPictures:
         if self._pictures is None:
@@ -182,10 +182,17 @@ class Reference:
         raise EvaluationError(f"{entry.path} is not to be found; name it with --{name}")
 
 
+def _find(folder: Path, protocol: Mapping[str, Any], digests: list[str]) -> Features | None:
+    """Features of images named by content in a cache; None if it does not have them."""
+    key = sha256_json({"protocol": protocol_id(protocol), "images": digests})
+    paths = [folder / f"{key}{suffix}" for suffix in (".npz", ".npy")]
+    return next((_read(path) for path in paths if path.is_file()), None)
+
+
 def _read(path: Path) -> Features:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            features = np.asarray(stored["features"])
+        stored = np.load(path, allow_pickle=False)
+        features = np.asarray(stored["features"] if path.suffix == ".npz" else stored)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path}: cannot be read as features") from error
     if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):

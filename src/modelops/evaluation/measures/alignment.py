@@ -12,6 +12,7 @@ from modelops.evaluation.lit import RECORD
 from modelops.evaluation.workbench import Workbench
 from modelops.files import sha256_tree
 from modelops.metrics.alignment import (
+    Alignment,
     alignment_intervals,
     embeddings_to_alignment,
     retrieval_rate,
@@ -62,8 +63,20 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
             "the alignment model has no lit.json"
         )
     texts = model.texts_to_embeddings(bench.prompts.prompts)
-    images = model.features_to_embeddings(bench.features)
-    found = embeddings_to_alignment(images, texts, bench.prompts.prompts, owner)
+    features = bench.features
+    parts = [
+        embeddings_to_alignment(
+            model.features_to_embeddings(np.array(features[rows])),
+            texts,
+            bench.prompts.prompts,
+            owner[rows],
+        )
+        for rows in bench.chunks()
+    ]
+    found = Alignment(
+        *(np.concatenate([getattr(part, name) for part in parts])
+          for name in ("own", "shuffled", "rank"))
+    )  # fmt: skip
     protocol = {
         "metric": "alignment", "model_sha256": model.sha256, "prompt_template": "{}",
         "prompts": len(bench.prompts.prompts), "n": bench.n, "sampling": dict(bench.sampling),

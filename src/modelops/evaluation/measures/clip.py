@@ -10,9 +10,10 @@ from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.alignment import embeddings_to_alignment, per_prompt, retrieval_rate
 from modelops.metrics.clip import PREFIX, ClipModel, clipscores, torchmetrics_clip_scores
-from modelops.metrics.cmmd import cmmd
-from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.cmmd import cmmd, statistics_to_cmmd
+from modelops.metrics.frechet import DDOF, rank_warning
 from modelops.metrics.intervals import Interval, bootstrap_mean
+from modelops.metrics.streaming import streamed_interval
 from modelops.records import InputRef
 
 SCORES = ("clipscore", "clip_score_torchmetrics")
@@ -39,7 +40,8 @@ def measure(bench: Workbench) -> None:
     prompts, owner = list(bench.prompts.prompts), bench.owner
     images = bench.features_of(model)
     texts = model.texts_to_embeddings(prompts)
-    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
+    if not (all(np.isfinite(images[rows]).all() for rows in bench.chunks())
+            and np.isfinite(texts).all()):  # fmt: skip
         raise EvaluationError("the CLIP model gives embeddings that are not finite")
     protocol = {**model.protocol, "n": bench.n, "sampling": dict(bench.sampling)}
     if model.is_siglip:
@@ -53,7 +55,10 @@ def measure(bench: Workbench) -> None:
     if len(prompts) < 2:
         bench.missing("retrieval needs at least two prompts", *RETRIEVAL)
         return
-    rank = embeddings_to_alignment(images, texts, prompts, owner).rank
+    rank = np.concatenate([
+        embeddings_to_alignment(images[rows], texts, prompts, owner[rows]).rank
+        for rows in bench.chunks()
+    ])  # fmt: skip
     bench.per_image[f"{prefix}_rank"] = rank.tolist()
     total = len(bench.samples.plan)
     for k in (1, 5):
@@ -70,18 +75,27 @@ def _put_distances(bench: Workbench, model: ClipModel) -> None:
     """Gaussian MMD and Fréchet distance to the reference pictures, on image embeddings."""
     settings, reference = bench.settings, bench.real()
     fake, real = bench.features_of(model), bench.real_features_of(reference, model)
+    known = bench.real_statistics_of(reference, model)
     details = {"n_reference": len(real)}
     key = "cmmd" if model.is_vit_l_14_336 else "gaussian_mmd_clip"
     if key != "cmmd":
         bench.missing("CMMD is defined on CLIP ViT-L/14-336; these weights are another's", "cmmd")
+    kernel = "exp(-|x - y|^2 / 200), V-statistic"
+    if known is None:
+        made = cmmd(fake, real)
+    else:
+        kernel += ", from two moments"
+        made = streamed_interval(
+            fake, real, lambda x, y: statistics_to_cmmd(x, y).value, known=known,
+            seed=settings.seed, groups=settings.jackknife_groups,
+        )  # fmt: skip
     bench.put(
-        key, cmmd(fake, real),
-        bench.set_protocol(model.protocol, key, kernel="exp(-|x - y|^2 / 200), V-statistic"),
+        key, made, bench.set_protocol(model.protocol, key, kernel=kernel),
         better=False, unit="1000 MMD^2", details=details,
     )  # fmt: skip
     bench.put(
         "frechet_distance_clip",
-        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.frechet(fake, real, known=known),
         bench.set_protocol(model.protocol, "frechet distance", ddof=DDOF), better=False,
         warnings=rank_warning(bench.n, len(real), model.dim), details=details,
     )  # fmt: skip
@@ -97,7 +111,10 @@ def _put_scores(
     """The paper's score, averaged over prompts, and torchmetrics', averaged over images."""
     settings, owner = bench.settings, bench.owner
     prefixed = [PREFIX + prompt for prompt in bench.prompts.prompts]
-    paper = clipscores(images, model.texts_to_embeddings(prefixed)[owner])
+    named = model.texts_to_embeddings(prefixed)
+    paper = np.concatenate([
+        clipscores(images[rows], named[owner[rows]]) for rows in bench.chunks()
+    ])  # fmt: skip
     bench.per_image["clipscore"] = paper.tolist()
     options = {"seed": settings.seed, "resamples": settings.resamples}
     bench.put(
@@ -106,7 +123,9 @@ def _put_scores(
          "formula": "2.5 * max(0, cos), per image"},
         better=True, unit="2.5 max(0, cosine)", warnings=_cut(model, prefixed),
     )  # fmt: skip
-    scaled = torchmetrics_clip_scores(images, texts[owner])
+    scaled = np.concatenate([
+        torchmetrics_clip_scores(images[rows], texts[owner[rows]]) for rows in bench.chunks()
+    ])  # fmt: skip
     bench.per_image["clip_score_torchmetrics"] = scaled.tolist()
     # Prompts are resampled, and weigh by their images: the value is the mean over images.
     _, counts = np.unique(owner, return_counts=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.dinov2 import Dinov2Extractor
-from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.frechet import DDOF, rank_warning
 from modelops.metrics.kernel import kernel_distance
 
 KEYS = ("frechet_distance_dinov2", "kernel_distance_dinov2")
@@ -22,7 +22,7 @@ def measure(bench: Workbench) -> None:
     details = {"n_reference": len(real)}
     bench.put(
         KEYS[0],
-        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.frechet(fake, real, known=bench.real_statistics_of(reference, extractor)),
         bench.set_protocol(extractor.protocol, "frechet distance", ddof=DDOF), better=False,
         warnings=rank_warning(bench.n, len(real), extractor.dim), details=details,
     )  # fmt: skip

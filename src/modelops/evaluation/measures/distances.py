@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from modelops.evaluation.reference import RealPictures, overlap
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.frechet import (
     DDOF,
     extrapolation_warning,
     frechet_infinity,
-    frechet_interval,
     rank_warning,
 )
 from modelops.metrics.kernel import kernel_distance
 from modelops.seeding import numpy_generator
 
+INFINITY_IMAGES = 4000  # that the extrapolation takes where features are streamed
 KEYS = (
     "frechet_distance_lite0", "frechet_distance_lite0_floor", "kernel_distance_lite0",
     "kernel_distance_lite0_floor", "frechet_distance_infinity_lite0",
@@ -25,7 +27,7 @@ KEYS = (
 
 def measure(bench: Workbench) -> None:
     """Fréchet and kernel distance on Lite0 features, and what training pictures themselves get."""
-    reference, settings, lite0 = bench.real(), bench.settings, bench.extractor.protocol
+    reference, lite0 = bench.real(), bench.extractor.protocol
     real, fake = reference.features, bench.features
     warnings = rank_warning(bench.n, len(real), real.shape[1])
     if bench.training and (shared := overlap(reference, bench.training)):
@@ -34,7 +36,9 @@ def measure(bench: Workbench) -> None:
     kernel = bench.set_protocol(lite0, "kernel distance", kernel="(x.y/d + 1)^3, unbiased")
     bench.put(
         "frechet_distance_lite0",
-        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.frechet(
+            fake, real, known=bench.real_statistics_of(reference, bench.extractor)
+        ),
         frechet, better=False, warnings=warnings, details={"n_reference": len(real)},
     )  # fmt: skip
     bench.put(
@@ -53,7 +57,8 @@ def _floor(
     kernel: Mapping[str, Any], warnings: Sequence[str],
 ) -> None:  # fmt: skip
     """The distances that as many training pictures have from the reference."""
-    settings, real = bench.settings, bench.real().features
+    settings, reference = bench.settings, bench.real()
+    real = reference.features
     count = min(bench.n, len(training.samples))
     rows = numpy_generator(settings.seed, "floor").permutation(len(training.samples))[:count]
     subset = training.features[rows]
@@ -61,7 +66,7 @@ def _floor(
     floor = {"images": "training pictures", "n": count, "sampling": {"seed": settings.seed}}
     bench.put(
         "frechet_distance_lite0_floor",
-        frechet_interval(subset, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.frechet(subset, real, known=bench.real_statistics_of(reference, bench.extractor)),
         {**frechet, **floor}, n=count, better=False, warnings=[*warnings, *less],
         details={"n_reference": len(real)},
     )  # fmt: skip
@@ -74,13 +79,18 @@ def _floor(
 def _infinity(bench: Workbench) -> None:
     """The distance extrapolated to infinitely many images."""
     reference, settings = bench.real(), bench.settings
-    real = reference.features
-    found = frechet_infinity(bench.features, real, seed=settings.seed)
+    real, fake = reference.features, bench.features
+    drawn: dict[str, int] = {}
+    if bench.streams and bench.n > INFINITY_IMAGES:
+        order = numpy_generator(settings.seed, "infinity-images").permutation(bench.n)
+        fake = fake[np.sort(order[:INFINITY_IMAGES])]
+        drawn = {"images_drawn": INFINITY_IMAGES}
+    found = frechet_infinity(fake, real, seed=settings.seed)
     bench.put(
         "frechet_distance_infinity_lite0", found.interval,
         bench.set_protocol(
             bench.extractor.protocol, "frechet distance, extrapolated to n = infinity", ddof=DDOF,
-            sizes=[n for n, _ in found.points],
+            sizes=[n for n, _ in found.points], **drawn,
         ),
         better=False, warnings=extrapolation_warning(found, len(real), real.shape[1]),
         details={

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
-from modelops.metrics.frechet import DDOF, frechet_interval, rank_warning
+from modelops.metrics.frechet import DDOF, rank_warning
 from modelops.metrics.inception import (
     SPLITS,
     InceptionExtractor,
     logits_to_inception_score,
     shuffled_order,
+    streamed_inception_score,
 )
 from modelops.metrics.kernel import kernel_distance
 from modelops.metrics.prdc import prdc
@@ -33,8 +34,14 @@ def measure(bench: Workbench) -> None:
 
 
 def _measure_score(bench: Workbench, extractor: InceptionExtractor) -> None:
-    logits = extractor.features_to_logits(bench.features_of(extractor))
-    whole = logits_to_inception_score(logits, splits=1)
+    features, order = bench.features_of(extractor), shuffled_order(bench.n, bench.settings.seed)
+    if bench.streams:
+        made = streamed_inception_score(extractor, features, order=order)
+        whole = streamed_inception_score(extractor, features, splits=1)
+    else:
+        logits = extractor.features_to_logits(features)
+        made = logits_to_inception_score(logits, order=order)
+        whole = logits_to_inception_score(logits, splits=1)
     protocol = {
         "metric": "inception score", "features": extractor.protocol, "n": bench.n,
         "logits": "1008, without bias", "splits": SPLITS, "seed": bench.settings.seed,
@@ -42,19 +49,19 @@ def _measure_score(bench: Workbench, extractor: InceptionExtractor) -> None:
     }  # fmt: skip
     bench.put(
         "inception_score",
-        logits_to_inception_score(logits, order=shuffled_order(bench.n, bench.settings.seed)),
-        protocol, better=True, warnings=extractor.warnings,
-        details={"images_per_split": bench.n // SPLITS, "one_split": whole.value},
+        made, protocol, better=True, warnings=extractor.warnings,
+        details={"mode": extractor.mode, "images_per_split": bench.n // SPLITS,
+                 "one_split": whole.value},
     )  # fmt: skip
 
 
 def _measure_distances(bench: Workbench, extractor: InceptionExtractor) -> None:
     settings, reference = bench.settings, bench.real()
     real, fake = bench.real_features_of(reference, extractor), bench.features_of(extractor)
-    details = {"n_reference": len(real)}
+    details = {"mode": extractor.mode, "n_reference": len(real)}
     bench.put(
         "fid",
-        frechet_interval(fake, real, seed=settings.seed, groups=settings.jackknife_groups),
+        bench.frechet(fake, real, known=bench.real_statistics_of(reference, extractor)),
         bench.set_protocol(extractor.protocol, "fid", ddof=DDOF), better=False,
         warnings=[*extractor.warnings, *rank_warning(bench.n, len(real), extractor.dim)],
         details=details,
@@ -73,5 +80,5 @@ def _measure_distances(bench: Workbench, extractor: InceptionExtractor) -> None:
         over = len(real) if name in ("recall", "coverage") else bench.n
         bench.put(
             f"{name}_inception", interval, protocol, n=over, better=True,
-            warnings=extractor.warnings,
+            warnings=extractor.warnings, details=details,
         )  # fmt: skip

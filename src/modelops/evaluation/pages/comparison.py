@@ -16,6 +16,7 @@ from modelops.evaluation.pages.images import KNOWN, Tile, score_keys, tile
 from modelops.evaluation.pages.pictures import Pictures
 from modelops.evaluation.pages.tables import GenericTable, generic_tables
 from modelops.evaluation.pages.text import number
+from modelops.evaluation.words import words_of
 from modelops.records import ComparedMetric, EvaluationRecord
 
 PAIRS = 8  # of each kind
@@ -32,6 +33,7 @@ class ComparisonRow:
     """One metric; `difference` is this record minus the earlier one."""
 
     metric: str
+    title: str
     verdict: str
     first: str
     second: str
@@ -59,6 +61,7 @@ class Pair:
 class ComparisonPart:
     other: EvaluationRecord
     rows: list[ComparisonRow] = field(default_factory=list)
+    neither: list[str] = field(default_factory=list)  # metrics that neither record measured
     summary: str = ""
     problem: str = ""
     pairs: list[tuple[str, list[Pair]]] = field(default_factory=list)
@@ -85,7 +88,9 @@ def compare_part(
         part.problem = error.message
         part.summary = f"It could not be compared with {against.name}."
         return part
-    found = [_row(item) for item in result.comparisons]
+    unknown = [item for item in result.comparisons if item.first is None and item.second is None]
+    part.neither = [words_of(item.metric).title for item in unknown]
+    found = [_row(item) for item in result.comparisons if item not in unknown]
     part.warnings = list(result.warnings)
     if result.images:
         images = {name: m.model_dump(mode="json") for name, m in result.images.items()}
@@ -94,6 +99,8 @@ def compare_part(
     order = [v for v in _ORDER if v in counts] + sorted(set(counts) - set(_ORDER))
     part.rows = sorted(found, key=lambda row: order.index(row.verdict))
     told = ", ".join(f"{counts[v]} {v}" for v in order if counts[v])
+    if part.neither:
+        told += f"{', ' if told else ''}{len(part.neither)} measured in neither"
     part.summary = f"Against {against.name}: {told or 'no metric in common'}."
     theirs, problem = read_rows(against, other)
     if not rows or not theirs:
@@ -120,9 +127,9 @@ def _row(item: ComparedMetric) -> ComparisonRow:
         if name not in _SHOWN and value not in (None, "", [], {}, ())
     ]
     return ComparisonRow(
-        str(found.get("metric", "")), str(found.get("verdict", "")), number(found.get("first")),
-        number(found.get("second")), text, drawing, str(found.get("reason") or ""),
-        str(found.get("method") or ""), more,
+        item.metric, words_of(item.metric).title, str(found.get("verdict", "")),
+        number(found.get("first")), number(found.get("second")), text, drawing,
+        str(found.get("reason") or ""), str(found.get("method") or ""), more,
     )  # fmt: skip
 
 

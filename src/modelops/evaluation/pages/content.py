@@ -26,7 +26,7 @@ from modelops.evaluation.pages.parts import (
 from modelops.evaluation.pages.pictures import Pictures
 from modelops.evaluation.pages.summary import summary_sentences
 from modelops.evaluation.pages.text import number, plural
-from modelops.evaluation.words import plain_words_of
+from modelops.evaluation.words import METRICS, plain_words_of
 from modelops.files import read_json, sha256_file
 from modelops.records import EvaluationRecord, InputRef, Measurement, read_record
 
@@ -222,7 +222,8 @@ def _metric_rows(
         words = plain_words_of(key)
         rows.append(
             MetricRow(
-                key, _words(key) if words.title == key else words.title, words.says, measured,
+                key, _words(key) if words.title == key else words.title,
+                " ".join(filter(None, (words.says, _mode(measured)))), measured,
                 {True: "↑", False: "↓", None: ""}[measured.higher_is_better],
                 _draw(measured, axes.get(_scale(key, measured)), theirs.get(key)),
                 theirs.get(key), f"/metrics/{key.replace('~', '~0').replace('/', '~1')}",
@@ -230,6 +231,12 @@ def _metric_rows(
             )
         )  # fmt: skip
     return rows
+
+
+def _mode(measured: Measurement) -> str:
+    """In which of its modes a metric was measured, for those that have them."""
+    mode = measured.details.get("mode")
+    return f"Measured in mode {mode}." if mode else ""
 
 
 def _draw(measured: Measurement, axis: Axis | None, other: Measurement | None) -> Markup:
@@ -250,11 +257,12 @@ def _base(key: str) -> str:
     return key.replace("_heldout_", "_")
 
 
-def _order(key: str) -> tuple[int, bool, str, str]:
-    """As the family lists them; what is extrapolated after what was measured."""
+def _order(key: str) -> tuple[int, int, str, str]:
+    """As the family lists them, and in the order of their words, which speak of the row before."""
     starts = next((f[2] for f in FAMILIES if key.startswith(f[2])), ())
     place = next((i for i, start in enumerate(starts) if key.startswith(start)), 0)
-    return place, "infinity" in key, _base(key), key
+    known = list(METRICS)
+    return place, known.index(key) if key in METRICS else len(known), _base(key), key
 
 
 def _scale(key: str, measured: Measurement) -> tuple[str, str]:

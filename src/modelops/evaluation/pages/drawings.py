@@ -207,6 +207,10 @@ def draw_curves(curves: Sequence[Curve], label: str, *, marks: Sequence[Mark] = 
         f'<text x="{_LEFT - 5}" y="{y(tick) + 3:g}" text-anchor="end">{number(tick)}</text>'
         for tick in (0, y.high / 2, y.high)
     )
+    axis += (
+        f'<text x="{HISTOGRAM_WIDTH - _RIGHT}" y="{foot + 16}" text-anchor="end">threshold</text>'
+        f'<text x="{_LEFT}" y="{_TOP - 8}" text-anchor="start">share flagged</text>'
+    )
     return Markup(
         f'<svg class="histogram" viewBox="0 0 {HISTOGRAM_WIDTH} {HISTOGRAM_HEIGHT}" role="img" '
         f'aria-label="{escape(visible(label))}">{"".join(drawn)}{axis}'

@@ -117,6 +117,7 @@ class SliceRow:
     drawing: Markup
     difference: str
     difference_drawing: Markup
+    real: str  # what the same prompts' real pictures get
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,11 @@ class SliceTable:
 
 @dataclass(frozen=True, slots=True)
 class SlicesPart:
+    """`equal` tells of metrics that have one value in every slice, which need no table."""
+
     summary: str
     tables: list[SliceTable]
+    equal: list[str]
 
 
 def slices_part(record: EvaluationRecord) -> SlicesPart | None:
@@ -143,8 +147,14 @@ def slices_part(record: EvaluationRecord) -> SlicesPart | None:
     groups: dict[tuple[str, str], list[SliceMeasurement]] = {}
     for found in record.slices:
         groups.setdefault((found.metric, found.by), []).append(found)
-    tables = []
+    tables, equal = [], []
     for (metric, by), rows in groups.items():
+        values = {m.value for row in rows for m in (row.inside, row.rest)}
+        if len(values) == 1 and None not in values and all(r.verdict != "differs" for r in rows):
+            value = next(iter(values))
+            equal.append(f"{words_of(metric).title} by {by}: {number(value)} in every slice and in "
+                         "the rest.")  # fmt: skip
+            continue
         ordered = sorted(rows, key=_place)
         title = words_of(metric).title
         tables.append(
@@ -157,7 +167,7 @@ def slices_part(record: EvaluationRecord) -> SlicesPart | None:
     summary = f"{differ} of {plural(tested, 'tested comparison')} with the rest differ"
     if few:
         summary += f"; {few} rest on too few prompts to be tested"
-    return SlicesPart(f"{summary}.", tables)
+    return SlicesPart(f"{summary}.", tables, equal)
 
 
 def _place(found: SliceMeasurement) -> tuple[int, float, str]:
@@ -185,10 +195,18 @@ def _slice_rows(rows: Sequence[SliceMeasurement]) -> list[SliceRow]:
                 row.verdict,
                 "" if row.p_corrected is None else f"p {number(row.p_corrected, 2)} corrected",
                 _text(row.inside), _text(row.rest), drawing, _text(row.difference),
-                difference_drawing,
+                difference_drawing, _real(row),
             )
         )  # fmt: skip
     return made
+
+
+def _real(row: SliceMeasurement) -> str:
+    """What the real pictures of the same prompts get: a slice may be hard for the judge too."""
+    inside, rest = (m.details.get("real_pictures") for m in (row.inside, row.rest))
+    if not isinstance(inside, int | float) or not isinstance(rest, int | float):
+        return ""
+    return f"real pictures {number(inside, 3)}, of the rest {number(rest, 3)}"
 
 
 def _text(measured: Measurement) -> str:

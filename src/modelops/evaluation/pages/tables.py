@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -100,12 +101,12 @@ def _of_items(items: Sequence[Mapping[str, Any]], caption: str) -> GenericTable:
         rows.append(row)
     columns = [c for c in dict.fromkeys(k for row in rows for k in row)
                if any(row.get(c) not in (None, "", [], {}) for row in rows)]  # fmt: skip
-    ends = {
-        c: [float(v[e]) for row in rows if is_measured(v := row.get(c))
-            for e in ("low", "value", "high") if v[e] is not None]
-        for c in columns
-    }  # fmt: skip
-    cells = [[_cell(row.get(c), ends[c]) for c in columns] for row in rows]
+    ends: dict[tuple[str, str], list[float]] = defaultdict(list)  # what has one unit has one axis
+    for shown in rows:
+        for c in columns:
+            if is_measured(v := shown.get(c)):
+                ends[c, _unit(v)] += [v[e] for e in ("low", "value", "high") if v[e] is not None]
+    cells = [[_cell(row.get(c), ends[c, _unit(row.get(c))]) for c in columns] for row in rows]
     return GenericTable(caption, [_words(c) for c in columns], cells, len(items) - len(rows))
 
 
@@ -115,11 +116,17 @@ _TONES = {"worse": "bad", "better": "good", "fail": "bad", "failed": "bad", "pas
           "copies": "bad", "memorized": "bad"}  # fmt: skip
 
 
+def _unit(value: Any) -> str:
+    return str(value.get("unit") or "") if is_measured(value) else ""
+
+
 def _cell(value: Any, ends: Sequence[float]) -> Cell:
     if is_measured(value):
         if value["value"] is None:
             return Cell(f"not measured: {value.get('not_measured') or 'no reason recorded'}")
         text = f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"
+        if unit := _unit(value):
+            text += f" {unit}"
         if value.get("n"):
             text += f", n {value['n']:,}"
         if None in (value["low"], value["high"]):

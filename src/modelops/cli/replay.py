@@ -1,0 +1,107 @@
+"""`modelops replay`: was this picture made by this release?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelops.cli.output import dry_run_option, emit, json_option
+
+
+@click.command()
+@click.argument("receipt", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--release", required=True, metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="The release that made the picture.",
+)  # fmt: skip
+@click.option("--prompt", help="The prompt, when the receipt has only its digest.")
+@click.option("--negative-prompt", help="The negative prompt, likewise.")
+@click.option(
+    "--image", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The picture that was sent; says how far pixels that differ are.",
+)  # fmt: skip
+@click.option(
+    "--key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Certificate or public key (PEM) to trust. [default: $MODELOPS_SIGNING_CHAIN, else this "
+    "machine's development key]",
+)  # fmt: skip
+@click.option("--id", "receipt_id", help="Which receipt, where RECEIPT holds several.")
+@click.option(
+    "--receipts", metavar="DIR", type=click.Path(exists=True, path_type=Path),
+    help="Where to look for the receipt of a picture given as RECEIPT.",
+)  # fmt: skip
+@click.option("--runtime", help="Another runtime than the one that made it.")
+@click.option(
+    "--tolerance", type=click.IntRange(0, 255), default=0, show_default=True,
+    help="Levels of 255 that pixels may be off; needs --image.",
+)  # fmt: skip
+@dry_run_option
+@json_option
+def replay(
+    receipt: Path,
+    release: Path,
+    prompt: str | None,
+    negative_prompt: str | None,
+    image: Path | None,
+    key: Path | None,
+    receipt_id: str | None,
+    receipts: Path | None,
+    runtime: str | None,
+    tolerance: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make the picture of RECEIPT again and say whether the pixels are equal.
+
+    RECEIPT is a receipt (`x_modelops` of an answer), a whole answer, a .jsonl file or folder of
+    receipts, or the picture itself with its C2PA manifest. Its signature, the digests of prompt,
+    release and model are checked first; --dry-run stops there.
+
+    \b
+    Exit codes:
+      0  equal, or within --tolerance
+      1  differs, or cannot be verified (tampered, other key, other release)
+      2  usage
+    \b
+    Examples:
+      modelops replay receipt.json --release release
+      modelops replay picture.png --release release --prompt "red heart"
+    """
+    from dataclasses import asdict
+
+    from modelops.serving.replay import check_release, open_recipe, recipe_texts, replay_recipe
+    from modelops.serving.signing import find_verifying_key
+
+    if tolerance and image is None and picture_of(receipt) is None:
+        raise click.UsageError("--tolerance needs the picture: --image FILE")
+    trusted = find_verifying_key(key)
+    recipe = open_recipe(receipt, trusted, receipt_id=receipt_id, receipts=receipts)
+    texts = recipe_texts(recipe, {"prompt": prompt, "negative_prompt": negative_prompt})
+    check_release(recipe, release)
+    about = asdict(recipe) | {"key_id": trusted.key_id}
+    if dry_run:
+        emit(
+            {"status": "dry-run", "recipe": about},
+            as_json=as_json,
+            text=f"{recipe.signed_by} {recipe.receipt_id}: signature, texts and release are right; "
+            f"would make it again with {recipe.runtime}",
+        )
+        return
+    result = replay_recipe(
+        recipe, release, texts,
+        image=image or picture_of(receipt), runtime=runtime, tolerance=tolerance,
+    )  # fmt: skip
+    emit({"status": "ok", **asdict(result), "recipe": about}, as_json=as_json, text=result.sentence)
+    if result.answer == "differs":
+        raise click.exceptions.Exit(1)
+
+
+def picture_of(path: Path) -> Path | None:
+    """The path, if it is a picture."""
+    from modelops.serving.provenance import picture_format
+
+    if not path.is_file():
+        return None
+    with path.open("rb") as handle:
+        return path if picture_format(handle.read(16)) else None

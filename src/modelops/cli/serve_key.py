@@ -1,0 +1,109 @@
+"""`modelops serve key`: who may use a served release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from modelops.cli.output import emit, json_option, table
+
+DEFAULT_FILE = "api_keys.json"
+
+_file_option = click.option(
+    "--file", "path", default=DEFAULT_FILE, show_default=True, type=click.Path(path_type=Path),
+    help="The file of keys; `modelops serve --keys` reads it.",
+)  # fmt: skip
+
+
+@click.group()
+def key() -> None:
+    """Make, list and revoke API keys; a running server follows without a restart.
+
+    The file holds names, limits and digests, never a key.
+
+    \b
+    Examples:
+      modelops serve key create alice --requests-per-minute 60
+      modelops serve key list
+      modelops serve key revoke alice
+    """
+
+
+@key.command()
+@click.argument("name")
+@_file_option
+@click.option(
+    "--requests-per-minute", type=click.IntRange(1, 1_000_000), help="Requests of this key."
+)
+@click.option("--images-per-minute", type=click.IntRange(1, 1_000_000), help="Its images.")
+@json_option
+def create(
+    name: str,
+    path: Path,
+    requests_per_minute: int | None,
+    images_per_minute: int | None,
+    as_json: bool,
+) -> None:
+    """Make a key called NAME and print it: this once, nobody can read it later.
+
+    \b
+    Example:
+      modelops serve key create alice --images-per-minute 30
+    """
+    from modelops.serving.keys import create_key
+
+    made = create_key(
+        path, name, requests_per_minute=requests_per_minute, images_per_minute=images_per_minute
+    )
+    emit({"status": "ok", "name": name, "key": made, "file": str(path)}, as_json=as_json, text=made)
+
+
+@key.command("list")
+@_file_option
+@json_option
+def list_keys(path: Path, as_json: bool) -> None:
+    """Show names, limits and dates.
+
+    \b
+    Example:
+      modelops serve key list
+    """
+    from modelops.serving.keys import read_keys
+
+    keys = read_keys(path)
+    emit({"keys": [entry.model_dump(exclude={"sha256"}) for entry in keys]}, as_json=as_json)
+    if not as_json:
+        table(
+            ["name", "created", "revoked", "requests/min", "images/min"],
+            [
+                [
+                    entry.name,
+                    entry.created,
+                    entry.revoked or "",
+                    str(entry.requests_per_minute or ""),
+                    str(entry.images_per_minute or ""),
+                ]
+                for entry in keys
+            ],
+        )
+
+
+@key.command()
+@click.argument("name")
+@_file_option
+@json_option
+def revoke(name: str, path: Path, as_json: bool) -> None:
+    """Refuse the key called NAME from the next request on.
+
+    \b
+    Example:
+      modelops serve key revoke alice
+    """
+    from modelops.serving.keys import revoke_key
+
+    revoked = revoke_key(path, name).revoked
+    emit(
+        {"status": "ok", "name": name, "revoked": revoked, "file": str(path)},
+        as_json=as_json, text=f"{path}: {name} revoked",
+    )  # fmt: skip

@@ -1,0 +1,201 @@
+"""What every export does: catch the networks' calls, prove the graphs equal, write the record."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelops.environment import current_environment
+from modelops.export.artifact import describe_graph, other_files, portable_path
+from modelops.export.calibration import (
+    Feed,
+    TrajectoryRows,
+    catch_feeds,
+    collect_rows,
+    rows_at_once,
+)
+from modelops.export.choice import write_probe
+from modelops.export.components import OMITTED, Component
+from modelops.export.graphs import Graph
+from modelops.export.parity import (
+    Bounds,
+    component_parity,
+    errors_by_noise,
+    image_parity,
+)
+from modelops.export.runtime import assemble
+from modelops.export.source import ExportSource, Lora
+from modelops.files import sha256_path, tree_files
+from modelops.records import ExportedComponent, InputRef, ParityCheck
+from modelops.seeding import image_seed
+
+PARITY_SEED = 20
+Stage = Callable[[int, int], None]
+
+
+@dataclass
+class Calls:
+    """What a pipeline called its networks with on the prompts of parity.
+
+    Attributes:
+        feeds: component's name to feeds of its graph.
+        rows: the same of each denoiser, over its whole trajectory.
+    """
+
+    feeds: dict[str, list[Feed]]
+    rows: dict[str, TrajectoryRows]
+
+
+def catch_calls(
+    source: ExportSource, components: Sequence[Component], prompts: Sequence[str]
+) -> Calls:
+    """Call the pipeline with the prompts of parity and keep what every network was called with."""
+    texts = list(prompts[: rows_at_once(*source.size)])
+    feeds = catch_feeds(
+        source.pipeline, [c for c in components if c.role != "denoiser"], texts,
+        [image_seed(PARITY_SEED, text) for text in texts], 4, source.size,
+    )  # fmt: skip
+    calls = Calls(feeds={}, rows={})
+    for component in components:
+        if component.role == "denoiser":
+            rows = collect_rows(
+                source.pipeline, component, prompts=prompts[:8], seed=PARITY_SEED, purpose="parity",
+                steps=8, rows=32, size=source.size,
+            )  # fmt: skip
+            calls.rows[component.name] = rows
+            calls.feeds[component.name] = rows.batches(min(8, len(rows)))
+        else:
+            calls.feeds[component.name] = feeds[component.name] or [_example_feed(component)]
+    return calls
+
+
+def prove(
+    source: ExportSource,
+    root: Path,
+    components: Sequence[Component],
+    graphs: Mapping[str, Graph],
+    calls: Calls,
+    bounds: Bounds,
+    prompts: Sequence[str],
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[list[ParityCheck], list[dict[str, float]]]:
+    """Compare every network and the pictures with their source; write the denoiser's probe.
+
+    Returns:
+        The checks, some of which may have failed, and the denoiser's error by noise level.
+    """
+    checks: list[ParityCheck] = []
+    for component in components:
+        feeds = calls.feeds[component.name]
+        checks += component_parity(component, graphs[component.name], feeds, bounds)
+        tick()
+    name, rows = next(iter(calls.rows.items()))
+    denoiser = next(component for component in components if component.name == name)
+    errors = errors_by_noise(denoiser, graphs[name], rows)
+    write_probe(root / name, denoiser, rows)
+    checks += image_parity(
+        source.pipeline, assemble(root, graphs), name=f"images/{graphs[name].runtime}",
+        prompts=prompts[:4], seed=PARITY_SEED, bounds=bounds, size=source.size,
+    )  # fmt: skip
+    tick()
+    return checks, errors
+
+
+def about_source(
+    checkpoint: str | Path, source: ExportSource, lora: Lora | None = None
+) -> dict[str, Any]:
+    """The fields of a record that say what an artifact was made from, and where."""
+    return {
+        "inputs": source_inputs(checkpoint, source, lora),
+        "environment": current_environment(),
+        "pipeline": type(source.pipeline).__name__,
+        "size": [side for side in source.size if side],
+        "omitted": omitted_parts(source.pipeline),
+        "source_bytes_total": source.bytes_total,
+    }
+
+
+def about_files(root: Path, components: list[ExportedComponent]) -> dict[str, Any]:
+    """The fields of a record that name every file of the directory."""
+    return {
+        "components": components,
+        "files": other_files(root, components),
+        "bytes_total": sum(path.stat().st_size for path in tree_files(root).values()),
+    }
+
+
+def carry_parts(source: ExportSource, root: Path) -> None:
+    """Copy what is not a network: tokenizers, scheduler, image processors, the pipeline's index."""
+    pipeline = source.pipeline
+    for name, part in pipeline.components.items():
+        if part is None or isinstance(part, torch.nn.Module) or name in OMITTED:
+            continue
+        if source.directory is not None and (source.directory / name).is_dir():
+            shutil.copytree(source.directory / name, root / name)
+        else:
+            part.save_pretrained(root / name)
+    if source.directory is None:
+        pipeline.save_config(root)
+        return
+    for name in ("model_index.json", "pipeline.py"):
+        if (source.directory / name).is_file():
+            shutil.copyfile(source.directory / name, root / name)
+
+
+def describe_components(
+    root: Path, components: Sequence[Component], *, precision: str
+) -> list[ExportedComponent]:
+    """The components of an artifact, from their graphs."""
+    return [
+        describe_graph(root, item.name, precision=precision).model_copy(
+            update={"attribute": item.attribute, "role": item.role}
+        )
+        for item in components
+    ]
+
+
+def source_inputs(
+    checkpoint: str | Path, source: ExportSource, lora: Lora | None
+) -> dict[str, InputRef]:
+    """What an artifact was made from."""
+    inputs = {"checkpoint": InputRef(path=portable_path(checkpoint), sha256=source.sha256)}
+    if source.directory is None:
+        inputs["checkpoint"] = InputRef(path=str(checkpoint), sha256=source.sha256)
+    if lora is not None:
+        inputs["lora"] = InputRef(path=portable_path(lora.path), sha256=sha256_path(lora.path))
+    return inputs
+
+
+def omitted_parts(pipeline: Any) -> list[str]:
+    """Parts that an artifact leaves out."""
+    return [name for name in OMITTED if pipeline.components.get(name) is not None]
+
+
+def _example_feed(component: Component) -> Feed:
+    """For a network that the pipeline does not call: an autoencoder's encoder, say."""
+    return {name: tensor.numpy() for name, (tensor, _) in component.example.items()}
+
+
+def config_of(module: Any) -> dict[str, Any]:
+    """A network's configuration without the place where its checkpoint lay."""
+    config = module.config
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {k: v for k, v in plain.items() if k != "_name_or_path"}
+
+
+def ticker(on_progress: Stage | None, total: int) -> Callable[[], None]:
+    """Counts stages for a progress bar."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if on_progress:
+            on_progress(done, total)
+
+    return tick

@@ -1,0 +1,180 @@
+"""The checkpoint that an export starts from: any diffusers pipeline in float32 torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelops.errors import ExportError, UsageError
+from modelops.export.artifact import is_artifact
+from modelops.export.components import Component, FlatModule
+from modelops.export.runtime import read_signature
+from modelops.export.writer import check_weights
+from modelops.files import sha256_file, sha256_json, sha256_tree, tree_files
+from modelops.models.sources import TRAINING_STATE, load_checkpoint, native_size
+from modelops.records import ArtifactRecord, ExportedComponent
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank weights to export with.
+
+    Attributes:
+        path: a safetensors file or a directory that diffusers' load_lora_weights takes.
+        fused: added into the weights; else kept as layers of their own.
+        scale: what they are multiplied by when fused.
+    """
+
+    path: Path
+    fused: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A loaded checkpoint.
+
+    Attributes:
+        pipeline: float32, in evaluation mode, on the CPU.
+        sha256: digest of the checkpoint without its training state (and of the LoRA).
+        bytes_total: size of the checkpoint without its training state; of the weights for a hub id.
+        directory: where it lies; None for a hub id.
+        size: height and width in pixels that it is exported and compared at.
+    """
+
+    pipeline: Any
+    sha256: str
+    bytes_total: int
+    directory: Path | None
+    size: tuple[int | None, int | None]
+
+
+def load_source(
+    checkpoint: str | Path, *, size: tuple[int, int] | None = None, lora: Lora | None = None
+) -> ExportSource:
+    """Load a checkpoint to export.
+
+    Raises:
+        UsageError: neither a directory with a checkpoint nor a hub id that is to be had.
+        ExportError: it cannot be loaded, or weights are missing or not finite.
+    """
+    directory = Path(checkpoint)
+    local = directory.exists()
+    if local and not directory.is_dir():
+        raise UsageError(f"{checkpoint}: not a directory", hint="name a checkpoint's directory")
+    if not local and (str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/"))):
+        raise UsageError(f"{checkpoint}: no such directory", hint="name a checkpoint's directory")
+    if local and is_artifact(directory):
+        raise UsageError(
+            f"{checkpoint}: an exported artifact, not a checkpoint",
+            hint="name the checkpoint it was made from",
+        )
+    try:
+        pipeline = load_checkpoint(checkpoint)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise ExportError(
+            f"{checkpoint}: cannot be loaded: {str(error).splitlines()[0]}",
+            hint="is the checkpoint complete?",
+        ) from error
+    if lora is not None:
+        apply_lora(pipeline, lora)
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            module.eval()
+            check_weights(module, f"{checkpoint}: {name}")
+            if name.startswith("text_encoder") and hasattr(module, "set_attn_implementation"):
+                # torch's fused attention has a form that the exporter cannot write for T5.
+                set_attention: Any = module.set_attn_implementation
+                set_attention("eager")
+    pipeline.set_progress_bar_config(disable=True)
+    if local:
+        digest = sha256_tree(directory, exclude=[TRAINING_STATE])
+        files = tree_files(directory, exclude=[TRAINING_STATE]).values()
+        total = sum(path.stat().st_size for path in files)
+    else:
+        digest, total = _weights_digest(pipeline)
+    if lora is not None:
+        parts = {"checkpoint": digest, "lora": _digest_of(lora.path), "fused": lora.fused}
+        digest = sha256_json({**parts, "scale": lora.scale})
+    return ExportSource(
+        pipeline=pipeline,
+        sha256=digest,
+        bytes_total=total,
+        directory=directory if local else None,
+        size=size or native_size(pipeline),
+    )
+
+
+def apply_lora(pipeline: Any, lora: Lora) -> None:
+    """Load low-rank weights into a pipeline; needs the package peft.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        UsageError: the pipeline takes none, or the file is not one.
+    """
+    from modelops.extras import require_module
+
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UsageError(f"{type(pipeline).__name__} takes no LoRA")
+    if not lora.path.exists():
+        raise UsageError(f"{lora.path}: no such file or directory")
+    require_module("peft", needed_for="exporting with a LoRA")
+    folder, name = (lora.path.parent, lora.path.name) if lora.path.is_file() else (lora.path, None)
+    try:
+        pipeline.load_lora_weights(str(folder), weight_name=name, local_files_only=True)
+        if lora.fused:
+            pipeline.fuse_lora(lora_scale=lora.scale)
+            pipeline.unload_lora_weights()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(
+            f"{lora.path}: not a LoRA of this checkpoint: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def component_from(pipeline: Any, folder: Path, exported: ExportedComponent) -> Component:
+    """The torch network that a graph of an artifact was made from, without probing again."""
+    signature = read_signature(folder)
+    if exported.role == "":
+        raise UsageError(f"{folder}: of an older export", hint="export it again")
+    return Component(
+        name=exported.name,
+        attribute=exported.attribute,
+        role=exported.role,
+        flat=FlatModule(getattr(pipeline, exported.attribute), signature).eval(),
+        example={},
+        outputs={name: {} for name in signature.outputs},
+        signature=signature,
+    )
+
+
+def size_of(record: ArtifactRecord) -> tuple[int | None, int | None]:
+    """The height and width an artifact was exported at."""
+    return (record.size[0], record.size[1]) if len(record.size) == 2 else (None, None)
+
+
+def both_sides(size: tuple[int | None, int | None]) -> tuple[int, int] | None:
+    """Height and width if both are known."""
+    return (size[0], size[1]) if size[0] and size[1] else None
+
+
+def _digest_of(path: Path) -> str:
+    return sha256_file(path) if path.is_file() else sha256_tree(path)
+
+
+def _weights_digest(pipeline: Any) -> tuple[str, int]:
+    """Digest and bytes of all weights of a pipeline that has no directory."""
+    from modelops.files import sha256_bytes
+
+    digests: dict[str, str] = {}
+    total = 0
+    for name, module in pipeline.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for key, value in module.state_dict().items():
+            data = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
+            digests[f"{name}.{key}"] = sha256_bytes(data)
+            total += len(data)
+    return sha256_json(digests), total

@@ -1,0 +1,374 @@
+"""A receipt, or a picture with its manifest, to the same image again: equal, or how far off.
+
+Pixels are compared, never files: a file holds a signature with a random number in it. Who may be
+trusted comes first: a receipt with a wrong signature is not replayed.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from modelops.errors import IntegrityError, UsageError
+from modelops.files import sha256_bytes, sha256_file
+from modelops.release import RECORD_FILE, verify_release
+from modelops.serving.provenance import picture_format, read_mark
+from modelops.serving.receipts import Receipt, read_receipt, text_digest, verify_receipt
+from modelops.serving.signing import VerifyingKey
+
+if TYPE_CHECKING:
+    from modelops.records import ReleaseRecord
+
+Answer = Literal["equal", "within tolerance", "differs"]
+_MAX_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How an image was made, as a signature vouches for it; texts by digest where known."""
+
+    signed_by: Literal["receipt", "manifest"]
+    receipt_id: str
+    release_sha256: str
+    model_sha256: str
+    runtime: str
+    precision: str | None
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    output_format: str
+    pixels_sha256: str
+    texts: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    output_sha256: str | None = None
+    mean_rows: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """How the image made again compares with the one that was sent.
+
+    Attributes:
+        pixels_sha256: of the image made now.
+        max_difference: in levels of 255, None without the picture.
+        psnr_db: None without the picture, and for equal pixels (it would be infinite).
+        notes: what was different in how it was made.
+    """
+
+    answer: Answer
+    recipe: Recipe
+    pixels_sha256: str
+    runtime: str
+    precision: str
+    max_difference: int | None = None
+    psnr_db: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sentence(self) -> str:
+        """The answer for a person."""
+        if self.answer == "equal":
+            text = "equal: the same pixels"
+        elif self.max_difference is None:
+            text = "differs; how far cannot be said without the picture (--image)"
+        else:
+            psnr = "" if self.psnr_db is None else f", PSNR {self.psnr_db:.1f} dB"
+            text = f"{self.answer}: at most {self.max_difference} of 255 levels{psnr}"
+        return "; ".join([text, *self.notes])
+
+
+def open_recipe(
+    path: str | Path,
+    key: VerifyingKey,
+    *,
+    receipt_id: str | None = None,
+    receipts: str | Path | None = None,
+) -> Recipe:
+    """The recipe of a receipt, or of a picture.
+
+    Args:
+        path: see `receipts.read_receipt`; or a PNG, JPEG or WebP file with a manifest.
+        key: must have signed it.
+        receipt_id: which receipt, where the file holds several.
+        receipts: folder in which a picture's receipt is looked up; it knows more than the manifest.
+
+    Raises:
+        UsageError: unreadable, or not there.
+        IntegrityError: changed, or signed by somebody else.
+    """
+    source = Path(path)
+    output_format = picture_format(_head(source)) if source.is_file() else None
+    if output_format is None:
+        return _from_receipt(verify_receipt(read_receipt(source, receipt_id=receipt_id), key))
+    if key.certificate is None:
+        raise UsageError(
+            "a picture's manifest is checked with the signer's certificate",
+            hint="give --key the certificate chain instead of a bare public key",
+        )
+    data = _read_picture(source)
+    try:
+        said = read_mark(data, output_format, signer=key.certificate).generation
+        recipe = _from_manifest(said, output_format)
+    except IntegrityError as error:
+        raise IntegrityError(f"{source}: {error.message}", hint=error.hint) from error
+    if receipts is None:
+        return recipe
+    kept = verify_receipt(read_receipt(receipts, receipt_id=recipe.receipt_id), key)
+    if kept.output_sha256 != sha256_bytes(data):
+        raise IntegrityError(f"{source}: not the file that its receipt is about")
+    return _from_receipt(kept)
+
+
+def check_release(recipe: Recipe, release_dir: str | Path) -> ReleaseRecord:
+    """The release, if its bytes are intact and it is the recipe's.
+
+    Raises:
+        IntegrityError: changed, or another release.
+        UsageError: no release there.
+    """
+    release = verify_release(release_dir)
+    found = sha256_file(Path(release_dir) / RECORD_FILE)
+    if found != recipe.release_sha256 or release.model_sha256 != recipe.model_sha256:
+        raise IntegrityError(
+            f"{release_dir}: is release {found[:12]}, the image was made by "
+            f"{recipe.release_sha256[:12]}",
+            hint="name the release that the image was made by",
+        )
+    return release
+
+
+def recipe_texts(recipe: Recipe, given: dict[str, str | None]) -> dict[str, str]:
+    """Prompt and negative prompt: what was given, else what the receipt holds.
+
+    Raises:
+        UsageError: a text is neither given nor in the receipt.
+        IntegrityError: a given text is not the one whose digest was signed.
+    """
+    texts = {}
+    for name in ("prompt", "negative_prompt"):
+        text = given.get(name)
+        digest = recipe.digests.get(name)
+        if text is None:
+            text = recipe.texts.get(name)
+        if text is None and (name == "negative_prompt") and digest in (None, text_digest("")):
+            text = ""
+        option = f"--{name.replace('_', '-')}"
+        if text is None:
+            raise UsageError(
+                f"the {recipe.signed_by} does not hold the text: {name.replace('_', ' ')}",
+                hint=f"give it with {option}",
+            )
+        if digest is not None and text_digest(text) != digest:
+            raise IntegrityError(f"{option}: not the text that was used, its digest is another")
+        texts[name] = text
+    return texts
+
+
+def replay_recipe(
+    recipe: Recipe,
+    release_dir: str | Path,
+    texts: dict[str, str],
+    *,
+    image: str | Path | None = None,
+    runtime: str | None = None,
+    tolerance: int = 0,
+) -> Replay:
+    """Make the image again with the engine that serves, alone in its batch, and compare.
+
+    Args:
+        release_dir: checked by `check_release`.
+        texts: from `recipe_texts`.
+        image: the picture that was sent; needed to say how far pixels that differ are.
+        runtime: in place of the one that made it.
+        tolerance: levels of 255 that count as "within tolerance".
+
+    Raises:
+        IntegrityError: `image` is not the picture that the recipe is about.
+        ModelopsError: the release cannot be opened here, or gives no image.
+    """
+    from modelops.models.sources import ImageRequest
+    from modelops.serving.engine import StepEngine
+    from modelops.serving.golden import pixels_sha256
+    from modelops.serving.node import open_model
+
+    release = check_release(recipe, release_dir)
+    sent = None if image is None else _sent_pixels(Path(image), recipe)
+    then, _, device = recipe.runtime.rpartition("-")
+    pipeline, source = open_model(
+        Path(release_dir) / release.model, runtime=runtime or _runtime_option(then), device=device
+    )
+    engine = StepEngine(pipeline)
+    try:
+        (job,) = engine.submit(
+            [
+                ImageRequest(
+                    prompt=texts["prompt"],
+                    negative_prompt=texts["negative_prompt"],
+                    seed=recipe.seed,
+                    steps=recipe.steps,
+                    guidance=recipe.guidance,
+                    height=recipe.height,
+                    width=recipe.width,
+                )
+            ]
+        )
+        pixels = job.future.result().pixels
+    finally:
+        engine.close(drain=False)
+    digest = pixels_sha256(pixels)
+    notes = [
+        f"{what} then {was}, now {now}"
+        for what, was, now in (
+            ("runtime", recipe.runtime, source.runtime),
+            ("precision", recipe.precision, source.precision),
+        )
+        if was is not None and was != now
+    ]
+    answer: Answer = "equal" if digest == recipe.pixels_sha256 else "differs"
+    difference, psnr = None, None
+    if answer == "equal":
+        difference = 0
+    else:
+        if recipe.mean_rows is not None and recipe.mean_rows > (2 if recipe.guidance != 1 else 1):
+            notes.append(f"made in a batch of {recipe.mean_rows:g} rows then, alone now")
+        if sent is not None:
+            difference, psnr = picture_distance(sent, _as_sent(pixels, recipe.output_format))
+            if difference <= tolerance:
+                answer = "within tolerance"
+    return Replay(
+        answer=answer,
+        recipe=recipe,
+        pixels_sha256=digest,
+        runtime=source.runtime,
+        precision=source.precision,
+        max_difference=difference,
+        psnr_db=psnr,
+        notes=notes,
+    )
+
+
+def picture_distance(
+    one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]
+) -> tuple[int, float | None]:
+    """(largest difference in levels, PSNR in dB for a peak of 255) of two images [H, W, 3].
+
+    PSNR is None for equal pixels, where it is infinite.
+    """
+    if one.shape != other.shape:
+        raise IntegrityError(f"pictures of different sizes: {one.shape} and {other.shape}")
+    difference = one.astype(np.int16) - other.astype(np.int16)
+    mean_square = float(np.mean(difference.astype(np.float64) ** 2))
+    psnr = None if mean_square == 0 else float(10 * np.log10(255.0**2 / mean_square))
+    return int(np.abs(difference).max()), psnr
+
+
+def _from_receipt(receipt: Receipt) -> Recipe:
+    request = receipt.request
+    width, height = map(int, request.size.split("x"))
+    texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    return Recipe(
+        signed_by="receipt",
+        receipt_id=receipt.id,
+        release_sha256=receipt.release.sha256,
+        model_sha256=receipt.model_sha256,
+        runtime=receipt.runtime,
+        precision=receipt.precision,
+        seed=request.seed,
+        steps=request.steps,
+        guidance=request.guidance,
+        width=width,
+        height=height,
+        output_format=request.output_format,
+        pixels_sha256=receipt.pixels_sha256,
+        texts={name: text for name, text in texts.items() if text is not None},
+        digests={
+            "prompt": request.prompt_sha256,
+            "negative_prompt": request.negative_prompt_sha256,
+        },
+        output_sha256=receipt.output_sha256,
+        mean_rows=receipt.mean_rows,
+    )
+
+
+def _from_manifest(said: dict[str, Any], output_format: str) -> Recipe:
+    try:
+        width, height = map(int, str(said["size"]).split("x"))
+        return Recipe(
+            signed_by="manifest",
+            receipt_id=str(said["receipt"]),
+            release_sha256=str(said["release_sha256"]),
+            model_sha256=str(said["model_sha256"]),
+            runtime=str(said["runtime"]),
+            precision=None,
+            seed=int(said["seed"]),
+            steps=int(said["steps"]),
+            guidance=float(said["guidance"]),
+            width=width,
+            height=height,
+            output_format=output_format,
+            pixels_sha256=str(said["pixels_sha256"]),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(f"its manifest does not say how it was made ({error})") from error
+
+
+def _sent_pixels(path: Path, recipe: Recipe) -> npt.NDArray[np.uint8]:
+    """The picture's pixels, if it is the recipe's: by its bytes, or by its lossless pixels."""
+    from modelops.serving.golden import pixels_sha256
+
+    data = _read_picture(path)
+    pixels = _decode(data, path)
+    if sha256_bytes(data) != recipe.output_sha256 and pixels_sha256(pixels) != recipe.pixels_sha256:
+        if recipe.output_sha256 is None and picture_format(data) == "jpeg":
+            return (
+                pixels  # a manifest cannot name the file it is in; JPEG pixels are not the model's
+            )
+        raise IntegrityError(f"{path}: not the picture that was sent, its digests are others")
+    return pixels
+
+
+def _as_sent(pixels: npt.NDArray[np.uint8], output_format: str) -> npt.NDArray[np.uint8]:
+    """What a reader of the file sees: JPEG loses something, in the same way each time."""
+    from modelops.serving.images import encode_image
+
+    if output_format != "jpeg":
+        return pixels
+    return _decode(encode_image(pixels, output_format, {}), Path("the image made again"))
+
+
+def _decode(data: bytes, path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path}: not a readable picture") from error
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as handle:
+            return handle.read(16)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+
+
+def _read_picture(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UsageError(f"{path}: over {_MAX_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+
+
+def _runtime_option(name: str) -> str:
+    """The option of `open_model`; a checkpoint is always run by torch and ignores it."""
+    return "auto" if name in ("", "torch") else name

@@ -1,0 +1,214 @@
+"""Pipelines of every family export, run and make the same pictures; nothing knows them by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny_pipelines
+import torch
+
+from modelops.errors import ExportError, UsageError
+from modelops.export.artifact import GRAPH, read_artifact
+from modelops.export.components import Component, find_components
+from modelops.export.onnx import export_onnx
+from modelops.export.runtime import open_artifact
+from modelops.export.signatures import Fields, Signature
+from modelops.export.source import load_source
+from modelops.models.sources import ImageRequest, open_checkpoint
+from modelops.records import ArtifactRecord
+
+FAMILIES = {
+    "sd": {"unet", "text_encoder", "vae_encoder", "vae_decoder"},
+    "sdxl": {"unet", "text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"},
+    "sd3": {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae_encoder",
+            "vae_decoder"},
+    "flux": {"transformer", "text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"},
+    "pixart": {"transformer", "text_encoder", "vae_encoder", "vae_decoder"},
+    "sana": {"transformer", "text_encoder", "vae_encoder", "vae_decoder"},
+    "ddpm": {"unet"},
+    "controlnet": {"unet", "controlnet", "text_encoder", "vae_encoder", "vae_decoder"},
+}  # fmt: skip
+PROMPTS = ["red heart", "dog", "house of the sun", "green flag"]
+
+
+def saved(family: str, folder: Path) -> Path:
+    tiny_pipelines.make(family).save_pretrained(folder / family)
+    return folder / family
+
+
+def exported(family: str, checkpoint: Path, out: Path, **options: Any) -> ArtifactRecord:
+    size = None if family == "ddpm" else (32, 32)
+    return export_onnx(checkpoint, out, size=size, prompts=PROMPTS, **options)
+
+
+def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
+    if family == "controlnet":  # wants a picture, which no request carries; compared at export
+        return
+    size = {} if family == "ddpm" else {"height": 32, "width": 32}
+    requests = [ImageRequest(prompt=t, seed=s, steps=3, **size) for s, t in enumerate(PROMPTS)]
+    expected = open_checkpoint(checkpoint, batch_size=2).generate(requests)
+    images = open_artifact(artifact, runtime="onnxruntime", batch_size=2).generate(requests)
+    for image, reference in zip(images, expected, strict=True):
+        assert np.abs(image.astype(int) - reference.astype(int)).max() <= 1
+        assert reference.std() > 1  # not of one colour
+
+
+@pytest.mark.parametrize(
+    "family", ["ddpm", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "ddpm")]
+)
+def test_a_family_exports_and_matches(family: str, tmp_path: Path) -> None:
+    checkpoint = saved(family, tmp_path)
+    record = exported(family, checkpoint, tmp_path / "onnx")
+    assert {item.name for item in record.components} == FAMILIES[family]
+    assert all(check.passed for check in record.parity)
+    relative = [c.value for c in record.parity if c.measure == "max_relative_error"]
+    assert max(relative) <= 1e-4
+    for item in record.components:
+        assert any(axis.endswith("=batch") for axis in item.dynamic_axes), item
+    assert read_artifact(tmp_path / "onnx").pipeline == type(tiny_pipelines.make(family)).__name__
+    check_pictures_of(family, checkpoint, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+def test_height_and_width_vary_where_the_network_lets_them(tmp_path: Path) -> None:
+    checkpoint = saved("sd", tmp_path)
+    record = exported("sd", checkpoint, tmp_path / "onnx")
+    unet = next(item for item in record.components if item.name == "unet")
+    assert {"sample[2]=height", "sample[3]=width"} <= set(unet.dynamic_axes)
+    request = [ImageRequest(prompt="dog", seed=3, steps=2, height=48, width=40)]
+    image = open_artifact(tmp_path / "onnx", runtime="onnxruntime").generate(request)[0]
+    expected = open_checkpoint(checkpoint).generate(request)[0]
+    assert image.shape == (48, 40, 3)
+    assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_keeps_the_pictures(tmp_path: Path, precision: str) -> None:
+    if precision == "bfloat16":
+        pytest.importorskip("openvino")
+    checkpoint = saved("sd", tmp_path)
+    exported("sd", checkpoint, tmp_path / "onnx")
+    record = exported("sd", checkpoint, tmp_path / "half", precision=precision)
+    assert record.precision == precision
+    assert set(record.conversion) == FAMILIES["sd"]
+    wide = {c.name: c.bytes for c in read_artifact(tmp_path / "onnx").components}
+    for item in record.components:
+        assert item.bytes < 0.8 * wide[item.name], item.name
+    assert not list((tmp_path / "half").glob(".*"))
+    assert open_artifact(tmp_path / "half").info.precision == precision
+
+
+def components_of(family: str) -> dict[str, Component]:
+    pipeline = tiny_pipelines.make(family)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return {item.name: item for item in find_components(pipeline, size=(32, 32))}
+
+
+def test_networks_are_described_by_what_they_are_called_with() -> None:
+    found = components_of("sdxl")
+    unet = found["unet"]
+    assert unet.role == "denoiser"
+    assert list(unet.example) == [
+        "sample", "timestep", "encoder_hidden_states", "added_cond_kwargs.text_embeds",
+        "added_cond_kwargs.time_ids",
+    ]  # fmt: skip
+    assert unet.example["timestep"][1] == {0: "batch"}
+    assert unet.example["timestep"][0].shape == unet.example["sample"][0].shape[:1]
+    assert unet.example["sample"][1] == {0: "batch", 2: "height", 3: "width"}
+    assert unet.outputs == {"output.0": {0: "batch", 2: "height", 3: "width"}}
+    assert found["text_encoder_2"].signature.integers == ["input_ids"]
+    assert "output.text_embeds" in found["text_encoder_2"].outputs
+
+
+def test_rows_that_are_no_rows_are_told_apart() -> None:
+    transformer = components_of("flux")["transformer"]
+    assert set(transformer.example) - set(transformer.rows_in) == {"txt_ids", "img_ids"}
+    assert transformer.example["img_ids"][1] == {0: "height_width"}
+
+
+def test_a_call_goes_through_its_signature_and_back() -> None:
+    signature = Signature(
+        method="forward",
+        parameters=["sample", "timestep", "extra", "return_dict"],
+        arguments={
+            "sample": {"tensor": "sample"},
+            "timestep": {"tensor": "timestep"},
+            "extra": {"dict": {"ids": {"list": [{"tensor": "extra.ids.0"}]}}},
+            "return_dict": {"value": False},
+        },
+        output={"tuple": [{"tensor": "output.0"}]},
+        inputs=["sample", "timestep", "extra.ids.0"],
+        outputs=["output.0"],
+        integers=["extra.ids.0"],
+        batch=["sample", "timestep", "extra.ids.0"],
+    )
+    sample, ids = torch.zeros(3, 2, dtype=torch.float16), torch.ones(3, dtype=torch.int32)
+    flat = signature.flatten((sample, torch.tensor(7)), {"extra": {"ids": [ids]}})
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in flat.items()} == {
+        "sample": (torch.float32, (3, 2)),
+        "timestep": (torch.float32, (3,)),
+        "extra.ids.0": (torch.int64, (3,)),
+    }
+    assert flat["timestep"].tolist() == [7.0, 7.0, 7.0]
+    fields = signature.restore([sample], return_dict=True)
+    assert isinstance(fields, Fields)
+    assert fields.sample is sample
+    assert fields[0] is sample
+    assert signature.restore([sample], return_dict=False) == (sample,)
+    with pytest.raises(ExportError, match=r"needs 1 values as extra\.ids"):
+        signature.flatten((sample, torch.tensor(7)), {})
+    with pytest.raises(ExportError, match="takes no mask"):
+        signature.flatten((sample, 7), {"extra": {"ids": [ids]}, "mask": ids})
+
+
+def test_a_tiny_summand_is_not_taken_for_zero(tmp_path: Path) -> None:
+    from modelops.export.writer import write_graph
+
+    class Divides(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x / (x + 1e-15) * 1.0 + 0.0)
+
+    path = tmp_path / "divides" / GRAPH
+    example = {"x": (torch.ones(2, 3), {0: "batch"})}
+    write_graph(Divides(), example, path, opset=20, outputs={"y": {0: "batch"}})
+    kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
+    assert kinds == ["Add", "Div", "Relu"]  # and what changes nothing is gone
+
+
+def test_a_squeeze_of_nothing_is_left_out(tmp_path: Path) -> None:
+    from modelops.export.onnxruntime import OrtGraph
+    from modelops.export.writer import write_graph
+
+    class Squeezes(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.squeeze(1) + 1
+
+    path = tmp_path / "squeezes" / GRAPH
+    example = {"x": (torch.ones(2, 3), {0: "batch"})}
+    write_graph(Squeezes(), example, path, opset=20, outputs={"y": {0: "batch"}})
+    assert OrtGraph(path).run({"x": np.zeros((2, 3), np.float32)}).shape == (2, 3)
+
+
+def test_a_pipeline_that_wants_what_cannot_be_made_up_is_refused() -> None:
+    class Wants(type(tiny_pipelines.make("ddpm"))):  # type: ignore[misc]
+        def __call__(self, depth_map: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    plain = tiny_pipelines.make("ddpm")
+    with pytest.raises(ExportError, match="wants depth_map"):
+        find_components(Wants(unet=plain.unet, scheduler=plain.scheduler))
+
+
+def test_a_checkpoint_of_an_unknown_class_is_refused(tmp_path: Path) -> None:
+    checkpoint = saved("ddpm", tmp_path)
+    index = checkpoint / "model_index.json"
+    index.write_text(index.read_text().replace("DDPMPipeline", "NoSuchPipeline"))
+    with pytest.raises((ExportError, UsageError), match="cannot be loaded"):
+        load_source(checkpoint)

@@ -1,0 +1,156 @@
+"""The search for what to quantise: a pure choice, and its measurement."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from small_graphs import Transformer, random_rows, shared_network
+
+from modelops.errors import ExportError, UsageError
+from modelops.export.search import GroupCost, choose_groups, search_groups
+from modelops.export.sensitivity import plot_sensitivity, scan_groups
+from modelops.export.variants import Variants
+from modelops.seeding import numpy_generator
+
+
+def _cost(group: str, squared: float, ms: float, spread: float = 0.1) -> GroupCost:
+    return GroupCost(group, 1, squared, ms, ms - spread, ms + spread)
+
+
+TABLE = [
+    _cost("heavy", 0.0010, 20.0),
+    _cost("edge", 0.0030, 0.5),
+    _cost("middle", 0.0020, 5.0),
+    _cost("slower", 0.0000, -3.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("budget", "fp32"),
+    [
+        (0.1, ["slower"]),
+        (0.07, ["edge", "slower"]),
+        (0.055, ["edge", "slower"]),
+        (0.04, ["edge", "middle", "slower"]),
+        (0.0, ["edge", "middle", "slower"]),  # something stays in INT8; the caller's gates say no
+    ],
+)
+def test_the_choice_from_numbers(budget: float, fp32: list[str]) -> None:
+    table = choose_groups(TABLE, squared_error=0.006, budget=budget)
+    assert [row.cost for row in table] == TABLE
+    assert [row.cost.group for row in table if not row.int8] == fp32
+    assert all(row.why for row in table)
+
+
+def test_the_choice_does_not_depend_on_the_order_of_the_table() -> None:
+    expected = {row.cost.group: row.int8
+                for row in choose_groups(TABLE, squared_error=0.006, budget=0.05)}  # fmt: skip
+    for order in itertools.permutations(TABLE):
+        table = choose_groups(order, squared_error=0.006, budget=0.05)
+        assert {row.cost.group: row.int8 for row in table} == expected
+
+
+def test_the_greedy_choice_is_close_to_the_best_of_all_sets() -> None:
+    generator = numpy_generator(0, "search")
+    for _ in range(20):
+        squares, times = generator.exponential(1e-3, 8), generator.exponential(5.0, 8) + 0.2
+        costs = [_cost(f"g{i}", float(squares[i]), float(times[i])) for i in range(8)]
+        budget = float(np.sqrt(0.4 * squares.sum()))
+        table = choose_groups(costs, squared_error=float(squares.sum()), budget=budget)
+        kept = np.array([row.int8 for row in table])
+        assert squares[kept].sum() <= budget**2
+        best = max(
+            times[list(chosen)].sum()
+            for size in range(1, 9)
+            for chosen in itertools.combinations(range(8), size)
+            if squares[list(chosen)].sum() <= budget**2
+        )
+        assert times[kept].sum() >= 0.75 * best
+
+
+def test_what_was_not_timed_goes_last_and_bad_tables_are_refused() -> None:
+    unknown = GroupCost("unknown", 3, 0.001)
+    table = choose_groups([unknown, _cost("known", 0.001, 9.0)], squared_error=0.002, budget=0.04)
+    assert [row.int8 for row in table] == [True, False]
+    assert table[0].why == "not measured: out of time"
+    with pytest.raises(UsageError, match="twice"):
+        choose_groups([unknown, unknown], squared_error=0.002, budget=0.1)
+    for budget in (-0.1, float("nan")):
+        with pytest.raises(UsageError, match="budget"):
+            choose_groups(TABLE, squared_error=0.006, budget=budget)
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
+    folder = tmp_path_factory.mktemp("search")
+    source = shared_network(Transformer(), tmp_path_factory)
+    return Variants(
+        source, folder, rows=random_rows(Transformer(), 16, 0),
+        held_out=random_rows(Transformer(), 16, 1), table=folder / "table.json", max_groups=7,
+    )  # fmt: skip
+
+
+def test_the_scan_of_groups_and_bands(variants: Variants) -> None:
+    alone, left_out = (scan_groups(variants, mode=mode) for mode in ("alone", "left_out"))
+    assert list(alone["groups"]) == list(variants.groups) == list(left_out["groups"])
+    assert alone["all_int8"] == left_out["all_int8"]
+    for record in (alone, left_out):
+        assert [band["rows"] for band in record["bands"]] == [4, 4, 4, 4]
+        for row in (record["all_int8"], *record["groups"].values()):
+            together = np.sqrt(np.mean(np.square(row["bands"])))
+            assert row["error"] == pytest.approx(together)
+    # rounding errors of groups add up in squares, roughly
+    total = np.sqrt(sum(row["error"] ** 2 for row in alone["groups"].values()))
+    assert total == pytest.approx(alone["all_int8"]["error"], rel=0.4)
+    short = scan_groups(variants, time_limit_s=0.0)
+    assert len(short["not_measured"]) == len(variants.groups)
+    with pytest.raises(UsageError, match="unknown mode"):
+        scan_groups(variants, mode="guess")  # type: ignore[arg-type]
+
+
+def test_the_plot_is_a_picture_with_a_row_for_every_group() -> None:
+    from PIL import Image
+
+    bands = [{"sigma_low": 0.0, "sigma_high": 0.5, "rows": 2},
+             {"sigma_low": 0.5, "sigma_high": 1.0, "rows": 2}]  # fmt: skip
+    row = {"error": 0.1, "bands": [0.1, 0.1], "nodes": 1}
+    record = {"mode": "alone", "bands": bands, "all_int8": row}
+    heights = []
+    for count in (1, 6):
+        groups = {f"group {index}": row for index in range(count)}
+        png = plot_sensitivity({**record, "groups": groups})
+        with Image.open(io.BytesIO(png)) as image:
+            heights.append(image.height)
+    assert heights[1] > heights[0] + 100
+    assert png == plot_sensitivity({**record, "groups": groups})
+    with pytest.raises(ExportError, match="nothing to plot"):
+        plot_sensitivity({**record, "groups": {}})
+
+
+def test_the_search_measures_what_it_chose(variants: Variants) -> None:
+    everything = search_groups(variants, budget=1.0, batch=2, rounds=3)
+    costs = {row.cost.group: row.cost for row in everything.table}
+    assert set(costs) == set(variants.groups)
+    assert all(cost.ms_low <= cost.ms_saved <= cost.ms_high for cost in costs.values())  # type: ignore[operator]
+    assert everything.within_budget
+    assert everything.error_floor < 1e-6
+    budget = 0.8 * everything.error_all_int8
+    result = search_groups(variants, budget=budget, batch=2, rounds=3)
+    assert result.within_budget
+    assert result.error <= budget
+    assert result.keep_fp32
+    measured = float(np.sqrt(np.mean(variants.rounding_errors(result.keep_fp32) ** 2)))
+    assert measured == pytest.approx(result.error)
+    assert set(result.ms) == {"unquantised", "all_int8", "chosen"}
+    assert {row["decision"] for row in result.as_record()["table"]} == {"int8", "fp32"}
+
+
+def test_a_search_out_of_time_or_below_its_floor_says_so(variants: Variants) -> None:
+    result = search_groups(variants, budget=1.0, batch=2, rounds=3, time_limit_s=0.0)
+    assert {row.why for row in result.table} == {"not measured: out of time"}
+    impossible = search_groups(variants, budget=0.0, batch=2, rounds=3, time_limit_s=0.0)
+    assert not impossible.within_budget
+    assert "off by" in impossible.why
