@@ -85,13 +85,21 @@ def evaluation(
     return EvaluationRecord(**{**values, **more})
 
 
+def _empty_graph() -> bytes:
+    from onnx import helper
+
+    data: bytes = helper.make_model(helper.make_graph([], "none", [], [])).SerializeToString()
+    return data
+
+
 def write_artifact(directory: Path, *, checkpoint: str = FINAL, **more: Any) -> str:
     """An artifact's directory; returns its digest."""
-    write_bytes(directory / "denoiser" / "model.onnx", b"graph")
-    graph = directory / "denoiser" / "model.onnx"
+    graph = directory / "unet" / "model.onnx"
+    write_bytes(graph, _empty_graph())
     component = ExportedComponent(
-        name="denoiser", file="denoiser/model.onnx", sha256=sha256_file(graph), bytes=5,
-        precision="int8", opset=20, quantized_nodes=30, total_nodes=200,
+        name="unet", attribute="unet", role="denoiser", file="unet/model.onnx",
+        sha256=sha256_file(graph), bytes=graph.stat().st_size, precision="int8", opset=20,
+        quantized_nodes=30, total_nodes=200,
     )  # fmt: skip
     values: dict[str, Any] = {
         "format": "int8", "precision": "int8", "runtime": "openvino",

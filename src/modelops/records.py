@@ -470,6 +470,7 @@ class ExportedComponent(_Model):
     quantized_nodes: int = 0
     total_nodes: int = 0
     data: InputRef | None = None  # the file beside the graph with its weights; counted in `bytes`
+    shapes: dict[str, list[int]] = {}  # of its inputs at the size it was exported at
     axis_multiples: dict[str, int] = {}  # sizes of an axis must be a multiple of its number
 
 

@@ -36,10 +36,41 @@ def test_export_then_bench(
     assert main([*line, "--rounds", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["batch_size"] for row in result["rows"]] == [1, 1, 2, 2]
-    assert [row["runtime"] for row in result["rows"][:2]] == ["torch-cpu", "onnxruntime-cpu"]
+    torch_row, onnx_row = (row["runtime"] for row in result["rows"][:2])
+    assert (torch_row, onnx_row.split("-")[-1]) == ("torch-cpu", "cpu")
     assert result["rows"][1]["speedup"]["value"] > 0
     assert main([*line, "--rounds", "1"]) == 0
-    assert "onnxruntime-cpu" in capsys.readouterr().out
+    assert onnx_row in capsys.readouterr().out
+
+
+def test_torchscript_and_what_tensorrt_says_without_a_gpu(
+    tiny_checkpoint: Path,
+    onnx_artifact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "torchscript"
+    line = ["export", str(tiny_checkpoint), "--to", "torchscript", "--out", str(out), "--json"]
+    assert main(line) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert {item["file"] for item in record["components"]} == {
+        "unet/model.pt", "text_encoder/model.pt",
+    }  # fmt: skip
+    assert "unet/model.pt2" in record["files"]
+    assert all(check["passed"] for check in record["parity"])
+    made = tmp_path / "made"
+    for runtime in ("torchscript", "torch-export"):
+        line = ["sample", str(out), "--prompt", "red heart", "--out", str(made / runtime)]
+        assert main([*line, "--runtime", runtime, "--steps", "2"]) == 0
+    capsys.readouterr()
+    out = tmp_path / "tensorrt"
+    line = [str(tiny_checkpoint), "--to", "tensorrt", "--onnx", str(onnx_artifact)]
+    code, text = failure([*line, "--out", str(out), "--profile", "batch=4:2:8"], capsys)
+    assert (code, "batch" in text) == (2, True)
+    code, text = failure([*line, "--out", str(out)], capsys)
+    assert code == 1  # neither TensorRT nor a GPU, on the machines that run these tests
+    assert "modelops[gpu]" in text or "GPU" in text
+    assert not out.exists()
 
 
 def test_mistakes_are_one_line(
@@ -52,6 +83,13 @@ def test_mistakes_are_one_line(
     assert (code, "no such directory" in text) == (2, True)
     code, text = failure([str(tiny_checkpoint), "--to", "tensorrt", "--out", out], capsys)
     assert (code, "onnx" in text) == (2, True)
+    wrong = [str(tiny_checkpoint), "--to", "onnx", "--out", out, "--error-budget", "0.1"]
+    code, text = failure(wrong, capsys)
+    assert (code, "--error-budget is for --to int8, not onnx" in text) == (2, True)
+    code, text = failure(
+        [str(tiny_checkpoint), "--to", "onnx", "--out", out, "--size", "wide"], capsys
+    )
+    assert (code, "HEIGHTxWIDTH" in text) == (2, True)
     empty = tmp_path / "prompts.txt"
     empty.write_text("\n\n")
     code, text = failure(

@@ -8,16 +8,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def onnx_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fp32 artifact of the tiny checkpoint. Read only."""
-    from modelops.export.onnx import export_onnx
-
-    out = tmp_path_factory.mktemp("artifacts") / "onnx"
-    export_onnx(tiny_checkpoint, out)
-    return out
-
-
-@pytest.fixture(scope="session")
 def int8_artifact(
     onnx_artifact: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

@@ -288,7 +288,7 @@ def test_the_released_model_is_no_baseline_of_itself(root: Path) -> None:
 
 
 def test_an_artifact_that_changed_by_a_byte_is_not_released(root: Path) -> None:
-    (root / "artifacts/pilot/int8/denoiser/model.onnx").write_bytes(b"grapH")
+    (root / "artifacts/pilot/int8/unet/model.onnx").write_bytes(b"grapH")
     verdict = verdict_of(root)
     assert verdict.answer == "undecided"
     assert verdict.subject_sha256 is None

@@ -19,7 +19,7 @@ from modelops.export.artifact import (
     portable_path,
     verify_artifact,
 )
-from modelops.export.axes import read_axes
+from modelops.export.axes import GraphAxes, read_axes
 from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
 from modelops.export.exporting import PARITY_SEED, about_files, about_source, catch_calls, prove
 from modelops.export.graphs import ENGINE, open_graph
@@ -28,11 +28,54 @@ from modelops.export.source import both_sides, component_from, load_source, size
 from modelops.export.tensorrt.build import check_build, ensure_engine
 from modelops.export.tensorrt.fingerprint import EngineFlags
 from modelops.export.tensorrt.library import require_gpu, require_tensorrt
-from modelops.export.tensorrt.profiles import parse_profiles
+from modelops.export.tensorrt.profiles import (
+    OptimizationProfile,
+    make_profile,
+    parse_limits,
+)
 from modelops.files import atomic_directory, check_writable
-from modelops.records import ArtifactRecord, InputRef
+from modelops.records import ArtifactRecord, ExportedComponent, InputRef
 
 DEFAULT_PROFILES = ("batch=1:2:16",)  # guidance doubles the rows of a picture
+
+
+def engine_profiles(
+    folder: Path, components: Sequence[ExportedComponent], texts: Sequence[str]
+) -> dict[str, list[OptimizationProfile]]:
+    """The profiles of every graph of an artifact.
+
+    An axis that a text does not name stays at the size that the artifact was exported at.
+
+    Raises:
+        UsageError: a text names an axis that no graph has, or is wrong in itself.
+    """
+    graphs = {item.name: read_axes(folder / item.file) for item in components}
+    known = {axis for axes in graphs.values() for axis in _axis_names(axes)}
+    found: dict[str, list[OptimizationProfile]] = {name: [] for name in graphs}
+    for text in texts:
+        limits = parse_limits(text)
+        for name in limits:
+            if name not in known:
+                raise UsageError(
+                    f"no graph of the artifact has a dynamic axis {name}",
+                    hint=f"they have {', '.join(sorted(known))}",
+                )
+        for item in components:
+            axes = graphs[item.name]
+            own = {name: sizes for name, sizes in limits.items() if name in _axis_names(axes)}
+            for name, dims in axes.inputs.items():
+                for index, dim in enumerate(dims):
+                    if isinstance(dim, str) and dim not in own and f"{name}.{dim}" not in own:
+                        size = item.shapes[name][index]
+                        own[f"{name}.{dim}"] = (size, size, size)
+            found[item.name].append(make_profile(axes, own))
+    return found
+
+
+def _axis_names(axes: GraphAxes) -> set[str]:
+    plain = {d for dims in axes.inputs.values() for d in dims if isinstance(d, str)}
+    named = {f"{n}.{d}" for n, dims in axes.inputs.items() for d in dims if isinstance(d, str)}
+    return plain | named
 
 
 def export_tensorrt(
@@ -79,10 +122,7 @@ def export_tensorrt(
     if origin.format not in ("onnx", "int8"):
         raise UsageError(f"{onnx_dir}: a {origin.format} artifact", hint="name an onnx or int8 one")
     folder = Path(onnx_dir)
-    ranges = {
-        item.name: parse_profiles(read_axes(folder / item.file), profiles)
-        for item in origin.components
-    }
+    ranges = engine_profiles(folder, origin.components, profiles)
     for item in origin.components:
         check_build(folder / item.file, Path(out_dir) / ENGINE, ranges[item.name], flags)
     require_tensorrt("exporting to TensorRT")

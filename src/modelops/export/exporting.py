@@ -153,7 +153,11 @@ def describe_components(
     """The components of an artifact, from their graphs."""
     return [
         describe_graph(root, item.name, precision=precision).model_copy(
-            update={"attribute": item.attribute, "role": item.role}
+            update={
+                "attribute": item.attribute,
+                "role": item.role,
+                "shapes": {name: list(tensor.shape) for name, (tensor, _) in item.example.items()},
+            }
         )
         for item in components
     ]

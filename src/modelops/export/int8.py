@@ -432,7 +432,7 @@ def _ms(value: float | None) -> str:
 
 def _describe(root: Path, item: ExportedComponent, *, precision: str) -> ExportedComponent:
     return describe_graph(root, item.name, precision=precision).model_copy(
-        update={"attribute": item.attribute, "role": item.role}
+        update={"attribute": item.attribute, "role": item.role, "shapes": item.shapes}
     )
 
 

@@ -25,7 +25,7 @@ import torch
 
 from modelops.errors import ExportError, UsageError
 from modelops.export.graphs import Array
-from modelops.export.writer import Example, quiet_libraries
+from modelops.export.writer import Example, is_variadic, quiet_libraries
 from modelops.files import atomic_path
 from modelops.seeding import torch_generator
 
@@ -107,9 +107,10 @@ def write_exported_program(
     label = path.parent.name
     dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _, axes in example.values())
     tensors = tuple(value for value, _ in example.values())
+    shapes = (dynamic,) if is_variadic(module) else dynamic
     with _frozen(module), quiet_libraries(), torch.no_grad():
         try:
-            program = torch.export.export(module, tensors, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(module, tensors, dynamic_shapes=shapes, strict=False)
             runnable = program.module()
         except (RuntimeError, ValueError, TypeError) as error:  # torch's own derive from these
             raise ExportError(f"{label}: cannot be captured: {_first_line(error)}") from error

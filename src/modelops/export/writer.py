@@ -98,7 +98,7 @@ def write_graph(
             captured = torch.export.export(
                 module.eval(),
                 tuple(value for value, _ in example.values()),
-                dynamic_shapes=(dynamic,) if _is_variadic(module) else dynamic,
+                dynamic_shapes=(dynamic,) if is_variadic(module) else dynamic,
                 strict=False,
             )
             drop_empty_squeezes(captured)
@@ -191,7 +191,7 @@ def axis_multiples(guards: list[str], module: torch.nn.Module, example: Example)
                 for value, axes in example.values()
             ]
             local: dict[str, Any] = {n: shapes[i] for n, i in position.items() if i < len(shapes)}
-            if _is_variadic(module):
+            if is_variadic(module):
                 local = dict.fromkeys(position, shapes)
             try:  # torch's own text about our own module: sizes and arithmetic
                 if all(eval(g, {"__builtins__": {}}, {"L": local}) for g in equal):
@@ -214,7 +214,8 @@ def _parameters(module: torch.nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def _is_variadic(module: torch.nn.Module) -> bool:
+def is_variadic(module: torch.nn.Module) -> bool:
+    """Whether a module takes its tensors as *args; torch.export wants shapes of those nested."""
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
     return inspect.Parameter.VAR_POSITIONAL in kinds
 

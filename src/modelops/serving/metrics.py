@@ -16,6 +16,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from modelops.serving.engine import StepReport
 
 log = logging.getLogger("modelops.serving")
+
+disable_created_metrics()  # a second series beside each counter, which nothing here reads
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"  # what a value outside a label's fixed set is counted as
@@ -125,7 +128,7 @@ class NodeMetrics:
         for phase in PHASES:
             self.latency.labels(phase)
         for kind, name in self._names.items():
-            for metric in (self.filter_checks, self.filtered, self.filter_failures):
+            for metric in (self.filter_checks, self.filtered, self.filter_failures, self.filter_up):
                 metric.labels(kind, name)
         for reason in WASTE_REASONS:
             self.wasted.labels(reason)
@@ -158,10 +161,10 @@ class NodeMetrics:
         self.queue_limit.set(node.settings.queue_limit)
         sources: dict[Gauge, Callable[[], float]] = {
             self.queue: lambda: node.engine.waiting,
-            self.queue_age: node.engine.oldest_wait,
+            self.queue_age: lambda: float(node.engine.oldest_wait()),
             self.running: lambda: node.engine.running,
             self.ready: lambda: not node.problems(),
-            self.engine_alive: node.alive,
+            self.engine_alive: lambda: float(node.alive()),
             self.golden_ok: lambda: node.golden is not None,
             self._filter(self.filter_up, "prompt"): lambda: node.prompt_guard.reason is None,
             self._filter(self.filter_up, "image"): lambda: node.image_guard.reason is None,

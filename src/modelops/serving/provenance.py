@@ -20,12 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography import x509
+
 from modelops import __version__
 from modelops.errors import IntegrityError, ModelopsError, UsageError
 from modelops.extras import require_module
 from modelops.serving.failures import ProvenanceError
 from modelops.serving.images import SOURCE_TYPE
-from modelops.serving.signing import SigningKey
+from modelops.serving.signing import SigningKey, to_pem
 
 ASSERTION = "org.modelops.generation"
 GENERATOR = "modelops"
@@ -150,16 +152,18 @@ def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None
 
     Args:
         output_format: "png", "jpeg" or "webp".
-        signer: the certificate (PEM) that must have signed it; without one anybody may have.
+        signer: certificates (PEM); the first one must have signed it, and the next one issued the
+            first. Without them anybody may have signed.
 
     Raises:
         IntegrityError: no manifest of ours, or one that does not fit the picture.
         MissingExtraError: c2pa-python is not installed.
     """
     c2pa = require_module("c2pa", needed_for="reading a picture's manifest")
+    leaf, anchors = (None, None) if signer is None else _leaf_and_anchors(signer)
     try:
         with c2pa.Reader(
-            MIME_TYPES[output_format], io.BytesIO(encoded), context=_context(signer)
+            MIME_TYPES[output_format], io.BytesIO(encoded), context=_context(anchors)
         ) as reader:
             state = reader.get_validation_state()
             manifest: dict[str, Any] = reader.get_active_manifest() or {}
@@ -172,7 +176,7 @@ def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None
     try:
         data = {entry["label"]: entry["data"] for entry in manifest["assertions"]}
         generator = manifest["claim_generator_info"][0]
-        return Marked(
+        found = Marked(
             generation=dict(data[ASSERTION]),
             generator=f"{generator['name']} {generator['version']}",
             source_type=str(data["c2pa.actions.v2"]["actions"][0]["digitalSourceType"]),
@@ -181,18 +185,31 @@ def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None
         )
     except (KeyError, IndexError, TypeError) as error:
         raise IntegrityError(f"its C2PA manifest is not modelops' (no {error})") from error
+    if leaf is not None and found.serial != str(leaf.serial_number):
+        raise IntegrityError("its C2PA manifest is signed with another certificate")
+    return found
+
+
+def _leaf_and_anchors(chain: bytes) -> tuple[x509.Certificate, bytes]:
+    leaf, *issuers = x509.load_pem_x509_certificates(chain)
+    if not issuers:
+        raise UsageError(
+            "a picture's manifest is checked with the signer's certificate and its issuer's",
+            hint="put the issuer's certificate into the same file",
+        )
+    return leaf, to_pem(issuers)
 
 
 _local = threading.local()
 
 
-def _context(signer: bytes | None = None) -> Any:
+def _context(anchors: bytes | None = None) -> Any:
     """A C2PA context: native state that is cheap to keep and not said to be shared by threads."""
     c2pa = require_module("c2pa", needed_for="C2PA manifests")
-    if signer is not None:
+    if anchors is not None:
         trusting = {**_SETTINGS, "verify": {**_SETTINGS["verify"], "verify_trust": True}}
         return c2pa.Context.from_dict(
-            {**trusting, "trust": {"allowed_list": signer.decode("ascii")}}
+            {**trusting, "trust": {"user_anchors": anchors.decode("ascii")}}
         )
     if not hasattr(_local, "context"):
         _local.context = c2pa.Context.from_dict(_SETTINGS)

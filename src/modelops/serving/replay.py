@@ -108,14 +108,14 @@ def open_recipe(
     output_format = picture_format(_head(source)) if source.is_file() else None
     if output_format is None:
         return _from_receipt(verify_receipt(read_receipt(source, receipt_id=receipt_id), key))
-    if key.certificate is None:
+    if key.chain is None:
         raise UsageError(
             "a picture's manifest is checked with the signer's certificate",
             hint="give --key the certificate chain instead of a bare public key",
         )
     data = _read_picture(source)
     try:
-        said = read_mark(data, output_format, signer=key.certificate).generation
+        said = read_mark(data, output_format, signer=key.chain).generation
         recipe = _from_manifest(said, output_format)
     except IntegrityError as error:
         raise IntegrityError(f"{source}: {error.message}", hint=error.hint) from error

@@ -64,11 +64,11 @@ class SigningKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyingKey:
-    """A public key that is trusted, by its digest; `certificate` (PEM) where it came with one."""
+    """A public key that is trusted, by its digest; `chain` (PEM) where it came with one."""
 
     public_key: ec.EllipticCurvePublicKey
     key_id: str
-    certificate: bytes | None = None
+    chain: bytes | None = None
 
     def verify(self, payload_type: str, payload: bytes, signature: str) -> None:
         """Raise IntegrityError unless `signature` (base64) is this key's over the payload."""
@@ -139,18 +139,18 @@ def load_verifying_key(path: str | Path) -> VerifyingKey:
     Raises:
         UsageError: no such PEM, or not P-256.
     """
-    data, certificate = _read(Path(path)), None
+    data, chain = _read(Path(path)), None
     try:
         if b"BEGIN CERTIFICATE" in data:
-            leaf = x509.load_pem_x509_certificates(data)[0]
-            public, certificate = leaf.public_key(), to_pem([leaf])
+            certificates = x509.load_pem_x509_certificates(data)
+            public, chain = certificates[0].public_key(), to_pem(certificates)
         else:
             public = serialization.load_pem_public_key(data)  # type: ignore[assignment]
     except (ValueError, IndexError) as error:
         raise UsageError(f"{path}: neither a public key nor a certificate in PEM") from error
     if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
         raise UsageError(f"{path}: not a P-256 key")
-    return VerifyingKey(public_key=public, key_id=key_id(public), certificate=certificate)
+    return VerifyingKey(public_key=public, key_id=key_id(public), chain=chain)
 
 
 def find_verifying_key(path: str | Path | None = None) -> VerifyingKey:
