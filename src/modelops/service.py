@@ -20,11 +20,14 @@ from modelops.errors import ModelopsError, UsageError
 from modelops.release import verify_release
 from modelops.serving.app import create_app
 from modelops.serving.logs import configure_logging
-from modelops.serving.tracing import configure_tracing
+from modelops.serving.tracing import configure_tracing, flush_tracing
 
 RELEASE_VARIABLE = "MODELOPS_RELEASE"
 
-app = create_app()
+try:
+    app = create_app()
+except ModelopsError as error:  # API keys that cannot be read, and the like
+    raise SystemExit(f"error: {error}") from error
 # A container installs modelops from the bento's own sources. `bentoml build` looks nothing up.
 image = (
     bentoml.images.Image(python_version="3.11", lock_python_packages=False)
@@ -68,19 +71,24 @@ class ImageGenerator:
     def __init__(self) -> None:
         from modelops.serving.node import InferenceNode, NodeSettings
 
-        lines = configure_logging(os.environ)
+        self.lines = configure_logging(os.environ)
         configure_tracing(os.environ)
         self.node = InferenceNode(_release_directory(), settings=NodeSettings.from_environment())
-        lines.on_lost = self.node.metrics.log_lost.inc
+        self.lines.on_lost = self.node.metrics.log_lost.inc
         self.node.start()
         app.state.node = self.node
 
     @bentoml.on_deployment
     @staticmethod
     def refuse_a_changed_release() -> None:
-        """Runs once before any worker starts, so that a bad release ends the command."""
+        """Runs once before any worker starts, so that a bad release or key ends the command."""
+        from modelops.serving.signing import open_signing_key
+
         try:
             verify_release(_release_directory())
+            open_signing_key(
+                os.environ.get("MODELOPS_SIGNING_KEY"), os.environ.get("MODELOPS_SIGNING_CHAIN")
+            )
         except ModelopsError as error:
             raise SystemExit(f"error: {error}") from error
 
@@ -92,8 +100,10 @@ class ImageGenerator:
 
     @bentoml.on_shutdown
     def drain(self) -> None:
-        """Finish the work in hand."""
+        """Finish the work in hand, and write what is to be written about it."""
         self.node.close()
+        flush_tracing()
+        self.lines.flush()
 
 
 cast("Any", ImageGenerator).add_asgi_middleware(HealthFromNode)

@@ -17,7 +17,7 @@ from modelops.export.components import Component, find_components
 from modelops.export.onnx import export_onnx
 from modelops.export.runtime import open_artifact
 from modelops.export.signatures import Fields, Signature
-from modelops.export.source import load_source
+from modelops.export.source import Lora, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
 from modelops.records import ArtifactRecord
 
@@ -101,6 +101,32 @@ def test_half_precision_keeps_the_pictures(tmp_path: Path, precision: str) -> No
         assert item.bytes < 0.8 * wide[item.name], item.name
     assert not list((tmp_path / "half").glob(".*"))
     assert open_artifact(tmp_path / "half").info.precision == precision
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_lora_is_exported_fused_or_kept(tmp_path: Path, fused: bool) -> None:
+    peft = pytest.importorskip("peft")
+    checkpoint = saved("sd", tmp_path)
+    pipeline = tiny_pipelines.make("sd")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
+    pipeline.unet.add_adapter(config)
+    for name, value in pipeline.unet.named_parameters():
+        if "lora_B" in name:  # zero at first: no change at all
+            torch.nn.init.normal_(value, std=0.3)
+    layers = peft.utils.get_peft_model_state_dict(pipeline.unet)
+    type(pipeline).save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    lora = Lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", fused=fused)
+    record = exported("sd", checkpoint, tmp_path / "onnx", lora=lora)
+    assert all(check.passed for check in record.parity)
+    assert record.lora == {"fused": fused, "scale": 1.0}
+    request = [ImageRequest(prompt="dog", seed=1, steps=3, height=32, width=32)]
+    plain = open_checkpoint(checkpoint).generate(request)[0].astype(int)
+    image = open_artifact(tmp_path / "onnx", runtime="onnxruntime").generate(request)[0]
+    assert np.abs(image.astype(int) - plain).max() > 10
+    nodes = onnx.load(str(tmp_path / "onnx/unet" / GRAPH)).graph.node
+    places = [note.value for node in nodes for note in node.metadata_props]
+    assert any("lora_A" in place for place in places) != fused
 
 
 def components_of(family: str) -> dict[str, Component]:

@@ -232,7 +232,7 @@ def test_the_official_client_with_and_without_a_key(
 def test_without_keys_an_open_address_answers_nobody(
     node: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`bentoml serve` listens everywhere by default; the node itself looks where a caller came in."""
+    """`bentoml serve` chooses its own address: the node looks where each caller came in."""
     for name in ("MODELOPS_API_KEYS", "MODELOPS_API_KEYS_FILE", "MODELOPS_INSECURE"):
         monkeypatch.delenv(name, raising=False)
     address = own_address()

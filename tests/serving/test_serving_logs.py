@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from modelops.errors import UsageError
+from modelops.safety.prompt import WordListFilter
 from modelops.serving.app import create_app
+from modelops.serving.launch import start_server
 from modelops.serving.logs import (
     PROMPTS,
     JsonLines,
@@ -122,6 +125,28 @@ def test_an_exception_that_quotes_the_prompt_is_logged_without_it(tmp_path: Path
     assert redact("nothing", []) == "nothing"
 
 
+def test_a_filter_that_quotes_the_prompt_does_not_publish_it(
+    tiny_release: Path, tmp_path: Path
+) -> None:
+    """Neither /readyz nor the log shows it, though the filter's exception does."""
+
+    class Quotes(WordListFilter):
+        def check(self, text: str) -> Any:
+            if "walrus" in text:
+                raise ValueError(f"bad token in {text!r}")
+            return super().check(text)
+
+    node = InferenceNode(tiny_release, prompt_filter=Quotes)
+    node.start()
+    try:
+        with logging_to(tmp_path / "log"):
+            assert ask(node).status_code == 503
+        assert "bad token in '[prompt]'" in " ".join(node.problems())
+        assert "walrus" not in " ".join(node.problems()) + (tmp_path / "log").read_text()
+    finally:
+        node.close(drain=False)
+
+
 def test_lines_are_json_whatever_is_in_them(tmp_path: Path) -> None:
     with logging_to(tmp_path / "log"):
         for text in ('a "b"\n{', "\ud800 lone", "\x00\x1b[31m", "line separator \u2028"):
@@ -214,10 +239,8 @@ def test_spans_by_phase(node: InferenceNode, spans: InMemorySpanExporter, tmp_pa
     caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     with logging_to(tmp_path / "log"):
         assert ask(node, {"traceparent": caller, "X-Request-Id": "r1"}, steps=2).status_code == 200
-    # FastAPI makes spans of its own, inside ours.
-    finished = {
-        span.name: span for span in spans.get_finished_spans() if "fastapi" not in span.name
-    }
+    finished = {span.name: span for span in spans.get_finished_spans()}
+    assert len(finished) == len(spans.get_finished_spans()) == 8  # none of FastAPI's own
     root = finished.pop("POST /v1/images/generations")
     assert f"{root.context.trace_id:032x}" == caller.split("-")[1]
     assert root.parent is not None and f"{root.parent.span_id:016x}" == caller.split("-")[2]
@@ -261,3 +284,49 @@ def test_an_exporter_is_configured_or_named_as_missing() -> None:
         with pytest.raises(UsageError, match="is not installed") as caught:
             configure_tracing({"OTEL_TRACES_EXPORTER": "otlp"})
         assert "pip install" in (caught.value.hint or "")
+
+
+@pytest.mark.slow
+def test_bentoml_writes_lines_and_spans(tiny_release: Path, tmp_path: Path) -> None:
+    """In BentoML's worker: its own providers and handlers do not swallow ours."""
+    log = tmp_path / "server.log"
+    environment = {"OMP_NUM_THREADS": "1", "OTEL_TRACES_EXPORTER": "console"}
+    body = json.dumps({"prompt": SECRET, "steps": 1}).encode()
+    with start_server(tiny_release, log_path=log, environment=environment) as server:
+        request = urllib.request.Request(
+            f"{server.url}/v1/images/generations",
+            body,
+            {"Content-Type": "application/json", "X-Request-Id": "via-bentoml"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.headers["x-request-id"] == "via-bentoml"
+    text = log.read_text("utf-8")
+    (line,) = (
+        json.loads(line) for line in text.splitlines() if '"request_id": "via-bentoml"' in line
+        and line.startswith("{")
+    )  # fmt: skip
+    assert line["status"] == 200 and line["phases"]["denoise"] > 0
+    assert '"name": "POST /v1/images/generations"' in text and '"name": "denoise"' in text
+    assert f'"trace_id": "0x{line["trace_id"]}"' in text
+    assert SECRET not in text
+
+
+@pytest.mark.slow
+def test_bentoml_serves_with_a_full_log_disk(tiny_release: Path, tmp_path: Path) -> None:
+    environment = {"OMP_NUM_THREADS": "1", "MODELOPS_LOG_FILE": "/dev/full"}
+    with start_server(tiny_release, log_path=tmp_path / "log", environment=environment) as server:
+        body = json.dumps({"prompt": SECRET, "steps": 1}).encode()
+        for _ in range(3):
+            request = urllib.request.Request(
+                f"{server.url}/v1/images/generations", body, {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                assert answer.status == 200
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+    (lost,) = (
+        float(line.split()[1])
+        for line in metrics.splitlines()
+        if line.startswith("modelops_log_lines_lost_total ")
+    )
+    assert lost >= 2

@@ -46,6 +46,18 @@ serve.add_command(key)
     help="API keys, made by `modelops serve key create`; followed without a restart.",
 )  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Let everybody in on an open address, without keys.")
+@click.option(
+    "--receipts", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the signed receipt of each picture here, 256 MB at most.",
+)  # fmt: skip
+@click.option(
+    "--signing-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="P-256 key (PEM) that signs pictures and receipts; else a development key.",
+)  # fmt: skip
+@click.option(
+    "--signing-chain", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Its certificate, then the issuers' (PEM).",
+)  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log; left out otherwise.")
 @click.option(
     "--log-file", type=click.Path(path_type=Path, dir_okay=False),
@@ -63,6 +75,9 @@ def run(
     port: int,
     keys: Path | None,
     insecure: bool,
+    receipts: Path | None,
+    signing_key: Path | None,
+    signing_chain: Path | None,
     log_prompts: bool,
     log_file: Path | None,
     log_format: str,
@@ -71,9 +86,12 @@ def run(
 ) -> None:
     """Verify RELEASE and serve it with BentoML, as OpenAI's Images API.
 
+    Every picture carries a signed C2PA manifest and comes with a signed receipt, which `modelops
+    replay` checks. On an address that others can reach, API keys are needed.
+
     \b
     Example:
-      modelops serve release --port 3000
+      modelops serve run release --port 3000
     \b
     Then, with the openai package in Python:
       client = OpenAI(base_url="http://127.0.0.1:3000/v1", api_key="none")
@@ -88,14 +106,21 @@ def run(
     from modelops.serving.keys import FILE_VARIABLE as KEYS_VARIABLE
     from modelops.serving.launch import check_address, run_server, serve_command
     from modelops.serving.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
+    from modelops.serving.signing import open_signing_key
 
     record = verify_release(release)
     address = check_address(host, port)
     url = f"http://{address if address != '0.0.0.0' else '127.0.0.1'}:{port}"
     command = serve_command(address, port)
     environment = {}
-    if keys is not None:
-        environment[KEYS_VARIABLE] = str(keys.resolve())
+    for name, path in (
+        (KEYS_VARIABLE, keys),
+        ("MODELOPS_RECEIPTS", receipts),
+        ("MODELOPS_SIGNING_KEY", signing_key),
+        ("MODELOPS_SIGNING_CHAIN", signing_chain),
+    ):
+        if path is not None:
+            environment[name] = str(path.resolve())
     if insecure:
         environment[INSECURE_VARIABLE] = "1"
     everything = {**os.environ, **environment}
@@ -118,6 +143,11 @@ def run(
             text=f"{' '.join(words)} {shlex.join(command)}",
         )  # fmt: skip
         return
+    signer = open_signing_key(
+        everything.get("MODELOPS_SIGNING_KEY"), everything.get("MODELOPS_SIGNING_CHAIN")
+    )
+    if signer.development:
+        say("signing with a DEVELOPMENT key: good for trying it, not for production")
     say(f"{record.name} {record.version} at {url} (Ctrl-C stops it); when it is ready, try")
     say(f"  {curl_line(url, 'red heart')}")
     code = run_server(release, host=address, port=port, environment=environment)

@@ -24,7 +24,7 @@ from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
 from modelops.export.exporting import PARITY_SEED, about_files, about_source, catch_calls, prove
 from modelops.export.graphs import ENGINE, open_graph
 from modelops.export.parity import BOUNDS, require_parity
-from modelops.export.source import both_sides, component_from, load_source, size_of
+from modelops.export.source import both_sides, component_from, load_source, lora_of, size_of
 from modelops.export.tensorrt.build import check_build, ensure_engine
 from modelops.export.tensorrt.fingerprint import EngineFlags
 from modelops.export.tensorrt.library import require_gpu, require_tensorrt
@@ -127,7 +127,8 @@ def export_tensorrt(
         check_build(folder / item.file, Path(out_dir) / ENGINE, ranges[item.name], flags)
     require_tensorrt("exporting to TensorRT")
     require_gpu(device)
-    source = load_source(checkpoint, size=both_sides(size_of(origin)))
+    lora = lora_of(origin)
+    source = load_source(checkpoint, size=both_sides(size_of(origin)), lora=lora)
     if origin.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(
             f"{onnx_dir}: was not exported from {checkpoint}", hint="export it to onnx again"
@@ -172,7 +173,7 @@ def export_tensorrt(
             conversion=origin.conversion,
             execution={"tensorrt": layers},
             duration_s=time.monotonic() - clock,
-            **about_source(checkpoint, source),
+            **about_source(checkpoint, source, lora),
             **about_files(root, origin.components),
         )
         record.inputs[origin.format] = InputRef(path=portable_path(onnx_dir), sha256=origin_sha256)

@@ -112,6 +112,7 @@ def about_source(
     """The fields of a record that say what an artifact was made from, and where."""
     return {
         "inputs": source_inputs(checkpoint, source, lora),
+        "lora": {} if lora is None else {"fused": lora.fused, "scale": lora.scale},
         "environment": current_environment(),
         "pipeline": type(source.pipeline).__name__,
         "size": [side for side in source.size if side],

@@ -57,6 +57,7 @@ from modelops.export.source import (
     both_sides,
     component_from,
     load_source,
+    lora_of,
     size_of,
 )
 from modelops.export.speed import measure_speed, slower_than
@@ -158,7 +159,8 @@ def export_int8(
             f"{onnx_dir}: a {fp32.precision} {fp32.format} artifact",
             hint="name the float32 onnx artifact",
         )
-    source = load_source(checkpoint, size=both_sides(size_of(fp32)))
+    lora = lora_of(fp32)
+    source = load_source(checkpoint, size=both_sides(size_of(fp32)), lora=lora)
     if fp32.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(
             f"{onnx_dir}: was not exported from {checkpoint}", hint="export it to onnx again"
@@ -212,7 +214,7 @@ def export_int8(
             execution=execution,
             speed=speed,
             duration_s=time.monotonic() - clock,
-            **{**about_source(checkpoint, source), "source_bytes_total": fp32.bytes_total},
+            **{**about_source(checkpoint, source, lora), "source_bytes_total": fp32.bytes_total},
             **about_files(root, components),
         )
         record.inputs["onnx"] = InputRef(path=portable_path(onnx_dir), sha256=fp32_sha256)

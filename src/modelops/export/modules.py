@@ -85,6 +85,18 @@ class ExportedModule:
         return getattr(self._skeleton, name)
 
 
+class ExportedControl(ExportedModule):
+    """Passes for the class it stands for: ControlNet pipelines ask which one they were given."""
+
+    @property
+    def __class__(self) -> Any:
+        return library_class(*self._origin)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("an exported network's class cannot be changed")
+
+
 def _wants_fields(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     given = dict(zip(signature.parameters, args, strict=False)) | kwargs
     return bool(given.get("return_dict", True))

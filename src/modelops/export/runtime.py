@@ -11,7 +11,7 @@ from modelops.errors import UsageError
 from modelops.export.artifact import verify_artifact
 from modelops.export.components import OMITTED
 from modelops.export.graphs import RUNTIMES, RUNTIMES_OF, Graph, RuntimeName, open_graph
-from modelops.export.modules import ExportedModule, Part, library_class
+from modelops.export.modules import ExportedControl, ExportedModule, Part, library_class
 from modelops.export.openvino import openvino_has_bfloat16
 from modelops.export.signatures import Method, Signature
 from modelops.files import read_json
@@ -169,7 +169,8 @@ def assemble(root: Path, graphs: Mapping[str, Graph]) -> Any:
             given[name] = None
         elif name in parts:
             config = read_json(root / _folder_of(name, parts[name]) / "config.json")
-            given[name] = ExportedModule(parts[name], config, library=value[0], class_name=value[1])
+            kind = ExportedControl if "ControlNet" in value[1] else ExportedModule
+            given[name] = kind(parts[name], config, library=value[0], class_name=value[1])
         else:
             given[name] = _load_part(root / name, *value)
     if "requires_safety_checker" in given:

@@ -150,6 +150,17 @@ def component_from(pipeline: Any, folder: Path, exported: ExportedComponent) -> 
     )
 
 
+def lora_of(record: ArtifactRecord) -> Lora | None:
+    """The low-rank weights that an artifact was exported with, to load its source again."""
+    if "lora" not in record.inputs:
+        return None
+    return Lora(
+        Path(record.inputs["lora"].path),
+        fused=bool(record.lora.get("fused", True)),
+        scale=float(record.lora.get("scale", 1.0)),
+    )
+
+
 def size_of(record: ArtifactRecord) -> tuple[int | None, int | None]:
     """The height and width an artifact was exported at."""
     return (record.size[0], record.size[1]) if len(record.size) == 2 else (None, None)

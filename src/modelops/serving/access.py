@@ -120,13 +120,11 @@ def check_open_address(host: str, environment: Mapping[str, str], *, insecure: b
     """Refuse to listen on an open address without keys.
 
     Raises:
-        UsageError: no keys, not loopback and not `insecure`.
+        UsageError: no keys, not loopback and not `insecure`; or what `Access.from_environment`
+            refuses, so that it is said before a server starts.
     """
-    if (
-        not is_loopback(host)
-        and not insecure
-        and not KeyRing.from_environment(environment).required
-    ):
+    access = Access.from_environment(environment)
+    if not (is_loopback(host) or insecure or access.keys.required):
         raise UsageError(
             f"{host}: everybody who reaches this address could use the model: there are no API "
             "keys",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -50,6 +51,7 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
         description="OpenAI Images API for one release, with seeds and receipts.",
         docs_url=None,
         redoc_url=None,
+        **_without_own_telemetry(),
     )
     app.state.node = node
     app.state.access = Access.from_environment(os.environ)
@@ -242,6 +244,13 @@ def failure_to_api_error(error: BaseException) -> ApiError:
     if isinstance(error, CancelledError):
         return ApiError(503, "cancelled", "the server is shutting down", retry_after_s=5)
     return ApiError(500, "generation_failed", "the image could not be made")
+
+
+def _without_own_telemetry() -> dict[str, Any]:
+    """Newer FastAPI makes spans and log records of its own, which may quote a request's body."""
+    if "telemetry" not in inspect.signature(FastAPI.__init__).parameters:
+        return {}
+    return {"telemetry": {"tracing": False, "logs": False, "operation_spans": False}}
 
 
 def note_request(trace: RequestTrace, request: ImagesRequest) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.serving.failures import FilterError
+from modelops.serving.logs import PROMPTS, redact
 
 log = logging.getLogger("modelops.serving")
 
@@ -142,7 +143,9 @@ class FilterGuard:
             raise self.broken(error.message) from error
         except Exception as error:
             log.exception("%s filter failed", self.name)
-            raise self.broken(f"failed ({type(error).__name__}: {error})") from error
+            # The reason shows in /readyz, and an exception may quote the prompt.
+            said = redact(str(error), PROMPTS.texts())
+            raise self.broken(f"failed ({type(error).__name__}: {said})") from error
 
     def broken(self, what: str) -> FilterError:
         """Turn the guard red; returns the error to raise."""

@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -114,6 +115,14 @@ class LineWriter(logging.Handler):
         except Exception:
             self._lose()
 
+    def flush(self, timeout_s: float = 2.0) -> None:
+        """Wait until what waits is written, for `timeout_s` seconds at most."""
+        deadline = time.monotonic() + timeout_s
+        while (
+            self._lines.unfinished_tasks and self._thread.is_alive() and time.monotonic() < deadline
+        ):
+            time.sleep(0.005)
+
     def close(self, timeout_s: float = 2.0) -> None:
         """Write what waits, for `timeout_s` seconds at most, and end the thread."""
         atexit.unregister(self.close)
@@ -144,6 +153,8 @@ class LineWriter(logging.Handler):
             except OSError:
                 torn = torn if left is data else True
                 self._lose()
+            finally:
+                self._lines.task_done()
 
 
 class Prompts:

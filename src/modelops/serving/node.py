@@ -213,7 +213,10 @@ class InferenceNode:
         )
         self.runtime = source.runtime
         self.sealer = Sealer(
-            Origin(release=self.release, release_sha256=self.release_sha256, source=source),
+            Origin(
+                release=self.release, release_sha256=self.release_sha256, source=source,
+                filters=names,
+            ),
             self.settings, self.metrics.registry,
         )  # fmt: skip
         self.resolution = int(pipeline.resolution)

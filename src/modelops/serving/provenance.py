@@ -13,6 +13,7 @@ C2PA specification 2.1: https://c2pa.org/specifications/
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import threading
@@ -23,8 +24,7 @@ from typing import Any
 from cryptography import x509
 
 from modelops import __version__
-from modelops.errors import IntegrityError, ModelopsError, UsageError
-from modelops.extras import require_module
+from modelops.errors import IntegrityError, MissingExtraError, ModelopsError, UsageError
 from modelops.serving.failures import ProvenanceError
 from modelops.serving.images import SOURCE_TYPE
 from modelops.serving.signing import SigningKey, to_pem
@@ -79,7 +79,7 @@ class Marker:
     def __init__(self, key: SigningKey, *, software: tuple[str, str]) -> None:
         self.key = key
         self._software = {"name": software[0], "version": software[1]}
-        self._c2pa = require_module("c2pa", needed_for="marking pictures as AI-generated")
+        self._c2pa = _library()
         self._probe()
 
     def embed(self, encoded: bytes, output_format: str, generation: Mapping[str, Any]) -> bytes:
@@ -159,7 +159,7 @@ def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None
         IntegrityError: no manifest of ours, or one that does not fit the picture.
         MissingExtraError: c2pa-python is not installed.
     """
-    c2pa = require_module("c2pa", needed_for="reading a picture's manifest")
+    c2pa = _library()
     leaf, anchors = (None, None) if signer is None else _leaf_and_anchors(signer)
     try:
         with c2pa.Reader(
@@ -200,12 +200,23 @@ def _leaf_and_anchors(chain: bytes) -> tuple[x509.Certificate, bytes]:
     return leaf, to_pem(issuers)
 
 
+def _library() -> Any:
+    """c2pa-python, which loads a large native library: not before it is needed."""
+    try:
+        return importlib.import_module("c2pa")
+    except ImportError as error:
+        raise MissingExtraError(
+            "C2PA manifests need the package c2pa-python, which is not installed",
+            hint="pip install c2pa-python",
+        ) from error
+
+
 _local = threading.local()
 
 
 def _context(anchors: bytes | None = None) -> Any:
     """A C2PA context: native state that is cheap to keep and not said to be shared by threads."""
-    c2pa = require_module("c2pa", needed_for="C2PA manifests")
+    c2pa = _library()
     if anchors is not None:
         trusting = {**_SETTINGS, "verify": {**_SETTINGS["verify"], "verify_trust": True}}
         return c2pa.Context.from_dict(

@@ -42,11 +42,12 @@ log = logging.getLogger("modelops.serving")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What every picture of a node has in common."""
+    """What every picture of a node has in common; `filters` by kind, "prompt" and "image"."""
 
     release: ReleaseRecord
     release_sha256: str
     source: SourceInfo
+    filters: Mapping[str, str]
 
 
 class Sealer:
@@ -67,7 +68,6 @@ class Sealer:
         self, origin: Origin, settings: NodeSettings, registry: CollectorRegistry | None = None
     ) -> None:
         self.origin = origin
-        self._filters = (settings.prompt_filter, settings.image_filter)
         self._refuse = _choice("receipts_failure", settings.receipts_failure, "send", "refuse")
         self._texts = _choice("receipts_prompts", settings.receipts_prompts, "digest", "text")
         self.key = open_signing_key(settings.signing_key, settings.signing_chain)
@@ -149,8 +149,8 @@ class Sealer:
             "batch_rows": list(image.batch_rows),
             "mean_rows": round(image.mean_rows, 2),
             "filters": {
-                "prompt": self._filters[0],
-                "image": self._filters[1],
+                "prompt": self.origin.filters["prompt"],
+                "image": self.origin.filters["image"],
                 "image_score": round(image_score, 6),
             },
             "pixels_sha256": pixels,

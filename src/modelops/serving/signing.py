@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import os
 import stat
 import tempfile
@@ -25,6 +26,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from modelops.errors import IntegrityError, ModelopsError, UsageError
 from modelops.files import cache_directory, sha256_bytes
+
+log = logging.getLogger("modelops.serving")
 
 ALGORITHM = "ecdsa-p256-sha256"
 DEVELOPMENT = "modelops DEVELOPMENT, not for production"  # the organisation in its certificates
@@ -109,6 +112,8 @@ def open_signing_key(key: str | Path | None = None, chain: str | Path | None = N
             hint="set both MODELOPS_SIGNING_KEY and MODELOPS_SIGNING_CHAIN, or neither",
         )
     private = _read_private_key(Path(key))
+    if Path(key).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        log.warning("%s: others on this machine can read the signing key", key)
     return _signing_key(private, _read(Path(chain)), where=str(chain), development=False)
 
 

@@ -201,3 +201,10 @@ def configure_tracing(environment: Mapping[str, str]) -> bool:
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
     return True
+
+
+def flush_tracing(timeout_s: float = 5.0) -> None:
+    """Export the spans that wait; a worker's end does not. Raises nothing."""
+    if trace is not None:
+        with contextlib.suppress(Exception):
+            trace.get_tracer_provider().force_flush(int(1000 * timeout_s))  # type: ignore[attr-defined]
