@@ -176,7 +176,9 @@ def test_a_call_goes_through_its_signature_and_back() -> None:
         batch=["sample", "timestep", "extra.ids.0"],
     )
     sample, ids = torch.zeros(3, 2, dtype=torch.float16), torch.ones(3, dtype=torch.int32)
-    flat = signature.flatten((sample, torch.tensor(7)), {"extra": {"ids": [ids]}})
+    flat = signature.flatten(
+        {"sample": sample, "timestep": torch.tensor(7), "extra": {"ids": [ids]}}
+    )
     assert {name: (t.dtype, tuple(t.shape)) for name, t in flat.items()} == {
         "sample": (torch.float32, (3, 2)),
         "timestep": (torch.float32, (3,)),
@@ -189,9 +191,9 @@ def test_a_call_goes_through_its_signature_and_back() -> None:
     assert fields[0] is sample
     assert signature.restore([sample], return_dict=False) == (sample,)
     with pytest.raises(ExportError, match=r"needs 1 values as extra\.ids"):
-        signature.flatten((sample, torch.tensor(7)), {})
+        signature.flatten({"sample": sample, "timestep": torch.tensor(7)})
     with pytest.raises(ExportError, match="takes no mask"):
-        signature.flatten((sample, 7), {"extra": {"ids": [ids]}, "mask": ids})
+        signature.flatten({"sample": sample, "timestep": 7, "extra": {"ids": [ids]}, "mask": ids})
 
 
 def test_a_tiny_summand_is_not_taken_for_zero(tmp_path: Path) -> None:

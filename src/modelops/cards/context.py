@@ -205,6 +205,9 @@ def _glance(evaluations: list[Measured]) -> list[tuple[Markup, Markup, Markup]]:
     return rows
 
 
+MORE_IS_BETTER = ("psnr_db", "ssim")  # among parity's measures
+
+
 def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, Any]:
     share = record.bytes_total / record.source_bytes_total if record.source_bytes_total else None
     return {
@@ -217,14 +220,48 @@ def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, An
                 "name": check.name,
                 "measure": check.measure.replace("_", " "),
                 "value": number(check.value),
-                "bound": f"{'≥' if check.measure == 'psnr_db' else '≤'} {number(check.bound)}",
+                "bound": f"{'≥' if check.measure in MORE_IS_BETTER else '≤'} {number(check.bound)}",
                 "answer": "passed" if check.passed else "**failed**",
                 "n": check.n,
             }
             for check in record.parity
         ],
         "speed": measurements_table(record.speed),
+        "noise": [
+            {
+                "level": f"{band['sigma_low']:.2f} to {band['sigma_high']:.2f}",
+                "rms": number(band["rms"]),
+                "largest": number(band["max"]),
+                "n": int(band["n"]),
+            }
+            for band in record.error_by_noise
+        ],
+        "layers": _layers(record),
     }
+
+
+def _layers(record: ArtifactRecord) -> dict[str, Any] | None:
+    """Which groups of layers run in INT8, and why; None if that was not searched."""
+    search = record.calibration.get("search")
+    if not search:
+        return None
+    given_up = set(record.calibration.get("keep_fp32", ()))
+    rows = []
+    for row in search["table"]:
+        runs_in = "fp32" if row["group"] in given_up else "int8"
+        late = runs_in != row["decision"]
+        saved = row["ms_saved"]
+        rows.append(
+            {
+                "group": row["group"],
+                "nodes": row["nodes"],
+                "error": number(max(row["error"], 0.0)),
+                "saved": "not timed" if saved is None else number(saved),
+                "runs_in": runs_in,
+                "why": "given up for parity" if late else row["why"],
+            }
+        )
+    return {"rows": rows, "error": number(search["error"]), "budget": number(search["budget"])}
 
 
 def _verdict(verdict: Verdict, sources: CardSources) -> dict[str, Any]:

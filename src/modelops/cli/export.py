@@ -349,7 +349,9 @@ def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
         ("parity", "measure", "value", "bound", "n", ""),
         [
             (
-                check.name, check.measure, f"{check.value:.3g}", f"{check.bound:.3g}", str(check.n),
+                check.name, check.measure.replace("_", " "), f"{check.value:.3g}",
+                f"{'>=' if check.measure in ('psnr_db', 'ssim') else '<='} {check.bound:.3g}",
+                str(check.n),
                 "ok" if check.passed else "FAILED",
             )
             for check in record.parity

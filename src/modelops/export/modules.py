@@ -68,14 +68,16 @@ class ExportedModule:
         if method not in self.parts:
             raise UsageError(f"{self._origin[1] or 'this network'} was exported without {method}")
         graph, signature = self.parts[method]
-        tensors = signature.flatten(args, kwargs)
-        on_device = getattr(graph, "run_device", None) if graph.device != "cpu" else None
-        if on_device is not None:
-            outputs = on_device({name: value.contiguous() for name, value in tensors.items()})
-        else:
-            feed = {name: value.detach().contiguous().numpy() for name, value in tensors.items()}
+        given = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        wants_fields = bool(given.get("return_dict", True))
+        tensors = signature.flatten(given)
+        if self.device.type == "cpu":
+            feed = {name: value.numpy() for name, value in tensors.items()}
             outputs = [torch.from_numpy(array) for array in graph.run_all(feed)]
-        return signature.restore(outputs, return_dict=_wants_fields(signature, args, kwargs))
+        else:
+            on_device: Any = graph
+            outputs = on_device.run_device(tensors)
+        return signature.restore(outputs, return_dict=wants_fields)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_origin" not in self.__dict__:
@@ -95,11 +97,6 @@ class ExportedControl(ExportedModule):
     @__class__.setter
     def __class__(self, value: Any) -> None:
         raise TypeError("an exported network's class cannot be changed")
-
-
-def _wants_fields(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    given = dict(zip(signature.parameters, args, strict=False)) | kwargs
-    return bool(given.get("return_dict", True))
 
 
 def library_class(library: str, name: str) -> Any:

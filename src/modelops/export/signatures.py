@@ -48,15 +48,15 @@ class Signature(BaseModel):
     booleans: list[str] = []
     batch: list[str] = []
 
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """A call's tensors by input name, in the dtypes of the graph.
+    def flatten(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a call's arguments by input name, contiguous, in the graph's dtypes.
 
         A timestep that is one number for all rows is repeated for every row.
 
         Raises:
             ExportError: a tensor is missing, or another value than the exported one is asked for.
         """
-        given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        given = dict(given)
         tensors: dict[str, torch.Tensor] = {}
         for name, template in self.arguments.items():
             _collect(template, given.pop(name, None), name, tensors)
@@ -74,12 +74,15 @@ class Signature(BaseModel):
         return {name: self._cast(name, tensors[name], rows) for name in self.inputs}
 
     def _cast(self, name: str, value: torch.Tensor, rows: int) -> torch.Tensor:
+        wanted = torch.float32
         if name in self.integers:
-            value = value.to(torch.int64)
+            wanted = torch.int64
         elif name in self.booleans:
-            value = value.to(torch.bool)
-        else:
-            value = value.to(torch.float32)
+            wanted = torch.bool
+        if value.dtype is not wanted:
+            value = value.to(wanted)
+        if value.requires_grad:
+            value = value.detach()
         if name in TIMESTEP_NAMES and name in self.batch:
             value = value.reshape(-1).expand(rows)
         return value.contiguous()

@@ -13,6 +13,7 @@ from modelops.records import Measurement
 from modelops.seeding import numpy_generator
 
 _RESAMPLES = 2000
+_SETTLE_S = 0.02
 
 
 def interleaved_seconds(
@@ -20,16 +21,23 @@ def interleaved_seconds(
 ) -> dict[str, list[float]]:
     """Wall time of each run in each round; a round runs all of them one after the other.
 
-    What slows the machine for a while so falls on all of them alike.
+    What slows the machine for a while so falls on all of them alike. The order is drawn anew in
+    each round, and there is a pause before each run: worker threads of the run before (OpenMP's, of
+    eager torch) spin for some milliseconds on the cores that the next one is timed on. In a fixed
+    order the graph that came after eager torch measured a third slower than it is.
     """
     for _ in range(warmup):
         for run in runs.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    generator = numpy_generator(0, "timing order")
     for _ in range(rounds):
-        for name, run in runs.items():
+        for index in generator.permutation(len(names)):
+            name = names[index]
+            time.sleep(_SETTLE_S)
             start = time.perf_counter()
-            run()
+            runs[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
