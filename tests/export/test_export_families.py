@@ -46,7 +46,9 @@ def exported(family: str, checkpoint: Path, out: Path, **options: Any) -> Artifa
 
 
 def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
-    if family == "controlnet":  # wants a picture, which no request carries; compared at export
+    # One wants a picture, which no request carries; the others draw at a size of their own list and
+    # scale: their pictures are compared at export alone, where that is turned off.
+    if family in ("controlnet", "pixart", "sana"):
         return
     size = {} if family == "ddpm" else {"height": 32, "width": 32}
     requests = [ImageRequest(prompt=t, seed=s, steps=3, **size) for s, t in enumerate(PROMPTS)]
