@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from modelops.errors import ExportError, IntegrityError, UsageError
+from modelops.export import int8, ortcpu
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.calibration import collect_rows
 from modelops.export.graphs import available_runtimes
@@ -132,6 +133,38 @@ def test_layers_are_given_up_until_the_outputs_are_within_bounds(
     )  # fmt: skip
     assert worst(after) <= tighter.relative
     assert len(after.calibration["keep_fp32"]) > len(before.calibration["keep_fp32"])
+
+
+def test_int8_that_no_runtime_here_runs_is_refused(
+    onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = {"int8_layers": 0, "layers_total": 9, "layers": {"Conv": 9}, "float_layers": []}
+    monkeypatch.setattr(int8, "available_runtimes", lambda: ["onnxruntime"])
+    monkeypatch.setattr(int8, "onnxruntime_execution", lambda path: nothing)  # as of all-Conv nets
+    options = Int8Options(steps=2, rows=8, speed_rounds=0, search_seconds=0, ort_cpu=False)
+    with pytest.raises(ExportError, match="onnxruntime runs no layer"):
+        export_int8(onnx_artifact, tiny_checkpoint, tmp_path / "int8", options=options, allow=True)
+    assert not (tmp_path / "int8").exists()
+
+
+@pytest.mark.slow
+def test_what_onnxruntime_opens_is_what_was_compared_in_it(
+    onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep_it(variants: Any, target: Path, *, rows: Any, table: Path, **more: Any) -> Any:
+        ortcpu.write_ort_cpu(variants.source, target, rows=rows, table=table)
+        return {"kept": "conv+matmul", "why": "kept whatever it costs", "kinds": {}}
+
+    monkeypatch.setattr(int8, "available_runtimes", lambda: ["onnxruntime"])
+    monkeypatch.setattr(ortcpu, "judge_ort_cpu", keep_it)  # so small a network decides by luck
+    options = Int8Options(steps=4, rows=16, speed_rounds=0, search_seconds=2)
+    out = tmp_path / "int8"
+    record = export_int8(onnx_artifact, tiny_checkpoint, out, options=options, allow=True)
+    assert record.runtime == "onnxruntime"
+    assert record.execution["onnxruntime"]["int8_layers"] > 0
+    assert "unet/model.ort-cpu.onnx" in record.files
+    assert {c.name for c in record.parity} >= {"images/onnxruntime", "unet/batch8/onnxruntime"}
+    assert open_artifact(out, runtime="onnxruntime").info.precision == "int8+float32"
 
 
 def test_parity_fails_closed() -> None:
