@@ -69,7 +69,8 @@ class ImageGenerator:
     """Serves the release named by MODELOPS_RELEASE."""
 
     def __init__(self) -> None:
-        from modelops.serving.node import InferenceNode, NodeSettings
+        from modelops.serving.node import InferenceNode
+        from modelops.serving.settings import NodeSettings
 
         self.lines = configure_logging(os.environ)
         configure_tracing(os.environ)

@@ -13,7 +13,8 @@ import openai
 import uvicorn
 
 from modelops.serving.app import create_app
-from modelops.serving.node import InferenceNode, NodeSettings
+from modelops.serving.node import InferenceNode
+from modelops.serving.settings import NodeSettings
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ from modelops.serving.app import create_app
 from modelops.serving.golden import make_golden
 from modelops.serving.launch import RunningServer, free_port, start_server, stop_server
 from modelops.serving.logs import configure_logging
-from modelops.serving.node import InferenceNode, NodeSettings
+from modelops.serving.node import InferenceNode
 from modelops.serving.scaffold import ScaffoldOptions, write_scaffold
+from modelops.serving.settings import NodeSettings
 
 pytestmark = [
     pytest.mark.slow,

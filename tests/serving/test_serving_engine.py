@@ -13,8 +13,9 @@ import pytest
 from modelops.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
 from modelops.records import SourceInfo
-from modelops.serving.engine import StepEngine, StepReport
+from modelops.serving.engine import StepEngine
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
+from modelops.serving.jobs import StepReport
 
 MIXED = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),

@@ -27,7 +27,7 @@ from modelops.serving.keys import (
     read_keys,
     revoke_key,
 )
-from modelops.serving.node import NodeSettings
+from modelops.serving.settings import NodeSettings
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from modelops.serving.engine import StepEngine
 from modelops.serving.failures import QueueFullError
 from modelops.serving.keys import Caller, create_key
 from modelops.serving.limits import RateLimitError, RateLimits
-from modelops.serving.node import NodeSettings
+from modelops.serving.settings import NodeSettings
 
 ALICE, BOB = Caller(name="alice"), Caller(name="bob", images_per_minute=4)
 

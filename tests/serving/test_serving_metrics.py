@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import modelops.serving
 from modelops.files import sha256_tree, write_json
 from modelops.records import EvaluationRecord, ReleaseRecord, SourceInfo
-from modelops.serving.engine import StepReport
+from modelops.serving.jobs import StepReport
 from modelops.serving.metrics import (
     CODES,
     FAULT_CODES,

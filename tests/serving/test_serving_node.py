@@ -27,7 +27,8 @@ from modelops.safety.image import ImageVerdict, OpenNsfwFilter
 from modelops.safety.prompt import WordListFilter
 from modelops.serving.app import create_app
 from modelops.serving.guard import FilterError, FilterGuard
-from modelops.serving.node import InferenceNode, NodeSettings
+from modelops.serving.node import InferenceNode
+from modelops.serving.settings import NodeSettings
 
 
 class Client:

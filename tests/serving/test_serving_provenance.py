@@ -25,8 +25,8 @@ from PIL import Image
 from modelops.errors import IntegrityError, UsageError
 from modelops.serving.failures import ProvenanceError
 from modelops.serving.images import SOURCE_TYPE, encode_image
-from modelops.serving.node import NodeSettings
 from modelops.serving.provenance import Marker, picture_format, read_mark
+from modelops.serving.settings import NodeSettings
 from modelops.serving.signing import (
     SigningKey,
     development_key,

@@ -18,7 +18,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from modelops.errors import IntegrityError, ModelopsError, UsageError
-from modelops.serving.node import NodeSettings
 from modelops.serving.receipts import (
     PAYLOAD_TYPE,
     ReceiptLog,
@@ -32,6 +31,7 @@ from modelops.serving.receipts import (
     verify_receipt,
     without_texts,
 )
+from modelops.serving.settings import NodeSettings
 from modelops.serving.signing import (
     SigningKey,
     VerifyingKey,

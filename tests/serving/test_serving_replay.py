@@ -25,9 +25,9 @@ from modelops.errors import IntegrityError
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.serving.engine import StepEngine
 from modelops.serving.launch import start_server
-from modelops.serving.node import NodeSettings
 from modelops.serving.receipts import read_receipt, sign_receipt
 from modelops.serving.replay import _as_wide_as, _make, picture_distance
+from modelops.serving.settings import NodeSettings
 from modelops.serving.signing import development_key, find_verifying_key
 
 PROMPT = "a red heart for Zoë"

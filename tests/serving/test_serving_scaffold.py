@@ -17,7 +17,6 @@ from modelops.cli.main import main
 from modelops.errors import UsageError
 from modelops.serving.launch import DRAIN_S
 from modelops.serving.metrics import NodeMetrics
-from modelops.serving.node import NodeSettings
 from modelops.serving.scaffold import (
     FILES,
     PRE_STOP_S,
@@ -26,6 +25,7 @@ from modelops.serving.scaffold import (
     scale_duration,
     write_scaffold,
 )
+from modelops.serving.settings import NodeSettings
 
 CORE = ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget")
 VARIANTS = [

@@ -63,7 +63,7 @@ def make_golden(
     Returns what belongs into a release's `defaults["golden"]`; the file goes to
     `extra_files={"golden.png": out_path}` of `build_release`.
     """
-    from modelops.serving.node import open_model
+    from modelops.serving.opening import open_model
 
     pipeline, _ = open_model(Path(model_dir), runtime=runtime)
     source = PipelineSource(pipeline, SourceInfo(kind="artifact", uri=str(model_dir)), batch_size=1)

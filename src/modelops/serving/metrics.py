@@ -24,7 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 if TYPE_CHECKING:
     from modelops.records import ReleaseRecord
-    from modelops.serving.engine import StepReport
+    from modelops.serving.jobs import StepReport
 
 log = logging.getLogger("modelops.serving")
 

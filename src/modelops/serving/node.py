@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import base64
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelops.errors import ModelopsError, ServingError, UsageError
 from modelops.files import sha256_file
-from modelops.models.sources import ImageRequest, load_checkpoint
-from modelops.records import SourceInfo
+from modelops.models.sources import ImageRequest
 from modelops.release import RECORD_FILE, verify_release
 from modelops.safety.registry import parse_filter
 from modelops.seeding import MAX_SEED
-from modelops.serving.engine import EngineImage, Job, StepEngine
+from modelops.serving.engine import StepEngine
 from modelops.serving.failures import (
     FilterError,
     ProvenanceError,
@@ -34,9 +32,12 @@ from modelops.serving.failures import (
 )
 from modelops.serving.golden import GoldenCheck, check_golden, golden_request
 from modelops.serving.guard import FilterGuard
+from modelops.serving.jobs import EngineImage, Job
 from modelops.serving.metrics import NodeMetrics, evaluation_time
+from modelops.serving.opening import image_filter_loader, open_model, prompt_filter_loader
 from modelops.serving.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
 from modelops.serving.seal import Origin, Sealer
+from modelops.serving.settings import NodeSettings
 from modelops.serving.tracing import RequestTrace, request_id
 
 log = logging.getLogger("modelops.serving")
@@ -44,66 +45,6 @@ log = logging.getLogger("modelops.serving")
 GOOD_PROMPT = "a smiling yellow sun"
 BAD_PROMPT = "explicit hardcore porn"
 STALLED_S = 60.0  # a network evaluation that takes longer is taken for dead
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeSettings:
-    """How a node runs; each field is read from MODELOPS_<NAME> by `from_environment`.
-
-    Attributes:
-        max_rows: rows of a forward pass (a guided request takes two).
-        queue_limit: requests that may wait for a place.
-        deadline_s: seconds after which a request is dropped.
-        filter_timeout_s: seconds a safety filter may take.
-        runtime: of an exported artifact; "auto" takes the fastest that is installed.
-        device: of a checkpoint.
-        prompt_filter, image_filter: by name, as in `modelops eval` (see
-            `modelops.safety.registry`); serving has no "none".
-        evaluate_every_days: an evaluation of the released model that is older is overdue.
-        signing_key, signing_chain: PEM files, see `signing.open_signing_key`; without them a
-            development key of this machine signs.
-        receipts: folder where signed receipts are kept; "" keeps none.
-        receipts_mb: megabytes of that folder, at most; the oldest receipts go first.
-        receipts_failure: "send" or "refuse" the picture when its receipt cannot be written.
-        receipts_prompts: "digest" keeps receipts without the prompt's text, "text" with it.
-    """
-
-    max_rows: int = 16
-    queue_limit: int = 64
-    deadline_s: float = 120.0
-    filter_timeout_s: float = 10.0
-    runtime: str = "auto"
-    device: str = "cpu"
-    prompt_filter: str = "words"
-    image_filter: str = "open_nsfw"
-    evaluate_every_days: float = 30.0
-    signing_key: str = ""
-    signing_chain: str = ""
-    receipts: str = ""
-    receipts_mb: int = 256
-    receipts_failure: str = "send"
-    receipts_prompts: str = "digest"
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
-        """Settings from environment variables.
-
-        Raises:
-            UsageError: a variable is not a number in range.
-        """
-        values: dict[str, Any] = {}
-        for entry in fields(cls):
-            name = f"MODELOPS_{entry.name.upper()}"
-            if name not in environment:
-                continue
-            kind: Any = type(entry.default)
-            try:
-                values[entry.name] = kind(environment[name])
-            except ValueError as error:
-                raise UsageError(f"{name}={environment[name]!r}: not a number") from error
-            if kind is not str and not 0 < values[entry.name] < 1e6:
-                raise UsageError(f"{name}={environment[name]!r}: out of range")
-        return cls(**values)
 
 
 @dataclass(slots=True)
@@ -119,50 +60,6 @@ class Ticket:
         """Stop the work before its next step."""
         for job in self.jobs:
             job.cancel()
-
-
-def open_model(
-    directory: Path, *, runtime: str = "auto", device: str = "cpu", batch_size: int = 16
-) -> tuple[Any, SourceInfo]:
-    """(pipeline, what runs it) of an exported artifact or a checkpoint directory.
-
-    Raises:
-        ModelopsError: it cannot be opened.
-    """
-    if (directory / "artifact.json").is_file():
-        from modelops.export.runtime import open_artifact
-
-        source = open_artifact(directory, runtime=runtime, batch_size=batch_size)
-        return source.pipeline, source.info
-    pipeline = load_checkpoint(directory, device=device)
-    pipeline.set_progress_bar_config(disable=True)
-    info = SourceInfo(
-        kind="checkpoint", uri=directory.name, runtime=f"torch-{device}",
-        precision=str(pipeline.dtype).removeprefix("torch."),
-    )  # fmt: skip
-    return pipeline, info
-
-
-def _prompt_filter_loader(name: str) -> Callable[[], Any]:
-    """What opens a prompt filter; the name is sure to be known."""
-    from modelops.safety.registry import check_prompt_filter, open_prompt_filter
-
-    check_prompt_filter(name)
-    return lambda: open_prompt_filter(name)
-
-
-def _image_filter_loader(name: str) -> Callable[[], Any]:
-    """What opens an image filter; the name is sure to be known."""
-    from modelops.safety.registry import check_image_filter, open_image_filter
-
-    def open_nsfw() -> Any:
-        from modelops.safety.image import OpenNsfwFilter
-
-        return OpenNsfwFilter(threads=1)  # the cores belong to the engine
-
-    if check_image_filter(name).name == "open_nsfw":
-        return open_nsfw
-    return lambda: open_image_filter(name)
 
 
 class InferenceNode:
@@ -192,8 +89,8 @@ class InferenceNode:
             "prompt": "custom" if prompt_filter else parse_filter(self.settings.prompt_filter).name,
             "image": "custom" if image_filter else parse_filter(self.settings.image_filter).name,
         }
-        prompt_filter = prompt_filter or _prompt_filter_loader(self.settings.prompt_filter)
-        image_filter = image_filter or _image_filter_loader(self.settings.image_filter)
+        prompt_filter = prompt_filter or prompt_filter_loader(self.settings.prompt_filter)
+        image_filter = image_filter or image_filter_loader(self.settings.image_filter)
         self.directory = Path(release_dir)
         self.release = verify_release(self.directory)
         self.release_sha256 = sha256_file(self.directory / RECORD_FILE)

@@ -203,7 +203,7 @@ def replay_recipe(
     """
     from modelops.models.sources import ImageRequest
     from modelops.serving.golden import pixels_sha256
-    from modelops.serving.node import open_model
+    from modelops.serving.opening import open_model
 
     release = check_release(recipe, release_dir)
     sent = None if image is None else _sent_pixels(Path(image), recipe)

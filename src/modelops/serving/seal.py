@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from modelops.records import ReleaseRecord, SourceInfo
-    from modelops.serving.engine import EngineImage
-    from modelops.serving.node import NodeSettings
+    from modelops.serving.jobs import EngineImage
+    from modelops.serving.settings import NodeSettings
 
 log = logging.getLogger("modelops.serving")
 
