@@ -16,6 +16,7 @@ from modelops.records import SourceInfo
 from modelops.serving.engine import StepEngine
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
 from modelops.serving.jobs import StepReport
+from modelops.serving.pace import profile_from_seconds
 
 MIXED = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),
@@ -246,3 +247,95 @@ def test_what_the_model_cannot_do_is_said_at_once(
 ) -> None:
     with pytest.raises(UsageError):
         make().submit([ImageRequest(prompt="x", seed=1, **bad)])
+
+
+def test_previews_come_in_order_and_change_nothing(make: Callable[..., StepEngine]) -> None:
+    request = ImageRequest(prompt="star", seed=5, steps=8, guidance=2.0)
+    engine = make()
+    plain = engine.submit([request])[0].future.result(60)
+    seen: list[tuple[int, int, np.ndarray[Any, Any]]] = []
+    job = engine.submit(
+        [request],
+        previews=3,
+        on_preview=lambda job, index, pixels: seen.append((index, job.step, pixels)),
+    )[0]
+    image = job.future.result(60)
+    assert np.array_equal(image.pixels, plain.pixels)
+    assert [(index, step) for index, step, _ in seen] == [(0, 1), (1, 3), (2, 5)]
+    errors = [np.abs(pixels.astype(int) - image.pixels).mean() for _, _, pixels in seen]
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert {pixels.shape for _, _, pixels in seen} == {image.pixels.shape}
+
+
+def test_a_preview_is_where_the_straight_way_on_ends(make: Callable[..., StepEngine]) -> None:
+    """The estimate is the very picture when a single Euler step is left."""
+    seen: list[Any] = []
+    job = make().submit(
+        [ImageRequest(prompt="star", seed=5, steps=2, guidance=1.0)],
+        previews=1,
+        on_preview=lambda job, index, pixels: seen.append(pixels),
+    )[0]
+    image = job.future.result(60)
+    one_step = make().submit([ImageRequest(prompt="star", seed=5, steps=1, guidance=1.0)])[0]
+    # After the first of two steps the straight way on is where one step alone would have gone.
+    assert np.array_equal(seen[0], one_step.future.result(60).pixels)
+    assert not np.array_equal(seen[0], image.pixels)
+
+
+def test_a_preview_that_fails_costs_no_picture(make: Callable[..., StepEngine]) -> None:
+    def fails(*ignored: Any) -> None:
+        raise RuntimeError("no")
+
+    job = make().submit([ImageRequest(prompt="star", seed=5)], previews=2, on_preview=fails)[0]
+    assert job.future.result(60).pixels.size
+    with pytest.raises(UsageError, match="0 to 3"):
+        make().submit([ImageRequest(prompt="star", seed=5)], previews=4, on_preview=fails)
+
+
+def test_profile_is_measured_before_the_first_request(make: Callable[..., StepEngine]) -> None:
+    engine = make(max_rows=4, profile_s=30.0)
+    engine.submit([ImageRequest(prompt="star", seed=5)])[0].future.result(60)
+    assert set(engine.profile.seconds) == {1, 2, 3, 4}
+    assert engine.profile.complete
+
+
+def test_where_batching_does_not_pay_requests_run_one_by_one(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    gate = Gate(pipeline)
+    engine = make(max_rows=8)
+    engine.profile = profile_from_seconds({rows: 0.1 * rows for rows in (1, 2, 4, 8)})
+    jobs = engine.submit(
+        [
+            ImageRequest(prompt="star", seed=seed, steps=2, guidance=guidance)
+            for seed, guidance in ((1, 3.0), (2, 1.0), (3, 1.0))
+        ]
+    )
+    gate.open()
+    done = [job.future.result(60) for job in jobs]
+    assert gate.widths == [2, 2, 1, 1, 1, 1]
+    assert [image.mean_rows for image in done] == [2, 1, 1]
+
+
+def test_wide_batches_only_while_the_queue_fills_them(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    gate = Gate(pipeline)
+    engine = make(max_rows=8)
+    engine.profile = profile_from_seconds({1: 1 / 100, 2: 2 / 160, 4: 4 / 190, 8: 8 / 200})
+    assert (engine.profile.narrow, engine.profile.wide) == (4, 8)
+
+    def requests(count: int) -> list[ImageRequest]:
+        return [ImageRequest(prompt="x", seed=i, steps=2, guidance=1.0) for i in range(count)]
+
+    few = engine.submit(requests(6))
+    gate.let(4)
+    for job in few:
+        job.future.result(60)
+    assert gate.widths == [4, 4, 2, 2]
+    gate.widths.clear()
+    many = engine.submit(requests(12))
+    gate.open()
+    for job in many:
+        job.future.result(60)
+    assert gate.widths == [8, 8, 4, 4]

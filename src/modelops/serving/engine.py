@@ -12,7 +12,6 @@ A guided request takes two rows of the same forward pass: its prompt and its neg
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import threading
@@ -22,12 +21,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from modelops.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, floats_to_uint8
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
-from modelops.serving.jobs import EngineImage, Job, StepReport
+from modelops.serving.jobs import MAX_PREVIEWS, EngineImage, Job, Preview, StepReport
+from modelops.serving.pace import BatchProfile, Pace, measure_profile
+from modelops.serving.stepping import Schedule, Stepper, guide
 
 log = logging.getLogger("modelops.serving")
 
@@ -40,10 +43,10 @@ MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine ca
 
 @dataclass(slots=True)
 class _Row:
-    """A running request: its own scheduler and latents [1, C, h, w]."""
+    """A running request: its own schedule and latents [1, C, h, w]."""
 
     job: Job
-    scheduler: Any
+    schedule: Schedule
     latents: torch.Tensor
     text: Text
     negative: Text | None
@@ -51,25 +54,8 @@ class _Row:
 
     @property
     def timestep(self) -> torch.Tensor:
-        timestep: torch.Tensor = self.scheduler.timesteps[self.job.step]
+        timestep: torch.Tensor = self.schedule.timesteps[self.job.step]
         return timestep
-
-
-@dataclass(slots=True)
-class _Speed:
-    """Seconds of a network evaluation by its number of rows, as a moving average."""
-
-    seconds: dict[int, float] = field(default_factory=dict)
-
-    def add(self, rows: int, seconds: float) -> None:
-        known = self.seconds.get(rows)
-        self.seconds[rows] = seconds if known is None else 0.8 * known + 0.2 * seconds
-
-    def row_steps_per_second(self) -> float:
-        if not self.seconds:
-            return 0.0
-        rows = max(self.seconds)
-        return rows / max(self.seconds[rows], 1e-6)
 
 
 class StepEngine:
@@ -79,6 +65,8 @@ class StepEngine:
         pipeline: a PixelFlowPipeline, with its networks in torch or in another runtime. The engine
             owns it from now on.
         max_rows: rows of a forward pass, at most (a guided request takes two).
+        profile_s: seconds to spend, before the first request, on finding out which widths pay (see
+            `pace.BatchProfile`); 0 takes every width up to max_rows for good.
         queue_limit: requests that may wait; an empty queue takes a longer list too.
         text_cache: prompts whose embeddings are kept.
         on_step: called after each network evaluation, in the engine's thread.
@@ -92,6 +80,7 @@ class StepEngine:
         max_rows: int = 16,
         queue_limit: int = 64,
         text_cache: int = 256,
+        profile_s: float = 0.0,
         on_step: Callable[[StepReport], None] | None = None,
         on_wasted: Callable[[int, str], None] | None = None,
     ) -> None:
@@ -111,20 +100,30 @@ class StepEngine:
         self._stopping = False
         self._failures = 0
         self._step_began: float | None = None
-        self._speed = _Speed()
+        self._step_ended: float | None = None  # None after an idle moment
+        self._pace = Pace()
+        self._stepper = Stepper(pipeline.scheduler, pipeline._execution_device, pipeline.unet.dtype)
+        self._profile_s = profile_s
+        self.profile = BatchProfile(narrow=max_rows, wide=max_rows, complete=False)
         self._thread = threading.Thread(target=self._run, name="modelops-engine", daemon=True)
         self._thread.start()
 
     # --- the callers' side ------------------------------------------------------------------------
 
     def submit(
-        self, requests: Sequence[ImageRequest], *, timeout_s: float | None = None
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        timeout_s: float | None = None,
+        previews: int = 0,
+        on_preview: Preview | None = None,
     ) -> list[Job]:
         """Queue requests, all of them or none.
 
         Args:
             requests: what is None is filled with the pipeline's defaults.
             timeout_s: seconds from now after which unfinished work is dropped.
+            previews, on_preview: show each picture so many times on its way; see `Job`.
 
         Raises:
             QueueFullError: no room for all of them.
@@ -132,7 +131,12 @@ class StepEngine:
             ServingError: the engine is closed or dead.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        jobs = [Job(self.fill(request), deadline) for request in requests]
+        if not 0 <= previews <= MAX_PREVIEWS:
+            raise UsageError(f"previews must be 0 to {MAX_PREVIEWS}, got {previews}")
+        jobs = [
+            Job(self.fill(request), deadline, previews=previews, on_preview=on_preview)
+            for request in requests
+        ]
         with self._changed:
             if self._stopping or not self.alive:
                 raise EngineError("the engine is not running")
@@ -218,9 +222,12 @@ class StepEngine:
     def _run(self) -> None:
         try:
             with torch.no_grad():
+                if self._profile_s:
+                    self._measure_profile()
                 while True:
                     with self._changed:
                         while not (self._waiting or self._running or self._stopping):
+                            self._step_ended = None
                             self._changed.wait()
                         if not self._waiting and not self._running:
                             return
@@ -247,11 +254,51 @@ class StepEngine:
             self._running.remove(row)
             self._fail(row.job, row.job.reason_to_stop())
 
+    def _measure_profile(self) -> None:
+        """Time the network at the size that it was made for, before anybody waits for it."""
+        pipeline, size = self.pipeline, self.pipeline.resolution
+        device, dtype = pipeline._execution_device, pipeline.unet.dtype
+        shape = pipeline.latent_shape(size, size)
+        text = self._encode([""])[""]
+
+        def evaluate(rows: int) -> None:
+            latents = torch.zeros((rows, *shape), device=device, dtype=dtype)
+            sigmas = torch.full((rows,), 0.5, device=device, dtype=dtype)
+            parts = [part.expand(rows, *part.shape[1:]).contiguous() for part in text]
+            pipeline.predict_velocity(latents, sigmas, *parts)
+            if device.type == "cuda":  # pragma: no cover - no GPU here
+                torch.cuda.synchronize(device)
+
+        try:
+            self.profile = measure_profile(evaluate, self.max_rows, budget_s=self._profile_s)
+        except Exception:  # a width too many for the memory, say: the requests will tell
+            log.exception("the batching profile could not be measured; batches stay narrow")
+            self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
+            return
+        self._pace.expect(self.profile.rows_per_second(self.profile.wide))
+        log.info("batching profile: %s", self.profile)
+
+    def _cap(self, used: int) -> int:
+        """Rows that may run now: the wide cap only where the queue fills it."""
+        queued = used
+        for job in self._waiting:
+            queued += job.rows
+            if queued >= self.profile.wide:
+                return self.profile.wide
+        return self.profile.narrow
+
     def _admit(self) -> list[Job]:
         """First in, first out; a wide request at the head is never overtaken."""
+        if not self.profile.pays and self._running:
+            return []
         used = sum(row.job.rows for row in self._running)
-        joining = []
-        while self._waiting and used + self._waiting[0].rows <= self.max_rows:
+        cap = self._cap(used) if self.profile.pays else 0
+        joining: list[Job] = []
+        while (
+            self._waiting
+            and (not joining or self.profile.pays)
+            and (used + self._waiting[0].rows <= cap or not (used or joining))
+        ):
             job = self._waiting.popleft()
             used += job.rows
             job.admitted = time.monotonic()
@@ -308,11 +355,10 @@ class StepEngine:
         device, dtype = self.pipeline._execution_device, self.pipeline.unet.dtype
         shape = (1, *self.pipeline.latent_shape(request.height, request.width))
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(request.steps, device=device)
+        assert request.steps is not None
         return _Row(
             job=job,
-            scheduler=scheduler,
+            schedule=self._stepper.schedule(request.steps),
             latents=torch.randn(shape, generator=generator, dtype=dtype).to(device),
             text=texts[request.prompt],
             negative=texts[request.negative_prompt] if job.rows == 2 else None,
@@ -339,8 +385,11 @@ class StepEngine:
         finally:
             self._step_began = None
         self._failures = 0
-        seconds, width = time.monotonic() - began, sum(row.job.rows for row in rows)
-        self._speed.add(width, seconds)
+        ended = time.monotonic()
+        seconds, width = ended - began, sum(row.job.rows for row in rows)
+        if self._step_ended is not None:
+            self._pace.add(width, ended - self._step_ended)
+        self._step_ended = ended
         self._on_step(
             StepReport(rows=width, requests=len(rows), waiting=self.waiting, seconds=seconds)
         )
@@ -348,7 +397,7 @@ class StepEngine:
         for row in rows:
             row.job.step += 1
             row.batch_rows.append(width)
-            if row.job.step >= len(row.scheduler.timesteps):
+            if row.job.step >= len(row.schedule.timesteps):
                 finished.append(row)
         if finished:
             self._leave(finished)
@@ -357,20 +406,39 @@ class StepEngine:
     def _advance(self, rows: list[_Row]) -> None:
         """One network evaluation for all rows, then each row's own scheduler step."""
         guided = [row for row in rows if row.negative is not None]
+        rows = [*guided, *(row for row in rows if row.negative is None)]
         texts = [row.text for row in rows] + [row.negative for row in guided if row.negative]
         everyone = [*rows, *guided]
         latents = torch.cat([row.latents for row in everyone])
         sigmas = torch.stack([row.timestep / 1000.0 for row in everyone]).to(latents.dtype)
         pooled, tokens, mask = (torch.cat(parts) for parts in zip(*texts, strict=True))
         velocity = self.pipeline.predict_velocity(latents, sigmas, pooled, tokens, mask)
-        unconditional = iter(range(len(rows), len(everyone)))
+        own, latents = velocity[: len(rows)], latents[: len(rows)]
+        if guided:
+            scales = [row.job.request.guidance or 1.0 for row in guided]
+            toward = guide(own[: len(guided)], velocity[len(rows) :], scales)
+            own = torch.cat([toward, own[len(guided) :]])
+        after = self._stepper.step(
+            [row.schedule for row in rows], [row.job.step for row in rows], own, latents
+        )
         for index, row in enumerate(rows):
-            own = velocity[index : index + 1]
-            if row.negative is not None:
-                other = next(unconditional)
-                away = velocity[other : other + 1]
-                own = away + row.job.request.guidance * (own - away)
-            row.latents = row.scheduler.step(own, row.timestep, row.latents, return_dict=False)[0]
+            shown = row.job.preview_at.get(row.job.step + 1)
+            if shown is not None:
+                self._show(row, shown, row.latents - sigmas[index] * own[index])
+            row.latents = after[index : index + 1]
+
+    def _show(self, row: _Row, index: int, estimate: torch.Tensor) -> None:
+        """Hand out a preview: where the trajectory would end if it went on straight."""
+        assert row.job.on_preview is not None
+        try:
+            row.job.on_preview(row.job, index, self._to_pixels(estimate))
+        except Exception:
+            log.exception("a preview was lost")
+
+    def _to_pixels(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
+        """Latents [1, C, h, w] to [H, W, 3] uint8."""
+        decoded = self.pipeline.decode(latents)
+        return floats_to_uint8(self.pipeline.image_processor.pt_to_numpy(decoded)[0])
 
     def _leave(self, rows: list[_Row]) -> None:
         gone = {id(row) for row in rows}
@@ -381,9 +449,7 @@ class StepEngine:
         for row in rows:
             job, stepped = row.job, time.monotonic()
             try:
-                decoded = self.pipeline.decode(row.latents)
-                image = self.pipeline.image_processor.pt_to_numpy(decoded)[0]
-                pixels = floats_to_uint8(image)
+                pixels = self._to_pixels(row.latents)
             except Exception as error:
                 log.exception("an image could not be decoded")
                 self._fail(job, EngineError(f"no usable image: {error}"))
@@ -414,9 +480,6 @@ class StepEngine:
             job.future.set_exception(error or EngineError("unknown"))
 
     def _backlog_seconds(self) -> float:
-        speed = self._speed.row_steps_per_second()
-        if not speed:
-            return 0.0
         work = sum(job.remaining for job in self._waiting)
         work += sum(row.job.remaining for row in self._running)
-        return work / speed
+        return self._pace.seconds_for(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -47,11 +48,32 @@ class StepReport:
     seconds: float
 
 
-class Job:
-    """A request in the engine. `future` ends with an EngineImage or a ServingError."""
+Preview = Callable[["Job", int, npt.NDArray[np.uint8]], None]
+MAX_PREVIEWS = 3
 
-    def __init__(self, request: ImageRequest, deadline: float | None) -> None:
+
+class Job:
+    """A request in the engine. `future` ends with an EngineImage or a ServingError.
+
+    Args:
+        request: with every default filled in.
+        deadline: by time.monotonic(); unfinished work is dropped then.
+        previews: how many times the unfinished picture is shown on its way, evenly spaced.
+        on_preview: called in the engine's thread as (job, index, pixels [H, W, 3] uint8); must
+            return at once.
+    """
+
+    def __init__(
+        self,
+        request: ImageRequest,
+        deadline: float | None,
+        *,
+        previews: int = 0,
+        on_preview: Preview | None = None,
+    ) -> None:
         self.request = request
+        self.on_preview = on_preview
+        self.preview_at = preview_steps(request.steps or 0, previews if on_preview else 0)
         self.future: Future[EngineImage] = Future()
         self.deadline = deadline
         self.submitted = time.monotonic()
@@ -70,6 +92,11 @@ class Job:
         """Row-steps still to be done."""
         return self.rows * max(0, (self.request.steps or 0) - self.step)
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
     def cancel(self) -> None:
         """Stop before the next step; does nothing to a finished job."""
         self._cancelled.set()
@@ -83,3 +110,12 @@ class Job:
                 hint="ask for fewer steps or images, or try again when it is quieter",
             )
         return None
+
+
+def preview_steps(steps: int, previews: int) -> dict[int, int]:
+    """After how many of its steps a picture is shown: {step: index of the preview}.
+
+    Evenly spaced, and never after the last one; fewer than `previews` when there are few steps.
+    """
+    after = {(index + 1) * steps // (previews + 1) for index in range(previews)}
+    return {step: index for index, step in enumerate(sorted(after & set(range(1, steps))))}

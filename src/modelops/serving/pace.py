@@ -1,0 +1,129 @@
+"""How fast an engine is: which batch widths pay, and how long a backlog will take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+PAYS = 1.1  # the best width must do this many times the rows per second of one row
+KNEE = 0.9  # the narrow cap is the smallest width with this share of the best rate
+BEST = 0.97  # the wide cap is the smallest width with this share of it
+_REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchProfile:
+    """Seconds of one network evaluation by its rows, and what follows from them.
+
+    Attributes:
+        seconds: median seconds by rows; empty when nothing was measured.
+        pays: whether rows in company are done faster than one by one. If not, one request runs at
+            a time (its two rows, if it is guided, together).
+        narrow: rows in a batch while few requests wait: most of the speed, and less company, which
+            would make each of them later.
+        wide: rows in a batch once enough requests wait to fill it.
+        complete: whether every width was measured; else the time for it was over.
+    """
+
+    seconds: dict[int, float] = field(default_factory=dict)
+    pays: bool = True
+    narrow: int
+    wide: int
+    complete: bool = True
+
+    def rows_per_second(self, rows: int) -> float:
+        """Measured rate at the widest measured width of at most `rows`; 0 when unknown."""
+        known = [width for width in self.seconds if width <= rows]
+        return max(known) / self.seconds[max(known)] if known else 0.0
+
+
+def widths(max_rows: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to max_rows, and max_rows: the shapes runtimes compile."""
+    width = 1
+    while width < max_rows:
+        yield width
+        if width >= 2 and width * 3 // 2 < max_rows:
+            yield width * 3 // 2
+        width *= 2
+    yield max_rows
+
+
+def measure_profile(
+    evaluate: Callable[[int], object], max_rows: int, *, budget_s: float
+) -> BatchProfile:
+    """Time network evaluations of growing width.
+
+    Args:
+        evaluate: runs the network on so many rows. Each width's first run is not counted: runtimes
+            compile and warm up in it.
+        max_rows: the widest batch.
+        budget_s: after so many seconds no width above 2 is begun, and a width's first run has to
+            do. What was not measured is not used: the caps stay among the measured widths.
+    """
+    began = time.monotonic()
+    seconds: dict[int, float] = {}
+    wanted = list(widths(max_rows))
+    for width in wanted:
+        if width > 2 and time.monotonic() - began > budget_s:
+            break
+        taken: list[float] = []
+        while len(taken) <= _REPEATS:
+            start = time.perf_counter()
+            evaluate(width)
+            taken.append(time.perf_counter() - start)
+            if time.monotonic() - began > budget_s:
+                break
+        seconds[width] = statistics.median(taken[1:] or taken)
+    return profile_from_seconds(seconds, complete=len(seconds) == len(wanted))
+
+
+def profile_from_seconds(seconds: dict[int, float], *, complete: bool = True) -> BatchProfile:
+    """The caps that follow from measured seconds by rows (at least one width)."""
+    rates = {width: width / max(taken, 1e-9) for width, taken in seconds.items()}
+    best = max(rates.values())
+    pays = best >= PAYS * rates[min(rates)]
+
+    def cap(share: float) -> int:
+        return max(2, min(width for width, rate in rates.items() if rate >= share * best))
+
+    return BatchProfile(
+        seconds=seconds,
+        pays=pays,
+        narrow=cap(KNEE) if pays else 2,
+        wide=cap(BEST) if pays else 2,
+        complete=complete,
+    )
+
+
+class Pace:
+    """Row-steps per second of a busy engine, everything between two steps included.
+
+    Only steps that follow another at once count: an idle engine tells nothing.
+
+    Args:
+        half_life_s: a change in speed is half known after so many seconds of work.
+    """
+
+    def __init__(self, half_life_s: float = 2.0) -> None:
+        self._half_life_s = half_life_s
+        self._rate = 0.0
+        self._known_s = 0.0
+
+    def expect(self, rate: float) -> None:
+        """What a profile promises, until something was measured."""
+        if not self._known_s:
+            self._rate = rate
+
+    def add(self, rows: int, seconds: float) -> None:
+        """`rows` were advanced by a step in `seconds`, counted from the end of the step before."""
+        if seconds <= 0:
+            return
+        keep = 0.5 ** (seconds / self._half_life_s) if self._known_s else 0.0
+        self._rate = keep * self._rate + (1 - keep) * rows / seconds
+        self._known_s += seconds
+
+    def seconds_for(self, row_steps: int) -> float:
+        """Seconds that so many row-steps will take; 0 when the speed is not known."""
+        return row_steps / self._rate if self._rate else 0.0
