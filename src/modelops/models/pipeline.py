@@ -6,6 +6,7 @@ modelops is not installed. The same class drives exported components; see `model
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class PixelFlowPipeline(DiffusionPipeline):
         )
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
-    @property
+    @cached_property
     def uses_tokens(self) -> bool:
         """Whether the network attends to text tokens, beside the pooled embedding."""
         blocks = (*self.unet.config["down_block_types"], *self.unet.config["up_block_types"])
@@ -191,10 +192,12 @@ class PixelFlowPipeline(DiffusionPipeline):
         pooled, tokens, mask = pooled.to(device, dtype), tokens.to(device, dtype), mask.to(device)
 
         self.scheduler.set_timesteps(steps, device=device)
-        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        timesteps = self.scheduler.timesteps
+        rows = 2 * len(prompts) if guided else len(prompts)
+        levels = (timesteps / 1000.0).to(dtype).unsqueeze(1).repeat(1, rows).unbind()
+        for step, timestep in enumerate(self.progress_bar(timesteps)):
             inputs = torch.cat([latents, latents]) if guided else latents
-            sigmas = (timestep / 1000.0).to(dtype).expand(len(inputs))
-            velocity = self.predict_velocity(inputs, sigmas, pooled, tokens, mask)
+            velocity = self.predict_velocity(inputs, levels[step], pooled, tokens, mask)
             if guided:
                 conditional, unconditional = velocity.chunk(2)
                 velocity = unconditional + scale * (conditional - unconditional)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ import numpy.typing as npt
 import torch
 
 from modelops.errors import MissingWeightsError, UsageError
-from modelops.files import sha256_tree
+from modelops.files import read_text, sha256_bytes, sha256_file, sha256_tree
 from modelops.records import SourceInfo
 
+# sha256 of the pipeline.py of earlier releases, whose checkpoints this one's pipeline runs.
+EARLIER_PIPELINES = ("043d034e64a95f04a70cee52702aed0c4fff566f9808ff9af9257fe6ac1d6646",)
 TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of its digest
 
 
@@ -198,7 +201,8 @@ def load_checkpoint(
 ) -> Any:
     """Load a diffusers directory (or hub id) as a pipeline.
 
-    The custom code of a directory is run only if it is byte for byte this package's own pipeline.
+    A directory's custom code is never run: this package's pipeline is, where the directory holds
+    the very bytes of that pipeline or of an earlier release of it.
 
     Raises:
         UsageError: not a diffusers directory, or one with custom code that is not ours.
@@ -220,18 +224,15 @@ def load_checkpoint(
             )
         code = directory / "pipeline.py"
         if code.exists():
-            if code.read_bytes() != pipeline_code():
+            if sha256_file(code) not in (*EARLIER_PIPELINES, sha256_bytes(pipeline_code())):
                 raise UsageError(
                     f"{code}: custom code that this modelops did not write is not run",
                     hint="load it yourself with diffusers and trust_remote_code=True",
                 )
             trusted = True
+    pipeline: Any
     if trusted:
-        from modelops.models.pipeline import PixelFlowPipeline
-
-        pipeline: Any = PixelFlowPipeline.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=True
-        )
+        pipeline = _load_pixel_flow(directory, dtype)
     else:
         logging.set_verbosity_error()  # what went wrong is said once, below
         try:
@@ -247,6 +248,39 @@ def load_checkpoint(
                 hint="give a complete diffusers directory",
             ) from error
     return pipeline.to(device)
+
+
+def _load_pixel_flow(directory: Path, dtype: torch.dtype) -> Any:
+    """This package's pipeline around a directory's components.
+
+    diffusers itself would run the directory's pipeline.py, from one folder that all processes of a
+    user share and that a read-only home does not have.
+    """
+    import diffusers
+    import transformers
+
+    from modelops.models.pipeline import PixelFlowPipeline
+
+    try:
+        index = json.loads(read_text(directory / "model_index.json"))
+        libraries = {"diffusers": diffusers, "transformers": transformers}
+        parts: dict[str, Any] = {}
+        for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
+            library, class_name = index.pop(name)
+            kind = getattr(libraries[library], class_name)
+            wanted = {} if name in ("tokenizer", "scheduler") else {"dtype": dtype}
+            parts[name] = kind.from_pretrained(directory / name, local_files_only=True, **wanted)
+        options = {name: value for name, value in index.items() if not name.startswith("_")}
+        pipeline = PixelFlowPipeline(**parts, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"{directory}: cannot be loaded as a checkpoint: {said}",
+            hint="give a complete checkpoint directory",
+        ) from error
+    pipeline.unet.eval()
+    pipeline.text_encoder.eval()
+    return pipeline
 
 
 def open_checkpoint(
