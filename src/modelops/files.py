@@ -90,10 +90,11 @@ def sha256_path(path: str | os.PathLike[str], *, exclude: Iterable[str] = ()) ->
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success fsync it and rename it there.
 
-    A process killed at any moment leaves either the old file or the new one.
+    A process killed at any moment leaves either the old file or the new one. A `private` file is
+    never readable by others.
 
     Raises:
         ModelopsError: the disk is full or the folder cannot be written.
@@ -108,7 +109,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o600 if private else 0o666 & ~_umask())
         temporary.replace(target)
         _sync_directory(target.parent)
     except OSError as error:
@@ -121,9 +122,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Atomically write `data` to `path`."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: str | os.PathLike[str], data: bytes, *, private: bool = False) -> None:
+    """Atomically write `data` to `path`; `private`: for its owner's eyes only."""
+    with atomic_path(path, private=private) as temporary:
         temporary.write_bytes(data)
 
 

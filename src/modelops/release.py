@@ -11,6 +11,7 @@ release/
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from modelops.environment import current_environment
-from modelops.errors import GateFailedError, GateUndecidedError, IntegrityError, UsageError
+from modelops.errors import (
+    GateFailedError,
+    GateUndecidedError,
+    IntegrityError,
+    ModelopsError,
+    UsageError,
+)
 from modelops.files import (
     atomic_directory,
     read_text,
@@ -30,6 +37,7 @@ from modelops.files import (
     write_text,
 )
 from modelops.records import (
+    EvaluationRecord,
     InputRef,
     ReleaseFile,
     ReleaseRecord,
@@ -84,27 +92,7 @@ def build_release(
     _check_label("name", name)
     _check_label("version", version)
     out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
-    answer = read_record(verdict_path, Verdict)
-    if answer.answer != "pass" and not allow:
-        failed = [line.name for line in answer.criteria if line.answer != "pass"]
-        kind = GateFailedError if answer.answer == "fail" else GateUndecidedError
-        raise kind(
-            f"{verdict_path}: the gate answered {answer.answer} "
-            f"({', '.join(failed) or 'no criteria'})",
-            hint="mend the model or the policy and run `modelops gate` again, or allow it openly",
-        )
-    model_sha256 = sha256_tree(model, exclude=[_TRAINING_STATE])
-    if answer.subject_sha256 != model_sha256:
-        raise IntegrityError(
-            f"{verdict_path}: is about {_short(answer.subject_sha256)}, "
-            f"but {model} is {_short(model_sha256)}",
-            hint="run the gate on the model that is to be released",
-        )
-    if policy is not None and sha256_file(policy) != answer.policy_sha256:
-        raise IntegrityError(
-            f"{policy}: is not the policy the verdict was made by",
-            hint="run `modelops gate` again after a change of policy",
-        )
+    answer, model_sha256 = check_verdict(verdict_path, model, policy=policy, allow=allow)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_release(out))):
         raise UsageError(f"{out}: exists and is not a release", hint="choose another directory")
 
@@ -152,6 +140,44 @@ def build_release(
     return record
 
 
+def check_verdict(
+    verdict: str | Path,
+    model_dir: str | Path,
+    *,
+    policy: str | Path | None = None,
+    allow: bool = False,
+) -> tuple[Verdict, str]:
+    """(verdict, digest of the model) if the model may be released by it; see `build_release`.
+
+    Raises:
+        GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
+        IntegrityError: the verdict is about another model or another policy.
+    """
+    verdict_path, model = Path(verdict), Path(model_dir)
+    answer = read_record(verdict_path, Verdict)
+    if answer.answer != "pass" and not allow:
+        failed = [line.name for line in answer.criteria if line.answer != "pass"]
+        kind = GateFailedError if answer.answer == "fail" else GateUndecidedError
+        raise kind(
+            f"{verdict_path}: the gate answered {answer.answer} "
+            f"({', '.join(failed) or 'no criteria'})",
+            hint="mend the model or the policy and run `modelops gate` again, or allow it openly",
+        )
+    model_sha256 = sha256_tree(model, exclude=[_TRAINING_STATE])
+    if answer.subject_sha256 != model_sha256:
+        raise IntegrityError(
+            f"{verdict_path}: is about {_short(answer.subject_sha256)}, "
+            f"but {model} is {_short(model_sha256)}",
+            hint="run the gate on the model that is to be released",
+        )
+    if policy is not None and sha256_file(policy) != answer.policy_sha256:
+        raise IntegrityError(
+            f"{policy}: is not the policy the verdict was made by",
+            hint="run `modelops gate` again after a change of policy",
+        )
+    return answer, model_sha256
+
+
 def verify_release(directory: str | Path) -> ReleaseRecord:
     """Read a release and make sure that every byte is the one that was released.
 
@@ -193,6 +219,32 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
     if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
         raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
     return record
+
+
+def released_evaluations(
+    release_dir: str | Path, record: ReleaseRecord
+) -> dict[str, EvaluationRecord]:
+    """Evaluations of the very model of a release that succeeded, by their path in it; the newest
+    last."""
+    found: dict[str, EvaluationRecord] = {}
+    for relative in record.files:
+        if not relative.endswith(".json") or relative.startswith(f"{record.model}/"):
+            continue
+        path = Path(release_dir) / relative
+        try:
+            if json.loads(path.read_text("utf-8")).get("kind") != "evaluation":
+                continue
+            evaluation = read_record(path, EvaluationRecord)
+        except (AttributeError, OSError, ValueError, ModelopsError):
+            continue
+        if evaluation.status == "ok" and evaluation.source.sha256 == record.model_sha256:
+            found[relative] = evaluation
+    return dict(sorted(found.items(), key=lambda item: evaluation_end(item[1])))
+
+
+def evaluation_end(evaluation: EvaluationRecord) -> float:
+    """When an evaluation ended, in Unix seconds."""
+    return evaluation.started_at.timestamp() + evaluation.duration_s
 
 
 _REBUILD = "copy the release again, or rebuild it with `modelops release build`"

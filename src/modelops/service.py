@@ -16,16 +16,28 @@ if "prometheus_client" not in sys.modules:
     # BentoML sets this for its own metrics; with it the client would keep ours in shared files too.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.errors import ModelopsError
 from modelops.release import verify_release
 from modelops.serving.app import create_app
+from modelops.serving.connections import limit_connections
 from modelops.serving.logs import configure_logging
+from modelops.serving.peers import Peers
+from modelops.serving.settings import NodeSettings
+from modelops.serving.standing import release_from_environment
 from modelops.serving.tracing import configure_tracing, flush_tracing
-
-RELEASE_VARIABLE = "MODELOPS_RELEASE"
+from modelops.serving.workers import (
+    WorkerField,
+    end_with_parent,
+    prepare_workers,
+    this_worker,
+    worker_count,
+)
 
 try:
     app = create_app()
+    WORKERS = worker_count()
+    settings = NodeSettings.from_environment()
+    limits = limit_connections(settings.client_timeout_s, settings.max_connections)
 except ModelopsError as error:  # API keys that cannot be read, and the like
     raise SystemExit(f"error: {error}") from error
 # A container installs modelops from the bento's own sources. `bentoml build` looks nothing up.
@@ -37,72 +49,102 @@ image = (
 
 
 class HealthFromNode:
-    """BentoML answers health checks before a mounted app is asked; its answers give no reason."""
+    """BentoML answers health checks before a mounted app is asked; its answers give no reason.
+
+    At / it would show a page of its own, which needs the internet.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        ours = scope["type"] == "http" and scope["path"] in ("/livez", "/readyz")
-        await (app if ours else self.app)(scope, receive, send)
-
-
-def _release_directory() -> str:
-    directory = os.environ.get(RELEASE_VARIABLE, "")
-    if not directory:
-        raise UsageError(
-            f"{RELEASE_VARIABLE} is not set", hint="export it, or use `modelops serve`"
+        # An absolute target (GET http://host/path) matches no route of BentoML's either.
+        ours = scope["type"] == "http" and (
+            scope["path"] in ("/", "/livez", "/readyz") or not scope["path"].startswith("/")
         )
-    return directory
+        await (app if ours else self.app)(scope, receive, send)
 
 
 @bentoml.service(
     name="modelops-image-generator",
     image=image,
-    workers=1,
+    workers=WORKERS,
     traffic={"timeout": 600},  # the node's own deadline answers first, in OpenAI's shape
     metrics={"enabled": False},  # its labels hold raw paths; /metrics is the node's
     logging={"access": {"enabled": False}},
 )
 @bentoml.asgi_app(app, path="/")
 class ImageGenerator:
-    """Serves the release named by MODELOPS_RELEASE."""
+    """Serves the release named by MODELOPS_RELEASE, or the one that stands in MODELOPS_RELEASES."""
 
     def __init__(self) -> None:
+        from modelops.serving.fleet import open_fleet
         from modelops.serving.node import InferenceNode
-        from modelops.serving.settings import NodeSettings
 
+        end_with_parent()
         self.lines = configure_logging(os.environ)
+        self.worker = this_worker(bentoml.server_context.worker_index)
+        self.lines.addFilter(WorkerField(self.worker))
         configure_tracing(os.environ)
-        self.node = InferenceNode(_release_directory(), settings=NodeSettings.from_environment())
-        self.lines.on_lost = self.node.metrics.log_lost.inc
-        self.node.start()
-        app.state.node = self.node
+        self.fleet = open_fleet(
+            release_from_environment(),
+            settings,
+            lambda path: InferenceNode(path, settings=settings, worker=self.worker),
+            workers=self.worker.count,
+        )
+        self.lines.on_lost = self._count_lost_lines
+        limits.on_closed = self._count_closed
+        self.fleet.stable.start()
+        app.state.fleet = self.fleet
+
+    # The stable node may be another one by then.
+    def _count_lost_lines(self, lines: int) -> None:
+        self.fleet.stable.metrics.log_lost.inc(lines)
+
+    def _count_closed(self, reason: str) -> None:
+        self.fleet.stable.metrics.on_closed(reason)
+
+    @bentoml.on_startup
+    async def meet_the_others(self) -> None:
+        """Answer the other workers' questions, and ask them."""
+        if self.worker.count > 1:
+            app.state.peers = Peers(
+                self.worker, node=lambda: self.fleet.stable, text=self.fleet.text
+            )
+            await app.state.peers.start()
 
     @bentoml.on_deployment
     @staticmethod
     def refuse_a_changed_release() -> None:
         """Runs once before any worker starts, so that a bad release or key ends the command."""
+        from modelops.serving.quarantine import check_quarantine
         from modelops.serving.signing import open_signing_key
+        from modelops.serving.watermark import open_watermark
 
         try:
-            verify_release(_release_directory())
+            check_quarantine(settings)
+            if settings.watermark_key:
+                open_watermark(settings.watermark_key)
+            verify_release(release_from_environment())
             open_signing_key(
                 os.environ.get("MODELOPS_SIGNING_KEY"), os.environ.get("MODELOPS_SIGNING_CHAIN")
             )
+            prepare_workers()
         except ModelopsError as error:
             raise SystemExit(f"error: {error}") from error
 
     def __is_alive__(self) -> bool:
-        return self.node.alive()
+        return self.fleet.stable.alive()
 
     def __is_ready__(self) -> bool:
-        return not self.node.readiness()
+        return not self.fleet.stable.readiness()
 
     @bentoml.on_shutdown
     def drain(self) -> None:
         """Finish the work in hand, and write what is to be written about it."""
-        self.node.close()
+        self.fleet.close()
+        if app.state.peers is not None:
+            app.state.peers.close()
         flush_tracing()
         self.lines.flush()
 

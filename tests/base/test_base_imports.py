@@ -35,14 +35,16 @@ ALLOWED = {
     "safety": BASE | {"models"},
     "export": BASE | {"models", "data", "metrics"},
     "evaluation": BASE | {"models", "data", "metrics", "safety", "export"},
-    "gates": BASE | {"evaluation", "export", "metrics"},
+    "monitoring": BASE | {"metrics"},
+    "gates": BASE | {"evaluation", "export", "metrics", "monitoring"},
     "cards": BASE | {"data", "evaluation", "export", "gates"},
-    "serving": BASE | {"models", "safety", "export"},
+    "serving": BASE | {"models", "safety", "export", "metrics", "monitoring"},
     "service": BASE | {"serving"},
     "trainer": BASE | {"models", "data", "evaluation", "metrics"},
     "doctor": BASE | {"models"},
     "demo": BASE
-    | {"models", "data", "metrics", "safety", "export", "evaluation", "gates", "cards", "serving"},
+    | {"models", "data", "metrics", "safety", "export", "evaluation", "gates", "cards", "serving"}
+    | {"monitoring"},
 }
 
 
@@ -120,7 +122,13 @@ def test_help_loads_nothing_heavy(command: str) -> None:
     assert [m for m in ast.literal_eval(loaded) if m not in allowed] == []
 
 
-def test_records_and_config_need_no_torch() -> None:
-    modules = "modelops.records, modelops.config, modelops.environment"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "modelops.records, modelops.config, modelops.environment",
+        "modelops.service",  # BentoML's arbiter imports it too, beside every worker
+    ],
+)
+def test_records_config_and_the_service_need_no_torch(modules: str) -> None:
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,7 @@ def inputs(tmp_path: Path) -> list[str]:
         tmp_path / "verdict.json"
     )
     return ["--model", str(model), "--verdict", str(tmp_path / "verdict.json"),
-            "--name", "tiny", "--version", "1.0"]  # fmt: skip
+            "--name", "tiny", "--version", "1.0", "--no-golden"]  # fmt: skip
 
 
 def test_build_then_verify(
@@ -38,6 +38,30 @@ def test_build_then_verify(
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"] == "IntegrityError"
     assert "model_index.json: changed" in captured.err
+
+
+def test_a_model_that_runs_is_released_with_its_golden_picture(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Verdict(answer="pass", policy_sha256="", subject_sha256=sha256_tree(tiny_checkpoint)).write(
+        tmp_path / "verdict.json"
+    )
+    release = tmp_path / "release"
+    command = ["release", "build", str(release), "--model", str(tiny_checkpoint), "--verdict",
+               str(tmp_path / "verdict.json"), "--name", "tiny", "--version", "1.0"]  # fmt: skip
+    assert main([*command, "--steps", "2", "--guidance", "2", "--json"]) == 0
+    defaults = json.loads(capsys.readouterr().out)["defaults"]
+    assert (defaults["golden"]["steps"], defaults["golden"]["guidance"]) == (2, 2.0)
+    assert defaults["company"]["pictures"] == 16
+    assert (release / "golden.png").is_file()
+
+
+def test_a_model_that_does_not_run_is_said_before_anything_is_written(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["release", "build", str(tmp_path / "release"), *inputs[:-1]]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "release").exists()
 
 
 def test_dry_run_builds_nothing(tmp_path: Path, inputs: list[str]) -> None:

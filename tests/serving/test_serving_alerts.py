@@ -72,8 +72,12 @@ def test_rules_are_valid(tmp_path: Path, options: ScaffoldOptions) -> None:
 
 
 @needs_promtool
-def test_rules_pass_their_tests(tmp_path: Path) -> None:
-    write_scaffold(tmp_path, ScaffoldOptions(latency_budget_s=7))
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_rules_pass_their_tests(tmp_path: Path, gpus: int) -> None:
+    """With two GPUs there are two workers, whose series have a label of their own."""
+    write_scaffold(tmp_path, ScaffoldOptions(latency_budget_s=7, gpus=gpus))
+    tests = (tmp_path / "prometheus" / "modelops.rules.test.yaml").read_text()
+    assert ('worker="2"' in tests) == (gpus == 2)
     code, output = promtool(
         "test", "rules", str(tmp_path / "prometheus" / "modelops.rules.test.yaml")
     )

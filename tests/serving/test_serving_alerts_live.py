@@ -20,7 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ import uvicorn
 from modelops.files import sha256_tree
 from modelops.records import EvaluationRecord, SourceInfo, Verdict
 from modelops.release import build_release
-from modelops.serving import node as node_module
 from modelops.serving.app import create_app
 from modelops.serving.golden import make_golden
 from modelops.serving.launch import RunningServer, free_port, start_server, stop_server
@@ -387,7 +386,7 @@ def test_engine_stands_still(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         go_on.wait(PATIENCE_S)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(node_module, "STALLED_S", 1.0)
+    monkeypatch.setattr(lab.near, "settings", replace(lab.near.settings, stalled_s=1.0))
     with lab.fault("ModelopsEngineStopped"):
         pipeline.predict_velocity = hang
         try:

@@ -304,7 +304,7 @@ def test_where_batching_does_not_pay_requests_run_one_by_one(
 ) -> None:
     gate = Gate(pipeline)
     engine = make(max_rows=8)
-    engine.profile = profile_from_seconds({rows: 0.1 * rows for rows in (1, 2, 4, 8)})
+    engine.profile = profile_from_seconds({rows: 0.1 * rows for rows in (1, 2, 4, 8)}, widest=8)
     jobs = engine.submit(
         [
             ImageRequest(prompt="star", seed=seed, steps=2, guidance=guidance)
@@ -322,7 +322,9 @@ def test_wide_batches_only_while_the_queue_fills_them(
 ) -> None:
     gate = Gate(pipeline)
     engine = make(max_rows=8)
-    engine.profile = profile_from_seconds({1: 1 / 100, 2: 2 / 160, 4: 4 / 190, 8: 8 / 200})
+    engine.profile = profile_from_seconds(
+        {1: 1 / 100, 2: 2 / 160, 4: 4 / 190, 8: 8 / 200}, widest=8
+    )
     assert (engine.profile.narrow, engine.profile.wide) == (4, 8)
 
     def requests(count: int) -> list[ImageRequest]:

@@ -199,6 +199,43 @@ def test_a_client_that_hangs_up_stops_its_work(server: RunningServer) -> None:
     assert metric(server, name) - before < 200
 
 
+def test_a_stream_comes_through_and_hanging_up_on_it_stops_its_work(
+    server: RunningServer, client: openai.OpenAI
+) -> None:
+    plain = client.images.generate(prompt="sun", extra_body={"seed": 3, "steps": 40})
+    events = list(
+        client.images.generate(
+            prompt="sun", stream=True, partial_images=3, extra_body={"seed": 3, "steps": 40}
+        )
+    )
+    assert events[-1].type == "image_generation.completed"
+    assert plain.data is not None and np.array_equal(decode(events[-1]), decode(plain.data[0]))
+    name = 'modelops_wasted_steps_total{reason="cancelled"}'
+    before = metric(server, name)
+    stream = client.images.generate(
+        prompt="sun", stream=True, partial_images=3, extra_body={"steps": 200}
+    )
+    assert next(iter(stream)).type == "image_generation.partial_image"
+    stream.close()
+    wait_until(lambda: metric(server, name) > before)
+    assert metric(server, name) - before < 200
+    left = 'modelops_streams_total{outcome="client_left"}'
+    assert metric(server, left) == 1
+    body = b'{"prompt": "sun", "steps": 200, "stream": true}'
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as caller:
+        caller.sendall(
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        wait_until(lambda: metric(server, "modelops_running_requests") >= 1)
+    wait_until(lambda: metric(server, left) == 2)  # a task that hung on would show at SIGTERM below
+
+
+def test_the_page_is_ours_and_not_bentomls(server: RunningServer) -> None:
+    status, text = get(f"{server.url}/")
+    assert status == 200 and "modelops inference node" in text and "swagger" not in text.lower()
+
+
 def test_the_printed_curl_line_works(server: RunningServer, tmp_path: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("no curl here")

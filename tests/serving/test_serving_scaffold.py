@@ -15,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from modelops.cli.main import main
 from modelops.errors import UsageError
+from modelops.monitoring.records import DriftTest, MonitorRecord
+from modelops.monitoring.textfile import textfile
 from modelops.serving.launch import DRAIN_S
 from modelops.serving.metrics import NodeMetrics
 from modelops.serving.scaffold import (
@@ -26,6 +28,7 @@ from modelops.serving.scaffold import (
     write_scaffold,
 )
 from modelops.serving.settings import NodeSettings
+from modelops.serving.workers import worker_count
 
 CORE = ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget")
 VARIANTS = [
@@ -59,7 +62,7 @@ def test_every_file_parses_and_is_filled_in(options: ScaffoldOptions) -> None:
             json.loads(text)
         elif path.endswith(".yaml"):
             assert list(yaml.safe_load_all(text)), path
-        rest = text.replace("<<.Series>>", "").replace("<<.LabelMatchers>>", "")
+        rest = re.sub(r"<<\.(Series|LabelMatchers|GroupBy)>>", "", text)  # the adapter's own
         assert not re.search(r"<<|>>|<%|%>|<#", rest), path
         assert text.endswith("\n") and not text.endswith("\n\n"), path
 
@@ -162,7 +165,8 @@ def test_the_node_understands_its_variables(options: ScaffoldOptions) -> None:
     for variables in (in_pod, compose["environment"]):
         settings = NodeSettings.from_environment(variables)
         assert settings.evaluate_every_days == options.evaluate_every_days
-    assert NodeSettings.from_environment(in_pod).device == ("cuda:0" if options.gpus else "cpu")
+    assert NodeSettings.from_environment(in_pod).device == ("cuda" if options.gpus else "cpu")
+    assert worker_count(in_pod) == max(1, options.gpus)  # and each of them takes a GPU of its own
     package = Path(__file__).resolve().parents[2] / "src" / "modelops"
     sources = "".join(path.read_text("utf-8") for path in package.rglob("*.py"))
     for name in set(re.findall(r"MODELOPS_[A-Z_]+", "".join(render(options).values()))):
@@ -187,7 +191,19 @@ def _exported() -> set[str]:
     metrics.release.labels("a", "b", "c", "d", "e").set(1)
     families = text_string_to_metric_families(metrics.text().decode())
     names = {sample.name for family in families for sample in family.samples}
-    return names | {"modelops_gpu_memory_bytes", "up"}  # no GPU here; `up` is Prometheus' own
+    # No GPU and one worker here; `up` is Prometheus' own.
+    return names | {"modelops_gpu_memory_bytes", "modelops_worker_up", "up"} | _monitored()
+
+
+def _monitored() -> set[str]:
+    """What `modelops monitor` exports."""
+    record = MonitorRecord(
+        answer="keep", reasons=[], release="a 1", release_sha256="", model_sha256="", alpha=0.01,
+        reference="evaluation", window="", period_alpha=0.05, windows=4, evaluate_every_days=28,
+        tests=[DriftTest(name="t", outcome="found", reason="")],
+    )  # fmt: skip
+    families = text_string_to_metric_families(textfile(record))
+    return {sample.name for family in families for sample in family.samples}
 
 
 def test_every_metric_of_rules_and_dashboard_exists() -> None:
@@ -291,7 +307,7 @@ def test_files_of_ones_own_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--gpus", "-1"], "gpus"),
         (["--replicas", "9"], "replicas 9 to 8"),
         (["--latency-budget", "nan"], "latency-budget"),
-        (["--evaluate-every", "0"], "evaluate-every"),
+        (["--evaluate-every", "-1"], "evaluate-every"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -52,7 +52,7 @@ def test_a_full_request() -> None:
         ({"size": "64x-64"}, "size", "invalid_value"),
         ({"output_format": "gif"}, "output_format", "invalid_value"),
         ({"response_format": "url"}, "response_format", "unsupported_value"),
-        ({"stream": True}, "stream", "invalid_value"),
+        ({"stream": "yes"}, "stream", "invalid_value"),
         ({"style": "vivid"}, "style", "unknown_parameter"),
         ({"stepz": 3}, "stepz", "unknown_parameter"),
     ],

@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sign-off": ("modelops.cli.gate:sign_off", "Sign a verdict; lapses when it changes."),
     "release": ("modelops.cli.release:release", "Build and verify a release directory."),
     "serve": ("modelops.cli.serve:serve", "Serve a release with BentoML."),
+    "monitor": ("modelops.cli.monitor:monitor", "Say whether a served release has drifted."),
+    "watermark": ("modelops.cli.watermark:watermark", "Make a watermark key; find the watermark."),
     "replay": ("modelops.cli.replay:replay", "Make a served picture again from its receipt."),
     "doctor": ("modelops.cli.doctor:doctor", "Say what this machine can do."),
 }  # fmt: skip

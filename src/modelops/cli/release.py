@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option
+from modelops.cli.output import dry_run_option, emit, json_option, say
 
 
 @click.group()
@@ -52,6 +52,11 @@ def release() -> None:
     "--notice", metavar="FILE", type=click.Path(exists=True, path_type=Path),
     help="Attribution text for pictures and weights.",
 )  # fmt: skip
+@click.option(
+    "--golden/--no-golden", default=True, show_default=True,
+    help="Run the model here: a golden picture that a node must make again before it is ready, and "
+    "how far batches change pictures.",
+)  # fmt: skip
 @click.option("--allow", is_flag=True, help="Build although the gate did not pass; recorded.")
 @dry_run_option
 @json_option
@@ -67,19 +72,27 @@ def build(
     steps: int | None,
     guidance: float | None,
     notice: Path | None,
+    golden: bool,
     allow: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Copy a model, its verdict, records and cards to DIRECTORY, with digests.
 
+    If an evaluation of this model is among the records, and its features lie beside it, the release
+    also gets the reference that `modelops monitor` holds served pictures against.
+
     \b
     Example:
       modelops release build release --model artifacts/pilot/int8 --verdict gate/verdict.json \\
           --policy policy.yaml --card cards/model_card.md --name openmoji-pilot --version 1.0
     """
-    from modelops.files import read_text
-    from modelops.release import build_release
+    import tempfile
+
+    from modelops.files import read_text, sha256_tree
+    from modelops.monitoring.reference import release_files
+    from modelops.release import build_release, check_verdict
+    from modelops.serving.company import release_proofs
 
     if dry_run:
         emit(
@@ -88,26 +101,37 @@ def build(
             text=f"would build {directory} from {model_dir}",
         )
         return
-    defaults = {"steps": steps, "guidance": guidance}
-    record = build_release(
-        directory,
-        model_dir=model_dir,
-        verdict=verdict,
-        policy=policy,
-        records=records,
-        cards=cards,
-        name=name,
-        version=version,
-        defaults={key: value for key, value in defaults.items() if value is not None},
-        notice=read_text(notice) if notice else "",
-        allow=allow,
-    )
+    usual = {"steps": steps, "guidance": guidance}
+    defaults: dict[str, object] = {key: value for key, value in usual.items() if value is not None}
+    check_verdict(verdict, model_dir, policy=policy, allow=allow)
+    with tempfile.TemporaryDirectory() as folder:
+        extra: dict[str, Path] = {}
+        if golden:
+            say("making the golden picture, and the same pictures alone and in batches")
+            said, extra = release_proofs(model_dir, folder, steps=steps, guidance=guidance)
+            defaults |= said
+        model_sha256 = sha256_tree(model_dir, exclude=["training_state"])
+        reference, remark = release_files(records, model_sha256=model_sha256, folder=folder)
+        record = build_release(
+            directory,
+            model_dir=model_dir,
+            verdict=verdict,
+            policy=policy,
+            records=records,
+            cards=cards,
+            name=name,
+            version=version,
+            defaults=defaults,
+            notice=read_text(notice) if notice else "",
+            extra_files={**reference, **extra},
+            allow=allow,
+        )
     size = sum(entry.bytes for entry in record.files.values())
     emit(
         record.model_dump(mode="json"),
         as_json=as_json,
         text=f"{directory}: {name} {version}, {len(record.files)} files, {size / 1e6:.1f} MB\n"
-        f"serve it: modelops serve {directory}",
+        f"{remark}\nserve it: modelops serve {directory}",
     )
 
 

@@ -8,6 +8,8 @@ import click
 
 from modelops.cli.output import dry_run_option, emit, json_option, say
 from modelops.cli.serve_key import key
+from modelops.cli.serve_review import review
+from modelops.cli.serve_swap import swap
 
 
 class _ReleaseOrCommand(click.Group):
@@ -35,12 +37,18 @@ def serve() -> None:
 
 
 serve.add_command(key)
+serve.add_command(swap)
+serve.add_command(review)
 
 
 @serve.command()
 @click.argument("release", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=3000, show_default=True, type=int, help="Port to listen on.")
+@click.option(
+    "--workers", metavar="N", type=click.IntRange(1, 64),
+    help="Processes, each with an engine and a device of its own; MODELOPS_WORKERS, else 1.",
+)  # fmt: skip
 @click.option(
     "--keys", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="API keys, made by `modelops serve key create`; followed without a restart.",
@@ -51,12 +59,28 @@ serve.add_command(key)
     help="Keep the signed receipt of each picture here, 256 MB at most.",
 )  # fmt: skip
 @click.option(
+    "--drift-log", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="Log features and scores of a tenth of the requests here, for `modelops monitor`.",
+)  # fmt: skip
+@click.option(
+    "--releases", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Releases in this folder may be swapped in while it runs: `modelops serve swap`.",
+)  # fmt: skip
+@click.option(
     "--signing-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="P-256 key (PEM) that signs pictures and receipts; else a development key.",
 )  # fmt: skip
 @click.option(
     "--signing-chain", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Its certificate, then the issuers' (PEM).",
+)  # fmt: skip
+@click.option(
+    "--watermark-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Put an invisible watermark into each picture; `modelops watermark key` makes a key.",
+)  # fmt: skip
+@click.option(
+    "--quarantine", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="Keep blocked pictures here for `modelops serve review`, 256 MB and 30 days at most.",
 )  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log; left out otherwise.")
 @click.option(
@@ -73,11 +97,16 @@ def run(
     release: Path,
     host: str,
     port: int,
+    workers: int | None,
     keys: Path | None,
     insecure: bool,
     receipts: Path | None,
+    drift_log: Path | None,
+    releases: Path | None,
     signing_key: Path | None,
     signing_chain: Path | None,
+    watermark_key: Path | None,
+    quarantine: Path | None,
     log_prompts: bool,
     log_file: Path | None,
     log_format: str,
@@ -88,6 +117,13 @@ def run(
 
     Every picture carries a signed C2PA manifest and comes with a signed receipt, which `modelops
     replay` checks. On an address that others can reach, API keys are needed.
+
+    RELEASE may be a folder of releases: then the one that was promoted last is served, and others
+    in it may be swapped in (`modelops serve swap`).
+
+    With --workers, processes share the port, and /metrics and /readyz answer for all of them; a
+    full one answers 429 even when another is idle. With MODELOPS_DEVICE=cuda each takes a GPU of
+    its own, on a processor its share of the cores.
 
     \b
     Example:
@@ -107,8 +143,13 @@ def run(
     from modelops.serving.launch import check_address, run_server, serve_command
     from modelops.serving.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
     from modelops.serving.signing import open_signing_key
+    from modelops.serving.standing import release_to_serve
+    from modelops.serving.workers import WORKERS_VARIABLE, worker_count
 
-    record = verify_release(release)
+    standing = release_to_serve(release)
+    record = verify_release(standing)
+    if standing != release and releases is None:
+        releases = release  # a folder of releases
     address = check_address(host, port)
     url = f"http://{address if address != '0.0.0.0' else '127.0.0.1'}:{port}"
     command = serve_command(address, port)
@@ -116,14 +157,21 @@ def run(
     for name, path in (
         (KEYS_VARIABLE, keys),
         ("MODELOPS_RECEIPTS", receipts),
+        ("MODELOPS_DRIFT_LOG", drift_log),
+        ("MODELOPS_RELEASES", releases),
         ("MODELOPS_SIGNING_KEY", signing_key),
         ("MODELOPS_SIGNING_CHAIN", signing_chain),
+        ("MODELOPS_WATERMARK_KEY", watermark_key),
+        ("MODELOPS_QUARANTINE", quarantine),
     ):
         if path is not None:
             environment[name] = str(path.resolve())
     if insecure:
         environment[INSECURE_VARIABLE] = "1"
+    if workers is not None:
+        environment[WORKERS_VARIABLE] = str(workers)
     everything = {**os.environ, **environment}
+    worker_count(everything)  # a wrong number is said before anything starts
     check_open_address(
         address, everything, insecure=insecure or everything.get(INSECURE_VARIABLE) == "1"
     )
@@ -148,7 +196,8 @@ def run(
     )
     if signer.development:
         say("signing with a DEVELOPMENT key: good for trying it, not for production")
-    say(f"{record.name} {record.version} at {url} (Ctrl-C stops it); when it is ready, try")
+    say(f"{record.name} {record.version} at {url} (Ctrl-C stops it)")
+    say("when it is ready, open that address in a browser, or try")
     say(f"  {curl_line(url, 'red heart')}")
     code = run_server(release, host=address, port=port, environment=environment)
     emit({"status": "stopped", "code": code}, as_json=as_json)
@@ -159,7 +208,9 @@ def run(
 @serve.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--image", help="Name of the container image, with its registry if it has one.")
-@click.option("--gpus", default=0, show_default=True, help="NVIDIA GPUs of a node.")
+@click.option(
+    "--gpus", default=0, show_default=True, help="NVIDIA GPUs of a node; a worker for each."
+)
 @click.option("--replicas", default=2, show_default=True, help="Nodes in Kubernetes, at least.")
 @click.option("--max-replicas", default=8, show_default=True, help="Nodes, at most.")
 @click.option(
@@ -167,8 +218,9 @@ def run(
     help="An alert says when p95 of a request takes longer.",
 )  # fmt: skip
 @click.option(
-    "--evaluate-every", default=30.0, show_default=True, metavar="DAYS",
-    help="An alert says when the last evaluation is older.",
+    "--evaluate-every", default=0.0, metavar="DAYS",
+    help="An alert says when the last evaluation is older.  "
+    "[default: the released policy's, or 30]",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace files that say something else.")
 @dry_run_option

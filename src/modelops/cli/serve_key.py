@@ -37,12 +37,14 @@ def key() -> None:
     "--requests-per-minute", type=click.IntRange(1, 1_000_000), help="Requests of this key."
 )
 @click.option("--images-per-minute", type=click.IntRange(1, 1_000_000), help="Its images.")
+@click.option("--admin", is_flag=True, help="It may also swap releases: `modelops serve swap`.")
 @json_option
 def create(
     name: str,
     path: Path,
     requests_per_minute: int | None,
     images_per_minute: int | None,
+    admin: bool,
     as_json: bool,
 ) -> None:
     """Make a key called NAME and print it: this once, nobody can read it later.
@@ -54,7 +56,11 @@ def create(
     from modelops.serving.keys import create_key
 
     made = create_key(
-        path, name, requests_per_minute=requests_per_minute, images_per_minute=images_per_minute
+        path,
+        name,
+        requests_per_minute=requests_per_minute,
+        images_per_minute=images_per_minute,
+        admin=admin,
     )
     emit({"status": "ok", "name": name, "key": made, "file": str(path)}, as_json=as_json, text=made)
 
@@ -75,10 +81,11 @@ def list_keys(path: Path, as_json: bool) -> None:
     emit({"keys": [entry.model_dump(exclude={"sha256"}) for entry in keys]}, as_json=as_json)
     if not as_json:
         table(
-            ["name", "created", "revoked", "requests/min", "images/min"],
+            ["name", "role", "created", "revoked", "requests/min", "images/min"],
             [
                 [
                     entry.name,
+                    entry.role,
                     entry.created,
                     entry.revoked or "",
                     str(entry.requests_per_minute or ""),

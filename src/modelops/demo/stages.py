@@ -290,10 +290,16 @@ class Stages:
 
     def release(self, report: OnProgress) -> str:
         from modelops.cards.about import openmoji_about
+        from modelops.files import sha256_tree
+        from modelops.monitoring.reference import release_files
         from modelops.release import build_release
-        from modelops.serving.golden import GOLDEN_FILE, make_golden
+        from modelops.serving.company import release_proofs
 
-        golden = self.root / ".modelops" / GOLDEN_FILE
+        said, golden = release_proofs(self.root / INT8_DIR, self.root / ".modelops")
+        reference, _ = release_files(
+            [self.root / INT8], model_sha256=sha256_tree(self.root / INT8_DIR),
+            folder=self.root / ".modelops/monitoring",
+        )  # fmt: skip
         record = build_release(
             self.root / "release",
             model_dir=self.root / INT8_DIR,
@@ -302,9 +308,13 @@ class Stages:
             cards=[self.root / name for name in CARDS],
             name=MODEL_NAME,
             version="1.0.0",
-            defaults={"golden": make_golden(self.root / INT8_DIR, golden)},
+            defaults=said,
             # Where they lie in the project, so that the cards' links and `card check` hold.
-            extra_files={GOLDEN_FILE: golden, **{name: self.root / name for name in CITED}},
+            extra_files={
+                **golden,
+                **reference,
+                **{name: self.root / name for name in CITED},
+            },
             notice="\n".join(openmoji_about().attribution),
         )
         size = sum(file.bytes for file in record.files.values())

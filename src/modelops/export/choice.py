@@ -58,7 +58,12 @@ def read_probe(folder: Path) -> tuple[Feed, Array]:
 
 
 def choose_runtime(
-    root: Path, record: ArtifactRecord, digest: str, *, threads: int | None = None
+    root: Path,
+    record: ArtifactRecord,
+    digest: str,
+    *,
+    threads: int | None = None,
+    device_id: int = 0,
 ) -> tuple[RuntimeName, str]:
     """Run the denoiser's probe in every runtime that is installed here.
 
@@ -84,7 +89,7 @@ def choose_runtime(
             return known["runtime"], str(known["reason"])
     except (ModelopsError, KeyError, TypeError):
         pass  # not chosen yet, or the file is damaged: choose again
-    runtime, reason = _measure(root, record, names, threads)
+    runtime, reason = _measure(root, record, names, threads, device_id)
     with suppress(OSError, ModelopsError):  # without a cache the next start takes a second longer
         cached.parent.mkdir(parents=True, exist_ok=True)
         write_json(cached, {"runtime": runtime, "reason": reason})
@@ -92,7 +97,11 @@ def choose_runtime(
 
 
 def _measure(
-    root: Path, record: ArtifactRecord, names: list[RuntimeName], threads: int | None
+    root: Path,
+    record: ArtifactRecord,
+    names: list[RuntimeName],
+    threads: int | None,
+    device_id: int,
 ) -> tuple[RuntimeName, str]:
     from modelops.export.parity import BOUNDS, relative_errors
     from modelops.export.runtime import default_precision, denoiser_of, graph_file
@@ -105,7 +114,7 @@ def _measure(
     for name in names:
         try:
             graph = open_graph(
-                graph_file(root, denoiser, name), name, threads=threads,
+                graph_file(root, denoiser, name), name, threads=threads, device_id=device_id,
                 precision=default_precision(record.format, name),
             )  # fmt: skip
             error = float(relative_errors(expected, graph.run(feed)).max())

@@ -32,6 +32,7 @@ def open_artifact(
     batch_size: int = 16,
     threads: int | None = None,
     precision: str = "auto",
+    device_id: int = 0,
 ) -> PipelineSource:
     """Open an artifact after comparing every file with its digest. Nothing in it is executed.
 
@@ -43,6 +44,7 @@ def open_artifact(
         threads: CPU threads; all cores of this process when not given.
         precision: what nodes that are not INT8 run in: "float32", "bfloat16" (OpenVINO), or "auto":
             bfloat16 for INT8 artifacts in OpenVINO on a processor that has it, else float32.
+        device_id: CUDA device, for a runtime that computes on one.
 
     Returns:
         A source over the pipeline of the checkpoint's own class; its `info` names runtime,
@@ -71,11 +73,13 @@ def open_artifact(
     if runtime == "auto":
         from modelops.export.choice import choose_runtime
 
-        runtime, reason = choose_runtime(root, record, digest, threads=threads)
+        runtime, reason = choose_runtime(root, record, digest, threads=threads, device_id=device_id)
     chosen: Any = runtime
     if precision == "auto":
         precision = default_precision(record.format, chosen)
-    pipeline = artifact_pipeline(root, record, chosen, precision=precision, threads=threads)
+    pipeline = artifact_pipeline(
+        root, record, chosen, precision=precision, threads=threads, device_id=device_id
+    )
     denoiser = pipeline.components[denoiser_of(record).attribute]
     rest = precision if record.format == "int8" else record.precision
     info = SourceInfo(
@@ -115,6 +119,7 @@ def artifact_pipeline(
     *,
     precision: str = "float32",
     threads: int | None = None,
+    device_id: int = 0,
 ) -> Any:
     """The pipeline over the graphs of a directory whose digests are not checked here.
 
@@ -122,7 +127,7 @@ def artifact_pipeline(
     """
     graphs = {
         item.name: open_graph(
-            graph_file(root, item, runtime), runtime, threads=threads,
+            graph_file(root, item, runtime), runtime, threads=threads, device_id=device_id,
             precision=precision if item.role == "denoiser" else "float32",
         )
         for item in record.components

@@ -14,6 +14,7 @@ criteria:
   - {name: follows prompts, evidence: final, metric: lit_alignment_gain, above: 0, use: low}
   - {name: parity, evidence: artifact, parity: all}
   - {name: loss falls, evidence: train, field: loss_trend, equals: down}
+monitoring: {evaluate_every_days: 28, windows: 4}    # see modelops.monitoring.policy
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pydantic import (
 from modelops.errors import ConfigError
 from modelops.files import read_yaml
 from modelops.gates.measurements import SLICES, is_slice_name
+from modelops.monitoring.policy import Margins, MonitoringPolicy
 
 COMPARISONS = ("at_most", "at_least", "below", "above")
 
@@ -158,6 +160,7 @@ class Policy(_Section):
     evidence: dict[str, str] = Field(min_length=1)
     baselines: dict[str, Literal["run", "any"]] = {}
     criteria: list[PolicyCriterion] = Field(min_length=1)
+    monitoring: MonitoringPolicy | None = None
 
     @field_validator("evidence")
     @classmethod
@@ -247,6 +250,8 @@ def _where(location: tuple[Any, ...], data: dict[str, Any]) -> str:
 
 
 def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
+    if location[0] == "monitoring" and len(location) > 1:
+        return Margins if location[1] == "margins" and len(location) > 2 else MonitoringPolicy
     if any("RelativeBound" in str(part) for part in location):
         return RelativeBound
     return PolicyCriterion if location[0] == "criteria" and len(location) > 2 else Policy

@@ -237,7 +237,7 @@ def load_checkpoint(
         logging.set_verbosity_error()  # what went wrong is said once, below
         try:
             pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             if not directory.exists():
                 raise MissingWeightsError(
                     f"{path}: not in the local Hugging Face cache, and the hub did not give it",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
+import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from modelops.serving.connections import LIMITS
 from modelops.serving.failures import CancelledError, DeadlineError
 from modelops.serving.schema import ApiError
 
@@ -17,31 +19,64 @@ if TYPE_CHECKING:
     from starlette.types import Receive
 
     from modelops.serving.access import Access
+    from modelops.serving.jobs import Job
     from modelops.serving.keys import Caller
     from modelops.serving.node import Ticket
 
 MAX_BODY_BYTES = 64 * 1024
+SKIPPED_BYTES = 1024 * 1024  # of a body that is refused; a client that is cut off sees no answer
+CLOSING = ("ambiguous_length", "body_timeout", "body_too_large", "unsupported_media_type")
+ENGINE_GRACE_S = 5.0  # a job's deadline is the engine's to keep; one that hangs keeps none
 
 
 async def read_body(request: Request) -> bytes:
     """The request's body.
 
     Raises:
-        ApiError: 413 when it is longer than MAX_BODY_BYTES, 415 when it is no JSON by its type.
+        ApiError: 408 when it does not come in time, 413 when it is longer than MAX_BODY_BYTES, 415
+            when it is no JSON by its type or is compressed.
+        ClientDisconnect: the client left.
     """
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "unsupported_media_type", "send the body as application/json")
-    too_large = ApiError(413, "body_too_large", f"the body is over {MAX_BODY_BYTES} bytes")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+    body, refused = bytearray(), _refusal(request)
+    skipped = 0
+    try:
+        async with asyncio.timeout(LIMITS.timeout_s):
+            async for piece in request.stream():
+                if refused is None and len(body) + len(piece) <= MAX_BODY_BYTES:
+                    body += piece
+                    continue
+                refused = refused or _too_large()
+                skipped += len(piece)
+                if skipped > SKIPPED_BYTES:
+                    break
+    except TimeoutError:
+        late = f"the body did not come in {LIMITS.timeout_s:g} s"
+        raise refused or ApiError(408, "body_timeout", late) from None
+    if refused is not None:
+        raise refused
     return bytes(body)
+
+
+def _refusal(request: Request) -> ApiError | None:
+    """Why a body will not be used, by its headers."""
+    kind, *parameters = request.headers.get("content-type", "application/json").lower().split(";")
+    charsets = [p.strip() for p in parameters if p.strip().startswith("charset=")]
+    if kind.strip() != "application/json":
+        return ApiError(415, "unsupported_media_type", "send the body as application/json")
+    if any(entry.removeprefix("charset=").strip("'\" ") != "utf-8" for entry in charsets):
+        return ApiError(415, "unsupported_media_type", "send the body in UTF-8")
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        return ApiError(415, "unsupported_media_type", "send the body without Content-Encoding")
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit():
+        digits = length.lstrip("0")
+        if len(digits) > 18 or int(digits or "0") > MAX_BODY_BYTES:
+            return _too_large()
+    return None
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, "body_too_large", f"the body is over {MAX_BODY_BYTES} bytes")
 
 
 def check_key(app: FastAPI, request: Request) -> Caller:
@@ -58,9 +93,12 @@ async def wait_for_images(ticket: Ticket, request: Request) -> list[Any] | None:
     left = asyncio.ensure_future(disconnected(request.receive))
     first: set[asyncio.Future[Any]] = {work, left}
     try:
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        limit = last_moment(ticket.jobs)
+        await asyncio.wait(first, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if left.done() and not work.done():
             return None
+        if not work.done():
+            raise failure_to_api_error(DeadlineError("the engine does not answer"))
         try:
             return work.result()
         except Exception as error:
@@ -70,8 +108,13 @@ async def wait_for_images(ticket: Ticket, request: Request) -> list[Any] | None:
         if not work.done():
             ticket.cancel()
             work.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await left
+        await asyncio.gather(left, work, return_exceptions=True)
+
+
+def last_moment(jobs: Sequence[Job]) -> float | None:
+    """Seconds after which an engine that has not ended these jobs hangs; None without deadlines."""
+    deadlines = [job.deadline for job in jobs if job.deadline is not None]
+    return max(0.0, max(deadlines) - time.monotonic()) + ENGINE_GRACE_S if deadlines else None
 
 
 async def disconnected(receive: Receive) -> None:
@@ -90,6 +133,8 @@ def error_response(app: FastAPI, error: ApiError) -> JSONResponse:
         headers["Retry-After-Ms"] = str(max(1, math.ceil(1000 * error.retry_after_s)))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.code in CLOSING:
+        headers["Connection"] = "close"  # what the client still sends would be taken for a request
     return JSONResponse(error.body, status_code=error.status, headers=headers)
 
 

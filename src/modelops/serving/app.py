@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -13,24 +15,33 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from modelops import __version__
 from modelops.serving.access import Access
-from modelops.serving.answers import check_key, error_response, read_body, wait_for_images
+from modelops.serving.admin import add_admin_routes
+from modelops.serving.answers import check_key, error_response, read_body
 from modelops.serving.logs import PROMPTS
 from modelops.serving.metrics import CONTENT_TYPE
 from modelops.serving.observe import ROUTES, Observe, note_request
+from modelops.serving.openapi import describe
+from modelops.serving.page import add_page
+from modelops.serving.routed import AppState, RoutedStream, make_images, through_lanes
 from modelops.serving.schema import ApiError, ImagesRequest, ImagesResponse, parse_request
+from modelops.serving.streaming import MEDIA_TYPE as EVENTS
 from modelops.serving.tracing import SCOPE_KEY, RequestTrace
 
 if TYPE_CHECKING:
+    from modelops.serving.fleet import Fleet
+    from modelops.serving.lanes import Lane
     from modelops.serving.node import InferenceNode
+    from modelops.serving.peers import Peers
 
 log = logging.getLogger("modelops.serving")
 
 
-def create_app(node: InferenceNode | None = None) -> FastAPI:
+def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None) -> FastAPI:
     """The FastAPI application of a node.
 
     Args:
         node: may also be set later as `app.state.node`; until then everything answers 503.
+        fleet: in place of a single node; may also be set later as `app.state.fleet`.
     """
     app = FastAPI(
         title="modelops inference node",
@@ -40,8 +51,12 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
         redoc_url=None,
         **_without_own_telemetry(),
     )
-    app.state.node = node
+    app.state = AppState({"fleet": fleet})
+    if node is not None:
+        app.state.node = node
     app.state.access = Access.from_environment(os.environ)
+    app.state.preview_turns = asyncio.Semaphore(1)
+    app.state.peers = None  # the other workers, where there are any
     app.add_middleware(Observe, application=app)
 
     @app.exception_handler(ApiError)
@@ -60,7 +75,8 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
     @app.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
-        summary="Make images",
+        responses={200: {"content": {EVENTS: {"schema": {"type": "string"}}}}},
+        summary="Make images; with `stream`, one image as server-sent events",
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -84,50 +100,48 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
             if error.status == 429:
                 served.metrics.on_rejected("rate_limit")
             raise
-        texts = (wanted.prompt, wanted.negative_prompt)
-        with access.refunding(caller, images_wanted), PROMPTS.in_hand(*texts):
-            ticket = await asyncio.to_thread(served.submit, wanted, trace)
-            try:
-                images = await wait_for_images(ticket, request)
-            finally:
-                ticket.cancel()  # nothing to a finished one; stops the work of a client that left
-            if images is None:
-                return Response(status_code=499)
-            answer = await asyncio.to_thread(served.finish, ticket, images)
+
+        @contextlib.contextmanager
+        def held() -> Iterator[None]:
+            texts = (wanted.prompt, wanted.negative_prompt)
+            with access.refunding(caller, images_wanted), PROMPTS.in_hand(*texts):
+                yield
+
+        if wanted.stream:
+            turns: asyncio.Semaphore = app.state.preview_turns
+            return RoutedStream(app.state.fleet, wanted, caller, trace, turns=turns, held=held)
+
+        async def attempt(lane: Lane) -> ImagesResponse | None:
+            return await make_images(lane, request, trace, held)
+
+        answer = await through_lanes(app.state.fleet, wanted, caller, trace, attempt)
+        if answer is None:
+            return Response(status_code=499)
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    @app.get("/v1/models", summary="The model that is served")
+    @app.get("/v1/models", summary="The model that is served, and a canary beside it")
     async def models(request: Request) -> JSONResponse:
         check_key(app, request)
-        served = _node(app)
-        created = int(served.release.started_at.timestamp())
-        entry = {
-            "id": served.model_id,
-            "object": "model",
-            "created": created,
-            "owned_by": "modelops",
-            "x_modelops": {
-                "version": served.release.version,
-                "release_sha256": served.release_sha256,
-                "model_sha256": served.release.model_sha256,
-                "size": f"{served.resolution}x{served.resolution}",
-                "runtime": served.runtime,
-                "steps": served.defaults.steps,
-                "guidance": served.defaults.guidance,
-                "signing": served.sealer.about,
-            },
-        }
-        return JSONResponse({"object": "list", "data": [entry]})
+        _node(app)
+        fleet: Fleet = app.state.fleet
+        entries = [{"id": name, **_model_entry(role, node)} for name, role, node in fleet.models()]
+        return JSONResponse({"object": "list", "data": entries})
 
     @app.get("/livez", summary="Whether the process should go on")
     async def livez() -> Response:
         alive = app.state.node is not None and app.state.node.alive()
+        peers: Peers | None = app.state.peers
+        if alive and peers is not None:
+            alive = await peers.alive()
         return PlainTextResponse("ok\n" if alive else "dead\n", status_code=200 if alive else 503)
 
     @app.get("/readyz", summary="Whether requests should be sent here")
     async def readyz() -> Response:
         served = app.state.node
         problems = ["starting"] if served is None else await asyncio.to_thread(served.readiness)
+        peers: Peers | None = app.state.peers
+        if peers is not None:
+            problems = problems + await peers.problems()
         body: dict[str, Any] = {"ready": not problems, "problems": problems}
         if served is not None and served.golden is not None:
             body["golden_pixels_sha256"] = served.golden.pixels_sha256
@@ -136,7 +150,14 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
 
     @app.get("/metrics", summary="Prometheus metrics")
     async def metrics() -> Response:
-        return Response(_node(app).metrics.text(), media_type=CONTENT_TYPE)
+        peers: Peers | None = app.state.peers
+        _node(app)
+        text = app.state.fleet.text() if peers is None else await peers.exposition()
+        return Response(text, media_type=CONTENT_TYPE)
+
+    add_admin_routes(app)
+
+    add_page(app)
 
     # Inside BentoML's router an unmatched path would get its answer, not ours.
     @app.api_route(
@@ -149,6 +170,7 @@ def create_app(node: InferenceNode | None = None) -> FastAPI:
             raise ApiError(405, "method_not_allowed", "use another HTTP method")
         raise ApiError(404, "not_found", "there is no such route")
 
+    describe(app)
     return app
 
 
@@ -157,6 +179,25 @@ def _without_own_telemetry() -> dict[str, Any]:
     if "telemetry" not in inspect.signature(FastAPI.__init__).parameters:
         return {}
     return {"telemetry": {"tracing": False, "logs": False, "operation_spans": False}}
+
+
+def _model_entry(role: str, node: InferenceNode) -> dict[str, Any]:
+    return {
+        "object": "model",
+        "created": int(node.release.started_at.timestamp()),
+        "owned_by": "modelops",
+        "x_modelops": {
+            "version": node.release.version,
+            "role": role,
+            "release_sha256": node.release_sha256,
+            "model_sha256": node.release.model_sha256,
+            "size": f"{node.resolution}x{node.resolution}",
+            "runtime": node.runtime,
+            "steps": node.defaults.steps,
+            "guidance": node.defaults.guidance,
+            "signing": node.sealer.about,
+        },
+    }
 
 
 def _node(app: FastAPI) -> InferenceNode:

@@ -29,7 +29,7 @@ from modelops.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, floats_to_uint8
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
 from modelops.serving.jobs import MAX_PREVIEWS, EngineImage, Job, Preview, StepReport
-from modelops.serving.pace import BatchProfile, Pace, measure_profile
+from modelops.serving.pace import BatchProfile, Pace, measure_profile, widths
 from modelops.serving.stepping import Schedule, Stepper, guide
 
 log = logging.getLogger("modelops.serving")
@@ -38,6 +38,7 @@ log = logging.getLogger("modelops.serving")
 Text = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor
 ]  # pooled [1, D], tokens [1, L, D], mask [1, L]
+_WARM_TEXTS = 4  # prompts at once that are worth preparing for
 MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
 
 
@@ -260,6 +261,8 @@ class StepEngine:
         device, dtype = pipeline._execution_device, pipeline.unet.dtype
         shape = pipeline.latent_shape(size, size)
         text = self._encode([""])[""]
+        for count in widths(min(self.max_rows, _WARM_TEXTS)):  # whose shapes runtimes compile too
+            pipeline.encode_prompt([""] * count)
 
         def evaluate(rows: int) -> None:
             latents = torch.zeros((rows, *shape), device=device, dtype=dtype)

@@ -57,6 +57,14 @@ class FilterGuard:
         """Why the filter is red, or None."""
         return self._reason
 
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the filter says of itself (name, digests, threshold); {} when it says nothing."""
+        try:
+            return dict(self._filter.info)
+        except Exception:
+            return {}
+
     def load(self) -> None:
         """Load the filter.
 
@@ -132,7 +140,10 @@ class FilterGuard:
         stuck = self._stuck
         if stuck is not None and not stuck.done():
             raise self.broken("still hangs in an earlier call")
-        future = self._worker.submit(function)
+        try:
+            future = self._worker.submit(function)
+        except RuntimeError as error:  # a request that outlived its node's drain
+            raise self.broken("is closed") from error
         try:
             return future.result(timeout_s)
         except FutureTimeoutError as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from modelops.errors import UsageError
 
 MARK = "AI generated"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -56,3 +59,16 @@ def _xmp(metadata: Mapping[str, str]) -> bytes:
         f' Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}" {fields}/>'
         '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
     ).encode()
+
+
+def read_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
+    """A picture file to [H, W, 3] uint8 RGB; transparency is dropped.
+
+    Raises:
+        UsageError: not a readable picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path}: not a readable picture") from error

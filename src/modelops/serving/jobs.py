@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from modelops.errors import ServingError
-from modelops.models.sources import ImageRequest
 from modelops.serving.failures import CancelledError, DeadlineError
+
+if TYPE_CHECKING:
+    from modelops.models.sources import ImageRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

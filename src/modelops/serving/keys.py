@@ -22,9 +22,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from modelops.errors import ModelopsError, UsageError
 from modelops.files import atomic_path, read_text
@@ -50,6 +57,16 @@ class StoredKey(BaseModel):
     revoked: str | None = None
     requests_per_minute: _Rate | None = None
     images_per_minute: _Rate | None = None
+    role: Literal["user", "admin"] = "user"
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the usual role: a node of an older version refuses a file with a field it does
+        not know, and would let nobody in."""
+        values: dict[str, Any] = handler(self)
+        if values.get("role") == "user":
+            del values["role"]
+        return values
 
 
 class KeyFile(BaseModel):
@@ -64,11 +81,13 @@ class KeyFile(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks: the key's name, and what it may do per minute (None: the node's default)."""
+    """Who asks: the key's name, what it may do per minute (None: the node's default), and whether
+    it may swap releases."""
 
     name: str
     requests_per_minute: int | None = None
     images_per_minute: int | None = None
+    admin: bool = False
 
 
 ANONYMOUS = Caller(name="anonymous")
@@ -190,6 +209,7 @@ def create_key(
     *,
     requests_per_minute: int | None = None,
     images_per_minute: int | None = None,
+    admin: bool = False,
 ) -> str:
     """Add a key to a file (made with mode 0600 when missing) and return it; it is kept nowhere.
 
@@ -204,6 +224,7 @@ def create_key(
             created=_now(),
             requests_per_minute=requests_per_minute,
             images_per_minute=images_per_minute,
+            role="admin" if admin else "user",
         )
     except ValidationError as error:
         what = error.errors()[0]["loc"][0]
@@ -265,6 +286,7 @@ def _callers(keys: list[StoredKey]) -> tuple[tuple[bytes, Caller], ...]:
                 name=key.name,
                 requests_per_minute=key.requests_per_minute,
                 images_per_minute=key.images_per_minute,
+                admin=key.role == "admin",
             ),
         )
         for key in keys

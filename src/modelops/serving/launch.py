@@ -79,10 +79,10 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-def serve_command(host: str, port: int) -> list[str]:
-    """The `bentoml serve` command line."""
+def serve_command(host: str, port: int, *, service: str = SERVICE) -> list[str]:
+    """The `bentoml serve` command line; `service` may also be the tag of a bento."""
     return [
-        sys.executable, "-m", "bentoml", "serve", SERVICE,
+        sys.executable, "-m", "bentoml", "serve", service,
         "--host", host, "--port", str(port), "--timeout-graceful-shutdown", str(DRAIN_S),
     ]  # fmt: skip
 
@@ -138,6 +138,7 @@ def start_server(
     log_path: str | Path | None = None,
     ready_timeout_s: float = 180.0,
     environment: Mapping[str, str] | None = None,
+    service: str = SERVICE,
     on_progress: Callable[[str], Any] | None = None,
 ) -> Iterator[RunningServer]:
     """Serve a release on loopback until the block ends; yields when /readyz is green.
@@ -147,6 +148,7 @@ def start_server(
         log_path: where the server's output goes; a temporary file when not given.
         ready_timeout_s: seconds to wait for readiness.
         environment: variables for the server, such as MODELOPS_QUEUE_LIMIT.
+        service: a bento's tag, in the BENTOML_HOME of `environment`.
         on_progress: called with one line about what is being waited for.
 
     Raises:
@@ -165,7 +167,7 @@ def start_server(
         output = stack.enter_context(log.open("wb"))
         began = time.monotonic()
         process = subprocess.Popen(
-            serve_command(host, port),
+            serve_command(host, port, service=service),
             env=serve_environment(release_dir, extra=extra),
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, cwd=home,

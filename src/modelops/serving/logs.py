@@ -17,13 +17,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from modelops.errors import UsageError
+from modelops.serving.rotation import RotatingFile
 
 PROMPTS_VARIABLE = "MODELOPS_LOG_PROMPTS"
 FILE_VARIABLE = "MODELOPS_LOG_FILE"
 FORMAT_VARIABLE = "MODELOPS_LOG_FORMAT"
+MEGABYTES_VARIABLE = "MODELOPS_LOG_MB"
+KEEP_VARIABLE = "MODELOPS_LOG_KEEP"
 MAX_WAITING = 10_000  # lines; about 5 MB
 _YES = ("1", "true", "yes")
 _NO = ("", "0", "false", "no")
@@ -81,7 +85,7 @@ class PlainLines(JsonLines):
 
 
 class LineWriter(logging.Handler):
-    """Hands lines to a thread that writes them to a file descriptor.
+    """Hands lines to a thread that writes them to a file descriptor or a RotatingFile.
 
     Args:
         descriptor: written with os.write; closed by `close` if `own`.
@@ -91,7 +95,7 @@ class LineWriter(logging.Handler):
 
     def __init__(
         self,
-        descriptor: int,
+        descriptor: int | RotatingFile,
         *,
         own: bool = False,
         on_lost: Callable[[int], Any] | None = None,
@@ -130,9 +134,12 @@ class LineWriter(logging.Handler):
             with contextlib.suppress(queue.Full):
                 self._lines.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)
-        if self._own and not self._thread.is_alive() and self._descriptor >= 0:
+        if self._own and not self._thread.is_alive():
             with contextlib.suppress(OSError):
-                os.close(self._descriptor)
+                if isinstance(self._descriptor, RotatingFile):
+                    self._descriptor.close()
+                elif self._descriptor >= 0:
+                    os.close(self._descriptor)
             self._descriptor = -1
         super().close()
 
@@ -142,19 +149,25 @@ class LineWriter(logging.Handler):
             self.on_lost(1)
 
     def _run(self) -> None:
-        torn = False  # the last write stopped within a line
+        torn: int | None = None  # the descriptor whose last write stopped within a line
         while (line := self._lines.get()) is not None:
-            data = b"\n" + line if torn else line
-            left = data
+            left = data = line
+            target = -1
             try:
+                target = self._target(len(line) + 1)
+                left = data = b"\n" + line if torn == target else line
                 while left:
-                    left = left[os.write(self._descriptor, left) :]
-                torn = False
+                    left = left[os.write(target, left) :]
+                torn = None
             except OSError:
-                torn = torn if left is data else True
+                torn = torn if left is data else target
                 self._lose()
             finally:
                 self._lines.task_done()
+
+    def _target(self, size: int) -> int:
+        target = self._descriptor
+        return target.descriptor(size) if isinstance(target, RotatingFile) else target
 
 
 class Prompts:
@@ -204,13 +217,48 @@ def log_prompts(environment: Mapping[str, str]) -> bool:
     return value in _YES
 
 
+def _open_file(path: str, environment: Mapping[str, str]) -> RotatingFile:
+    megabytes = _number(environment, MEGABYTES_VARIABLE, 100.0, 0, 1e6)
+    keep = _number(environment, KEEP_VARIABLE, 4, 1, 1000)
+    if keep != int(keep):
+        raise UsageError(f"{KEEP_VARIABLE}={environment[KEEP_VARIABLE]!r}: not a whole number")
+    # Where only an operator's own logrotate may rename files, a default must not stop the server.
+    own = os.access(Path(path).parent, os.W_OK | os.X_OK)
+    if not own and megabytes and MEGABYTES_VARIABLE in environment:
+        raise UsageError(
+            f"{FILE_VARIABLE}={path}: cannot be rotated, its folder is not writable",
+            hint=f"{MEGABYTES_VARIABLE}=0, and rotate it from outside",
+        )
+    limit = int(megabytes * 1e6 / (keep + 1)) if own else 0
+    if 0 < limit < 4096:
+        raise UsageError(f"{MEGABYTES_VARIABLE}={megabytes:g}: too little for {keep + 1:g} files")
+    try:
+        return RotatingFile(path, max_bytes=limit, keep=int(keep))
+    except OSError as error:
+        raise UsageError(f"{FILE_VARIABLE}={path}: {error.strerror or error}") from error
+
+
+def _number(
+    environment: Mapping[str, str], name: str, default: float, least: float, most: float
+) -> float:
+    text = environment.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError as error:
+        raise UsageError(f"{name}={text!r}: not a number") from error
+    if not least <= value <= most:  # NaN too
+        raise UsageError(f"{name}={text!r}: out of range", hint=f"{least:g} to {most:g}")
+    return value
+
+
 def configure_logging(
     environment: Mapping[str, str], *, on_lost: Callable[[int], Any] | None = None
 ) -> LineWriter:
     """Send modelops' log records to stderr or MODELOPS_LOG_FILE, as JSON or for a terminal.
 
-    MODELOPS_LOG_FORMAT is `json`, `text` or `auto` (text on a terminal). Replaces an earlier
-    configuration. A file is appended to and never rotated here.
+    MODELOPS_LOG_FORMAT is `json`, `text` or `auto` (text on a terminal). A file is rotated so that
+    it and MODELOPS_LOG_KEEP older ones (4) take MODELOPS_LOG_MB megabytes (100) at most, see
+    RotatingFile; 0 rotates nothing. Replaces an earlier configuration.
 
     Raises:
         UsageError: a variable has an unknown value, or the file cannot be opened.
@@ -220,12 +268,9 @@ def configure_logging(
     if kind not in ("auto", "json", "text"):
         raise UsageError(f"{FORMAT_VARIABLE}={kind!r}: unknown", hint="json, text or auto")
     path = environment.get(FILE_VARIABLE, "")
-    descriptor = 2
+    descriptor: int | RotatingFile = 2
     if path:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        except OSError as error:
-            raise UsageError(f"{FILE_VARIABLE}={path}: {error.strerror or error}") from error
+        descriptor = _open_file(path, environment)
     if kind == "auto":
         kind = "text" if not path and sys.stderr.isatty() else "json"
     lines = PlainLines if kind == "text" else JsonLines

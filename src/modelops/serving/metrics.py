@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -22,6 +21,8 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from modelops.release import evaluation_end, released_evaluations
+
 if TYPE_CHECKING:
     from modelops.records import ReleaseRecord
     from modelops.serving.jobs import StepReport
@@ -38,6 +39,8 @@ PHASES = (
 FILTERS = ("prompt", "image")
 WASTE_REASONS = ("cancelled", "deadline", "failed")
 REJECTIONS = ("queue_full", "rate_limit")
+CLOSED_REASONS = ("head", "read", "full")
+STREAM_OUTCOMES = ("completed", "blocked", "failed", "client_left", "slow_reader")
 # Codes that say that the node failed; what the client did wrong, a red filter, a full queue and a
 # start that is not over yet have metrics of their own.
 FAULT_CODES = (
@@ -45,11 +48,12 @@ FAULT_CODES = (
     "internal_error", "provenance_unavailable", "receipt_unavailable",
 )  # fmt: skip
 CODES = frozenset(FAULT_CODES) | {
-    "api_keys_not_configured", "body_too_large", "cancelled", "content_policy_violation",
-    "invalid_api_key", "invalid_json", "invalid_value", "method_not_allowed", "model_not_found",
-    "not_found", "not_ready", "prompt_too_long", "rate_limit_exceeded",
-    "safety_filter_unavailable", "unknown_parameter", "unsupported_media_type",
-    "unsupported_value",
+    "admin_key_required", "ambiguous_length", "api_keys_not_configured", "body_timeout",
+    "body_too_large", "canary_worse", "cancelled", "content_policy_violation", "invalid_api_key",
+    "invalid_json", "invalid_value", "method_not_allowed", "missing_required_parameter",
+    "model_not_found", "not_found", "not_ready", "prompt_too_long", "rate_limit_exceeded",
+    "safety_filter_unavailable", "swap_conflict", "swap_failed", "swap_off", "unknown_parameter",
+    "unsupported_media_type", "unsupported_value",
 }  # fmt: skip
 FORMATS = ("png", "webp", "jpeg")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -90,6 +94,8 @@ class NodeMetrics:
             "phase",
         )
         self.images = counter("images", "Images sent, by format", "output_format")
+        self.partial_images = counter("partial_images", "Unfinished images sent in streams")
+        self.streams = counter("streams", "Streams that ended, by outcome", "outcome")
         self.filter_checks = counter("filter_checks", "Texts and images judged", "filter", "name")
         self.filtered = counter("filter_triggers", "Requests stopped by a filter", "filter", "name")
         self.filter_failures = counter(
@@ -118,6 +124,9 @@ class NodeMetrics:
         self.cadence = gauge(
             "evaluation_cadence_seconds", "The released model is to be evaluated this often"
         )
+        self.connections_closed = counter(
+            "connections_closed", "Connections that broke a limit, by part", "reason"
+        )
         self.log_lost = counter("log_lines_lost", "Log lines that could not be written")
         self._make_series()
         ProcessCollector(registry=registry)
@@ -138,6 +147,10 @@ class NodeMetrics:
             self.errors.labels(code)
         for output_format in FORMATS:
             self.images.labels(output_format)
+        for reason in CLOSED_REASONS:
+            self.connections_closed.labels(reason)
+        for outcome in STREAM_OUTCOMES:
+            self.streams.labels(outcome)
         self.requests.labels("/v1/images/generations", "200")
 
     def serves(self, release: ReleaseRecord, sha256: str, runtime: str) -> None:
@@ -205,6 +218,14 @@ class NodeMetrics:
         """Count images that were sent."""
         self.images.labels(output_format if output_format in FORMATS else OTHER).inc(count)
 
+    def on_closed(self, reason: str) -> None:
+        """Count a connection that was closed for what its client did: one of CLOSED_REASONS."""
+        self.connections_closed.labels(reason if reason in CLOSED_REASONS else OTHER).inc()
+
+    def on_stream(self, outcome: str) -> None:
+        """Count a stream that ended: one of STREAM_OUTCOMES."""
+        self.streams.labels(outcome if outcome in STREAM_OUTCOMES else OTHER).inc()
+
     def on_step(self, report: StepReport) -> None:
         """Count one network evaluation."""
         self.steps.inc(report.requests)
@@ -268,23 +289,8 @@ def evaluation_time(release_dir: str | Path, record: ReleaseRecord) -> float | N
     Only evaluations that lie in the release, succeeded and are of the very model that it holds
     count; None without one.
     """
-    from modelops.errors import ModelopsError
-    from modelops.records import EvaluationRecord, read_record
-
-    found: list[float] = []
-    for relative in record.files:
-        if not relative.endswith(".json") or relative.startswith(f"{record.model}/"):
-            continue
-        path = Path(release_dir) / relative
-        try:
-            if json.loads(path.read_text("utf-8")).get("kind") != "evaluation":
-                continue
-            evaluation = read_record(path, EvaluationRecord)
-        except (AttributeError, OSError, ValueError, ModelopsError):
-            continue
-        if evaluation.status == "ok" and evaluation.source.sha256 == record.model_sha256:
-            found.append(evaluation.started_at.timestamp() + evaluation.duration_s)
-    return max(found, default=None)
+    found = released_evaluations(release_dir, record).values()
+    return max(map(evaluation_end, found), default=None)
 
 
 def _as_number(read: Callable[[], Any]) -> Callable[[], float]:

@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from modelops.errors import ModelopsError, ServingError, UsageError
 from modelops.files import sha256_file
 from modelops.models.sources import ImageRequest
 from modelops.release import RECORD_FILE, verify_release
 from modelops.safety.registry import parse_filter
 from modelops.seeding import MAX_SEED
+from modelops.serving.drift import evaluation_cadence, open_drift_log
 from modelops.serving.engine import StepEngine
 from modelops.serving.failures import (
     FilterError,
@@ -32,19 +36,20 @@ from modelops.serving.failures import (
 )
 from modelops.serving.golden import GoldenCheck, check_golden, golden_request
 from modelops.serving.guard import FilterGuard
-from modelops.serving.jobs import EngineImage, Job
+from modelops.serving.jobs import EngineImage, Job, Preview, StepReport
 from modelops.serving.metrics import NodeMetrics, evaluation_time
 from modelops.serving.opening import image_filter_loader, open_model, prompt_filter_loader
+from modelops.serving.quarantine import Withheld, open_quarantine
 from modelops.serving.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
 from modelops.serving.seal import Origin, Sealer
 from modelops.serving.settings import NodeSettings
 from modelops.serving.tracing import RequestTrace, request_id
+from modelops.serving.workers import Worker
 
 log = logging.getLogger("modelops.serving")
 
 GOOD_PROMPT = "a smiling yellow sun"
 BAD_PROMPT = "explicit hardcore porn"
-STALLED_S = 60.0  # a network evaluation that takes longer is taken for dead
 
 
 @dataclass(slots=True)
@@ -70,6 +75,7 @@ class InferenceNode:
         settings: see NodeSettings.
         prompt_filter, image_filter: functions that load the filters, in place of those that the
             settings name.
+        worker: which worker of a node of several this is.
 
     Raises:
         UsageError: the settings name a filter that does not exist.
@@ -83,6 +89,7 @@ class InferenceNode:
         settings: NodeSettings | None = None,
         prompt_filter: Callable[[], Any] | None = None,
         image_filter: Callable[[], Any] | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self.settings = settings or NodeSettings()
         names = {
@@ -97,8 +104,12 @@ class InferenceNode:
         self.metrics = NodeMetrics(names)
         self.metrics.evaluated(
             evaluation_time(self.directory, self.release),
-            every_days=self.settings.evaluate_every_days,
+            every_days=evaluation_cadence(self.directory, self.settings),
         )
+        self.drift = open_drift_log(
+            self.settings, self.directory, self.release,
+            release_sha256=self.release_sha256, filters=names, registry=self.metrics.registry,
+        )  # fmt: skip
         limit = self.settings.filter_timeout_s
         self.prompt_guard = FilterGuard("prompt", prompt_filter, timeout_s=limit)
         self.image_guard = FilterGuard("image", image_filter, timeout_s=limit)
@@ -107,6 +118,8 @@ class InferenceNode:
             runtime=self.settings.runtime,
             device=self.settings.device,
             batch_size=self.settings.max_rows,
+            threads=self.settings.threads,
+            worker=worker,
         )
         self.runtime = source.runtime
         self.sealer = Sealer(
@@ -116,13 +129,16 @@ class InferenceNode:
             ),
             self.settings, self.metrics.registry,
         )  # fmt: skip
+        self.on_step: Callable[[StepReport], None] | None = None  # hears of network evaluations
+        self.quarantine = open_quarantine(self.settings, self.sealer.origin, self.metrics.registry)
         self.resolution = int(pipeline.resolution)
         self.max_tokens = int(pipeline.config["max_text_tokens"])
         self.engine = StepEngine(
             pipeline,
             max_rows=self.settings.max_rows,
             queue_limit=self.settings.queue_limit,
-            on_step=self.metrics.on_step,
+            profile_s=self.settings.profile_s,
+            on_step=self._stepped,
             on_wasted=self.metrics.on_wasted,
         )
         self.metrics.serves(self.release, self.release_sha256, self.runtime)
@@ -137,6 +153,11 @@ class InferenceNode:
         self._golden_problem: str | None = "the golden image has not been made yet"
         self._closing = False
         self.metrics.watch(self)
+
+    def _stepped(self, report: StepReport) -> None:
+        self.metrics.on_step(report)
+        if (heard := self.on_step) is not None:
+            heard(report)
 
     def start(self) -> None:
         """Make the golden image and probe the filters; problems end in `readiness`."""
@@ -157,7 +178,7 @@ class InferenceNode:
 
     def alive(self) -> bool:
         """The engine's thread works; if not, the process should be restarted."""
-        return self.engine.alive and self.engine.stalled_for() < STALLED_S
+        return self.engine.alive and self.engine.stalled_for() < self.settings.stalled_s
 
     def readiness(self) -> list[str]:
         """Why the node is not ready; empty when it is. Red filters are probed again."""
@@ -207,11 +228,19 @@ class InferenceNode:
         """The id in /v1/models: the release's name."""
         return self.release.name
 
-    def submit(self, request: ImagesRequest, trace: RequestTrace | None = None) -> Ticket:
+    def submit(
+        self,
+        request: ImagesRequest,
+        trace: RequestTrace | None = None,
+        *,
+        on_preview: Preview | None = None,
+    ) -> Ticket:
         """Check a request and queue its images.
 
         Args:
             trace: where the phases are noted.
+            on_preview: is handed the request's partial images, see `jobs.Job`; they are unfiltered,
+                so what becomes of them goes through `preview`.
 
         Raises:
             ApiError: 400, 404 (model), 429 (queue) or 503 (not ready, filter).
@@ -231,7 +260,15 @@ class InferenceNode:
             ) from error
         self.metrics.on_phase("prompt_filter", trace.seconds()["prompt_filter"])
         self.metrics.on_filter("prompt", 1, blocked=blocked)
+        if self.drift is not None:
+            tokens = self.engine.count_tokens(request.prompt)
+            self.drift.note_request(trace.id, request.prompt, tokens=tokens, blocked=blocked)
         if blocked:
+            if self.quarantine is not None and self.settings.quarantine_stages == "all":
+                self.quarantine.keep_prompt(
+                    trace.id, request.prompt, request.negative_prompt or "", reasons,
+                    self.sealer.origin.filters["prompt"], self.prompt_guard.info,
+                )  # fmt: skip
             raise ApiError(
                 400, "content_policy_violation",
                 f"the prompt is against the content policy ({', '.join(reasons) or 'blocked'})",
@@ -251,7 +288,12 @@ class InferenceNode:
             for index in range(request.n or 1)
         ]
         try:
-            jobs = self.engine.submit(wanted, timeout_s=self.settings.deadline_s)
+            jobs = self.engine.submit(
+                wanted,
+                timeout_s=self.settings.deadline_s,
+                previews=(request.partial_images or 0) if on_preview else 0,
+                on_preview=on_preview,
+            )
         except QueueFullError as error:
             self.metrics.on_rejected("queue_full")
             raise ApiError(
@@ -307,7 +349,14 @@ class InferenceNode:
             ) from error  # fmt: skip
         observe("image_filter", trace.seconds()["image_filter"])
         self.metrics.on_filter("image", len(images), blocked=any(blocked))
+        if self.drift is not None:
+            seconds = {**trace.seconds(), "total": time.monotonic() - ticket.started}
+            self.drift.note_images(trace.id, images, scores, blocked, seconds)
         if any(blocked):
+            self._keep_blocked(
+                trace, [(one.pixels, one.request, one.batch_rows) for one in images],
+                scores, blocked,
+            )  # fmt: skip
             raise ApiError(
                 400, "content_policy_violation",
                 "the picture was withheld by the image filter; try another seed or prompt",
@@ -327,6 +376,60 @@ class InferenceNode:
             output_format=output_format,
             size=f"{self.resolution}x{self.resolution}",
         )
+
+    def preview(self, ticket: Ticket, index: int, pixels: npt.NDArray[np.uint8]) -> bytes:
+        """A partial image of a ticket as a file that may leave: filtered and marked, no receipt.
+
+        Args:
+            index: 0-based number of the partial image.
+            pixels: [H, W, 3] uint8 RGB.
+
+        Raises:
+            ApiError: as `finish`.
+        """
+        try:
+            (score,), (blocked,) = self.image_guard.check_images([pixels])
+        except FilterError as error:
+            self.metrics.on_filter_failure("image")
+            raise ApiError(
+                503, "safety_filter_unavailable",
+                "the image filter gave no answer, so no picture is sent",
+            ) from error  # fmt: skip
+        if blocked:
+            self.metrics.on_filter("image", 1, blocked=True)
+            self._keep_blocked(
+                ticket.trace, [(pixels, ticket.jobs[0].request, ())], [score], [True], partial=index
+            )
+            raise ApiError(
+                400, "content_policy_violation",
+                "an unfinished picture was withheld by the image filter, and the work stopped; try "
+                "another seed or prompt",
+            )  # fmt: skip
+        try:
+            return self.sealer.seal_partial(
+                pixels, ticket.jobs[0].request, ticket.request.output_format or "png", index
+            )
+        except ProvenanceError as error:
+            log.error("a partial picture could not be marked: %s", error.message)
+            raise ApiError(
+                503, "provenance_unavailable",
+                "the picture could not be marked as AI-generated, so it is not sent",
+            ) from error  # fmt: skip
+
+    def _keep_blocked(
+        self,
+        trace: RequestTrace,
+        images: Sequence[Withheld],
+        scores: Sequence[float],
+        blocked: Sequence[bool],
+        *,
+        partial: int | None = None,
+    ) -> None:
+        if self.quarantine is not None:
+            self.quarantine.keep_pictures(
+                trace.id, images, scores, blocked,
+                self.sealer.origin.filters["image"], self.image_guard.info, partial=partial,
+            )  # fmt: skip
 
     def _encode(self, image: EngineImage, output_format: str, score: float) -> ImageData:
         try:
@@ -352,3 +455,7 @@ class InferenceNode:
         self.prompt_guard.close()
         self.image_guard.close()
         self.sealer.close()
+        if self.quarantine is not None:
+            self.quarantine.close()
+        if self.drift is not None:
+            self.drift.close()

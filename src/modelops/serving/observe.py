@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 
 from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from modelops.serving.admin import ADMIN_ROUTES
 from modelops.serving.answers import error_response
 from modelops.serving.schema import ApiError, ImagesRequest
 from modelops.serving.tracing import SCOPE_KEY, RequestTrace, request_id
@@ -15,7 +18,10 @@ log = logging.getLogger("modelops.serving")
 
 _LOGGED = ("n", "size", "output_format", "steps", "guidance", "seed")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-ROUTES = ("/v1/images/generations", "/v1/models", "/livez", "/readyz", "/metrics", "/openapi.json")
+ROUTES = (
+    "/", "/v1/images/generations", "/v1/models", "/livez", "/readyz", "/metrics", "/openapi.json",
+    *ADMIN_ROUTES,
+)  # fmt: skip
 
 
 def note_request(trace: RequestTrace, request: ImagesRequest) -> None:
@@ -56,12 +62,22 @@ class Observe:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", trace.id.encode("ascii")),
+                    *_allow(self.application, scope, status),
                 ]
             await send(message)
 
         try:
             with trace.current(f"{method} {route}"):
+                if {"content-length", "transfer-encoding"} <= headers.keys():
+                    # A proxy that reads the other one would see another request behind this one.
+                    raise ApiError(400, "ambiguous_length", "one length of the body, not two")
                 await self.app(scope, receive, watch)
+        except ApiError as error:
+            trace.fields["code"] = error.code
+            await error_response(self.application, error)(scope, receive, watch)
+        except ClientDisconnect:  # while it sent its body; BentoML waits for an answer all the same
+            if not status:
+                await Response(status_code=499)(scope, receive, watch)
         except Exception:
             log.exception("unforeseen error")
             trace.fields["code"] = "internal_error"
@@ -75,5 +91,18 @@ class Observe:
             node = self.application.state.node
             if node is not None:
                 node.metrics.on_request(route, status or 499)
-            if route.startswith("/v1/") or route == "other":
+            if route.startswith(("/v1/", "/admin/")) or route == "other":
                 trace.finish(method, route, status or 499)
+
+
+def _allow(application: FastAPI, scope: Scope, status: int) -> list[tuple[bytes, bytes]]:
+    """The Allow header that RFC 9110 asks of a 405."""
+    if status != 405:
+        return []
+    methods = {
+        method
+        for route in application.routes
+        if getattr(route, "path", None) == scope["path"]
+        for method in getattr(route, "methods", None) or ()
+    }
+    return [(b"allow", ", ".join(sorted(methods)).encode("ascii"))]

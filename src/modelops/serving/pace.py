@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 PAYS = 1.1  # the best width must do this many times the rows per second of one row
 KNEE = 0.9  # the narrow cap is the smallest width with this share of the best rate
 BEST = 0.97  # the wide cap is the smallest width with this share of it
+PATIENCE = 6  # compiling is not timed, but waited for so long
 _REPEATS = 5
 
 
@@ -18,13 +19,15 @@ class BatchProfile:
     """Seconds of one network evaluation by its rows, and what follows from them.
 
     Attributes:
-        seconds: median seconds by rows; empty when nothing was measured.
+        seconds: of the fastest run by rows, for what else the machine does only adds to them; empty
+            when nothing was measured.
         pays: whether rows in company are done faster than one by one. If not, one request runs at
             a time (its two rows, if it is guided, together).
         narrow: rows in a batch while few requests wait: most of the speed, and less company, which
             would make each of them later.
         wide: rows in a batch once enough requests wait to fill it.
-        complete: whether every width was measured; else the time for it was over.
+        complete: whether every width was measured. Where the time for it was over, wider batches
+            than the measured ones are taken for as good as the best of those.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
@@ -59,40 +62,49 @@ def measure_profile(
         evaluate: runs the network on so many rows. Each width's first run is not counted: runtimes
             compile and warm up in it.
         max_rows: the widest batch.
-        budget_s: after so many seconds no width above 2 is begun, and a width's first run has to
-            do. What was not measured is not used: the caps stay among the measured widths.
+        budget_s: no width above 2 is begun after so many seconds of timed runs, nor after
+            `PATIENCE` times as many in all.
     """
-    began = time.monotonic()
+    began, timed = time.monotonic(), 0.0
     seconds: dict[int, float] = {}
     wanted = list(widths(max_rows))
     for width in wanted:
-        if width > 2 and time.monotonic() - began > budget_s:
+        late = time.monotonic() - began > PATIENCE * budget_s
+        if width > 2 and (late or timed > budget_s):
             break
-        taken: list[float] = []
-        while len(taken) <= _REPEATS:
+        evaluate(width)
+        for _ in range(_REPEATS):
             start = time.perf_counter()
             evaluate(width)
-            taken.append(time.perf_counter() - start)
-            if time.monotonic() - began > budget_s:
+            taken = time.perf_counter() - start
+            timed += taken
+            seconds[width] = min(taken, seconds.get(width, math.inf))
+            if timed > budget_s:
                 break
-        seconds[width] = statistics.median(taken[1:] or taken)
-    return profile_from_seconds(seconds, complete=len(seconds) == len(wanted))
+    return profile_from_seconds(seconds, widest=max_rows)
 
 
-def profile_from_seconds(seconds: dict[int, float], *, complete: bool = True) -> BatchProfile:
-    """The caps that follow from measured seconds by rows (at least one width)."""
+def profile_from_seconds(seconds: dict[int, float], *, widest: int) -> BatchProfile:
+    """The caps that follow from measured seconds by rows (at least one width).
+
+    Args:
+        widest: rows of the widest batch that may run; beyond the measured widths it is assumed, not
+            known, that it is as fast as the best of them.
+    """
     rates = {width: width / max(taken, 1e-9) for width, taken in seconds.items()}
     best = max(rates.values())
-    pays = best >= PAYS * rates[min(rates)]
+    complete = max(rates) >= widest
+    pays = best >= PAYS * rates[min(rates)] or (not complete and max(rates) < widest // 2)
 
     def cap(share: float) -> int:
         return max(2, min(width for width, rate in rates.items() if rate >= share * best))
 
+    wide = cap(BEST) if complete or cap(BEST) < max(rates) else widest
     return BatchProfile(
         seconds=seconds,
         pays=pays,
         narrow=cap(KNEE) if pays else 2,
-        wide=cap(BEST) if pays else 2,
+        wide=wide if pays else 2,
         complete=complete,
     )
 

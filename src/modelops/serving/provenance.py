@@ -50,7 +50,8 @@ class Marked:
 
     Attributes:
         generation: our assertion: release and model digests, seed, steps, guidance, size, pixel
-            digest, receipt id, and `development` when signed with a development key.
+            digest, receipt id, the watermark if there is one, and `development` when signed with a
+            development key.
         generator: claim generator and version, such as "modelops 0.1.0".
         source_type: IPTC's digital source type.
         serial: of the signer's certificate, decimal.
@@ -113,11 +114,15 @@ class Marker:
             "digitalSourceType": SOURCE_TYPE,
             "softwareAgent": self._software,
         }
+        actions = [action]
+        if "watermark" in said:
+            # "unbound": it leads to no manifest, so it is no soft binding (C2PA 2.2).
+            actions.append({"action": "c2pa.watermarked.unbound"})
         manifest = {
             "claim_generator_info": [{"name": GENERATOR, "version": __version__}],
             "title": "AI generated image",
             "assertions": [
-                {"label": "c2pa.actions.v2", "data": {"actions": [action]}},
+                {"label": "c2pa.actions.v2", "data": {"actions": actions}},
                 {"label": ASSERTION, "data": said},
             ],
         }

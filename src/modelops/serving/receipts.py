@@ -11,11 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import logging
 import math
-import os
-import threading
-import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,18 +19,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelops.errors import IntegrityError, ModelopsError, UsageError
+from modelops.errors import IntegrityError, UsageError
 from modelops.files import read_text, sha256_bytes
+from modelops.serving.segments import SegmentLog, result_counter
 from modelops.serving.signing import ALGORITHM, SigningKey, VerifyingKey
-
-log = logging.getLogger("modelops.serving")
 
 PAYLOAD_TYPE = "application/vnd.modelops.receipt+json"
 TEXTS = ("prompt", "negative_prompt")
-SEGMENTS = 16  # a full folder loses a sixteenth of its oldest receipts at once
 _NAME = "receipts-"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -82,12 +76,26 @@ class ReceiptSignature(_Part):
     value: str
 
 
+class ReceiptWatermark(_Part):
+    """The invisible watermark that was embedded: by which key, and whether it is found again.
+
+    `pixels_sha256` is of the pixels with it; the receipt's own is of the model's, without it.
+    """
+
+    method: str
+    key_id: Digest
+    psnr_db: float
+    z: float
+    found: bool
+    pixels_sha256: Digest
+
+
 class Receipt(_Part):
     """One image's receipt; `x_modelops` of a response, a line of a receipts file.
 
     `batch_rows` holds the rows of the forward pass at each step: with whom it was batched.
     `output_sha256` is of the file as sent, manifest included; `pixels_sha256` of the pixels before
-    they were encoded. `development` when a development key signed it.
+    they were encoded, and before a watermark. `development` when a development key signed it.
     """
 
     kind: Literal["receipt"]
@@ -104,6 +112,7 @@ class Receipt(_Part):
     batch_rows: list[int]
     mean_rows: float
     filters: ReceiptFilters
+    watermark: ReceiptWatermark | None = None
     pixels_sha256: Digest
     output_sha256: Digest
     output_bytes: int
@@ -274,16 +283,13 @@ def _receipts_of(path: Path) -> list[dict[str, Any]]:
     return [receipt for receipt in receipts if isinstance(receipt, dict)]
 
 
-class ReceiptLog:
-    """Appends receipts to files of a folder that never grows beyond a limit.
-
-    One line each, in one write; a killed process loses none, a power cut may lose the last ones.
-    Every process writes files of its own, so that several may share a folder; the oldest files go
-    first.
+class ReceiptLog(SegmentLog):
+    """Appends receipts to files of a folder that never grows beyond a limit, see SegmentLog.
 
     Args:
         folder: made when it is missing.
         max_bytes: of all receipt files in it together.
+        writers: processes that share the folder; each may fill the file it writes.
         registry: where the counter `modelops_receipts_total` is registered.
 
     Raises:
@@ -291,100 +297,20 @@ class ReceiptLog:
     """
 
     def __init__(
-        self, folder: str | Path, *, max_bytes: int, registry: CollectorRegistry | None = None
+        self,
+        folder: str | Path,
+        *,
+        max_bytes: int,
+        writers: int = 1,
+        registry: CollectorRegistry | None = None,
     ) -> None:
-        if max_bytes < SEGMENTS * 4096:
-            raise UsageError(f"receipts: {max_bytes} bytes are too few", hint="use 1 MB or more")
-        self.folder = Path(folder)
-        self.segment_bytes = max_bytes // SEGMENTS
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._file: int | None = None
-        self._written = 0
-        self._failing = False
-        self._counter = Counter(
-            "modelops_receipts", "Receipts by what became of them: written or failed",
-            ["result"], registry=registry,
+        text = "Receipts by what became of them: written or failed"
+        counter = result_counter("modelops_receipts", text, registry, "written", "failed")
+        super().__init__(
+            folder, prefix=_NAME, max_bytes=max_bytes, what="receipts", writers=writers,
+            counter=counter,
         )  # fmt: skip
-        for result in ("written", "failed"):
-            self._counter.labels(result)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._open()
-        except OSError as error:
-            raise ModelopsError(
-                f"{self.folder}: receipts cannot be kept here: {error.strerror or error}",
-                hint="choose another folder for receipts, or leave it out",
-            ) from error
 
     def write(self, receipt: Mapping[str, Any]) -> bool:
         """Append one receipt; False when it could not be kept, which is logged and counted."""
-        line = canonical_bytes(dict(receipt)) + b"\n"
-        with self._lock:
-            try:
-                self._append(line)
-            except OSError as error:
-                self._counter.labels("failed").inc()
-                if not self._failing:  # once, not for each picture while the disk is full
-                    log.error("receipts cannot be written: %s", error.strerror or error)
-                self._failing = True
-                return False
-            if self._failing:
-                log.warning("receipts can be written again")
-            self._failing = False
-        self._counter.labels("written").inc()
-        return True
-
-    @property
-    def failing(self) -> bool:
-        """Whether the last receipt could not be kept."""
-        return self._failing
-
-    def close(self) -> None:
-        """Close the file; a later `write` opens another."""
-        with self._lock:
-            self._close()
-
-    def _append(self, line: bytes) -> None:
-        if self._file is None or self._written + len(line) > self.segment_bytes:
-            self._close()
-            self._open()
-        assert self._file is not None
-        try:
-            done = os.write(self._file, line)
-            if done != len(line):
-                raise OSError(28, "No space left on device")
-        except OSError:
-            # No half line stays before the next receipt.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._written)
-            raise
-        self._written += done
-
-    def _open(self) -> None:
-        self._make_room()
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
-        path = self.folder / f"{_NAME}{stamp}-{nanoseconds:09d}-{os.getpid()}.jsonl"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(path, flags, 0o600)
-        self._written = 0
-
-    def _close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._file)
-        self._file = None
-
-    def _make_room(self) -> None:
-        """Delete the oldest files until another full one fits."""
-        sizes = {}
-        for path in sorted(self.folder.glob(f"{_NAME}*.jsonl")):
-            with contextlib.suppress(FileNotFoundError):
-                sizes[path] = path.stat().st_size
-        total = sum(sizes.values())
-        for path, size in sizes.items():
-            if total + self.segment_bytes <= self._max_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
+        return self.write_line(canonical_bytes(dict(receipt)))

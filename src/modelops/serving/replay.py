@@ -53,6 +53,7 @@ class Recipe:
     digests: dict[str, str] = field(default_factory=dict)
     output_sha256: str | None = None
     batch_rows: tuple[int, ...] = ()
+    watermarked_sha256: str | None = None  # of the pixels that were sent, if they have a watermark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +238,8 @@ def replay_recipe(
         if was is not None and was != now
     ]
     answer: Answer = "equal" if digest == recipe.pixels_sha256 else "differs"
+    if recipe.watermarked_sha256 and answer == "differs" and sent is not None:
+        notes.append("the picture that was sent has a watermark, which counts as a difference")
     difference, psnr = None, None
     if answer == "equal":
         difference = 0
@@ -332,6 +335,7 @@ def _from_receipt(receipt: Receipt) -> Recipe:
         },
         output_sha256=receipt.output_sha256,
         batch_rows=tuple(receipt.batch_rows),
+        watermarked_sha256=receipt.watermark.pixels_sha256 if receipt.watermark else None,
     )
 
 
@@ -352,6 +356,9 @@ def _from_manifest(said: dict[str, Any], output_format: str) -> Recipe:
             height=height,
             output_format=output_format,
             pixels_sha256=str(said["pixels_sha256"]),
+            watermarked_sha256=(
+                str(said["watermark"]["pixels_sha256"]) if "watermark" in said else None
+            ),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise IntegrityError(f"its manifest does not say how it was made ({error})") from error
@@ -363,7 +370,8 @@ def _sent_pixels(path: Path, recipe: Recipe) -> npt.NDArray[np.uint8]:
 
     data = _read_file(path)
     pixels = _decode(data, path)
-    if sha256_bytes(data) != recipe.output_sha256 and pixels_sha256(pixels) != recipe.pixels_sha256:
+    lossless = recipe.watermarked_sha256 or recipe.pixels_sha256
+    if sha256_bytes(data) != recipe.output_sha256 and pixels_sha256(pixels) != lossless:
         if recipe.output_sha256 is None and picture_format(data) == "jpeg":
             return (
                 pixels  # a manifest cannot name the file it is in; JPEG pixels are not the model's

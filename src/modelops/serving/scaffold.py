@@ -62,10 +62,11 @@ class ScaffoldOptions:
 
     Attributes:
         image: name of the container image, with its registry if it has one.
-        gpus: NVIDIA GPUs of a node; 0 serves on processors.
+        gpus: NVIDIA GPUs of a node, with a worker for each; 0 serves on processors, with one.
         replicas, max_replicas: nodes, at least and at most.
         latency_budget_s: seconds that p95 of a request may take before an alert.
-        evaluate_every_days: an older evaluation of the served model is an alert.
+        evaluate_every_days: an older evaluation of the served model is an alert; 0 leaves that to
+            the released policy.
         time_scale: factor on every duration of the rules; a test makes it small.
         targets: what the compose file's Prometheus scrapes.
     """
@@ -75,7 +76,7 @@ class ScaffoldOptions:
     replicas: int = 2
     max_replicas: int = 8
     latency_budget_s: float = 30
-    evaluate_every_days: float = 30
+    evaluate_every_days: float = 0
     time_scale: float = 1.0
     targets: Sequence[str] = ("node:3000",)
 
@@ -91,7 +92,9 @@ class ScaffoldOptions:
             raise UsageError(
                 f"replicas {self.replicas} to {self.max_replicas}: at least 1, at most the maximum"
             )
-        for name in ("latency_budget_s", "evaluate_every_days", "time_scale"):
+        if not (math.isfinite(self.evaluate_every_days) and self.evaluate_every_days >= 0):
+            raise UsageError("evaluate-every: must be 0 or more days")
+        for name in ("latency_budget_s", "time_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UsageError(f"{name.replace('_', '-')}: must be above 0")
 
@@ -182,6 +185,7 @@ def _context(options: ScaffoldOptions) -> dict[str, Any]:
         "version": __version__,
         "image": options.image,
         "gpus": options.gpus,
+        "workers": max(1, options.gpus),
         "replicas": options.replicas,
         "max_replicas": options.max_replicas,
         "latency_budget_s": _plain(options.latency_budget_s),

@@ -16,6 +16,7 @@ from pydantic import (
 from modelops.seeding import MAX_SEED
 
 MAX_IMAGES = 4
+MAX_PARTIAL_IMAGES = 3
 MAX_STEPS = 200
 MAX_GUIDANCE = 20.0
 MAX_PROMPT_CHARACTERS = 1000
@@ -29,6 +30,9 @@ class ImagesRequest(BaseModel):
 
     Extensions to OpenAI's request (its client sends them through `extra_body`): `seed`, `steps`,
     `guidance`, `negative_prompt`. Image k of a request is made from seed + k.
+
+    With `stream` the answer is server-sent events (see `modelops.serving.streaming`) of one image:
+    OpenAI's events have no field that would say which of several images a picture belongs to.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -40,17 +44,18 @@ class ImagesRequest(BaseModel):
     response_format: Literal["b64_json", "url"] | None = "b64_json"
     output_format: Literal["png", "webp", "jpeg"] | None = "png"
     user: Annotated[str, Field(max_length=256)] | None = None
+    stream: Annotated[bool, Field(strict=True)] | None = None
+    partial_images: Annotated[_Integer, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None
 
     seed: Annotated[_Integer, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[_Integer, Field(ge=1, le=MAX_STEPS)] | None = None
-    guidance: Annotated[float, Field(ge=1.0, le=MAX_GUIDANCE)] | None = None
+    guidance: Annotated[float, Field(strict=True, ge=1.0, le=MAX_GUIDANCE)] | None = None
     negative_prompt: _Text | None = None
 
     # Fields of OpenAI's own models: the values that ask for nothing are accepted.
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto"] | None = None
-    stream: Literal[False] | None = None
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -167,6 +172,16 @@ def parse_request(body: bytes) -> ImagesRequest:
             400, "unsupported_value",
             "response_format: url is not supported, pictures are not stored; use b64_json",
             param="response_format",
+        )  # fmt: skip
+    if request.stream and (request.n or 1) > 1:
+        raise ApiError(
+            400, "unsupported_value",
+            "n: one image can be streamed at a time; ask several times, or without stream",
+            param="n",
+        )  # fmt: skip
+    if request.partial_images and not request.stream:
+        raise ApiError(
+            400, "unsupported_value", "partial_images: needs stream: true", param="partial_images"
         )  # fmt: skip
     return request
 

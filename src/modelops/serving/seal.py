@@ -2,8 +2,9 @@
 
     pixels ─▶ encode ─▶ C2PA manifest ─▶ read back ─▶ receipt ─▶ signed ─▶ kept ─▶ sent
 
-No manifest, no picture. No room for the receipt on the disk: the picture is sent all the same (the
-receipt is in the answer too), unless the node was told to refuse.
+With a watermark key, an invisible watermark is put in before the encoding. No manifest, no picture.
+No room for the receipt on the disk: the picture is sent all the same (the receipt is in the answer
+too), unless the node was told to refuse.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ from modelops.serving.receipts import (
     without_texts,
 )
 from modelops.serving.signing import open_signing_key
+from modelops.serving.watermark import METHOD, Watermark, open_watermark
+from modelops.serving.workers import worker_count
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from prometheus_client import CollectorRegistry
 
+    from modelops.models.sources import ImageRequest
     from modelops.records import ReleaseRecord, SourceInfo
     from modelops.serving.jobs import EngineImage
     from modelops.serving.settings import NodeSettings
@@ -55,7 +61,7 @@ class Sealer:
 
     Args:
         origin: see Origin.
-        settings: signing_key, signing_chain, receipts and what belongs to them.
+        settings: signing_key, signing_chain, watermark_key, receipts and what belongs to them.
         registry: for the counter of receipts.
 
     Raises:
@@ -72,10 +78,16 @@ class Sealer:
         self._texts = _choice("receipts_prompts", settings.receipts_prompts, "digest", "text")
         self.key = open_signing_key(settings.signing_key, settings.signing_chain)
         release = origin.release
+        self.watermark: Watermark | None = (
+            open_watermark(settings.watermark_key) if settings.watermark_key else None
+        )
         self._marker = Marker(self.key, software=(release.name, release.version))
         self.receipts = (
             ReceiptLog(
-                settings.receipts, max_bytes=settings.receipts_mb * 1_000_000, registry=registry
+                settings.receipts,
+                max_bytes=settings.receipts_mb * 1_000_000,
+                writers=worker_count(),
+                registry=registry,
             )
             if settings.receipts
             else None
@@ -105,23 +117,15 @@ class Sealer:
             ReceiptError: the receipt cannot be kept and the node refuses without.
         """
         request, release = image.request, self.origin.release
-        receipt_id, pixels = new_receipt_id(), pixels_sha256(image.pixels)
-        # Nothing of the prompt here: this goes wherever the picture goes.
-        generation: dict[str, Any] = {
-            "release": f"{release.name} {release.version}",
-            "release_sha256": self.origin.release_sha256,
-            "model_sha256": release.model_sha256,
-            "runtime": self.origin.source.runtime,
-            "seed": request.seed,
-            "steps": request.steps,
-            "guidance": request.guidance,
-            "size": f"{request.width}x{request.height}",
-            "pixels_sha256": pixels,
-            "receipt": receipt_id,
-        }
-        encoded = encode_image(image.pixels, output_format, _visible(generation))
+        receipt_id = new_receipt_id()
+        shown, watermark = self._with_watermark(image.pixels)
+        generation = {
+            **self._generation(request, image.pixels), **watermark, "receipt": receipt_id
+        }  # fmt: skip
+        encoded = encode_image(shown, output_format, _visible(generation))
         marked = self._marker.embed(encoded, output_format, generation)
         content = {
+            **watermark,
             "kind": "receipt",
             "schema_version": 1,
             "id": receipt_id,
@@ -153,7 +157,7 @@ class Sealer:
                 "image": self.origin.filters["image"],
                 "image_score": round(image_score, 6),
             },
-            "pixels_sha256": pixels,
+            "pixels_sha256": generation["pixels_sha256"],
             "output_sha256": sha256_bytes(marked),
             "output_bytes": len(marked),
             "queue_s": round(image.queue_s, 4),
@@ -162,6 +166,57 @@ class Sealer:
         receipt = sign_receipt(content, self.key)
         self._keep(receipt)
         return marked, receipt
+
+    def seal_partial(
+        self, pixels: npt.NDArray[np.uint8], request: ImageRequest, output_format: str, index: int
+    ) -> bytes:
+        """The file of an unfinished picture [H, W, 3] that the filter let pass: marked, no receipt.
+
+        Args:
+            request: as the engine filled it in.
+            index: 0-based number of the partial image; its manifest says it.
+
+        Raises:
+            ProvenanceError: it cannot be marked; it must not be sent.
+        """
+        shown, watermark = self._with_watermark(pixels)
+        generation = {
+            **self._generation(request, pixels), **watermark, "partial_image_index": index
+        }  # fmt: skip
+        encoded = encode_image(shown, output_format, _visible(generation))
+        return self._marker.embed(encoded, output_format, generation)
+
+    def _with_watermark(
+        self, pixels: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
+        """(pixels to send, what manifest and receipt say of the watermark: {} without one)."""
+        if self.watermark is None:
+            return pixels, {}
+        made = self.watermark.embed(pixels)
+        said = {
+            "method": METHOD,
+            "key_id": self.watermark.key_id,
+            "psnr_db": round(made.psnr_db, 2),
+            "z": round(made.detection.z, 2),
+            "found": made.detection.found,
+            "pixels_sha256": pixels_sha256(made.pixels),
+        }
+        return made.pixels, {"watermark": said}
+
+    def _generation(self, request: ImageRequest, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        """How a picture was made. Nothing of the prompt: this goes wherever the picture goes."""
+        release = self.origin.release
+        return {
+            "release": f"{release.name} {release.version}",
+            "release_sha256": self.origin.release_sha256,
+            "model_sha256": release.model_sha256,
+            "runtime": self.origin.source.runtime,
+            "seed": request.seed,
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "size": f"{request.width}x{request.height}",
+            "pixels_sha256": pixels_sha256(pixels),
+        }
 
     def close(self) -> None:
         """Close the receipts' file."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from modelops.errors import UsageError
 
+_MAY_BE_ZERO = {"evaluate_every_days", "profile_s", "threads"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings:
@@ -16,37 +18,77 @@ class NodeSettings:
 
     Attributes:
         max_rows: rows of a forward pass (a guided request takes two).
+        profile_s: seconds to spend at start-up on measuring which batch widths pay; 0 measures
+            nothing and batches up to max_rows.
         queue_limit: requests that may wait for a place.
         deadline_s: seconds after which a request is dropped.
         filter_timeout_s: seconds a safety filter may take.
+        stalled_s: seconds of one network evaluation after which the engine is taken for dead.
+        client_timeout_s: seconds that a client may take for a request's head, for its body, or
+            without reading of its answer.
+        max_connections: open at once in one process; one more is closed unanswered.
+        stream_write_timeout_s: seconds that the reader of a stream may take for one event; a slower
+            one is dropped.
         runtime: of an exported artifact; "auto" takes the fastest that is installed.
-        device: of a checkpoint.
+        device: of a checkpoint: "cpu", "cuda" (each worker takes one of its own), "cuda:1", "auto".
+        threads: CPU threads of the model; 0 is all cores of the process, divided by the workers.
         prompt_filter, image_filter: by name, as in `modelops eval` (see
             `modelops.safety.registry`); serving has no "none".
-        evaluate_every_days: an evaluation of the released model that is older is overdue.
+        evaluate_every_days: an evaluation of the released model that is older is overdue; 0 takes
+            what the released policy says, or 30.
         signing_key, signing_chain: PEM files, see `signing.open_signing_key`; without them a
             development key of this machine signs.
         receipts: folder where signed receipts are kept; "" keeps none.
         receipts_mb: megabytes of that folder, at most; the oldest receipts go first.
         receipts_failure: "send" or "refuse" the picture when its receipt cannot be written.
         receipts_prompts: "digest" keeps receipts without the prompt's text, "text" with it.
+        quarantine: folder where blocked pictures are kept for review; "" keeps none.
+        quarantine_mb: megabytes of that folder, at most; the oldest entries go first.
+        quarantine_days: days after which an entry is deleted.
+        quarantine_stages: "images" keeps what the image filter blocked, "all" also what the prompt
+            filter blocked.
+        quarantine_prompts: "digest" keeps entries without the prompt's text, "text" with it.
+        quarantine_key: a reviewer's X25519 public key (PEM); entries are encrypted to it.
+        watermark_key: key file of the invisible watermark; "" embeds none.
+        releases: folder of releases that may be swapped in while the node runs (see `fleet`); ""
+            turns that off.
+        drift_log: folder of the drift log, which `modelops monitor` reads; "" keeps none.
+        drift_sample: share of the requests that it logs.
+        drift_log_mb: megabytes of that folder, at most; the oldest rows go first.
     """
 
     max_rows: int = 16
+    profile_s: float = 5.0
     queue_limit: int = 64
     deadline_s: float = 120.0
     filter_timeout_s: float = 10.0
+    stalled_s: float = 60.0
+    client_timeout_s: float = 30.0
+    max_connections: int = 2000
+    stream_write_timeout_s: float = 30.0
     runtime: str = "auto"
     device: str = "cpu"
+    threads: int = 0
     prompt_filter: str = "words"
     image_filter: str = "open_nsfw"
-    evaluate_every_days: float = 30.0
+    evaluate_every_days: float = 0.0
     signing_key: str = ""
     signing_chain: str = ""
     receipts: str = ""
     receipts_mb: int = 256
     receipts_failure: str = "send"
     receipts_prompts: str = "digest"
+    quarantine: str = ""
+    quarantine_mb: int = 256
+    quarantine_days: float = 30.0
+    quarantine_stages: str = "images"
+    quarantine_prompts: str = "digest"
+    quarantine_key: str = ""
+    watermark_key: str = ""
+    releases: str = ""
+    drift_log: str = ""
+    drift_sample: float = 0.1
+    drift_log_mb: int = 64
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
@@ -65,6 +107,7 @@ class NodeSettings:
                 values[entry.name] = kind(environment[name])
             except ValueError as error:
                 raise UsageError(f"{name}={environment[name]!r}: not a number") from error
-            if kind is not str and not 0 < values[entry.name] < 1e6:
+            least = 0.0 if entry.name in _MAY_BE_ZERO else 1e-9
+            if kind is not str and not least <= values[entry.name] < 1e6:
                 raise UsageError(f"{name}={environment[name]!r}: out of range")
         return cls(**values)

@@ -1,0 +1,153 @@
+"""`modelops monitor`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from modelops.cli.output import emit, json_option, say, table
+from modelops.errors import GateFailedError, GateUndecidedError, UsageError
+
+if TYPE_CHECKING:
+    from modelops.monitoring.records import DriftTest, MonitorRecord
+    from modelops.monitoring.reference import Reference
+
+
+@click.command()
+@click.argument("log", type=click.Path(path_type=Path))
+@click.option(
+    "--release", required=True, metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The release that wrote the log.",
+)  # fmt: skip
+@click.option(
+    "--window", metavar="FROM..TO",
+    help="Rows to judge, by ISO date or time in UTC.  [default: all, or all after the baseline]",
+)  # fmt: skip
+@click.option(
+    "--baseline", metavar="FROM..TO",
+    help="Hold them against these rows, not against the release's evaluation.",
+)  # fmt: skip
+@click.option(
+    "--evaluation", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The release's evaluation with its features beside it, where the release holds none.",
+)  # fmt: skip
+@click.option(
+    "--policy", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Take the `monitoring:` section of this policy, not of the released one.",
+)  # fmt: skip
+@click.option(
+    "--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the verdict here as a record.",
+)  # fmt: skip
+@click.option(
+    "--textfile", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write it for node-exporter's textfile collector, too; its name must end in .prom.",
+)  # fmt: skip
+@json_option
+def monitor(
+    log: Path,
+    release: Path,
+    window: str | None,
+    baseline: str | None,
+    evaluation: Path | None,
+    policy: Path | None,
+    out: Path | None,
+    textfile: Path | None,
+    as_json: bool,
+) -> int:
+    """Say whether what a release is asked for, and what it makes, has drifted.
+
+    LOG is the folder that `modelops serve run --drift-log` writes. Tested are the mean and the
+    covariance of the pictures' features, the image filter's scores, how often each filter stops
+    something, the prompts' length and scripts, and with --baseline the latencies.
+
+    Exits 0 for keep, 3 for investigate and retrain, 4 for undecided. The answer is `investigate`,
+    too, when the release's evaluation is older than the policy allows. How often a window without
+    any drift is called one is at most what the answer says (Holm over the tests, and the policy's
+    alpha divided by its windows); a shift below its margin is no drift.
+
+    \b
+    Examples:
+      modelops monitor drift --release release
+      modelops monitor drift --release release --out monitoring/week-47.json \\
+          --baseline 2026-11-01..2026-11-08 --window 2026-11-15..2026-11-22
+    """
+    import tempfile
+
+    from modelops.errors import ConfigError
+    from modelops.monitoring.judge import monitor as judge
+    from modelops.monitoring.log import parse_span
+    from modelops.monitoring.policy import read_monitoring
+    from modelops.monitoring.textfile import write_textfile
+
+    if textfile is not None and textfile.suffix != ".prom":
+        raise UsageError(f"{textfile}: the collector reads files that end in .prom only")
+    rules = read_monitoring(policy) if policy else None
+    if policy and rules is None:
+        raise ConfigError(f"{policy}: has no section `monitoring`")
+    with tempfile.TemporaryDirectory() as folder:
+        record = judge(
+            log, release,
+            window=parse_span(window) if window else None,
+            baseline=parse_span(baseline) if baseline else None,
+            reference=_reference(evaluation, Path(folder)) if evaluation else None,
+            policy=rules,
+        )  # fmt: skip
+    if out is not None:
+        record.write(out)
+    if textfile is not None:
+        write_textfile(textfile, record)
+    code = {"keep": 0, "undecided": 4}.get(record.answer, 3)
+    if as_json:
+        emit(record.model_dump(mode="json"), as_json=True)
+        if code:
+            say(f"{record.answer}: {'; '.join(record.reasons)}")
+        return code
+    _print(record)
+    message = f"{record.answer}: {'; '.join(record.reasons)}"
+    if code == 0:
+        emit({}, as_json=False, text=message)
+        return 0
+    raise (GateUndecidedError if code == 4 else GateFailedError)(message)
+
+
+def _reference(evaluation: Path, folder: Path) -> Reference:
+    from modelops.monitoring.reference import build_reference, read_reference
+
+    build_reference(evaluation, folder)
+    return read_reference(folder)
+
+
+def _print(record: MonitorRecord) -> None:
+    against = {
+        "baseline": f"the log's own {record.baseline}",
+        "evaluation": "the release's evaluation",
+        "none": "nothing: there is no reference",
+    }[record.reference]
+    print(f"{record.release}, {record.window}: {record.n_images} pictures, {record.n_requests} "
+          f"requests, {record.n_prompts} prompts, against {against}")  # fmt: skip
+    for reason, count in sorted(record.refused.items()):
+        print(f"left out: {count} rows {reason}")
+    for warning in record.warnings:
+        print(f"note: {warning}")
+    table(
+        ["test", "n", "effect [low, high]", "margin", "p, corrected", "outcome", "because"],
+        [_row(test) for test in record.tests],
+    )
+    print(
+        f"false alarms: at most {record.alpha:.2g} of such windows without drift, and "
+        f"{record.period_alpha:.2g} for any of the {record.windows} until the next evaluation"
+    )
+
+
+def _row(test: DriftTest) -> list[str]:
+    effect, p = "–", "–"
+    if test.effect is not None and test.low is not None and test.high is not None:
+        effect = f"{test.effect:.3g} [{test.low:.3g}, {test.high:.3g}]"
+    if test.p_adjusted is not None:
+        p = f"{test.p_adjusted:.2g}"
+    n = f"{test.n_window} : {test.n_reference}" if test.n_window or test.n_reference else "–"
+    return [test.name, n, effect, f"{test.margin:g}", p, test.outcome, test.reason]

@@ -1,0 +1,205 @@
+"""`modelops serve swap`: a new release beside the one that is served, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from modelops.cli.output import emit, json_option, progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+KEY_VARIABLE = "MODELOPS_ADMIN_KEY"
+
+
+def _server(command: F) -> F:
+    """The server's address, and the file with the admin key."""
+    option = click.option(
+        "--key-file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+        help=f"File with the admin key alone; else the variable {KEY_VARIABLE}.",
+    )  # fmt: skip
+    return click.argument("url")(option(command))
+
+
+@click.group()
+def swap() -> None:
+    """Load a release beside the stable one, send it a share of the requests, promote or roll back.
+
+    The server needs a folder of releases (`modelops serve --releases DIR`) and a key of `modelops
+    serve key create NAME --admin`. Exit code 3: the verdict says worse; 4: it is undecided.
+
+    \b
+    Examples:
+      modelops serve swap canary http://127.0.0.1:3000 pilot-2 --share 0.1 --wait
+      modelops serve swap status http://127.0.0.1:3000
+      modelops serve swap promote http://127.0.0.1:3000
+    """
+
+
+@swap.command()
+@_server
+@json_option
+def status(url: str, key_file: Path | None, as_json: bool) -> None:
+    """Say what is served, what is on trial, and what has been measured of it.
+
+    \b
+    Example:
+      modelops serve swap status http://127.0.0.1:3000 --key-file admin.key
+    """
+    from modelops.serving.swap_client import SwapClient
+
+    _finish(SwapClient(url, _key(key_file)).status(), as_json)
+
+
+@swap.command()
+@_server
+@click.argument("release")
+@click.option("--share", default=0.1, show_default=True, help="Share of the requests, up to 1.")
+@click.option(
+    "--sticky", type=click.Choice(["request", "key"]), default="request", show_default=True,
+    help="Deal out each request, or each API key: all its requests then go the same way.",
+)  # fmt: skip
+@click.option("--named", is_flag=True, help="Also requests that name the model both releases are.")
+@click.option("--auto", is_flag=True, help="Promote it when no worse, roll it back when worse.")
+@click.option(
+    "--requests", default=400, show_default=True, help="Of the canary, before it can be no worse."
+)
+@click.option("--seconds", default=120.0, show_default=True, help="The same in time.")
+@click.option("--error-margin", type=float, help="Higher rates of errors up to this are no worse.")
+@click.option("--filter-margin", type=float, help="The same for what the filters stop.")
+@click.option("--latency-margin", type=float, help="So many times the seconds are no worse.")
+@click.option(
+    "--wait", is_flag=True,
+    help="Until it takes requests; with --auto, until it is promoted or rolled back.",
+)  # fmt: skip
+@click.option("--timeout", default=3600.0, show_default=True, help="Seconds to wait at most.")
+@json_option
+def canary(
+    url: str,
+    key_file: Path | None,
+    release: str,
+    share: float,
+    sticky: str,
+    named: bool,
+    auto: bool,
+    requests: int,
+    seconds: float,
+    error_margin: float | None,
+    filter_margin: float | None,
+    latency_margin: float | None,
+    wait: bool,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Load RELEASE, a path below the server's folder of releases, and send it requests.
+
+    It is verified, opened, must make its golden image and pass the filters' checks before it takes
+    any. One that fails leaves the stable release as it is.
+
+    \b
+    Example:
+      modelops serve swap canary http://127.0.0.1:3000 pilot-2 --share 0.2 --auto --wait
+    """
+    from modelops.serving.swap_client import SwapClient
+
+    order = {
+        "release": release, "share": share, "sticky": sticky, "named": named, "auto": auto,
+        "requests": requests, "seconds": seconds, "error_margin": error_margin,
+        "filter_margin": filter_margin, "latency_margin": latency_margin,
+    }  # fmt: skip
+    client = SwapClient(url, _key(key_file))
+    found = client.post("canary", {k: v for k, v in order.items() if v is not None})
+    if not wait:
+        emit(found, as_json=as_json, text=f"{release} is being loaded; see `swap status`")
+        return
+    if not auto:
+        with progress(f"loading {release}", quiet=as_json):
+            found = client.wait(lambda now: now["loading"] is None, timeout)
+        _finish(found, as_json, judged=False)
+        return
+    with progress("requests of the canary", quiet=as_json) as bar:
+
+        def decided(now: dict[str, Any]) -> bool:
+            verdict = now["verdict"]
+            bar(min(requests, verdict["requests"]) if verdict else 0, requests)
+            return now["state"] == "stable only"
+
+        found = client.wait(decided, timeout, what="decided")
+    _finish(found, as_json)
+
+
+@swap.command()
+@_server
+@click.option("--force", is_flag=True, help="Although the verdict says worse.")
+@click.option("--wait", is_flag=True, help="Until the former release has finished its work.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
+@json_option
+def promote(
+    url: str, key_file: Path | None, force: bool, wait: bool, timeout: float, as_json: bool
+) -> None:
+    """Serve the canary in place of the stable release, now and after a restart.
+
+    \b
+    Example:
+      modelops serve swap promote http://127.0.0.1:3000
+    """
+    _change(url, key_file, "promote", {"force": force}, wait, timeout, as_json)
+
+
+@swap.command()
+@_server
+@click.option("--reason", default="", help="For the log.")
+@click.option("--wait", is_flag=True, help="Until the canary has finished its work.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
+@json_option
+def rollback(
+    url: str, key_file: Path | None, reason: str, wait: bool, timeout: float, as_json: bool
+) -> None:
+    """Send the canary no more requests and let it go; the stable release makes them all.
+
+    \b
+    Example:
+      modelops serve swap rollback http://127.0.0.1:3000 --reason "colours are off"
+    """
+    _change(url, key_file, "rollback", {"reason": reason}, wait, timeout, as_json)
+
+
+def _change(
+    url: str, key_file: Path | None, action: str, order: dict[str, Any], wait: bool,
+    timeout: float, as_json: bool,
+) -> None:  # fmt: skip
+    from modelops.serving.swap_client import SwapClient
+
+    client = SwapClient(url, _key(key_file))
+    found = client.post(action, order)
+    if wait:
+        with progress("requests in hand", quiet=as_json):
+            found = client.wait(lambda now: not now["draining"], timeout, what="finished")
+    _finish(found, as_json, judged=False)
+
+
+def _key(path: Path | None) -> str:
+    import os
+
+    from modelops.errors import UsageError
+    from modelops.files import read_text
+
+    key = (read_text(path) if path else os.environ.get(KEY_VARIABLE, "")).strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"{path or KEY_VARIABLE}: holds no key",
+            hint="one of `modelops serve key create NAME --admin`, alone",
+        )
+    return key
+
+
+def _finish(found: dict[str, Any], as_json: bool, *, judged: bool = True) -> None:
+    """Print a status; the exit code is that of a failed load, or of the verdict."""
+    from modelops.serving.swap_client import describe_status, exit_code
+
+    emit(found, as_json=as_json, text=describe_status(found))
+    if code := exit_code(found, judged=judged):
+        raise click.exceptions.Exit(code)

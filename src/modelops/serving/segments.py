@@ -1,0 +1,157 @@
+"""Lines appended to files of a folder that never grows beyond a limit.
+
+One line in one write: a killed process loses none, a power cut may lose the last ones, and a full
+disk leaves no half line before the next. Every process writes files of its own, so that several
+may share a folder; the oldest files go first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter
+
+from modelops.errors import ModelopsError, UsageError
+
+log = logging.getLogger("modelops.serving")
+
+SEGMENTS = 16  # a full folder loses a sixteenth of its oldest lines at once
+
+
+class SegmentLog:
+    """Appends lines; may be used by any thread.
+
+    Args:
+        folder: made when it is missing.
+        prefix: of the files' names; those of other prefixes are left alone.
+        max_bytes: of all files with that prefix together.
+        what: is kept here, for messages.
+        writers: processes that share the folder; each may fill the file it writes.
+        counter: labelled `result`, written or failed.
+
+    Raises:
+        UsageError: the limit is too small.
+        ModelopsError: the folder cannot be made or written to.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, prefix: str, max_bytes: int, what: str, writers: int = 1,
+        counter: Counter | None = None,
+    ) -> None:  # fmt: skip
+        if max_bytes < SEGMENTS * 4096 * writers:
+            raise UsageError(
+                f"{what}: {max_bytes} bytes are too few", hint=f"use {writers} MB or more"
+            )
+        self.folder = Path(folder)
+        self.segment_bytes = max_bytes // (SEGMENTS * writers)
+        self._prefix = prefix
+        self._what = what
+        self._max_bytes = max_bytes
+        self._writers = writers
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._written = 0
+        self._failing = False
+        self._counter = counter
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._open()
+        except OSError as error:
+            raise ModelopsError(
+                f"{self.folder}: {what} cannot be kept here: {error.strerror or error}",
+                hint=f"choose another folder for {what}, or leave it out",
+            ) from error
+
+    def write_line(self, line: bytes) -> bool:
+        """Append one line without its end; False when it could not be kept, which is logged (once)
+        and counted."""
+        with self._lock:
+            try:
+                self._append(line + b"\n")
+            except OSError as error:
+                self._count("failed")
+                if not self._failing:  # once, not for each line while the disk is full
+                    log.error("%s cannot be written: %s", self._what, error.strerror or error)
+                self._failing = True
+                return False
+            if self._failing:
+                log.warning("%s can be written again", self._what)
+            self._failing = False
+        self._count("written")
+        return True
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last line could not be kept."""
+        return self._failing
+
+    def close(self) -> None:
+        """Close the file; a later write opens another."""
+        with self._lock:
+            self._close()
+
+    def _count(self, result: str) -> None:
+        if self._counter is not None:
+            self._counter.labels(result).inc()
+
+    def _append(self, line: bytes) -> None:
+        full = self._written + len(line) > self.segment_bytes
+        # A worker that has little to do may find its file gone: the oldest, to one with much to do.
+        if self._file is None or full or os.fstat(self._file).st_nlink == 0:
+            self._close()
+            self._open()
+        assert self._file is not None
+        try:
+            done = os.write(self._file, line)
+            if done != len(line):
+                raise OSError(28, "No space left on device")
+        except OSError:
+            # No half line stays before the next one.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._written)
+            raise
+        self._written += done
+
+    def _open(self) -> None:
+        self._make_room()
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+        path = self.folder / f"{self._prefix}{stamp}-{nanoseconds:09d}-{os.getpid()}.jsonl"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o600)
+        self._written = 0
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+        self._file = None
+
+    def _make_room(self) -> None:
+        """Delete the oldest files until all those that are being written fit when full."""
+        needed = self._writers * self.segment_bytes
+        sizes = {}
+        for path in sorted(self.folder.glob(f"{self._prefix}*.jsonl")):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[path] = path.stat().st_size
+        total = sum(sizes.values())
+        for path, size in sizes.items():
+            if total + needed <= self._max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def result_counter(
+    name: str, text: str, registry: CollectorRegistry | None, *results: str
+) -> Counter:
+    """A counter labelled `result`, whose series start at 0."""
+    counter = Counter(name, text, ["result"], registry=registry)
+    for result in results:
+        counter.labels(result)
+    return counter

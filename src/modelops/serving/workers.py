@@ -1,0 +1,246 @@
+"""A node of several worker processes behind one port: how many, which one this is, what is its own.
+
+Every worker has an engine, filters, a queue and a device of its own; BentoML starts them, and
+starts a dead one again (it looks every 10 seconds). What they share lies in a run directory
+that only their user can read: a socket of each (`peers`) and the rates of limited keys (`limits`).
+
+One listening socket is shared by all. The kernel hands a connection to whichever worker takes it
+first, and a client that keeps its connection keeps its worker; so a full worker may answer 429
+while another one is idle.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelops.errors import ModelopsError, UsageError
+
+WORKERS_VARIABLE = "MODELOPS_WORKERS"
+RUN_VARIABLE = "MODELOPS_RUN_DIRECTORY"  # set here for the workers, not by an operator
+MAX_WORKERS = 64
+_PREFIX = "modelops-run-"
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_LOCK = "lock"
+_MAX_PATH = 103  # bytes of a Unix socket's path, with some to spare
+_FRESH_S = 60.0  # a run directory this young may not have its lock yet
+_held: list[int] = []  # locks on run directories, until this process ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One worker of a node.
+
+    Attributes:
+        index: 1 to `count`; a worker that BentoML starts again has its predecessor's.
+        count: workers of the node.
+        directory: what they share; None for a node of one.
+    """
+
+    index: int = 1
+    count: int = 1
+    directory: Path | None = None
+
+    def threads(self, wanted: int, cores: int) -> int | None:
+        """CPU threads of its model: `wanted` if not 0, else its share of the cores.
+
+        None leaves a worker that is alone all of them, as each runtime counts them.
+        """
+        if wanted or self.count == 1:
+            return wanted or None
+        return max(1, cores // self.count)
+
+    def cuda_number(self, device: str, visible: int) -> int:
+        """Number of its CUDA device: that of "cuda:K", else its own of the `visible` ones.
+
+        Raises:
+            UsageError: there is no such device.
+        """
+        named = re.fullmatch(r"cuda:(\d+)", device)
+        if named is None:
+            return (self.index - 1) % max(visible, 1)
+        if int(named[1]) >= max(visible, 1):
+            raise UsageError(
+                f"device {device!r}: {visible} CUDA devices are visible",
+                hint="use cuda, which gives each worker one, or cpu",
+            )
+        return int(named[1])
+
+    def torch_device(self, device: str, visible: int) -> str:
+        """The device of a checkpoint, of "cpu", "cuda", "cuda:K", "auto" or another one of torch.
+
+        Raises:
+            UsageError: CUDA was asked for and there is no such device.
+        """
+        if device == "auto":
+            device = "cuda" if visible else "cpu"
+        if device.split(":")[0] != "cuda":
+            return device
+        if not visible:
+            raise UsageError(
+                f"device {device!r}: no CUDA device is visible", hint="see `modelops doctor`"
+            )
+        return f"cuda:{self.cuda_number(device, visible)}"
+
+
+def worker_count(environment: Mapping[str, str] = os.environ) -> int:
+    """How many workers MODELOPS_WORKERS asks for; 1 when it is not set.
+
+    Raises:
+        UsageError: not a whole number from 1 to 64.
+    """
+    text = environment.get(WORKERS_VARIABLE, "") or "1"
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
+        raise UsageError(f"{WORKERS_VARIABLE}={text!r}: not a whole number from 1 to {MAX_WORKERS}")
+    return int(text)
+
+
+def this_worker(number: int | None, environment: Mapping[str, str] = os.environ) -> Worker:
+    """Which worker this process is.
+
+    Args:
+        number: BentoML's, from 1 on; it goes beyond the count when workers are replaced by new ones
+            before they end (SIGHUP).
+
+    Raises:
+        ModelopsError: there are to be several, and nobody made what they share.
+    """
+    count = worker_count(environment)
+    if count == 1:
+        return Worker()
+    directory = run_directory(environment)
+    if directory is None or not directory.is_dir():
+        raise ModelopsError(
+            f"{RUN_VARIABLE}={directory}: {count} workers have no directory in common",
+            hint="start them with `modelops serve` or `bentoml serve`",
+        )
+    with contextlib.suppress(FileNotFoundError):
+        _held.append(_lock(directory, fcntl.LOCK_SH))
+    return Worker(index=((number or 1) - 1) % count + 1, count=count, directory=directory)
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the one that started it ends (Linux only): the
+    workers of a BentoML that was killed would go on holding its port."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def run_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """What the workers of a node share; None for a node of one."""
+    path = environment.get(RUN_VARIABLE, "")
+    return Path(path) if path and worker_count(environment) > 1 else None
+
+
+def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path | None:
+    """Make what several workers share, and the environment that they start with.
+
+    Runs in the process that starts the workers, before they do. The directory (mode 0700) goes when
+    that process ends; one that was killed leaves its directory to the next start.
+
+    Returns:
+        The run directory, or None for a node of one worker.
+
+    Raises:
+        ModelopsError: it cannot be made.
+    """
+    count = worker_count(environment)
+    environment.pop(RUN_VARIABLE, None)
+    if count == 1:
+        return None
+    remove_abandoned()
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        _held.append(_lock(directory, fcntl.LOCK_SH, create=True))
+    except OSError as error:
+        raise ModelopsError(
+            f"{tempfile.gettempdir()}: no directory for the workers: {error.strerror or error}",
+            hint="set TMPDIR to a folder that can be written to",
+        ) from error
+    atexit.register(_remove, directory, os.getpid())
+    if len(os.fsencode(directory / f"{MAX_WORKERS}.sock")) > _MAX_PATH:
+        raise UsageError(f"{directory}: too long for a socket", hint="set TMPDIR to a shorter path")
+    environment[RUN_VARIABLE] = str(directory)
+    # Before a worker imports anything that counts the cores.
+    from modelops.export.graphs import process_cores
+
+    share = max(1, process_cores() // count)
+    environment.setdefault("OMP_NUM_THREADS", str(share))
+    # In a container BentoML counts on the container's restart and starts no dead worker again; of
+    # several workers the others would go on without it for ever.
+    environment.pop("BENTOML_CONTAINERIZED", None)
+    return directory
+
+
+def remove_abandoned() -> None:
+    """Delete run directories of this user whose processes have all been killed."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            about = directory.lstat()
+            if about.st_uid != os.getuid() or time.time() - about.st_mtime < _FRESH_S:
+                continue
+            lock = _lock(directory, fcntl.LOCK_EX)  # somebody who lives holds it
+            try:
+                shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def one_at_a_time(worker: Worker, name: str) -> Any:
+    """Let no two workers of a node be within this block at once."""
+    if worker.directory is None:
+        yield
+        return
+    handle = os.open(
+        worker.directory / f"{name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+    )
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+class WorkerField(logging.Filter):
+    """Adds the worker's number to the fields of log records."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self._worker = worker
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Always lets it pass."""
+        if self._worker.count > 1:
+            record.fields = {**getattr(record, "fields", {}), "worker": self._worker.index}
+        return True
+
+
+def _lock(directory: Path, kind: int, *, create: bool = False) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    handle = os.open(directory / _LOCK, flags, 0o600)
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _remove(directory: Path, process: int) -> None:
+    if os.getpid() == process:  # a fork of it has the same list of what to do at its end
+        shutil.rmtree(directory, ignore_errors=True)
