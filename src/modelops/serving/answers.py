@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BODY_BYTES = 64 * 1024
 SKIPPED_BYTES = 1024 * 1024  # of a body that is refused; a client that is cut off sees no answer
+SKIPPED_S = 2.0  # seconds that the rest of such a body is waited for
 CLOSING = ("ambiguous_length", "body_timeout", "body_too_large", "unsupported_media_type")
 ENGINE_GRACE_S = 5.0  # a job's deadline is the engine's to keep; one that hangs keeps none
 
@@ -40,12 +41,14 @@ async def read_body(request: Request) -> bytes:
     body, refused = bytearray(), _refusal(request)
     skipped = 0
     try:
-        async with asyncio.timeout(LIMITS.timeout_s):
+        async with asyncio.timeout(LIMITS.timeout_s if refused is None else SKIPPED_S) as limit:
             async for piece in request.stream():
                 if refused is None and len(body) + len(piece) <= MAX_BODY_BYTES:
                     body += piece
                     continue
-                refused = refused or _too_large()
+                if refused is None:
+                    refused = _too_large()
+                    limit.reschedule(asyncio.get_running_loop().time() + SKIPPED_S)
                 skipped += len(piece)
                 if skipped > SKIPPED_BYTES:
                     break

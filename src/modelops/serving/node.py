@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from modelops.serving.workers import Worker
 log = logging.getLogger("modelops.serving")
 
 GOOD_PROMPT = "a smiling yellow sun"
+_FINISHERS = 8  # requests that are filtered, marked and encoded at the same time
 BAD_PROMPT = "explicit hardcore porn"
 
 
@@ -141,6 +143,8 @@ class InferenceNode:
             on_step=self._stepped,
             on_wasted=self.metrics.on_wasted,
         )
+        # Finished requests wait here for the image filter, while new ones are let in or refused.
+        self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
         self.metrics.serves(self.release, self.release_sha256, self.runtime)
         stated = self.release.defaults
         self.defaults = self.engine.fill(
@@ -454,6 +458,7 @@ class InferenceNode:
         self.engine.close(drain=drain, timeout_s=timeout_s)
         self.prompt_guard.close()
         self.image_guard.close()
+        self.finishers.shutdown(wait=False)
         self.sealer.close()
         if self.quarantine is not None:
             self.quarantine.close()

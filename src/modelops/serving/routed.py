@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.datastructures import State
@@ -90,9 +93,16 @@ async def make_images(
             ticket.cancel()  # nothing to a finished one; stops the work of a client that left
         if images is None:
             return None
-        answer = await asyncio.to_thread(lane.node.finish, ticket, images)
+        answer = await in_pool(lane.node.finishers, lane.node.finish, ticket, images)
     lane.answered = True
     return answer
+
+
+async def in_pool(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    """`asyncio.to_thread` in a pool of its own: what waits there keeps nobody else waiting."""
+    context = contextvars.copy_context()
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(pool, partial(context.run, function, *arguments))
 
 
 class RoutedStream(Response):
