@@ -84,6 +84,8 @@ class ImageGenerator:
         from modelops.serving.node import InferenceNode
 
         end_with_parent()
+        # After each step the engine's thread waits until another one lets go of the interpreter.
+        sys.setswitchinterval(0.0005)
         self.lines = configure_logging(os.environ)
         self.worker = this_worker(bentoml.server_context.worker_index)
         self.lines.addFilter(WorkerField(self.worker))

@@ -13,7 +13,7 @@ import pytest
 from modelops.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
 from modelops.records import SourceInfo
-from modelops.serving.engine import StepEngine
+from modelops.serving.engine import MAX_OVERTAKEN, StepEngine
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
 from modelops.serving.jobs import StepReport
 from modelops.serving.pace import profile_from_seconds
@@ -128,13 +128,34 @@ def test_first_in_first_out_and_never_wider_than_the_cap(
     engine = make(max_rows=3, on_step=reports.append)
     guided = ImageRequest(prompt="a", seed=1, steps=2, guidance=2.0)
     plain = ImageRequest(prompt="b", seed=1, steps=2, guidance=1.0)
-    jobs = engine.submit([guided, guided, plain])
+    jobs = engine.submit([guided, plain, guided, plain])
     gate.open()
     ends = [job.future.result(60) for job in jobs]
     assert max(gate.widths) <= 3
-    # The narrow request does not overtake the wide one before it.
-    assert ends[1].queue_s <= ends[2].queue_s
-    assert sum(report.requests for report in reports) == 6
+    assert [image.queue_s for image in ends] == sorted(image.queue_s for image in ends)
+    assert sum(report.requests for report in reports) == 8
+
+
+def test_a_row_that_the_head_cannot_use_goes_to_a_later_request(
+    pipeline: Any, make: Callable[..., StepEngine]
+) -> None:
+    gate = Gate(pipeline)
+    engine = make(max_rows=3)
+
+    def request(seed: int, guidance: float, steps: int = 1) -> ImageRequest:
+        return ImageRequest(prompt="x", seed=seed, steps=steps, guidance=guidance)
+
+    long = engine.submit([request(0, 3.0, steps=30)])[0]
+    wait_until(lambda: engine.running == 1)
+    head = engine.submit([request(1, 3.0)])[0]
+    narrow = engine.submit([request(seed, 1.0) for seed in range(2, 9)])
+    gate.open()
+    for job in (long, head, *narrow):
+        job.future.result(60)
+    assert long.future.result().mean_rows > 2  # it had company, though the head had to wait
+    assert head.overtaken == MAX_OVERTAKEN
+    admitted = sorted((long, head, *narrow), key=lambda job: job.admitted)
+    assert admitted.index(head) == 1 + MAX_OVERTAKEN
 
 
 def test_cancel_stops_between_steps(pipeline: Any, make: Callable[..., StepEngine]) -> None:

@@ -38,6 +38,7 @@ log = logging.getLogger("modelops.serving")
 Text = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor
 ]  # pooled [1, D], tokens [1, L, D], mask [1, L]
+MAX_OVERTAKEN = 4
 _WARM_TEXTS = 4  # prompts at once that are worth preparing for
 MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
 
@@ -291,7 +292,8 @@ class StepEngine:
         return self.profile.narrow
 
     def _admit(self) -> list[Job]:
-        """First in, first out; a wide request at the head is never overtaken."""
+        """First in, first out; but one row that the head has no use for may go to a later request,
+        and no request is overtaken more than `MAX_OVERTAKEN` times."""
         if not self.profile.pays and self._running:
             return []
         used = sum(row.job.rows for row in self._running)
@@ -302,10 +304,17 @@ class StepEngine:
             and (not joining or self.profile.pays)
             and (used + self._waiting[0].rows <= cap or not (used or joining))
         ):
-            job = self._waiting.popleft()
-            used += job.rows
+            joining.append(self._waiting.popleft())
+            used += joining[-1].rows
+        if self.profile.pays and used == cap - 1 and self._waiting:
+            head = self._waiting[0]  # needs two rows
+            narrow = next((job for job in self._waiting if job.rows == 1), None)
+            if narrow is not None and head.overtaken < MAX_OVERTAKEN:
+                head.overtaken += 1
+                self._waiting.remove(narrow)
+                joining.append(narrow)
+        for job in joining:
             job.admitted = time.monotonic()
-            joining.append(job)
         return joining
 
     def _start(self, jobs: list[Job]) -> None:

@@ -83,6 +83,7 @@ class Job:
         self.admitted = self.submitted
         self.started: float | None = None
         self.step = 0  # network evaluations done
+        self.overtaken = 0  # requests that were let in before this one, which came earlier
         self._cancelled = threading.Event()
 
     @property

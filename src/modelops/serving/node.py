@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from modelops.errors import ModelopsError, ServingError, UsageError
 from modelops.files import sha256_file
@@ -124,6 +125,10 @@ class InferenceNode:
             worker=worker,
         )
         self.runtime = source.runtime
+        if not self.runtime.startswith("torch"):
+            # What is left to torch is too small to share out, and its idle threads spin on the
+            # cores of the runtime that does the work.
+            torch.set_num_threads(1)
         self.sealer = Sealer(
             Origin(
                 release=self.release, release_sha256=self.release_sha256, source=source,
