@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores, not threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MODELOPS_CACHE"] = tempfile.mkdtemp(prefix="modelops-cache-")  # nobody's own
 
 import pytest

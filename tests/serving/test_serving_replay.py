@@ -26,7 +26,7 @@ from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.serving.engine import StepEngine
 from modelops.serving.launch import start_server
 from modelops.serving.receipts import read_receipt, sign_receipt
-from modelops.serving.replay import _as_wide_as, _make, picture_distance
+from modelops.serving.replay import _as_wide_as, _make, picture_distance, stated_difference
 from modelops.serving.settings import NodeSettings
 from modelops.serving.signing import development_key, find_verifying_key
 
@@ -189,6 +189,12 @@ def test_it_says_how_far(
     assert replay(made, tmp_path / "wrong.json", "--tolerance", "1") == 2
     assert replay(made, tmp_path / "wrong.json", "--image", made.file("webp", 1)) == 1
     assert "not the picture that was sent" in capsys.readouterr().err
+
+
+def test_the_release_states_how_far_batches_may_change_a_picture() -> None:
+    assert stated_difference({}) == 0
+    company = {"company": {"max_difference": 1}, "offline": {"max_difference": 3}}
+    assert stated_difference({"company": company}) == 3
 
 
 def test_dry_run_checks_and_makes_nothing(made: Served, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,10 @@ def test_bounds_say_only_what_they_can() -> None:
     # Wider, more disturbed, and yet twice as fast: at least twice as fast.
     assert log_bound({(8, 4): [0.1]}, {(1, 0): [0.2]}, -1) == pytest.approx(-one)
     assert log_bound({(8, 4): [0.1]}, {(1, 0): [0.2]}, 1) is None
+    # A pile of work in a canary: eight rows take at most as long as four times two.
+    assert log_bound({(8, 4): [0.8]}, {(2, 4): [0.1]}, 1) == pytest.approx(one)
+    assert log_bound({(8, 4): [0.8]}, {(2, 4): [0.1], (8, 4): [0.2]}, 1) == pytest.approx(2 * one)
+    assert log_bound({(8, 4): [0.8]}, {(2, 0): [0.1]}, 1) is None
     # Neither.
     for sign in (1, -1):
         assert log_bound({(1, 4): [0.2]}, {(8, 0): [0.1]}, sign) is None

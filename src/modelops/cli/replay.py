@@ -33,8 +33,9 @@ from modelops.cli.output import dry_run_option, emit, json_option
 )  # fmt: skip
 @click.option("--runtime", help="Another runtime than the one that made it.")
 @click.option(
-    "--tolerance", type=click.IntRange(0, 255), default=0, show_default=True,
-    help="Levels of 255 that pixels may be off; needs --image.",
+    "--tolerance", type=click.IntRange(0, 255),
+    help="Levels of 255 that pixels may be off; needs --image.  "
+    "[default: what the release states of its batches]",
 )  # fmt: skip
 @dry_run_option
 @json_option
@@ -48,7 +49,7 @@ def replay(
     receipt_id: str | None,
     receipts: Path | None,
     runtime: str | None,
-    tolerance: int,
+    tolerance: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:

@@ -195,6 +195,7 @@ def _model_entry(role: str, node: InferenceNode) -> dict[str, Any]:
             "runtime": node.runtime,
             "steps": node.defaults.steps,
             "guidance": node.defaults.guidance,
+            "batches": node.release.defaults.get("company"),
             "signing": node.sealer.about,
         },
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -183,7 +183,7 @@ def replay_recipe(
     *,
     image: str | Path | None = None,
     runtime: str | None = None,
-    tolerance: int = 0,
+    tolerance: int | None = None,
 ) -> Replay:
     """Make the image again with the engine that serves, and compare.
 
@@ -196,7 +196,8 @@ def replay_recipe(
         texts: from `recipe_texts`.
         image: the picture that was sent; needed to say how far pixels that differ are.
         runtime: in place of the one that made it.
-        tolerance: levels of 255 that count as "within tolerance".
+        tolerance: levels of 255 that count as "within tolerance"; when not given, as many as the
+            release states that company may change a picture.
 
     Raises:
         IntegrityError: `image` is not the picture that the recipe is about.
@@ -245,6 +246,8 @@ def replay_recipe(
         difference = 0
     elif sent is not None:
         difference, psnr = picture_distance(sent, _as_sent(pixels, recipe.output_format))
+        if tolerance is None:
+            tolerance = stated_difference(release.defaults)
         if difference <= tolerance:
             answer = "within tolerance"
     return Replay(
@@ -257,6 +260,13 @@ def replay_recipe(
         psnr_db=psnr,
         notes=notes,
     )
+
+
+def stated_difference(defaults: Mapping[str, Any]) -> int:
+    """Levels of 255 by which pictures made in batches may differ, as a release's defaults state."""
+    company = defaults.get("company") or {}
+    return max(int((company.get(beside) or {}).get("max_difference", 0))
+               for beside in ("company", "offline"))  # fmt: skip
 
 
 def _make(pipeline: Any, request: ImageRequest) -> npt.NDArray[np.uint8]:

@@ -208,20 +208,29 @@ def log_bound(canary: Cells, stable: Cells, sign: int) -> float | None:
 
     Each kind of the canary's evaluations is held against the nearest kind of the stable one's that
     was no easier (`sign` 1: a bound from below) or no harder (-1: from above), weighted by the
-    smaller of the two counts.
+    smaller of the two counts. A canary so slow that requests pile up in it runs wider batches than
+    the stable one ever does; then a batch is held against the narrower ones that it could be cut
+    into, which take at least as long.
     """
+    bound = _bound(canary, stable, sign, cut=False)
+    return _bound(canary, stable, sign, cut=True) if bound is None and sign > 0 else bound
+
+
+def _bound(canary: Cells, stable: Cells, sign: int, *, cut: bool) -> float | None:
     total, weights = 0.0, 0
     for kind, seconds in canary.items():
-        distances = {
-            other: tuple(sign * (b - a) for a, b in zip(kind, other, strict=True))
-            for other in stable
-        }
-        able = {other: sum(d) for other, d in distances.items() if min(d) >= 0}
+        able = {}
+        for other in stable:
+            wider, busier = (sign * (b - a) for a, b in zip(kind, other, strict=True))
+            if busier >= 0 and (wider >= 0 or cut):
+                pieces = -(-kind[0] // other[0]) if cut else 1
+                able[other] = (pieces, wider + busier, other)
         if not able:
             continue
-        others = stable[min(able, key=lambda other: (able[other], other))]
+        nearest = min(able, key=lambda other: able[other])
+        others, pieces = stable[nearest], able[nearest][0]
         weight = min(len(seconds), len(others))
         ratio = max(statistics.median(seconds), 1e-9) / max(statistics.median(others), 1e-9)
-        total += weight * math.log(ratio)
+        total += weight * math.log(ratio / pieces)
         weights += weight
     return total / weights if weights else None
