@@ -70,15 +70,13 @@ class ExportedModule:
         graph, signature = self.parts[method]
         given = dict(zip(signature.parameters, args, strict=False)) | kwargs
         wants_fields = bool(given.get("return_dict", True))
+        tensors = signature.flatten(given)
         if self.device.type == "cpu":
-            feed = signature.plain_feed(given)
-            if feed is None:
-                tensors = signature.flatten(given)
-                feed = {name: value.numpy() for name, value in tensors.items()}
+            feed = {name: value.numpy() for name, value in tensors.items()}
             outputs = [torch.from_numpy(array) for array in graph.run_all(feed)]
         else:
             on_device: Any = graph
-            outputs = on_device.run_device(signature.flatten(given))
+            outputs = on_device.run_device(tensors)
         return signature.restore(outputs, return_dict=wants_fields)
 
     def __getattr__(self, name: str) -> Any:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, Literal
 
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -70,50 +68,6 @@ class Signature(BaseModel):
                 )
         return self.cast(tensors)
 
-    def plain_feed(self, given: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]] | None:
-        """The graph's inputs of the usual call, without a copy: every argument is a tensor in host
-        memory as the graph wants it, or says nothing. None for any other call; see `flatten`."""
-        feed = {}
-        for name, value in given.items():
-            wanted = self._plain.get(name)
-            if wanted is None:
-                if value is not None and name != "return_dict":
-                    return None
-                continue
-            input_name, dtype = wanted
-            if (
-                not isinstance(value, torch.Tensor)
-                or value.dtype is not dtype
-                or value.requires_grad
-                or not value.is_contiguous()
-                or (name in TIMESTEP_NAMES and value.ndim == 0)
-            ):
-                return None
-            feed[input_name] = value.numpy()
-        if len(feed) != len(self.inputs) or self._rows_differ(feed):
-            return None
-        return feed
-
-    def _rows_differ(self, feed: Mapping[str, npt.NDArray[Any]]) -> bool:
-        """Whether a timestep for all rows at once hides among the inputs."""
-        return len({len(feed[name]) for name in self.batch}) > 1
-
-    @cached_property
-    def _one_output(self) -> Template:
-        return {"tuple": [{"tensor": self.outputs[0]}]}
-
-    @cached_property
-    def _plain(self) -> dict[str, tuple[str, torch.dtype]]:
-        """Argument name to the input and dtype that it is, for those that are one tensor each."""
-        found = {}
-        for name, template in self.arguments.items():
-            if "tensor" in template:
-                is_integer, is_boolean = (template["tensor"] in names
-                                          for names in (self.integers, self.booleans))  # fmt: skip
-                dtype = torch.int64 if is_integer else torch.bool if is_boolean else torch.float32
-                found[name] = (template["tensor"], dtype)
-        return found
-
     def cast(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by input name in the dtypes of the graph, a timestep as a row each."""
         rows = next((len(tensors[n]) for n in self.batch if n not in TIMESTEP_NAMES), 1)
@@ -135,8 +89,6 @@ class Signature(BaseModel):
 
     def restore(self, outputs: Sequence[torch.Tensor], *, return_dict: bool = True) -> Any:
         """The network's answer from the graph's outputs, as a tuple if `return_dict` is False."""
-        if not return_dict and len(outputs) == 1 and self.output == self._one_output:
-            return (outputs[0],)
         named = dict(zip(self.outputs, outputs, strict=True))
         answer = rebuild(self.output, named)
         if not return_dict and isinstance(answer, Fields):
