@@ -347,15 +347,8 @@ class InferenceNode:
         observe, trace = self.metrics.on_phase, ticket.trace
         for name, began, ended in (phase for image in images for phase in image.phases):
             observe(name, trace.add(name, began, ended))
-        try:
-            with trace.phase("image_filter"):
-                scores, blocked = self.image_guard.check_images([one.pixels for one in images])
-        except FilterError as error:
-            self.metrics.on_filter_failure("image")
-            raise ApiError(
-                503, "safety_filter_unavailable",
-                "the image filter gave no answer, so no picture is sent",
-            ) from error  # fmt: skip
+        with trace.phase("image_filter"):
+            scores, blocked = self._judge([one.pixels for one in images])
         observe("image_filter", trace.seconds()["image_filter"])
         self.metrics.on_filter("image", len(images), blocked=any(blocked))
         if self.drift is not None:
@@ -396,14 +389,7 @@ class InferenceNode:
         Raises:
             ApiError: as `finish`.
         """
-        try:
-            (score,), (blocked,) = self.image_guard.check_images([pixels])
-        except FilterError as error:
-            self.metrics.on_filter_failure("image")
-            raise ApiError(
-                503, "safety_filter_unavailable",
-                "the image filter gave no answer, so no picture is sent",
-            ) from error  # fmt: skip
+        (score,), (blocked,) = self._judge([pixels])
         if blocked:
             self.metrics.on_filter("image", 1, blocked=True)
             self._keep_blocked(
@@ -423,6 +409,17 @@ class InferenceNode:
             raise ApiError(
                 503, "provenance_unavailable",
                 "the picture could not be marked as AI-generated, so it is not sent",
+            ) from error  # fmt: skip
+
+    def _judge(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> tuple[list[float], list[bool]]:
+        """(scores, blocked) of pictures; no answer of the filter is an ApiError, never a pass."""
+        try:
+            return self.image_guard.check_images(pictures)
+        except FilterError as error:
+            self.metrics.on_filter_failure("image")
+            raise ApiError(
+                503, "safety_filter_unavailable",
+                "the image filter gave no answer, so no picture is sent",
             ) from error  # fmt: skip
 
     def _keep_blocked(
