@@ -32,12 +32,12 @@ def test_export_then_bench(
     assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
 
     line = ["bench", str(tiny_checkpoint), str(out), "--batch-sizes", "1,2", "--steps", "1"]
-    line.append("--no-compile")
+    line += ["--no-compile", "--runtime", "onnxruntime"]
     assert main([*line, "--rounds", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["batch_size"] for row in result["rows"]] == [1, 1, 2, 2]
     torch_row, onnx_row = (row["runtime"] for row in result["rows"][:2])
-    assert (torch_row, onnx_row.split("-")[-1]) == ("torch-cpu", "cpu")
+    assert (torch_row, onnx_row) == ("torch-cpu", "onnxruntime-cpu")
     assert result["rows"][1]["speedup"]["value"] > 0
     assert main([*line, "--rounds", "1"]) == 0
     assert onnx_row in capsys.readouterr().out

@@ -56,18 +56,21 @@ def emit(result: dict[str, Any], *, as_json: bool, text: str | None = None) -> N
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None
 ) -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout, in a pipe or a file as wide as it needs to be: no cell is broken."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    view = Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    view = Table(*columns, box=box.SIMPLE_HEAD)
     for row in rows:
         view.add_row(*(Text(cell) for cell in row))  # plain: a name may hold square brackets
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 10_000
+        console.width = max(120, console.measure(view).maximum)
+    if title is not None:  # Table's own would be broken to the table's width
+        console.print(Text(title, style="italic"), soft_wrap=True)
     console.print(view)
 
 
