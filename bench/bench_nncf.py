@@ -24,10 +24,10 @@ import openvino
 
 from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
-from modelops.export.graphs import process_cores
-from modelops.export.openvino import openvino_has_bfloat16
+from modelops.export.int8.quantize import quantize_graph
 from modelops.export.parity import relative_errors
-from modelops.export.quantize import quantize_graph
+from modelops.export.runtimes.graphs import process_cores
+from modelops.export.runtimes.openvino import openvino_has_bfloat16
 from modelops.export.timing import interleaved_seconds, speed_ratio
 
 ROUNDS = {"pilot": 30, "unet": 8, "transformer": 8}

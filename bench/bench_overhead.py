@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from modelops.environment import current_environment
-from modelops.export.graphs import process_cores
 from modelops.export.runtime import open_artifact
+from modelops.export.runtimes.graphs import process_cores
 from modelops.models.sources import ImageRequest, PipelineSource
 from modelops.seeding import numpy_generator
 
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.checkpoint:
-            from modelops.export.onnx import export_onnx
+            from modelops.export.onnx.export import export_onnx
 
             options.artifact = Path(folder) / "onnx"
             export_onnx(options.checkpoint, options.artifact)

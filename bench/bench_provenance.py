@@ -21,10 +21,16 @@ import skimage.data
 from PIL import Image
 
 from modelops.serving.golden import pixels_sha256
-from modelops.serving.images import encode_image
-from modelops.serving.provenance import Marker, read_mark
-from modelops.serving.receipts import ReceiptLog, new_receipt_id, sign_receipt, text_digest, utc_now
-from modelops.serving.signing import development_key
+from modelops.serving.provenance.images import encode_image
+from modelops.serving.provenance.manifests import Marker, read_mark
+from modelops.serving.provenance.receipts import (
+    ReceiptLog,
+    new_receipt_id,
+    sign_receipt,
+    text_digest,
+    utc_now,
+)
+from modelops.serving.provenance.signing import development_key
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ import skimage.data
 from PIL import Image
 
 from modelops.data.corpora.openmoji import list_drawings, render_drawing
-from modelops.serving.watermark import Watermark, _basis, _psnr
+from modelops.serving.provenance.watermark import Watermark, _basis, _psnr
 
 Pixels = npt.NDArray[np.uint8]
 SIZES = (16, 24, 32, 48, 64, 128, 256, 512, 1024)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from modelops.export.calibration import DEFAULT_PROMPTS, TrajectoryRows
-from modelops.export.writer import Example, write_graph
+from modelops.export.onnx.writer import Example, write_graph
 from modelops.models.sources import load_checkpoint
 from modelops.seeding import image_seed, numpy_generator, torch_generator
 

@@ -175,9 +175,9 @@ def example_feed(module: Any, names: list[str], batch: int, *, seed: int) -> dic
 def write_graphs(module: Any, names: list[str], work: Path, int8: Path | None) -> dict[str, Path]:
     """fp32, fp16 and INT8 graphs of the module."""
     from modelops.export.calibration import TrajectoryRows
-    from modelops.export.precision import convert_precision
-    from modelops.export.quantize import quantize_graph
-    from modelops.export.writer import write_graph
+    from modelops.export.int8.quantize import quantize_graph
+    from modelops.export.onnx.precision import convert_precision
+    from modelops.export.onnx.writer import write_graph
 
     axes = {
         "sample": {0: "batch", 2: "height", 3: "width"},
@@ -213,8 +213,8 @@ def open_runs(
     import torch
 
     from modelops.errors import ModelopsError
-    from modelops.export.axes import read_axes
-    from modelops.export.onnxruntime import OrtGraph
+    from modelops.export.onnx.axes import read_axes
+    from modelops.export.runtimes.onnxruntime import OrtGraph
     from modelops.export.tensorrt.build import ensure_engine
     from modelops.export.tensorrt.engine import TensorRtGraph
     from modelops.export.tensorrt.profiles import limits_of_shapes, make_profile

@@ -43,7 +43,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def onnx_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fp32 artifact of the tiny checkpoint. Read only."""
-    from modelops.export.onnx import export_onnx
+    from modelops.export.onnx.export import export_onnx
 
     out = tmp_path_factory.mktemp("artifacts") / "onnx"
     export_onnx(tiny_checkpoint, out)

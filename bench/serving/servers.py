@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from modelops.serving.launch import (
+from modelops.serving.deploy.launch import (
     free_port,
     serve_environment,
     start_server,

@@ -18,13 +18,13 @@ if "prometheus_client" not in sys.modules:
 
 from modelops.errors import ModelopsError
 from modelops.release import verify_release
-from modelops.serving.app import create_app
-from modelops.serving.connections import limit_connections
-from modelops.serving.logs import configure_logging
-from modelops.serving.peers import Peers
+from modelops.serving.http.app import create_app
+from modelops.serving.http.connections import limit_connections
+from modelops.serving.http.peers import Peers
 from modelops.serving.settings import NodeSettings
-from modelops.serving.standing import release_from_environment
-from modelops.serving.tracing import configure_tracing, flush_tracing
+from modelops.serving.swap.standing import release_from_environment
+from modelops.serving.telemetry.logs import configure_logging
+from modelops.serving.telemetry.tracing import configure_tracing, flush_tracing
 from modelops.serving.workers import (
     WorkerField,
     end_with_parent,
@@ -71,7 +71,7 @@ class HealthFromNode:
     workers=WORKERS,
     # The node's own deadline answers first, in OpenAI's shape; this one keeps a timer a request.
     traffic={"timeout": int(settings.deadline_s) + 60},
-    tracing={"excluded_urls": ".*"},  # spans are the node's, see serving/tracing.py
+    tracing={"excluded_urls": ".*"},  # spans are the node's, see serving/telemetry/tracing.py
     metrics={"enabled": False},  # its labels hold raw paths; /metrics is the node's
     logging={"access": {"enabled": False}},
 )
@@ -80,8 +80,8 @@ class ImageGenerator:
     """Serves the release named by MODELOPS_RELEASE, or the one that stands in MODELOPS_RELEASES."""
 
     def __init__(self) -> None:
-        from modelops.serving.fleet import open_fleet
         from modelops.serving.node import InferenceNode
+        from modelops.serving.swap.fleet import open_fleet
 
         end_with_parent()
         # After each step the engine's thread waits until another one lets go of the interpreter.
@@ -121,9 +121,9 @@ class ImageGenerator:
     @staticmethod
     def refuse_a_changed_release() -> None:
         """Runs once before any worker starts, so that a bad release or key ends the command."""
-        from modelops.serving.quarantine import check_quarantine
-        from modelops.serving.signing import open_signing_key
-        from modelops.serving.watermark import open_watermark
+        from modelops.serving.moderation.quarantine import check_quarantine
+        from modelops.serving.provenance.signing import open_signing_key
+        from modelops.serving.provenance.watermark import open_watermark
 
         try:
             check_quarantine(settings)

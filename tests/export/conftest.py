@@ -12,7 +12,7 @@ def int8_artifact(
     onnx_artifact: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The INT8 artifact of the tiny checkpoint. Read only."""
-    from modelops.export.int8 import Int8Options, export_int8
+    from modelops.export.int8.export import Int8Options, export_int8
 
     out = tmp_path_factory.mktemp("artifacts") / "int8"
     export_int8(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.writer import write_graph
+from modelops.export.onnx.writer import write_graph
 from modelops.seeding import numpy_generator, torch_generator
 
 WIDTH, TOKENS = 32, 6

@@ -20,8 +20,8 @@ from modelops.export.artifact import (
     read_artifact,
     verify_artifact,
 )
-from modelops.export.external import load_structure
-from modelops.export.writer import write_graph
+from modelops.export.onnx.external import load_structure
+from modelops.export.onnx.writer import write_graph
 from modelops.files import sha256_file, sha256_tree
 from modelops.records import ArtifactRecord
 

@@ -14,7 +14,7 @@ import torch
 from modelops.errors import ExportError, UsageError
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import Component, find_components
-from modelops.export.onnx import export_onnx
+from modelops.export.onnx.export import export_onnx
 from modelops.export.runtime import open_artifact
 from modelops.export.signatures import Fields, Signature
 from modelops.export.source import Lora, load_source
@@ -199,7 +199,7 @@ def test_a_call_goes_through_its_signature_and_back() -> None:
 
 
 def test_a_tiny_summand_is_not_taken_for_zero(tmp_path: Path) -> None:
-    from modelops.export.writer import write_graph
+    from modelops.export.onnx.writer import write_graph
 
     class Divides(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,8 +213,8 @@ def test_a_tiny_summand_is_not_taken_for_zero(tmp_path: Path) -> None:
 
 
 def test_a_squeeze_of_nothing_is_left_out(tmp_path: Path) -> None:
-    from modelops.export.onnxruntime import OrtGraph
-    from modelops.export.writer import write_graph
+    from modelops.export.onnx.writer import write_graph
+    from modelops.export.runtimes.onnxruntime import OrtGraph
 
     class Squeezes(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

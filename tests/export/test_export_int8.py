@@ -12,15 +12,16 @@ import onnx
 import pytest
 
 from modelops.errors import ExportError, IntegrityError, UsageError
-from modelops.export import int8, ortcpu
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.calibration import collect_rows
-from modelops.export.graphs import available_runtimes
-from modelops.export.int8 import Int8Options, export_int8
-from modelops.export.lint import lint_qdq
+from modelops.export.int8 import export as int8
+from modelops.export.int8 import ortcpu
+from modelops.export.int8.export import Int8Options, export_int8
+from modelops.export.int8.lint import lint_qdq
+from modelops.export.int8.quantize import quantize_graph
 from modelops.export.parity import BOUNDS, psnr_db, require_parity
-from modelops.export.quantize import quantize_graph
 from modelops.export.runtime import denoiser_of, open_artifact
+from modelops.export.runtimes.graphs import available_runtimes
 from modelops.export.source import component_from, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
 from modelops.records import ArtifactRecord, ParityCheck

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.axes import read_axes
-from modelops.export.external import data_path, load_graph
-from modelops.export.graphs import Array
-from modelops.export.onnxruntime import OrtGraph
-from modelops.export.overflow import float_format, measure_ranges, weight_fault
-from modelops.export.pictures import check_pictures
-from modelops.export.precision import (
+from modelops.export.onnx.axes import read_axes
+from modelops.export.onnx.external import data_path, load_graph
+from modelops.export.onnx.overflow import float_format, measure_ranges, weight_fault
+from modelops.export.onnx.precision import (
     convert_precision,
     graph_precision,
     require_supported,
     supported_precisions,
 )
-from modelops.export.writer import write_graph
+from modelops.export.onnx.writer import write_graph
+from modelops.export.pictures import check_pictures
+from modelops.export.runtimes.graphs import Array
+from modelops.export.runtimes.onnxruntime import OrtGraph
 
 IMAGE = {0: "batch", 2: "height", 3: "width"}
 
@@ -196,7 +196,7 @@ def test_a_denoiser_with_attention(denoiser: Path, tmp_path: Path, precision: An
     if precision == "float16":
         assert np.abs(OrtGraph(target).run(feed) - expected).max() < 0.01 * scale
     if "openvino" in _runtimes():
-        from modelops.export.openvino import OpenVinoGraph
+        from modelops.export.runtimes.openvino import OpenVinoGraph
 
         bound = 0.01 if precision == "float16" else 0.05
         got = OpenVinoGraph(target, threads=1).run(feed)
@@ -219,7 +219,7 @@ def _equal_weights(first: Path, second: Path) -> bool:
 
 
 def _runtimes() -> list[str]:
-    from modelops.export.graphs import available_runtimes
+    from modelops.export.runtimes.graphs import available_runtimes
 
     return list(available_runtimes())
 

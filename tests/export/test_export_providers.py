@@ -14,8 +14,8 @@ import torch
 from onnx import TensorProto, helper
 
 from modelops.errors import ExportError, MissingExtraError, UsageError
-from modelops.export.axes import read_axes
-from modelops.export.onnxruntime import OrtGraph, tensorrt_options
+from modelops.export.onnx.axes import read_axes
+from modelops.export.runtimes.onnxruntime import OrtGraph, tensorrt_options
 from modelops.export.tensorrt.profiles import parse_profiles
 
 

@@ -10,17 +10,23 @@ import pytest
 from small_graphs import ConvNet, Transformer, random_rows, shared_network
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.graphs import Array, open_graph
-from modelops.export.groups import group_of, node_groups, role_of, stage_of
-from modelops.export.lint import lint_ort_cpu, lint_qdq
-from modelops.export.onnxruntime import OrtGraph
-from modelops.export.ortcpu import choose_kind, judge_ort_cpu, write_ort_cpu
+from modelops.export.int8.groups import group_of, node_groups, role_of, stage_of
+from modelops.export.int8.lint import lint_ort_cpu, lint_qdq
+from modelops.export.int8.ortcpu import choose_kind, judge_ort_cpu, write_ort_cpu
+from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
+from modelops.export.int8.qdq import QdqWriter, round_weights
+from modelops.export.int8.quantize import METHODS, measure_sensitivity, quantize_graph
+from modelops.export.int8.ranges import (
+    Range,
+    entropy_bin,
+    measure_ranges,
+    percentile_bin,
+    visit_tensors,
+)
+from modelops.export.int8.variants import Variants
 from modelops.export.parity import relative_errors
-from modelops.export.proof import onnxruntime_execution, openvino_execution, unproven_layers
-from modelops.export.qdq import QdqWriter, round_weights
-from modelops.export.quantize import METHODS, measure_sensitivity, quantize_graph
-from modelops.export.ranges import Range, entropy_bin, measure_ranges, percentile_bin, visit_tensors
-from modelops.export.variants import Variants
+from modelops.export.runtimes.graphs import Array, open_graph
+from modelops.export.runtimes.onnxruntime import OrtGraph
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import torch
 from safetensors.numpy import save_file
 
 from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
-from modelops.export import choice
 from modelops.export.artifact import GRAPH, read_artifact
-from modelops.export.choice import choose_runtime
 from modelops.export.components import find_components
-from modelops.export.graphs import available_runtimes, open_graph
-from modelops.export.onnx import export_onnx, write_component
-from modelops.export.onnxruntime import OrtGraph
-from modelops.export.openvino import batch_bucket
+from modelops.export.onnx.export import export_onnx, write_component
 from modelops.export.runtime import denoiser_of, open_artifact
+from modelops.export.runtimes import choice
+from modelops.export.runtimes.choice import choose_runtime
+from modelops.export.runtimes.graphs import available_runtimes, open_graph
+from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.openvino import batch_bucket
 from modelops.export.source import load_source
 from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, open_checkpoint

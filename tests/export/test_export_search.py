@@ -10,9 +10,9 @@ import pytest
 from small_graphs import Transformer, random_rows, shared_network
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.search import GroupCost, choose_groups, search_groups
-from modelops.export.sensitivity import plot_sensitivity, scan_groups
-from modelops.export.variants import Variants
+from modelops.export.int8.search import GroupCost, choose_groups, search_groups
+from modelops.export.int8.sensitivity import plot_sensitivity, scan_groups
+from modelops.export.int8.variants import Variants
 from modelops.seeding import numpy_generator
 
 

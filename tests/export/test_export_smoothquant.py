@@ -10,15 +10,15 @@ import pytest
 from small_graphs import ConvNet, Transformer, random_rows, shared_network
 
 from modelops.errors import ExportError
-from modelops.export.onnxruntime import OrtGraph
-from modelops.export.parity import relative_errors
-from modelops.export.smoothquant import (
+from modelops.export.int8.smoothquant import (
     channel_maxima,
     choose_smoothing,
     smooth_graph,
     smoothable_tensors,
     smoothing_scales,
 )
+from modelops.export.parity import relative_errors
+from modelops.export.runtimes.onnxruntime import OrtGraph
 
 
 @pytest.fixture(scope="module")

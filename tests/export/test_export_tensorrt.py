@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 
 import modelops.export.tensorrt as package
 from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
-from modelops.export.axes import GraphAxes, read_axes
+from modelops.export.onnx.axes import GraphAxes, read_axes
 from modelops.export.tensorrt.build import (
     build_engine,
     cache_path,
@@ -440,7 +440,7 @@ def test_nothing_that_tensorrt_11_removed_is_used() -> None:
 
 def test_the_default_path_imports_no_tensorrt() -> None:
     code = (
-        "import sys, modelops.export.onnxruntime, modelops.export.tensorrt.engine, "
+        "import sys, modelops.export.runtimes.onnxruntime, modelops.export.tensorrt.engine, "
         "modelops.export.tensorrt.build; "
         "assert not {'tensorrt', 'torch', 'onnxruntime', 'onnx'} & set(sys.modules)"
     )

@@ -16,8 +16,12 @@ import torch
 from torch import nn
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.torchscript import TorchGraph, write_exported_program, write_torchscript
-from modelops.export.writer import Example
+from modelops.export.onnx.writer import Example
+from modelops.export.runtimes.torchscript import (
+    TorchGraph,
+    write_exported_program,
+    write_torchscript,
+)
 
 WRITERS = [("model.pt", write_torchscript), ("model.pt2", write_exported_program)]
 Writer = Callable[..., list[str]]

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from modelops.errors import ExportError, IntegrityError, ModelopsError, UsageError
-from modelops.export.axes import read_axes
-from modelops.export.external import (
+from modelops.export.onnx.axes import read_axes
+from modelops.export.onnx.external import (
     check_data,
     check_memory,
     copy_graph,
@@ -29,8 +29,8 @@ from modelops.export.external import (
     load_structure,
     save_graph,
 )
-from modelops.export.onnxruntime import OrtGraph
-from modelops.export.writer import FixedAxesError, write_graph
+from modelops.export.onnx.writer import FixedAxesError, write_graph
+from modelops.export.runtimes.onnxruntime import OrtGraph
 
 
 class Mixer(torch.nn.Module):
@@ -299,7 +299,7 @@ def test_not_enough_room(
 _KILLED = """
 import sys, torch
 from pathlib import Path
-from modelops.export.writer import write_graph
+from modelops.export.onnx.writer import write_graph
 
 module = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048) for _ in range(24)))
 example = {"x": (torch.randn(2, 2048), {0: "batch"})}
@@ -334,7 +334,7 @@ def test_openvino_fills_up_batches_and_nothing_else(
     mixer: tuple[torch.nn.Module, Path, Path],
 ) -> None:
     pytest.importorskip("openvino")
-    from modelops.export.openvino import OpenVinoGraph
+    from modelops.export.runtimes.openvino import OpenVinoGraph
 
     reference = OrtGraph(mixer[1])
     graph = OpenVinoGraph(mixer[2], threads=1)
@@ -353,7 +353,7 @@ def test_openvino_refuses_what_it_cannot_do(
     mixer: tuple[torch.nn.Module, Path, Path], tmp_path: Path
 ) -> None:
     openvino = pytest.importorskip("openvino")
-    from modelops.export.openvino import OpenVinoGraph
+    from modelops.export.runtimes.openvino import OpenVinoGraph
 
     path = tmp_path / "model.onnx"
     model = load_graph(mixer[1])

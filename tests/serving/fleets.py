@@ -20,10 +20,10 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from modelops.serving.app import create_app
-from modelops.serving.fleet import Fleet, open_fleet
+from modelops.serving.http.app import create_app
 from modelops.serving.node import InferenceNode
 from modelops.serving.settings import NodeSettings
+from modelops.serving.swap.fleet import Fleet, open_fleet
 
 
 def build_releases(folder: Path, checkpoint: Path, other_checkpoint: Path) -> None:
@@ -166,7 +166,7 @@ def live(
     """A fleet whose stable release is `releases/stable`."""
     admin = user = ""
     if keys is not None:
-        from modelops.serving.keys import create_key
+        from modelops.serving.http.keys import create_key
 
         admin, user = create_key(keys, "ops", admin=True), create_key(keys, "alice")
         monkeypatch.setenv("MODELOPS_API_KEYS_FILE", str(keys))

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import uvicorn
 
-from modelops.serving.app import create_app
+from modelops.serving.http.app import create_app
 from modelops.serving.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 

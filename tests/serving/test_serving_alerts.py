@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from modelops.serving.scaffold import ScaffoldOptions, render, write_scaffold
+from modelops.serving.deploy.scaffold import ScaffoldOptions, render, write_scaffold
 
 PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(

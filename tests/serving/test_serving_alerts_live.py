@@ -32,13 +32,13 @@ import uvicorn
 from modelops.files import sha256_tree
 from modelops.records import EvaluationRecord, SourceInfo, Verdict
 from modelops.release import build_release
-from modelops.serving.app import create_app
+from modelops.serving.deploy.launch import RunningServer, free_port, start_server, stop_server
+from modelops.serving.deploy.scaffold import ScaffoldOptions, write_scaffold
 from modelops.serving.golden import make_golden
-from modelops.serving.launch import RunningServer, free_port, start_server, stop_server
-from modelops.serving.logs import configure_logging
+from modelops.serving.http.app import create_app
 from modelops.serving.node import InferenceNode
-from modelops.serving.scaffold import ScaffoldOptions, write_scaffold
 from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.logs import configure_logging
 
 pytestmark = [
     pytest.mark.slow,

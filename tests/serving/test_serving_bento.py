@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from modelops.serving.check import check_endpoint, get
-from modelops.serving.launch import start_server
+from modelops.serving.deploy.check import check_endpoint, get
+from modelops.serving.deploy.launch import start_server
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -32,10 +32,10 @@ from modelops.monitoring.rows import PREFIX, text_to_features
 from modelops.monitoring.scripts import script_shares
 from modelops.records import Verdict
 from modelops.release import RECORD_FILE, build_release
-from modelops.serving.drift import evaluation_cadence
 from modelops.serving.golden import make_golden
 from modelops.serving.node import InferenceNode
 from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.drift import evaluation_cadence
 
 SECRET = "a zebra that nobody shall read about"
 

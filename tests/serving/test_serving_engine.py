@@ -13,10 +13,10 @@ import pytest
 from modelops.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
 from modelops.records import SourceInfo
-from modelops.serving.engine import MAX_OVERTAKEN, StepEngine
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
-from modelops.serving.jobs import StepReport
-from modelops.serving.pace import profile_from_seconds
+from modelops.serving.scheduling.engine import MAX_OVERTAKEN, StepEngine
+from modelops.serving.scheduling.jobs import StepReport
+from modelops.serving.scheduling.pace import profile_from_seconds
 
 MIXED = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import uvicorn
 
-from modelops.serving import answers, streaming
-from modelops.serving.app import create_app
-from modelops.serving.connections import LIMITS, BoundedProtocol, limit_connections
+from modelops.serving.http import answers, streaming
+from modelops.serving.http.app import create_app
+from modelops.serving.http.connections import LIMITS, BoundedProtocol, limit_connections
 from modelops.serving.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 

@@ -26,8 +26,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
-from modelops.serving.check import get
-from modelops.serving.launch import (
+from modelops.serving.deploy.check import get
+from modelops.serving.deploy.launch import (
     DRAIN_S,
     RunningServer,
     free_port,

@@ -21,11 +21,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from modelops.cli.main import main
 from modelops.errors import IntegrityError, UsageError
 from modelops.files import sha256_file
-from modelops.serving.keys import KeyRing, create_key, read_keys
-from modelops.serving.lanes import draw
+from modelops.serving.http.keys import KeyRing, create_key, read_keys
 from modelops.serving.settings import NodeSettings
-from modelops.serving.standing import read_standing, release_from_environment, release_to_serve
-from modelops.serving.trial import CanaryRules
+from modelops.serving.swap.lanes import draw
+from modelops.serving.swap.standing import read_standing, release_from_environment, release_to_serve
+from modelops.serving.swap.trial import CanaryRules
 
 
 @pytest.fixture(scope="module")
@@ -347,8 +347,13 @@ def test_automatic_promotion_and_rollback(releases: Path) -> None:
 def test_a_receipt_of_the_canary_replays_with_its_release(
     releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelops.serving.replay import check_release, open_recipe, recipe_texts, replay_recipe
-    from modelops.serving.signing import load_verifying_key
+    from modelops.serving.provenance.replay import (
+        check_release,
+        open_recipe,
+        recipe_texts,
+        replay_recipe,
+    )
+    from modelops.serving.provenance.signing import load_verifying_key
 
     monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
     settings = NodeSettings(

@@ -24,8 +24,8 @@ import pytest
 from PIL import Image
 
 from modelops.errors import ServingError
-from modelops.serving.check import check_endpoint, curl_line, get
-from modelops.serving.launch import (
+from modelops.serving.deploy.check import check_endpoint, curl_line, get
+from modelops.serving.deploy.launch import (
     RunningServer,
     free_port,
     serve_command,

@@ -18,8 +18,8 @@ import pytest
 
 from modelops.cli.main import main
 from modelops.errors import UsageError
-from modelops.serving.access import Access, check_open_address, is_loopback
-from modelops.serving.keys import (
+from modelops.serving.http.access import Access, check_open_address, is_loopback
+from modelops.serving.http.keys import (
     KeyRing,
     KeysUnavailableError,
     UnknownKeyError,

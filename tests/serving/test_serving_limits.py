@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from modelops.errors import UsageError
 from modelops.models.sources import ImageRequest, load_checkpoint
-from modelops.serving import engine as engine_module
-from modelops.serving.engine import StepEngine
 from modelops.serving.failures import QueueFullError
-from modelops.serving.keys import Caller, create_key
-from modelops.serving.limits import RateLimitError, RateLimits
+from modelops.serving.http.keys import Caller, create_key
+from modelops.serving.http.limits import RateLimitError, RateLimits
+from modelops.serving.scheduling import engine as engine_module
+from modelops.serving.scheduling.engine import StepEngine
 from modelops.serving.settings import NodeSettings
 
 ALICE, BOB = Caller(name="alice"), Caller(name="bob", images_per_minute=4)

@@ -22,9 +22,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from modelops.errors import UsageError
 from modelops.safety.prompt import WordListFilter
-from modelops.serving.app import create_app
-from modelops.serving.launch import start_server
-from modelops.serving.logs import (
+from modelops.serving.deploy.launch import start_server
+from modelops.serving.http.app import create_app
+from modelops.serving.node import InferenceNode
+from modelops.serving.telemetry.logs import (
     PROMPTS,
     JsonLines,
     LineWriter,
@@ -32,8 +33,7 @@ from modelops.serving.logs import (
     configure_logging,
     redact,
 )
-from modelops.serving.node import InferenceNode
-from modelops.serving.tracing import RequestTrace, configure_tracing, request_id
+from modelops.serving.telemetry.tracing import RequestTrace, configure_tracing, request_id
 
 SECRET = "a purple walrus on a bicycle"
 
@@ -183,7 +183,7 @@ def test_after_a_torn_line_the_next_one_is_whole(monkeypatch: pytest.MonkeyPatch
         return os.write.__wrapped__(descriptor, data)  # type: ignore[attr-defined]
 
     write.__wrapped__ = os.write  # type: ignore[attr-defined]
-    monkeypatch.setattr("modelops.serving.logs.os.write", write)
+    monkeypatch.setattr("modelops.serving.telemetry.logs.os.write", write)
     handler = LineWriter(writer_end, own=True)
     for text in ("first", "second"):
         handler.emit(logging.LogRecord("x", logging.INFO, "", 1, text, None, None))

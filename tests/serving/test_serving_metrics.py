@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import modelops.serving
 from modelops.files import sha256_tree, write_json
 from modelops.records import EvaluationRecord, ReleaseRecord, SourceInfo
-from modelops.serving.jobs import StepReport
-from modelops.serving.metrics import (
+from modelops.serving.scheduling.jobs import StepReport
+from modelops.serving.telemetry.metrics import (
     CODES,
     FAULT_CODES,
     GpuMemory,

@@ -25,8 +25,8 @@ from PIL import Image
 from modelops.errors import IntegrityError, UsageError
 from modelops.safety.image import ImageVerdict, OpenNsfwFilter
 from modelops.safety.prompt import WordListFilter
-from modelops.serving.app import create_app
-from modelops.serving.guard import FilterError, FilterGuard
+from modelops.serving.http.app import create_app
+from modelops.serving.moderation.guard import FilterError, FilterGuard
 from modelops.serving.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 

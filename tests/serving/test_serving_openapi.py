@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from starlette.testclient import TestClient
 
-from modelops.serving.app import create_app
-from modelops.serving.metrics import CODES, OTHER
+from modelops.serving.http.app import create_app
+from modelops.serving.http.openapi import complete
 from modelops.serving.node import InferenceNode
-from modelops.serving.openapi import complete
 from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.metrics import CODES, OTHER
 
 schemathesis = pytest.importorskip("schemathesis", reason="pip install schemathesis")
 GENERATE = "/v1/images/generations"

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from modelops.serving.pace import Pace, measure_profile, profile_from_seconds, widths
+from modelops.serving.scheduling.pace import Pace, measure_profile, profile_from_seconds, widths
 
 
 def test_widths_are_those_that_runtimes_compile() -> None:
-    from modelops.export.openvino import batch_bucket
+    from modelops.export.runtimes.openvino import batch_bucket
 
     assert list(widths(16)) == [1, 2, 3, 4, 6, 8, 12, 16]
     assert list(widths(2)) == [1, 2]

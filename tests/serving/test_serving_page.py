@@ -22,7 +22,7 @@ from stage import Stage, cleared, staged, wait_until
 
 from browsers import chromium, page_of
 from modelops.errors import UsageError
-from modelops.serving.page import build_page, page_from_environment
+from modelops.serving.http.page import build_page, page_from_environment
 from modelops.serving.settings import NodeSettings
 
 

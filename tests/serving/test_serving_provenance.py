@@ -24,10 +24,9 @@ from PIL import Image
 
 from modelops.errors import IntegrityError, UsageError
 from modelops.serving.failures import ProvenanceError
-from modelops.serving.images import SOURCE_TYPE, encode_image
-from modelops.serving.provenance import Marker, picture_format, read_mark
-from modelops.serving.settings import NodeSettings
-from modelops.serving.signing import (
+from modelops.serving.provenance.images import SOURCE_TYPE, encode_image
+from modelops.serving.provenance.manifests import Marker, picture_format, read_mark
+from modelops.serving.provenance.signing import (
     SigningKey,
     development_key,
     load_verifying_key,
@@ -35,6 +34,7 @@ from modelops.serving.signing import (
     open_signing_key,
     to_pem,
 )
+from modelops.serving.settings import NodeSettings
 
 FORMATS = ("png", "jpeg", "webp")
 PROMPT = "a very Telling prompt about zebras"

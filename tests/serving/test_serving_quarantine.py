@@ -27,8 +27,7 @@ from modelops.errors import IntegrityError, ModelopsError, UsageError
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.safety.image import ImageVerdict, OpenNsfwFilter
 from modelops.serving.golden import pixels_sha256
-from modelops.serving.node import InferenceNode
-from modelops.serving.quarantine import (
+from modelops.serving.moderation.quarantine import (
     Quarantine,
     list_files,
     read_entry,
@@ -36,9 +35,10 @@ from modelops.serving.quarantine import (
     read_public_key,
     tidy_folder,
 )
-from modelops.serving.receipts import text_digest
-from modelops.serving.replay import _make
-from modelops.serving.review import decide, list_entries, read_decisions, weigh
+from modelops.serving.moderation.review import decide, list_entries, read_decisions, weigh
+from modelops.serving.node import InferenceNode
+from modelops.serving.provenance.receipts import text_digest
+from modelops.serving.provenance.replay import _make
 from modelops.serving.settings import NodeSettings
 
 PROMPT = "a purple walrus <img src=x onerror=alert(1)>"

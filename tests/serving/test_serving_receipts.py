@@ -18,7 +18,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from modelops.errors import IntegrityError, ModelopsError, UsageError
-from modelops.serving.receipts import (
+from modelops.serving.provenance.receipts import (
     PAYLOAD_TYPE,
     ReceiptLog,
     canonical_bytes,
@@ -31,14 +31,14 @@ from modelops.serving.receipts import (
     verify_receipt,
     without_texts,
 )
-from modelops.serving.settings import NodeSettings
-from modelops.serving.signing import (
+from modelops.serving.provenance.signing import (
     SigningKey,
     VerifyingKey,
     development_key,
     load_verifying_key,
     pre_authentication_encoding,
 )
+from modelops.serving.settings import NodeSettings
 
 
 @pytest.fixture(scope="module")

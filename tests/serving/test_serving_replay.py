@@ -23,12 +23,17 @@ from skimage.metrics import peak_signal_noise_ratio
 from modelops.cli.main import main
 from modelops.errors import IntegrityError
 from modelops.models.sources import ImageRequest, load_checkpoint
-from modelops.serving.engine import StepEngine
-from modelops.serving.launch import start_server
-from modelops.serving.receipts import read_receipt, sign_receipt
-from modelops.serving.replay import _as_wide_as, _make, picture_distance, stated_difference
+from modelops.serving.deploy.launch import start_server
+from modelops.serving.provenance.receipts import read_receipt, sign_receipt
+from modelops.serving.provenance.replay import (
+    _as_wide_as,
+    _make,
+    picture_distance,
+    stated_difference,
+)
+from modelops.serving.provenance.signing import development_key, find_verifying_key
+from modelops.serving.scheduling.engine import StepEngine
 from modelops.serving.settings import NodeSettings
-from modelops.serving.signing import development_key, find_verifying_key
 
 PROMPT = "a red heart for Zoë"
 

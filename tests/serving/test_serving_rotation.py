@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from modelops.errors import UsageError
-from modelops.serving.logs import LineWriter, configure_logging
-from modelops.serving.rotation import RotatingFile
+from modelops.serving.telemetry.logs import LineWriter, configure_logging
+from modelops.serving.telemetry.rotation import RotatingFile
 
 WRITER = """
 import sys, os
-from modelops.serving.rotation import RotatingFile
+from modelops.serving.telemetry.rotation import RotatingFile
 file = RotatingFile(sys.argv[1], max_bytes=8192, keep=1000)
 for number in range(1500):
     line = f"{sys.argv[2]} {number} {'x' * 40}\\n".encode()

@@ -17,9 +17,8 @@ from modelops.cli.main import main
 from modelops.errors import UsageError
 from modelops.monitoring.records import DriftTest, MonitorRecord
 from modelops.monitoring.textfile import textfile
-from modelops.serving.launch import DRAIN_S
-from modelops.serving.metrics import NodeMetrics
-from modelops.serving.scaffold import (
+from modelops.serving.deploy.launch import DRAIN_S
+from modelops.serving.deploy.scaffold import (
     FILES,
     PRE_STOP_S,
     ScaffoldOptions,
@@ -28,6 +27,7 @@ from modelops.serving.scaffold import (
     write_scaffold,
 )
 from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.workers import worker_count
 
 CORE = ("Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget")

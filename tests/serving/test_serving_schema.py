@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelops.serving.images import SOURCE_TYPE, encode_image
-from modelops.serving.schema import ApiError, parse_request
+from modelops.serving.http.schema import ApiError, parse_request
+from modelops.serving.provenance.images import SOURCE_TYPE, encode_image
 
 
 def test_a_plain_request_has_the_defaults() -> None:

@@ -13,8 +13,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from modelops.serving.jobs import preview_steps
-from modelops.serving.stepping import Stepper, guide
+from modelops.serving.scheduling.jobs import preview_steps
+from modelops.serving.scheduling.stepping import Stepper, guide
 
 CPU = torch.device("cpu")
 

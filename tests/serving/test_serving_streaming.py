@@ -26,9 +26,9 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from stage import Stage, cleared, staged, wait_until
 
-from modelops.serving import streaming
-from modelops.serving.answers import MAX_BODY_BYTES
-from modelops.serving.provenance import read_mark
+from modelops.serving.http import streaming
+from modelops.serving.http.answers import MAX_BODY_BYTES
+from modelops.serving.provenance.manifests import read_mark
 from modelops.serving.settings import NodeSettings
 
 

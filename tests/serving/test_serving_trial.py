@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from modelops.errors import UsageError
-from modelops.serving.trial import OUTCOMES, CanaryRules, Trial, TrialData, log_bound
-from modelops.serving.verdict import judge, look
+from modelops.serving.swap.trial import OUTCOMES, CanaryRules, Trial, TrialData, log_bound
+from modelops.serving.swap.verdict import judge, look
 
 RULES = CanaryRules(requests=400, seconds=60)
 

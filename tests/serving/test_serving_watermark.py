@@ -23,11 +23,11 @@ from modelops.cli.main import main
 from modelops.data.corpora.openmoji import render_drawing
 from modelops.errors import UsageError
 from modelops.serving.golden import pixels_sha256
-from modelops.serving.provenance import read_mark
-from modelops.serving.receipts import verify_receipt
+from modelops.serving.provenance.manifests import read_mark
+from modelops.serving.provenance.receipts import verify_receipt
+from modelops.serving.provenance.signing import find_verifying_key
+from modelops.serving.provenance.watermark import METHOD, Watermark, make_key, open_watermark
 from modelops.serving.settings import NodeSettings
-from modelops.serving.signing import find_verifying_key
-from modelops.serving.watermark import METHOD, Watermark, make_key, open_watermark
 
 Pixels = npt.NDArray[np.uint8]
 KEY, OTHER = Watermark(b"k" * 32), Watermark(b"o" * 32)
@@ -107,8 +107,8 @@ def test_false_alarms_stay_below_the_bound(picture: Pixels) -> None:
 
 def test_one_look_has_mean_0_and_variance_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a picture full of structure, over keys; this is what the bound stands on."""
-    monkeypatch.setattr("modelops.serving.watermark._STEPS", np.array([0.5]))
-    monkeypatch.setattr("modelops.serving.watermark._CUTS", (96.0,))
+    monkeypatch.setattr("modelops.serving.provenance.watermark._STEPS", np.array([0.5]))
+    monkeypatch.setattr("modelops.serving.provenance.watermark._CUTS", (96.0,))
     picture = drawing(32)
     z = np.array([Watermark(n.to_bytes(32, "big")).detect(picture).z for n in range(600)])
     assert abs(z.mean()) < 4 / math.sqrt(600)

@@ -18,12 +18,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from modelops.errors import ModelopsError, UsageError
-from modelops.serving import peers as peers_module
-from modelops.serving.keys import Caller
-from modelops.serving.limits import RateLimitError, RateLimits, SharedBuckets
-from modelops.serving.metrics import NodeMetrics
-from modelops.serving.peers import Peers, merge_expositions
-from modelops.serving.receipts import ReceiptLog
+from modelops.serving.http import peers as peers_module
+from modelops.serving.http.keys import Caller
+from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets
+from modelops.serving.http.peers import Peers, merge_expositions
+from modelops.serving.provenance.receipts import ReceiptLog
+from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.workers import Worker, prepare_workers, this_worker, worker_count
 
 
@@ -250,8 +250,8 @@ def test_whoever_is_asked_answers_for_all(tmp_path: Path, monkeypatch: pytest.Mo
 TAKE = """
 import sys
 from pathlib import Path
-from modelops.serving.keys import Caller
-from modelops.serving.limits import RateLimitError, RateLimits, SharedBuckets
+from modelops.serving.http.keys import Caller
+from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets
 store = SharedBuckets(Path(sys.argv[1]))
 limits = RateLimits(images_per_minute=100, store=store, clock=lambda: 1.0)
 passed = 0
@@ -300,7 +300,7 @@ def test_shared_buckets_do_what_own_ones_do(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from modelops.serving.limits import SharedBuckets
+from modelops.serving.http.limits import SharedBuckets
 with SharedBuckets(Path(sys.argv[1])).of("alice"):
     print("held", flush=True)
     sys.stdin.readline()
@@ -335,8 +335,8 @@ def test_without_a_place_for_the_files_each_worker_counts(tmp_path: Path) -> Non
 
 WRITE = """
 import logging, os, sys
-from modelops.serving.logs import configure_logging
-from modelops.serving.receipts import ReceiptLog
+from modelops.serving.telemetry.logs import configure_logging
+from modelops.serving.provenance.receipts import ReceiptLog
 from modelops.serving.workers import Worker, WorkerField
 lines = configure_logging(os.environ)
 lines.addFilter(WorkerField(Worker(index=int(sys.argv[2]), count=2)))
@@ -380,7 +380,7 @@ def test_a_busy_worker_may_delete_a_quiet_ones_oldest_file(tmp_path: Path) -> No
 
 SIGN = """
 import sys
-from modelops.serving.signing import development_key
+from modelops.serving.provenance.signing import development_key
 print("ready", flush=True)
 sys.stdin.readline()
 print(development_key(sys.argv[1]).key_id)

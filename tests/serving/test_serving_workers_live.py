@@ -24,8 +24,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from modelops.serving.keys import create_key
-from modelops.serving.launch import RunningServer, start_server
+from modelops.serving.deploy.launch import RunningServer, start_server
+from modelops.serving.http.keys import create_key
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 120.0

@@ -277,7 +277,7 @@ def _run(
     on_progress: output.Progress,
 ) -> ArtifactRecord:
     if target == "onnx":
-        from modelops.export.onnx import export_onnx
+        from modelops.export.onnx.export import export_onnx
 
         return export_onnx(
             checkpoint, out_dir, precision=_PRECISIONS[options["precision"]], size=options["size"],
@@ -291,7 +291,7 @@ def _run(
             on_progress=on_progress, **common,
         )  # fmt: skip
     if target == "int8":
-        from modelops.export.int8 import Int8Options, export_int8
+        from modelops.export.int8.export import Int8Options, export_int8
 
         how = Int8Options(
             method=options["method"], error_budget=options["error_budget"],
@@ -302,7 +302,7 @@ def _run(
             start, checkpoint, out_dir, seed=options["seed"], options=how, on_progress=on_progress,
             **common,
         )  # fmt: skip
-    from modelops.export.engines import DEFAULT_PROFILES, export_tensorrt
+    from modelops.export.tensorrt.export import DEFAULT_PROFILES, export_tensorrt
     from modelops.export.tensorrt.fingerprint import EngineFlags
 
     given = {

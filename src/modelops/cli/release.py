@@ -92,7 +92,7 @@ def build(
     from modelops.files import read_text, sha256_tree
     from modelops.monitoring.reference import release_files
     from modelops.release import build_release, check_verdict
-    from modelops.serving.company import release_proofs
+    from modelops.serving.scheduling.company import release_proofs
 
     if dry_run:
         emit(

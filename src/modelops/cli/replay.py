@@ -71,8 +71,13 @@ def replay(
     """
     from dataclasses import asdict
 
-    from modelops.serving.replay import check_release, open_recipe, recipe_texts, replay_recipe
-    from modelops.serving.signing import find_verifying_key
+    from modelops.serving.provenance.replay import (
+        check_release,
+        open_recipe,
+        recipe_texts,
+        replay_recipe,
+    )
+    from modelops.serving.provenance.signing import find_verifying_key
 
     if tolerance and image is None and picture_of(receipt) is None:
         raise click.UsageError("--tolerance needs the picture: --image FILE")
@@ -100,7 +105,7 @@ def replay(
 
 def picture_of(path: Path) -> Path | None:
     """The path, if it is a picture."""
-    from modelops.serving.provenance import picture_format
+    from modelops.serving.provenance.manifests import picture_format
 
     if not path.is_file():
         return None

@@ -137,13 +137,13 @@ def run(
     import shlex
 
     from modelops.release import verify_release
-    from modelops.serving.access import INSECURE_VARIABLE, check_open_address
-    from modelops.serving.check import curl_line
-    from modelops.serving.keys import FILE_VARIABLE as KEYS_VARIABLE
-    from modelops.serving.launch import check_address, run_server, serve_command
-    from modelops.serving.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
-    from modelops.serving.signing import open_signing_key
-    from modelops.serving.standing import release_to_serve
+    from modelops.serving.deploy.check import curl_line
+    from modelops.serving.deploy.launch import check_address, run_server, serve_command
+    from modelops.serving.http.access import INSECURE_VARIABLE, check_open_address
+    from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
+    from modelops.serving.provenance.signing import open_signing_key
+    from modelops.serving.swap.standing import release_to_serve
+    from modelops.serving.telemetry.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
     from modelops.serving.workers import WORKERS_VARIABLE, worker_count
 
     standing = release_to_serve(release)
@@ -249,7 +249,7 @@ def scaffold(
       promtool test rules deploy/prometheus/modelops.rules.test.yaml
       kubectl apply -k deploy/kubernetes
     """
-    from modelops.serving.scaffold import ScaffoldOptions, scaffold_files, write_scaffold
+    from modelops.serving.deploy.scaffold import ScaffoldOptions, scaffold_files, write_scaffold
 
     options = ScaffoldOptions(
         **({"image": image} if image else {}),  # type: ignore[arg-type]

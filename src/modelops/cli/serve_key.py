@@ -53,7 +53,7 @@ def create(
     Example:
       modelops serve key create alice --images-per-minute 30
     """
-    from modelops.serving.keys import create_key
+    from modelops.serving.http.keys import create_key
 
     made = create_key(
         path,
@@ -75,7 +75,7 @@ def list_keys(path: Path, as_json: bool) -> None:
     Example:
       modelops serve key list
     """
-    from modelops.serving.keys import read_keys
+    from modelops.serving.http.keys import read_keys
 
     keys = read_keys(path)
     emit({"keys": [entry.model_dump(exclude={"sha256"}) for entry in keys]}, as_json=as_json)
@@ -107,7 +107,7 @@ def revoke(name: str, path: Path, as_json: bool) -> None:
     Example:
       modelops serve key revoke alice
     """
-    from modelops.serving.keys import revoke_key
+    from modelops.serving.http.keys import revoke_key
 
     revoked = revoke_key(path, name).revoked
     emit(

@@ -10,7 +10,7 @@ import click
 from modelops.cli.output import emit, json_option, say, table
 
 if TYPE_CHECKING:
-    from modelops.serving.review import Evidence, Listed
+    from modelops.serving.moderation.review import Evidence, Listed
 
 
 @click.command()
@@ -67,8 +67,14 @@ def review(
       modelops serve review quarantine 3fa9 --pictures /tmp/look
       modelops serve review quarantine --overturn 3fa9 --reviewer alice --reason "a sunflower"
     """
-    from modelops.serving.quarantine import read_private_key
-    from modelops.serving.review import find_entry, list_entries, read_decisions, weigh, write_page
+    from modelops.serving.moderation.quarantine import read_private_key
+    from modelops.serving.moderation.review import (
+        find_entry,
+        list_entries,
+        read_decisions,
+        weigh,
+        write_page,
+    )
 
     deciding = uphold or overturn
     chosen = [
@@ -105,7 +111,7 @@ def review(
 
 
 def _purge(directory: Path, days: float, *, as_json: bool) -> None:
-    from modelops.serving.quarantine import tidy_folder
+    from modelops.serving.moderation.quarantine import tidy_folder
 
     gone, _ = tidy_folder(directory, max_age_s=days * 86400)
     text = f"{directory}: {gone} {'entry' if gone == 1 else 'entries'} deleted"
@@ -124,7 +130,7 @@ def _decide(
 ) -> None:
     import getpass
 
-    from modelops.serving.review import decide
+    from modelops.serving.moderation.review import decide
 
     if not reason or not reason.strip():
         raise click.UsageError("a decision needs a reason: --reason TEXT")

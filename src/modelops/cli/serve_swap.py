@@ -49,7 +49,7 @@ def status(url: str, key_file: Path | None, as_json: bool) -> None:
     Example:
       modelops serve swap status http://127.0.0.1:3000 --key-file admin.key
     """
-    from modelops.serving.swap_client import SwapClient
+    from modelops.serving.swap.client import SwapClient
 
     _finish(SwapClient(url, _key(key_file)).status(), as_json)
 
@@ -103,7 +103,7 @@ def canary(
     Example:
       modelops serve swap canary http://127.0.0.1:3000 pilot-2 --share 0.2 --auto --wait
     """
-    from modelops.serving.swap_client import SwapClient
+    from modelops.serving.swap.client import SwapClient
 
     order = {
         "release": release, "share": share, "sticky": sticky, "named": named, "auto": auto,
@@ -171,7 +171,7 @@ def _change(
     url: str, key_file: Path | None, action: str, order: dict[str, Any], wait: bool,
     timeout: float, as_json: bool,
 ) -> None:  # fmt: skip
-    from modelops.serving.swap_client import SwapClient
+    from modelops.serving.swap.client import SwapClient
 
     client = SwapClient(url, _key(key_file))
     found = client.post(action, order)
@@ -198,7 +198,7 @@ def _key(path: Path | None) -> str:
 
 def _finish(found: dict[str, Any], as_json: bool, *, judged: bool = True) -> None:
     """Print a status; the exit code is that of a failed load, or of the verdict."""
-    from modelops.serving.swap_client import describe_status, exit_code
+    from modelops.serving.swap.client import describe_status, exit_code
 
     emit(found, as_json=as_json, text=describe_status(found))
     if code := exit_code(found, judged=judged):

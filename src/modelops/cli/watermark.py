@@ -35,7 +35,7 @@ def key(file: Path, as_json: bool) -> None:
     Example:
       modelops watermark key watermark.key
     """
-    from modelops.serving.watermark import make_key
+    from modelops.serving.provenance.watermark import make_key
 
     made = make_key(file)
     emit({"status": "ok", "key_id": made, "file": str(file)}, as_json=as_json, text=made)
@@ -68,8 +68,8 @@ def detect(images: tuple[Path, ...], key_file: Path, as_json: bool) -> None:
     Example:
       modelops watermark detect picture.jpg --key watermark.key
     """
-    from modelops.serving.images import read_pixels
-    from modelops.serving.watermark import RELIABLE_SIDE, open_watermark
+    from modelops.serving.provenance.images import read_pixels
+    from modelops.serving.provenance.watermark import RELIABLE_SIDE, open_watermark
 
     mark = open_watermark(key_file)
     results: list[dict[str, Any]] = []

@@ -204,7 +204,7 @@ class Stages:
         return f"{len(prompts)} prompts, one seed each, none selected"
 
     def export_onnx(self, report: OnProgress) -> str:
-        from modelops.export.onnx import export_onnx
+        from modelops.export.onnx.export import export_onnx
 
         record = export_onnx(
             self.final_checkpoint, self.root / ONNX_DIR, overwrite=True, on_progress=report
@@ -214,7 +214,7 @@ class Stages:
     def export_int8(self, report: OnProgress) -> str:
         from modelops.data.manifest import read_manifest
         from modelops.data.split import read_splits
-        from modelops.export.int8 import Int8Options, export_int8
+        from modelops.export.int8.export import Int8Options, export_int8
         from modelops.seeding import numpy_generator
 
         splits = read_splits(self.root / SPLITS)
@@ -293,7 +293,7 @@ class Stages:
         from modelops.files import sha256_tree
         from modelops.monitoring.reference import release_files
         from modelops.release import build_release
-        from modelops.serving.company import release_proofs
+        from modelops.serving.scheduling.company import release_proofs
 
         said, golden = release_proofs(self.root / INT8_DIR, self.root / ".modelops")
         reference, _ = release_files(
@@ -322,8 +322,8 @@ class Stages:
 
     def serve(self, report: OnProgress) -> str:
         from modelops.evaluation.agreement import compare_images
-        from modelops.serving.check import check_endpoint
-        from modelops.serving.launch import start_server
+        from modelops.serving.deploy.check import check_endpoint
+        from modelops.serving.deploy.launch import start_server
 
         log = self.root / ".modelops/server.log"
         with start_server(self.root / "release", log_path=log) as server:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from modelops.errors import IntegrityError, UsageError
-from modelops.export.axes import read_multiples
-from modelops.export.external import check_data, data_path, load_structure
+from modelops.export.onnx.axes import read_multiples
+from modelops.export.onnx.external import check_data, data_path, load_structure
 from modelops.files import safe_join, sha256_file, sha256_json, tree_files
 from modelops.records import ArtifactRecord, ExportedComponent, InputRef, read_record
 

@@ -17,7 +17,7 @@ import torch
 
 from modelops.errors import UsageError
 from modelops.export.artifact import is_artifact, read_artifact
-from modelops.export.graphs import process_cores
+from modelops.export.runtimes.graphs import process_cores
 from modelops.export.timing import speed_ratio
 from modelops.files import sha256_tree
 from modelops.models.sources import TRAINING_STATE, ImageRequest, ModelSource, PipelineSource

@@ -11,7 +11,7 @@ import torch
 
 from modelops.errors import ExportError, UsageError
 from modelops.export.components import CaughtCall, Component, Probe, call_pipeline, catching
-from modelops.export.graphs import Array
+from modelops.export.runtimes.graphs import Array
 from modelops.export.signatures import TIMESTEP_NAMES, Method
 from modelops.files import sha256_bytes, sha256_json
 from modelops.models.sources import CPU_ROWS, SMALL

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from modelops.errors import ExportError
+from modelops.export.onnx.writer import Example
 from modelops.export.signatures import (
     TIMESTEP_NAMES,
     Method,
@@ -24,7 +25,6 @@ from modelops.export.signatures import (
     rebuild,
     template_of,
 )
-from modelops.export.writer import Example
 from modelops.models.sources import native_size
 
 Role = Literal["denoiser", "control", "text_encoder", "encoder", "decoder"]

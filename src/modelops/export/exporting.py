@@ -19,9 +19,7 @@ from modelops.export.calibration import (
     collect_rows,
     rows_at_once,
 )
-from modelops.export.choice import write_probe
 from modelops.export.components import OMITTED, Component
-from modelops.export.graphs import Graph
 from modelops.export.parity import (
     Bounds,
     component_parity,
@@ -29,6 +27,8 @@ from modelops.export.parity import (
     image_parity,
 )
 from modelops.export.runtime import assemble
+from modelops.export.runtimes.choice import write_probe
+from modelops.export.runtimes.graphs import Graph
 from modelops.export.source import ExportSource, Lora
 from modelops.files import sha256_path, tree_files
 from modelops.records import ExportedComponent, InputRef, ParityCheck

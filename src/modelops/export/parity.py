@@ -13,8 +13,8 @@ import torch
 from modelops.errors import ExportError
 from modelops.export.calibration import Feed, TrajectoryRows, rows_at_once
 from modelops.export.components import Component, Probe, call_pipeline
-from modelops.export.graphs import Array, Graph
 from modelops.export.pictures import check_pictures
+from modelops.export.runtimes.graphs import Array, Graph
 from modelops.extras import has_module
 from modelops.metrics.images import SSIM_WINDOW, ssim
 from modelops.models.sources import floats_to_uint8

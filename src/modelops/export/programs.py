@@ -29,8 +29,12 @@ from modelops.export.exporting import (
 )
 from modelops.export.parity import BOUNDS, component_parity, require_parity
 from modelops.export.runtime import SIGNATURE
+from modelops.export.runtimes.torchscript import (
+    TorchGraph,
+    write_exported_program,
+    write_torchscript,
+)
 from modelops.export.source import Lora, both_sides, load_source
-from modelops.export.torchscript import TorchGraph, write_exported_program, write_torchscript
 from modelops.files import atomic_directory, check_writable, sha256_file, write_json
 from modelops.records import ArtifactRecord, ExportedComponent
 

@@ -10,9 +10,9 @@ from typing import Any
 from modelops.errors import UsageError
 from modelops.export.artifact import verify_artifact
 from modelops.export.components import OMITTED
-from modelops.export.graphs import RUNTIMES, RUNTIMES_OF, Graph, RuntimeName, open_graph
-from modelops.export.modules import ExportedControl, ExportedModule, Part, library_class
-from modelops.export.openvino import openvino_has_bfloat16
+from modelops.export.runtimes.graphs import RUNTIMES, RUNTIMES_OF, Graph, RuntimeName, open_graph
+from modelops.export.runtimes.modules import ExportedControl, ExportedModule, Part, library_class
+from modelops.export.runtimes.openvino import openvino_has_bfloat16
 from modelops.export.signatures import Method, Signature
 from modelops.files import read_json
 from modelops.models.sources import PipelineSource
@@ -71,7 +71,7 @@ def open_artifact(
     root = Path(directory)
     reason = "asked for"
     if runtime == "auto":
-        from modelops.export.choice import choose_runtime
+        from modelops.export.runtimes.choice import choose_runtime
 
         runtime, reason = choose_runtime(root, record, digest, threads=threads, device_id=device_id)
     chosen: Any = runtime

@@ -11,8 +11,8 @@ import torch
 from modelops.errors import ExportError, UsageError
 from modelops.export.artifact import is_artifact
 from modelops.export.components import Component, FlatModule
+from modelops.export.onnx.writer import check_weights
 from modelops.export.runtime import read_signature
-from modelops.export.writer import check_weights
 from modelops.files import sha256_file, sha256_json, sha256_tree, tree_files
 from modelops.models.sources import TRAINING_STATE, load_checkpoint, native_size
 from modelops.records import ArtifactRecord, ExportedComponent

@@ -3,7 +3,7 @@
     release ─▶ verify ─▶ open model ─▶ engine ─▶ golden image ─▶ filters ─▶ ready
     request ─▶ prompt filter ─▶ engine ─▶ image filter ─▶ encode with metadata ─▶ receipt
 
-Framework-free; `modelops.serving.app` puts HTTP around it.
+Framework-free; `modelops.serving.http.app` puts HTTP around it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from modelops.models.sources import ImageRequest
 from modelops.release import RECORD_FILE, verify_release
 from modelops.safety.registry import parse_filter
 from modelops.seeding import MAX_SEED
-from modelops.serving.drift import evaluation_cadence, open_drift_log
-from modelops.serving.engine import StepEngine
 from modelops.serving.failures import (
     FilterError,
     ProvenanceError,
@@ -37,15 +35,17 @@ from modelops.serving.failures import (
     ReceiptError,
 )
 from modelops.serving.golden import GoldenCheck, check_golden, golden_request
-from modelops.serving.guard import FilterGuard
-from modelops.serving.jobs import EngineImage, Job, Preview, StepReport
-from modelops.serving.metrics import NodeMetrics, evaluation_time
+from modelops.serving.http.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
+from modelops.serving.moderation.guard import FilterGuard
+from modelops.serving.moderation.quarantine import Withheld, open_quarantine
 from modelops.serving.opening import image_filter_loader, open_model, prompt_filter_loader
-from modelops.serving.quarantine import Withheld, open_quarantine
-from modelops.serving.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
-from modelops.serving.seal import Origin, Sealer
+from modelops.serving.provenance.seal import Origin, Sealer
+from modelops.serving.scheduling.engine import StepEngine
+from modelops.serving.scheduling.jobs import EngineImage, Job, Preview, StepReport
 from modelops.serving.settings import NodeSettings
-from modelops.serving.tracing import RequestTrace, request_id
+from modelops.serving.telemetry.drift import evaluation_cadence, open_drift_log
+from modelops.serving.telemetry.metrics import NodeMetrics, evaluation_time
+from modelops.serving.telemetry.tracing import RequestTrace, request_id
 from modelops.serving.workers import Worker
 
 log = logging.getLogger("modelops.serving")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modelops.export.graphs import process_cores
+from modelops.export.runtimes.graphs import process_cores
 from modelops.models.sources import load_checkpoint
 from modelops.records import SourceInfo
 from modelops.serving.workers import Worker, one_at_a_time

@@ -176,7 +176,7 @@ def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path 
         raise UsageError(f"{directory}: too long for a socket", hint="set TMPDIR to a shorter path")
     environment[RUN_VARIABLE] = str(directory)
     # Before a worker imports anything that counts the cores.
-    from modelops.export.graphs import process_cores
+    from modelops.export.runtimes.graphs import process_cores
 
     share = max(1, process_cores() // count)
     environment.setdefault("OMP_NUM_THREADS", str(share))

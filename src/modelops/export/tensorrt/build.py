@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt
 
 from modelops.errors import ExportError, ModelopsError, UsageError
-from modelops.export.axes import read_axes
+from modelops.export.onnx.axes import read_axes
 from modelops.export.tensorrt.fingerprint import (
     EngineFingerprint,
     EngineFlags,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelops.errors import ExportError
-from modelops.export.graphs import Array, RuntimeName
+from modelops.export.runtimes.graphs import Array, RuntimeName
 from modelops.export.tensorrt.build import deserialize
 from modelops.export.tensorrt.fingerprint import (
     EngineFlags,

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from modelops.export.external import load_structure
+from modelops.export.onnx.external import load_structure
 
 # Kernel names give operand and accumulator types: "i8i8_i8i32", "s8s8s32", "imma" (the integer
 # tensor cores), "int8".

@@ -15,7 +15,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.axes import BATCH, GraphAxes
+from modelops.export.onnx.axes import BATCH, GraphAxes
 
 _AXIS = re.compile(r"([A-Za-z_][\w.]*)=(\d+)(?::(\d+):(\d+))?")
 Limits = tuple[int, int, int]  # min, opt, max

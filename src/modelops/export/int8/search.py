@@ -1,0 +1,296 @@
+"""The set of quantised groups that is fastest within an error budget.
+
+Each group is judged by what leaving it in fp32 changes: the squared error it takes off and the
+milliseconds it costs, in the runtime that will serve the graph. Squared errors of groups are nearly
+additive, so a greedy choice by error per millisecond is close to the best one; what it predicts is
+then measured, and the choice made again with the prediction corrected, until it holds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from modelops.errors import UsageError
+from modelops.export.int8.variants import Variants, root_mean_square
+from modelops.export.runtimes.graphs import Graph
+from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.timing import interleaved_seconds
+from modelops.seeding import numpy_generator
+
+_RESAMPLES = 1000
+_TRIES = 6
+
+
+@dataclass(frozen=True)
+class GroupCost:
+    """What one group of layers costs and brings, beside all others in INT8.
+
+    Attributes:
+        group: its name.
+        nodes: how many layers it has.
+        squared_error: what its rounding adds to the squared relative error; may be below 0.
+        ms_saved: what INT8 saves a call, median; None if it was not timed.
+        ms_low: lower end of the 95 % interval.
+        ms_high: upper end.
+    """
+
+    group: str
+    nodes: int
+    squared_error: float
+    ms_saved: float | None = None
+    ms_low: float | None = None
+    ms_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A row of the search's table.
+
+    Attributes:
+        cost: what was measured.
+        int8: whether the group is quantised.
+        why: in a few words.
+        order: when it was given up (0 first), or None.
+    """
+
+    cost: GroupCost
+    int8: bool
+    why: str
+    order: int | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON and for a report's table."""
+        root = math.copysign(math.sqrt(abs(self.cost.squared_error)), self.cost.squared_error)
+        return {
+            **asdict(self.cost),
+            "error": root,
+            "decision": "int8" if self.int8 else "fp32",
+            "why": self.why,
+            "order": self.order,
+        }
+
+
+@dataclass
+class SearchResult:
+    """What `search_groups` found.
+
+    Attributes:
+        keep_fp32: groups to leave in fp32.
+        table: a row for each group.
+        budget: relative error that was allowed.
+        error: of the chosen set in the serving runtime, against fp32.
+        error_all_int8: the same of everything in INT8.
+        error_floor: the same of nothing in INT8: what the serving precision rounds.
+        within_budget: whether `error` is.
+        ms: milliseconds a call of the graph unquantised in the serving precision, all in INT8, and
+            the chosen set, in one interleaved run.
+        runtime, precision, batch: what was timed.
+        tries: how often a set was chosen and measured.
+        why: why there is no set within the budget; empty if there is one.
+    """
+
+    keep_fp32: list[str] = field(default_factory=list)
+    table: list[Decision] = field(default_factory=list)
+    budget: float = 0.0
+    error: float = 0.0
+    error_all_int8: float = 0.0
+    error_floor: float = 0.0
+    within_budget: bool = False
+    ms: dict[str, float] = field(default_factory=dict)
+    runtime: str = ""
+    precision: str = ""
+    batch: int = 0
+    tries: int = 0
+    why: str = ""
+
+    def as_record(self) -> dict[str, Any]:
+        """For artifact.json."""
+        record = {**vars(self)}
+        record["table"] = [decision.as_record() for decision in self.table]
+        return record
+
+
+def choose_groups(
+    costs: Sequence[GroupCost], *, squared_error: float, budget: float
+) -> list[Decision]:
+    """Choose from measured numbers alone; the same numbers give the same choice.
+
+    First the groups whose INT8 surely does not pay (the whole interval of `ms_saved` at or below 0)
+    stay fp32. Then, while the error predicted is above the budget, the group that brings most error
+    per millisecond saved is given up (a saving below the timing's resolution counts as that
+    resolution). A group that adds no error is not given up for the budget. The last
+    group in INT8 is kept: whether it is worth having is for the caller's gates.
+
+    Args:
+        costs: one for each group.
+        squared_error: of the output with all groups in INT8 (relative error, squared).
+        budget: relative error allowed; not negative.
+
+    Raises:
+        UsageError: a group twice, or a budget that is not a number of at least 0.
+    """
+    names = [cost.group for cost in costs]
+    if len(set(names)) != len(names):
+        raise UsageError("a group appears twice in the table")
+    if not budget >= 0:
+        raise UsageError(f"the error budget must be at least 0, got {budget}")
+    decided: dict[str, Decision] = {}
+    predicted = squared_error
+    open_costs = list(costs)
+
+    def give_up(cost: GroupCost, why: str) -> None:
+        nonlocal predicted
+        decided[cost.group] = Decision(cost, int8=False, why=why, order=len(decided))
+        open_costs.remove(cost)
+        predicted -= cost.squared_error
+
+    slow = [cost for cost in costs if cost.ms_high is not None and cost.ms_high <= 0]
+    for cost in sorted(slow, key=lambda c: (c.ms_saved or 0.0, c.group)):
+        if len(open_costs) > 1:
+            give_up(cost, "INT8 is not faster than fp32 here")
+    while predicted > budget**2 and len(open_costs) > 1:
+        harmful = [cost for cost in open_costs if cost.squared_error > 0]
+        if not harmful:
+            break
+        worst = max(harmful, key=lambda c: (_error_per_ms(c), c.squared_error, c.group))
+        give_up(worst, "most error for the time it saves, above the budget")
+    for cost in open_costs:
+        decided[cost.group] = Decision(cost, int8=True, why=_why_int8(cost))
+    return [decided[name] for name in names]
+
+
+def search_groups(
+    variants: Variants,
+    *,
+    budget: float,
+    batch: int = 8,
+    rounds: int = 9,
+    time_limit_s: float = 300.0,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> SearchResult:
+    """Measure every group's error and time, choose, and measure the choice.
+
+    Each group is left out of an otherwise quantised graph, which runs interleaved with the graph
+    that has all groups in INT8. Three graphs and the reference are in memory at a time. After
+    `time_limit_s` the groups that are left are taken as adding an equal share of the error that is
+    not accounted for, and are not timed; their rows say so.
+
+    Args:
+        variants: of the graph, in the runtime and precision that will serve it.
+        budget: relative error of the output (root mean square over held-out rows).
+        batch: rows of a timed call.
+        rounds: interleaved calls of each graph.
+        time_limit_s: for the groups; the choice itself is always measured.
+        on_step: called with (steps done, steps).
+
+    Raises:
+        UsageError: a budget below 0, no rounds, or no rows in a batch.
+    """
+    if not budget >= 0:
+        raise UsageError(f"the error budget must be at least 0, got {budget}")
+    if rounds < 3 or batch < 1:
+        raise UsageError(f"rounds must be at least 3 and batch positive, got {rounds} and {batch}")
+    started = time.monotonic()
+    total = len(variants.groups) + 2
+    feed = variants.timing_feed(batch)
+    floor_graph = variants.serve(variants.source)
+    floor = root_mean_square(variants.row_errors(floor_graph))
+    rounding = root_mean_square(variants.rounding_errors())
+    with variants.written() as path:
+        full = variants.serve(path)
+    measured: dict[str, GroupCost] = {}
+    order = sorted(variants.groups, key=lambda group: -len(variants.groups[group]))
+    for done, group in enumerate(order):
+        on_step(done, total)
+        if len(order) == 1 or time.monotonic() - started > time_limit_s:
+            continue
+        with variants.written([group]) as path:
+            error = root_mean_square(variants.row_errors(OrtGraph(path)))
+            graph = variants.serve(path)
+        runs = {"without": partial(graph.run, feed), "full": partial(full.run, feed)}
+        seconds = interleaved_seconds(runs, rounds=rounds)
+        del graph, runs
+        saved, low, high = _milliseconds_saved(seconds["without"], seconds["full"])
+        measured[group] = GroupCost(
+            group, len(variants.groups[group]), rounding**2 - error**2, saved, low, high
+        )
+    costs = _with_unmeasured(variants.groups, measured, rounding**2)
+    result = SearchResult(
+        budget=budget, error_floor=floor, runtime=variants.runtime,
+        precision=variants.precision, batch=batch,
+    )  # fmt: skip
+    result.error_all_int8 = root_mean_square(variants.row_errors(full))
+    if floor >= budget:
+        what = f"{variants.runtime} in {variants.precision}"
+        result.why = f"without INT8 {what} is off by {floor:.3g}, the budget is {budget:.3g}"
+    allowed = math.inf if result.why else budget  # nothing that is given up would help
+    chosen: Graph = full
+    while result.tries < _TRIES:
+        on_step(len(order), total)
+        result.tries += 1
+        both = floor**2 + rounding**2
+        result.table = choose_groups(costs, squared_error=both, budget=allowed)
+        keep = [row.cost.group for row in result.table if not row.int8]
+        if keep != result.keep_fp32 or result.tries == 1:
+            result.keep_fp32 = keep
+            with variants.written(keep) as path:
+                chosen = variants.serve(path)
+            result.error = root_mean_square(variants.row_errors(chosen))
+        result.within_budget = result.error <= budget
+        if result.within_budget or result.why or len(keep) + 1 >= len(order):
+            break
+        allowed *= 0.97 * budget / result.error  # errors were not additive: aim lower
+    if not (result.within_budget or result.why):
+        result.why = f"the fewest layers in INT8 that were tried are off by {result.error:.3g}"
+    on_step(len(order) + 1, total)
+    runs = {"unquantised": partial(floor_graph.run, feed), "all_int8": partial(full.run, feed)}
+    runs["chosen"] = partial(chosen.run, feed)
+    seconds = interleaved_seconds(runs, rounds=rounds)
+    result.ms = {name: float(np.median(values) * 1e3) for name, values in seconds.items()}
+    on_step(total, total)
+    return result
+
+
+def _with_unmeasured(
+    groups: dict[str, list[str]], measured: dict[str, GroupCost], squared_error: float
+) -> list[GroupCost]:
+    """The measured costs, and for the rest an equal share of what they leave."""
+    missing = [group for group in groups if group not in measured]
+    rest = squared_error - sum(cost.squared_error for cost in measured.values())
+    share = max(rest, 0.0) / max(1, len(missing))
+    return [measured.get(group) or GroupCost(group, len(groups[group]), share) for group in groups]
+
+
+def _error_per_ms(cost: GroupCost) -> float:
+    """0 where it was not timed, so that it goes last. A saving below what the timing can tell
+    counts as that much."""
+    if cost.ms_saved is None or cost.ms_low is None or cost.ms_high is None:
+        return 0.0
+    resolution = (cost.ms_high - cost.ms_low) / 2
+    return cost.squared_error / max(cost.ms_saved, resolution, 1e-6)
+
+
+def _why_int8(cost: GroupCost) -> str:
+    if cost.ms_saved is None:
+        return "not measured: out of time"
+    if cost.ms_low is not None and cost.ms_low > 0:
+        return "faster than fp32"
+    return "not surely slower than fp32"
+
+
+def _milliseconds_saved(
+    without: Sequence[float], full: Sequence[float]
+) -> tuple[float, float, float]:
+    """Median of paired differences in ms, and its 95 % percentile-bootstrap interval."""
+    differences = (np.asarray(without) - np.asarray(full)) * 1e3
+    generator = numpy_generator(0, "milliseconds-saved")
+    picks = generator.integers(0, len(differences), size=(_RESAMPLES, len(differences)))
+    low, high = np.quantile(np.median(differences[picks], axis=1), [0.025, 0.975])
+    return float(np.median(differences)), float(low), float(high)

@@ -1,0 +1,373 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations to weights.
+
+A transformer's activations have a few channels that are far larger than the rest, and one scale for
+the tensor must hold them. Dividing channel j of X by s_j and multiplying row j of W by it leaves
+X W as it was and both easier to round: s_j = max|X_j|^a / max|W_j|^(1-a).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelops.errors import ExportError
+from modelops.export.calibration import TrajectoryRows
+from modelops.export.int8.groups import MAX_GROUPS, group_nodes, role_of_group, weighted_nodes
+from modelops.export.int8.qdq import QdqWriter
+from modelops.export.int8.quantize import calibrated_ranges, included_nodes
+from modelops.export.int8.ranges import Feed, Method, visit_tensors
+from modelops.export.onnx.external import load_graph, load_structure, remove_graph, save_graph
+from modelops.export.parity import relative_errors
+from modelops.export.runtimes.graphs import Array, RuntimeName, open_graph
+
+ALPHAS = (0.35, 0.5, 0.65, 0.8)
+_DEFAULT_ALPHA = 0.5  # the paper's
+SMOOTHED_ROLES = ("attention_qkv", "attention_out", "feed_forward", "layers", "conv_out")
+_FLOOR = 1e-5  # of maxima, as in the paper's code: a silent channel is not scaled
+
+
+@dataclass
+class Smoothing:
+    """What was tried and what is kept.
+
+    Attributes:
+        alpha: the one that is kept, or None: nothing lowered the error.
+        error_before: relative error (root mean square over held-out rows) without smoothing.
+        errors: alpha to the error with it.
+        tensors: activations that are scaled.
+        folded: of those, how many needed no node of their own.
+    """
+
+    alpha: float | None = None
+    error_before: float = 0.0
+    errors: dict[float, float] = field(default_factory=dict)
+    tensors: int = 0
+    folded: int = 0
+
+    def as_record(self) -> dict[str, Any]:
+        """For artifact.json."""
+        return {
+            "alpha": self.alpha,
+            "error_before": self.error_before,
+            "errors": {f"{alpha:g}": error for alpha, error in self.errors.items()},
+            "tensors": self.tensors,
+            "folded": self.folded,
+        }
+
+
+def channel_maxima(source: Path, tensors: Sequence[str], feeds: Sequence[Feed]) -> dict[str, Array]:
+    """Largest magnitude of each channel (last axis) of tensors, float32 [channels]."""
+    found: dict[str, Array] = {}
+
+    def largest(name: str, array: Array) -> None:
+        top = np.abs(array).reshape(-1, array.shape[-1]).max(axis=0)
+        found[name] = np.maximum(found[name], top) if name in found else top
+
+    visit_tensors(source, tensors, feeds, largest)
+    return found
+
+
+def smoothing_scales(activations: Array, weights: Array, alpha: float) -> Array:
+    """s_j of each channel, float32 [channels].
+
+    Args:
+        activations: max|X_j| [channels], not negative.
+        weights: max|W_j| [channels], over all consumers of X.
+        alpha: in [0, 1]; how much of the difficulty moves into the weights.
+    """
+    x = np.maximum(activations.astype(np.float64), _FLOOR)
+    w = np.maximum(weights.astype(np.float64), _FLOOR)
+    scales = np.clip(x**alpha / w ** (1.0 - alpha), _FLOOR, 1.0 / _FLOOR)
+    scales[activations <= _FLOOR] = 1.0
+    result: Array = scales.astype(np.float32)
+    return result
+
+
+def smoothable_tensors(source: Path, groups: Collection[str] | None = None) -> dict[str, list[str]]:
+    """Activation to the names of the MatMul and Gemm nodes that would share its scales.
+
+    Args:
+        source: fp32 model.onnx.
+        groups: only nodes of these groups; else those of attention, feed-forward and unknown roles.
+    """
+    targets = _targets(load_structure(source), groups)
+    return {name: [node.name for node in nodes] for name, nodes in targets.items()}
+
+
+def smooth_graph(
+    source: Path, target: Path, maxima: dict[str, Array], *, alpha: float = 0.5
+) -> tuple[int, int]:
+    """Write an fp32 graph that computes the same with smoothed activations.
+
+    The division goes into the scale and bias of a LayerNormalization before it where nobody else
+    reads its output; into the factor and the summand of an adaptive norm where those are one row
+    for each picture; else it is one Mul that all consumers share.
+
+    Args:
+        source: fp32 model.onnx.
+        target: where the smoothed one goes; same inputs, outputs and node names.
+        maxima: `channel_maxima` of the tensors to smooth (keys of `smoothable_tensors`).
+        alpha: see `smoothing_scales`.
+
+    Returns:
+        How many activations were smoothed, and how many of them without a node on all rows.
+
+    Raises:
+        ExportError: alpha outside [0, 1], or a maximum is not finite.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ExportError(f"alpha must be in [0, 1], got {alpha}")
+    model = load_graph(source)
+    editor = _Editor(model, _one_row_tensors(load_structure(source)))
+    folded = smoothed = 0
+    for tensor, nodes in _targets(model, None, names=set(maxima)).items():
+        if not np.isfinite(maxima[tensor]).all():
+            raise ExportError(f"{source}: {tensor} is not finite on a calibration row")
+        rows = [editor.row_maxima(node) for node in nodes]
+        scales = smoothing_scales(maxima[tensor], np.max(rows, axis=0), alpha)
+        for node in nodes:
+            editor.scale_rows(node, scales)
+        smoothed += 1
+        folded += editor.divide(tensor, nodes, scales)
+    editor.finish()
+    save_graph(model, target)
+    return smoothed, folded
+
+
+def choose_smoothing(
+    source: Path,
+    target: Path,
+    folder: Path,
+    *,
+    rows: TrajectoryRows,
+    held_out: TrajectoryRows,
+    method: Method = "minmax",
+    alphas: Sequence[float] = ALPHAS,
+    keep_fp32: Collection[str] = (),
+    runtime: RuntimeName = "onnxruntime",
+    least_gain: float = 0.02,
+    on_step: Callable[[], None] = lambda: None,
+) -> Smoothing:
+    """Smooth if that makes the quantised graph better on rows that calibration did not see.
+
+    Args:
+        source: fp32 model.onnx.
+        target: the smoothed fp32 graph, written only if one is kept.
+        folder: for graphs that are tried.
+        rows: calibration inputs.
+        held_out: rows the error is measured on.
+        method: how ranges are taken.
+        alphas: from the one nearest to 0.5 on, neighbours are tried while the error falls.
+        keep_fp32: groups that are not quantised in the comparison.
+        runtime: that runs the candidates.
+        least_gain: share of the error that must go for smoothing to be kept.
+        on_step: called before every candidate.
+
+    Returns:
+        What was measured; `alpha` None if the graph stays as it is.
+    """
+    result = Smoothing()
+    targets = smoothable_tensors(source)
+    feeds = held_out.batches(min(8, len(held_out)))
+    expected = [open_graph(source, "onnxruntime").run(feed) for feed in feeds]
+
+    def error_of(graph: Path, name: str) -> float:
+        on_step()
+        writer = QdqWriter(graph)
+        ranges = calibrated_ranges(writer, rows, folder / f"{name}.json", method)
+        path = folder / f"{name}.int8.onnx"
+        writer.write(path, ranges, included_nodes(writer.groups(), keep_fp32))
+        running = open_graph(path, runtime)
+        errors = [relative_errors(e, running.run(f)) for e, f in zip(expected, feeds, strict=True)]
+        remove_graph(path)
+        return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
+
+    result.error_before = error_of(source, "unsmoothed")
+    if not targets:
+        return result
+    maxima = channel_maxima(source, list(targets), rows.batches(min(8, len(rows))))
+    counts: dict[float, tuple[int, int]] = {}
+
+    def error_with(alpha: float) -> float:
+        if alpha not in result.errors:
+            candidate = folder / f"alpha-{alpha:g}.onnx"
+            counts[alpha] = smooth_graph(source, candidate, maxima, alpha=alpha)
+            result.errors[alpha] = error_of(candidate, candidate.stem)
+            remove_graph(candidate)
+        return result.errors[alpha]
+
+    best = _descend(sorted(set(alphas)), error_with)
+    if result.errors[best] <= result.error_before * (1.0 - least_gain):
+        result.alpha = best
+        result.tensors, result.folded = counts[best]
+        smooth_graph(source, target, maxima, alpha=best)
+    return result
+
+
+def _descend(alphas: Sequence[float], error_with: Callable[[float], float]) -> float:
+    """The alpha where the error is least among its neighbours."""
+    at = min(range(len(alphas)), key=lambda i: abs(alphas[i] - _DEFAULT_ALPHA))
+    for step in (1, -1):
+        while 0 <= at + step < len(alphas):
+            if error_with(alphas[at + step]) >= error_with(alphas[at]):
+                break
+            at += step
+    error_with(alphas[at])
+    return alphas[at]
+
+
+def _targets(
+    model: Any, groups: Collection[str] | None, names: Collection[str] | None = None
+) -> dict[str, list[Any]]:
+    """Activation to MatMul and Gemm nodes; every node that reads it and has weights counts."""
+    grouped = group_nodes(model, max_groups=MAX_GROUPS)
+    group_by_node = {node: group for group, members in grouped.items() for node in members}
+    found: dict[str, list[Any]] = {}
+    for node in weighted_nodes(model):
+        if node.op_type == "Conv" or any(a.name == "transA" and a.i for a in node.attribute):
+            continue
+        group = group_by_node[node.name]
+        wanted = group in groups if groups is not None else role_of_group(group) in SMOOTHED_ROLES
+        if wanted and (names is None or node.input[0] in names):
+            found.setdefault(node.input[0], []).append(node)
+    return found
+
+
+class _Editor:
+    """Edits of one fp32 graph that leave what it computes as it was."""
+
+    def __init__(self, model: Any, one_row: set[str]) -> None:
+        import onnx
+
+        self._graph, self._onnx = model.graph, onnx
+        self._constants = {item.name: item for item in model.graph.initializer}
+        self._values: dict[str, Array] = {}
+        self._producers = {name: node for node in model.graph.node for name in node.output}
+        self._readers: dict[str, list[Any]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        self._outputs = {value.name for value in model.graph.output}
+        self._one_row = one_row
+        self._before: dict[int, list[Any]] = {}
+        self._serial = 0
+
+    def row_maxima(self, node: Any) -> Array:
+        """max|W_j| over the outputs of a node, for each input channel j."""
+        weights = np.abs(self._weights(node))
+        result: Array = weights.max(axis=1)
+        return result
+
+    def scale_rows(self, node: Any, scales: Array) -> None:
+        stored = self._array(node.input[1])
+        column = scales[None, :] if _transposed(node) else scales[:, None]
+        node.input[1] = self._add(f"{node.input[1]}_smooth", stored * column)
+
+    def divide(self, tensor: str, nodes: list[Any], scales: Array) -> bool:
+        """Divide a tensor by the scales for these readers. True if that cost no node on all
+        rows."""
+        inverse = (1.0 / scales.astype(np.float64)).astype(np.float32)
+        alone = tensor not in self._outputs and len(self._readers[tensor]) == len(nodes)
+        producer = self._producers.get(tensor)
+        if alone and producer is not None and self._fold(producer, inverse):
+            return True
+        output = f"{tensor}_smoothed"
+        name = self._add(f"{tensor}_smooth_inverse", inverse)
+        multiply = self._onnx.helper.make_node("Mul", [tensor, name], [output], name=output)
+        self._insert(nodes[0], multiply)
+        for node in nodes:
+            node.input[0] = output
+        return False
+
+    def _fold(self, producer: Any, inverse: Array) -> bool:
+        if producer.op_type == "LayerNormalization":
+            parameters = [name for name in producer.input[1:3] if name]
+            if not all(name in self._constants for name in parameters):
+                return False
+            for index, name in enumerate(parameters, start=1):
+                producer.input[index] = self._add(f"{name}_smooth", self._array(name) * inverse)
+            return True
+        if producer.op_type != "Add":
+            return False
+        # An adaptive norm: x (1 + scale) + shift, with one row of scale and shift a picture.
+        product, shift = self._split(producer)
+        if product is None:
+            return False
+        factor = next((i for i in (0, 1) if product.input[i] in self._one_row), None)
+        if factor is None or len(self._readers[product.output[0]]) != 1:
+            return False
+        for node, index in ((product, factor), (producer, shift)):
+            node.input[index] = self._scaled(node, node.input[index], inverse)
+        return True
+
+    def _split(self, add: Any) -> tuple[Any, int]:
+        for shift in (1, 0):
+            product = self._producers.get(add.input[1 - shift])
+            if add.input[shift] not in self._one_row or product is None:
+                continue
+            if product.op_type == "Mul" and product.output[0] not in self._outputs:
+                return product, shift
+        return None, 0
+
+    def _scaled(self, reader: Any, tensor: str, inverse: Array) -> str:
+        self._serial += 1
+        output = f"{tensor}_smoothed_{self._serial}"
+        name = self._add(f"{output}_inverse", inverse)
+        node = self._onnx.helper.make_node("Mul", [tensor, name], [output], name=output)
+        self._insert(reader, node)
+        return output
+
+    def _insert(self, before: Any, node: Any) -> None:
+        position = next(i for i, known in enumerate(self._graph.node) if known is before)
+        self._before.setdefault(position, []).append(node)
+
+    def finish(self) -> None:
+        """Put the new nodes in their places and drop the weights that nobody reads."""
+        nodes = list(self._graph.node)
+        ordered = [n for i, node in enumerate(nodes) for n in (*self._before.get(i, []), node)]
+        del self._graph.node[:]
+        self._graph.node.extend(ordered)
+        used = {name for node in ordered for name in node.input} | self._outputs
+        kept = [item for item in self._graph.initializer if item.name in used]
+        del self._graph.initializer[:]
+        self._graph.initializer.extend(kept)
+
+    def _weights(self, node: Any) -> Array:
+        """[input channels, outputs]."""
+        stored = self._array(node.input[1])
+        return stored.T if _transposed(node) else stored.reshape(-1, stored.shape[-1])
+
+    def _array(self, name: str) -> Array:
+        if name in self._values:
+            return self._values[name]
+        values: Array = self._onnx.numpy_helper.to_array(self._constants[name])
+        return values
+
+    def _add(self, name: str, values: Array) -> str:
+        while name in self._constants:
+            name += "_"
+        tensor = self._onnx.numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name)
+        self._graph.initializer.append(tensor)
+        self._constants[name] = tensor
+        return name
+
+
+def _transposed(node: Any) -> bool:
+    return node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+
+
+def _one_row_tensors(structure: Any) -> set[str]:
+    """Tensors [N, 1, D], by shape inference: a Mul on them costs nothing beside one on all rows."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(structure, data_prop=True)
+    found = set()
+    for value in inferred.graph.value_info:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 3 and dims[1].dim_value == 1:
+            found.add(value.name)
+    return found

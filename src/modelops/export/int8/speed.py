@@ -1,0 +1,67 @@
+"""How fast a quantised denoiser is beside everything that could run in its place here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from modelops.export.calibration import TrajectoryRows
+from modelops.export.components import Component
+from modelops.export.runtimes.graphs import Graph, available_runtimes, open_graph
+from modelops.export.runtimes.openvino import openvino_has_bfloat16
+from modelops.export.timing import interleaved_seconds, speed_ratio
+from modelops.records import Measurement
+
+SPEED_BATCHES = (1, 8)
+# What INT8 replaces. Beside them stands bf16, which is as much work saved for other pictures.
+BASELINES = ("onnxruntime_fp32", "openvino_fp32")
+
+
+def measure_speed(
+    int8: Graph, fp32_graph: Path, denoiser: Component, rows: TrajectoryRows, *, rounds: int
+) -> dict[str, Measurement]:
+    """Denoiser latency of INT8 against fp32 in every runtime, bf16, and eager torch.
+
+    Args:
+        int8: the quantised graph as it will be served.
+        fp32_graph: the fp32 model.onnx.
+        denoiser: the torch network.
+        rows: real inputs.
+        rounds: interleaved calls of each.
+
+    Returns:
+        "denoiser_batchN_over_BASELINE" to how many times as fast INT8 is.
+    """
+    name = f"{int8.runtime} int8"
+    graphs: dict[str, Graph] = {name: int8}
+    for runtime in available_runtimes():
+        graphs[f"{runtime} fp32"] = open_graph(fp32_graph, runtime)
+    if "openvino fp32" in graphs and openvino_has_bfloat16():
+        graphs["openvino bf16"] = open_graph(fp32_graph, "openvino", precision="bfloat16")
+    results = {}
+    for batch in SPEED_BATCHES:
+        feed = rows.take([index % len(rows) for index in range(batch)])
+        runs: dict[str, Callable[[], object]] = {
+            key: partial(graph.run, feed) for key, graph in graphs.items()
+        }
+        runs["torch eager"] = partial(denoiser.run, feed)
+        seconds = interleaved_seconds(runs, rounds=rounds)
+        shapes = ", ".join("x".join(map(str, feed[key].shape)) for key in denoiser.rows_in[:1])
+        protocol = {"batch": batch, "shape": shapes, "rest": int8.precision}
+        for key in runs:
+            if key != name:
+                results[f"denoiser_batch{batch}_over_{key.replace(' ', '_')}"] = speed_ratio(
+                    seconds, of=name, over=key, protocol=protocol
+                )
+    return results
+
+
+def slower_than(speed: Mapping[str, Measurement]) -> dict[str, float]:
+    """The fp32 baselines at the largest batch that INT8 is not faster than, with the ratios."""
+    found = {}
+    for baseline in BASELINES:
+        ratio = speed.get(f"denoiser_batch{max(SPEED_BATCHES)}_over_{baseline}")
+        if ratio is not None and ratio.value is not None and ratio.value <= 1.0:
+            found[baseline] = ratio.value
+    return found

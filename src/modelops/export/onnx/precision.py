@@ -1,0 +1,203 @@
+"""fp32 graph to a mixed one: 16-bit where that is safe, float32 where it is not.
+
+Inputs and outputs stay float32, so a pipeline around the graph computes as before. What stays in
+float32 inside: normalisations, softmax, exponentials, powers, sums and sines (in reduced precision
+they lose the digits that matter: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740); what
+computes shapes; every node that reads or makes a value beyond a safe share of the format's largest
+number on measured inputs; and every node whose weights would not survive. Without measured inputs
+only the weights are known, and the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelops.errors import ExportError, UsageError
+from modelops.export.onnx.axes import GraphAxes, read_axes
+from modelops.export.onnx.external import (
+    EXTERNAL_BYTES,
+    check_data,
+    check_memory,
+    load_structure,
+    save_graph,
+)
+from modelops.export.onnx.mixed import FLOAT, GraphWeights, MixedPlan
+from modelops.export.onnx.overflow import NARROW, SAFE_SHARE, Narrow, float_format, measure_ranges
+from modelops.export.runtimes.graphs import Array
+
+_SLACK = 256 << 20
+_BFLOAT16_OPSET = 22  # before it, Conv has no bfloat16
+# What each runtime runs on a CPU, measured with onnxruntime 1.31 and OpenVINO 2026.4. onnxruntime
+# computes float16 graphs in float32 there and has no bfloat16 convolution.
+_SUPPORTED: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("float32", "float16"),
+    "openvino": ("float32", "float16", "bfloat16"),
+}
+
+
+@dataclass
+class PrecisionReport:
+    """What was converted, and what was not and why.
+
+    Attributes:
+        precision: "float16" or "bfloat16".
+        low_nodes: nodes that compute in it.
+        float32_nodes: float nodes that do not.
+        casts: Cast nodes added.
+        kept: node to why it stays float32, for those that their kind alone would not keep.
+        kinds: operator to how many of its nodes stay float32 for what they are.
+        bytes_before: of the float weights.
+        bytes_after: of the float weights.
+        runs: of the graph that ranges were measured in; 0 is not measured.
+        largest: the largest magnitude met; None if not measured.
+        bound: the magnitude from which on a value is kept out of the format.
+    """
+
+    precision: str
+    low_nodes: int = 0
+    float32_nodes: int = 0
+    casts: int = 0
+    kept: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    runs: int = 0
+    largest: float | None = None
+    bound: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for a record; an infinite magnitude is the text "inf"."""
+        values = asdict(self)
+        if self.largest is not None and not math.isfinite(self.largest):
+            values["largest"] = "inf"
+        return values
+
+
+def supported_precisions(runtime: str) -> tuple[str, ...]:
+    """Precisions of a graph's weights that a runtime takes on a CPU.
+
+    Raises:
+        UsageError: an unknown runtime.
+    """
+    if runtime not in _SUPPORTED:
+        raise UsageError(f"unknown runtime {runtime!r}", hint=f"one of {', '.join(_SUPPORTED)}")
+    return _SUPPORTED[runtime]
+
+
+def graph_precision(axes: GraphAxes) -> str:
+    """The narrowest float type of a graph's weights."""
+    names = {"BFLOAT16": "bfloat16", "FLOAT16": "float16"}
+    return next((name for kind, name in names.items() if kind in axes.types), "float32")
+
+
+def require_supported(path: Path, runtime: str, axes: GraphAxes | None = None) -> None:
+    """Refuse a graph that a runtime cannot run on a CPU, before it fails in its own words.
+
+    Raises:
+        ExportError: its precision or its opset is not one that the runtime has.
+    """
+    import onnx
+
+    axes = read_axes(path) if axes is None else axes
+    precision = graph_precision(axes)
+    if precision not in supported_precisions(runtime):
+        others = [name for name, known in _SUPPORTED.items() if precision in known]
+        raise ExportError(
+            f"{path}: {runtime} cannot run {precision} graphs on a CPU",
+            hint=f"--runtime {others[0]}" if others else "export it in float32",
+        )
+    newest = 26 if runtime == "onnxruntime" else int(onnx.defs.onnx_opset_version())
+    if axes.opset > newest:
+        raise ExportError(
+            f"{path}: opset {axes.opset} is too new for {runtime}, which knows up to {newest}",
+            hint="export it with a lower opset, or update the runtime",
+        )
+
+
+def convert_precision(
+    source: Path,
+    target: Path,
+    precision: Narrow,
+    *,
+    keep_fp32: Collection[str] = (),
+    feeds: Iterable[Mapping[str, Array]] | None = None,
+    safe_share: float = SAFE_SHARE,
+    external_bytes: int = EXTERNAL_BYTES,
+) -> PrecisionReport:
+    """Write a graph's mixed 16-bit version; the same source and feeds give the same bytes.
+
+    Args:
+        source: an fp32 model.onnx that is not quantised.
+        target: where the mixed one goes.
+        precision: "float16" or "bfloat16"; a bfloat16 graph has at least opset 22.
+        keep_fp32: names of nodes, or module paths (`unet.mid_block`): what lies below stays fp32.
+        feeds: real inputs, run one after the other; see `overflow.measure_ranges`.
+        safe_share: of the format's largest number.
+        external_bytes: see `writer.write_graph`.
+
+    Raises:
+        UsageError: an unknown precision, or a name in `keep_fp32` that no node has.
+        ExportError: the graph is quantised or not in float32, cannot be run on the feeds, or
+            there is not enough memory.
+    """
+    if precision not in NARROW:
+        raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(NARROW)}")
+    model = load_structure(source)
+    size = (check_data(source, model) or source).stat().st_size
+    # The narrower weights and their bytes; before that, onnxruntime's copy of the wide ones.
+    check_memory(size + _SLACK, doing=f"converting {source.parent.name} to {precision}")
+    narrow = float_format(precision)
+    _check_source(model, source)
+    if precision == "bfloat16":
+        _raise_opset(model, source)
+    plan = MixedPlan(model, narrow)
+    plan.keep_named(keep_fp32)
+    report = PrecisionReport(precision=precision, bound=safe_share * narrow.largest)
+    if feeds is not None:
+        ranges = measure_ranges(source, plan.activations(), _count(feeds, report))
+        report.largest = max(ranges.values(), default=0.0)
+        plan.keep_measured(ranges, report.bound)
+    weights = GraphWeights(source, model)
+    plan.keep_weights(weights)
+    plan.relax()
+    report.kept, report.kinds = plan.kept, dict(sorted(plan.kinds.items()))
+    report.low_nodes = len(plan.low)
+    report.float32_nodes = len(plan.float_nodes) - len(plan.low)
+    report.bytes_before = sum(weights.bytes_of(name) for name in plan.weights)
+    mixed, report.casts = plan.build(weights)
+    report.bytes_after = sum(
+        len(item.raw_data) for item in mixed.graph.initializer
+        if item.data_type in (FLOAT, narrow.onnx_type)
+    )  # fmt: skip
+    save_graph(mixed, target, external_bytes=external_bytes)
+    return report
+
+
+def _check_source(model: Any, path: Path) -> None:
+    kinds = {item.data_type for item in model.graph.initializer}
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
+        raise ExportError(f"{path}: quantised already", hint="convert the float32 graph")
+    if kinds & {10, 16} or FLOAT not in kinds:
+        raise ExportError(f"{path}: its weights are not float32", hint="convert the float32 graph")
+
+
+def _raise_opset(model: Any, path: Path) -> None:
+    """To the first opset with bfloat16 convolutions: nothing but types changed on the way there."""
+    entry = next(item for item in model.opset_import if not item.domain)
+    if entry.version >= _BFLOAT16_OPSET:
+        return
+    if any(node.op_type == "GroupNormalization" for node in model.graph.node):
+        raise ExportError(f"{path}: GroupNormalization has another meaning before opset 21")
+    entry.version = _BFLOAT16_OPSET
+
+
+def _count(
+    feeds: Iterable[Mapping[str, Array]], report: PrecisionReport
+) -> Iterator[Mapping[str, Array]]:
+    for feed in feeds:
+        report.runs += 1
+        yield feed

@@ -1,0 +1,129 @@
+"""Stand-ins for torch modules inside a diffusers pipeline: the same call, another runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from modelops.errors import UsageError
+from modelops.export.runtimes.graphs import Graph
+from modelops.export.signatures import Method, Signature
+
+Part = tuple[Graph, Signature]
+
+
+class ExportedModule:
+    """What a pipeline asks of a network, answered by graphs.
+
+    Calling it, `encode` and `decode` run a graph. `config`, `dtype` and `device` are its own.
+    Whatever else a pipeline looks at (the width of a layer, say) is looked up in the original
+    class, built without weights.
+
+    Args:
+        parts: the method that a graph stands for, to the graph and how it is called.
+        config: the configuration of the module it was exported from.
+        library, class_name: where that module's class is found: "diffusers" or "transformers".
+    """
+
+    dtype = torch.float32  # of everything that enters and leaves a graph
+
+    def __init__(
+        self,
+        parts: Mapping[Method, Part],
+        config: dict[str, Any],
+        *,
+        library: str = "",
+        class_name: str = "",
+    ) -> None:
+        self.parts = dict(parts)
+        self.config = FrozenDict(config)
+        self.graph = next(iter(self.parts.values()))[0]
+        self.device = torch.device(self.graph.device)
+        self._origin = (library, class_name)
+        self._skeleton: torch.nn.Module | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run("forward", args, kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """As the autoencoder's."""
+        return self._run("encode", args, kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """As the autoencoder's."""
+        return self._run("decode", args, kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> ExportedModule:
+        """Itself: a graph stays in its runtime."""
+        return self
+
+    def eval(self) -> ExportedModule:
+        """Itself: a graph is never trained."""
+        return self
+
+    def _run(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if method not in self.parts:
+            raise UsageError(f"{self._origin[1] or 'this network'} was exported without {method}")
+        graph, signature = self.parts[method]
+        given = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        wants_fields = bool(given.get("return_dict", True))
+        tensors = signature.flatten(given)
+        if self.device.type == "cpu":
+            feed = {name: value.numpy() for name, value in tensors.items()}
+            outputs = [torch.from_numpy(array) for array in graph.run_all(feed)]
+        else:
+            on_device: Any = graph
+            outputs = on_device.run_device(tensors)
+        return signature.restore(outputs, return_dict=wants_fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_origin" not in self.__dict__:
+            raise AttributeError(name)
+        if self._skeleton is None:
+            self._skeleton = _build_skeleton(*self._origin, dict(self.config))
+        return getattr(self._skeleton, name)
+
+
+class ExportedControl(ExportedModule):
+    """Passes for the class it stands for: ControlNet pipelines ask which one they were given."""
+
+    @property
+    def __class__(self) -> Any:
+        return library_class(*self._origin)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("an exported network's class cannot be changed")
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of diffusers or transformers by its name.
+
+    Raises:
+        UsageError: another library, or a name that it does not have.
+    """
+    import importlib
+
+    if library not in ("diffusers", "transformers"):
+        raise UsageError(f"a part of the pipeline is from {library!r}, which is not loaded")
+    found = getattr(importlib.import_module(library), name, None)
+    if not isinstance(found, type):
+        raise UsageError(f"{library} has no {name}", hint="is it a newer version's?")
+    return found
+
+
+def _build_skeleton(library: str, class_name: str, config: dict[str, Any]) -> torch.nn.Module:
+    """The original module with its weights on no device."""
+    from accelerate import init_empty_weights
+
+    kind = library_class(library, class_name)
+    with init_empty_weights():
+        if library == "diffusers":
+            module = kind.from_config(config)
+        else:
+            module = kind(kind.config_class.from_dict(config))
+    result: torch.nn.Module = module
+    return result

@@ -1,0 +1,132 @@
+"""Whether a request may come in: who asks, from where, and how often."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from collections.abc import Iterator, Mapping
+
+from modelops.errors import UsageError
+from modelops.serving.http.keys import (
+    FILE_VARIABLE,
+    Caller,
+    KeyRing,
+    KeysUnavailableError,
+    UnknownKeyError,
+)
+from modelops.serving.http.limits import RateLimitError, RateLimits
+from modelops.serving.http.schema import ApiError
+
+INSECURE_VARIABLE = "MODELOPS_INSECURE"
+
+
+class Access:
+    """Keys and rates of one process.
+
+    Without keys, requests are answered only where they came in on a loopback address: the address
+    that `bentoml serve` listens on is chosen on its own command line, so it is looked at here,
+    request by request.
+
+    Args:
+        insecure: let everybody in on every address.
+    """
+
+    def __init__(self, keys: KeyRing, limits: RateLimits, *, insecure: bool = False) -> None:
+        self.keys = keys
+        self.limits = limits
+        self.insecure = insecure
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Access:
+        """What the environment says; see keys.py, limits.py and MODELOPS_INSECURE.
+
+        Raises:
+            UsageError: a variable holds what it cannot.
+        """
+        insecure = environment.get(INSECURE_VARIABLE, "0")
+        if insecure not in ("0", "1"):
+            raise UsageError(f"{INSECURE_VARIABLE}={insecure!r}: must be 0 or 1")
+        return cls(
+            KeyRing.from_environment(environment),
+            RateLimits.from_environment(environment),
+            insecure=insecure == "1",
+        )
+
+    def identify(self, authorization: str, server_host: str | None) -> Caller:
+        """Who asks.
+
+        Args:
+            authorization: the header's value.
+            server_host: the address at which the connection came in; None for a Unix socket.
+
+        Raises:
+            ApiError: 401 for an unknown key, 403 without keys on an open address, 503 when the keys
+                cannot be read.
+        """
+        if not self.keys.required and not self.insecure and not is_loopback(server_host):
+            raise ApiError(
+                403, "api_keys_not_configured",
+                "this server has no API keys and answers on its loopback address only; "
+                f"its operator can set {FILE_VARIABLE}, or {INSECURE_VARIABLE}=1",
+            )  # fmt: skip
+        try:
+            return self.keys.identify(authorization)
+        except UnknownKeyError as error:
+            raise ApiError(401, "invalid_api_key", error.message) from error
+        except KeysUnavailableError as error:
+            raise ApiError(
+                503, "api_keys_unavailable", error.message, retry_after_s=30
+            ) from error  # fmt: skip
+
+    def take(self, caller: Caller, images: int) -> None:
+        """Count a request.
+
+        Raises:
+            ApiError: 429 with the seconds to wait, or 400 for more images at once than a minute
+                allows.
+        """
+        try:
+            self.limits.take(caller, images=images)
+        except RateLimitError as error:
+            if error.wait_s is None:
+                raise ApiError(400, "invalid_value", error.message, param="n") from error
+            raise ApiError(
+                429, "rate_limit_exceeded", error.message, retry_after_s=error.wait_s
+            ) from error  # fmt: skip
+
+    @contextlib.contextmanager
+    def refunding(self, caller: Caller, images: int) -> Iterator[None]:
+        """Images that the node owes in the end, because it was full or failed, do not count."""
+        try:
+            yield
+        except ApiError as error:
+            if error.status == 429 or error.status >= 500:
+                self.limits.give_back_images(caller, images)
+            raise
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether an address can be reached from its own machine only; a name or None counts as it."""
+    try:
+        address = ipaddress.ip_address(host or "")
+    except ValueError:
+        return True
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def check_open_address(host: str, environment: Mapping[str, str], *, insecure: bool) -> None:
+    """Refuse to listen on an open address without keys.
+
+    Raises:
+        UsageError: no keys, not loopback and not `insecure`; or what `Access.from_environment`
+            refuses, so that it is said before a server starts.
+    """
+    access = Access.from_environment(environment)
+    if not (is_loopback(host) or insecure or access.keys.required):
+        raise UsageError(
+            f"{host}: everybody who reaches this address could use the model: there are no API "
+            "keys",
+            hint="make one with `modelops serve key create`, or add --insecure",
+        )

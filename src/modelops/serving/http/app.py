@@ -1,0 +1,208 @@
+"""HTTP around a node: the OpenAI Images API, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from modelops import __version__
+from modelops.serving.http.access import Access
+from modelops.serving.http.admin import add_admin_routes
+from modelops.serving.http.answers import check_key, error_response, read_body
+from modelops.serving.http.openapi import describe
+from modelops.serving.http.page import add_page
+from modelops.serving.http.schema import ApiError, ImagesRequest, ImagesResponse, parse_request
+from modelops.serving.http.streaming import MEDIA_TYPE as EVENTS
+from modelops.serving.swap.routed import AppState, RoutedStream, make_images, through_lanes
+from modelops.serving.telemetry.logs import PROMPTS
+from modelops.serving.telemetry.metrics import CONTENT_TYPE
+from modelops.serving.telemetry.observe import ROUTES, Observe, note_request
+from modelops.serving.telemetry.tracing import SCOPE_KEY, RequestTrace
+
+if TYPE_CHECKING:
+    from modelops.serving.http.peers import Peers
+    from modelops.serving.node import InferenceNode
+    from modelops.serving.swap.fleet import Fleet
+    from modelops.serving.swap.lanes import Lane
+
+log = logging.getLogger("modelops.serving")
+
+
+def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None) -> FastAPI:
+    """The FastAPI application of a node.
+
+    Args:
+        node: may also be set later as `app.state.node`; until then everything answers 503.
+        fleet: in place of a single node; may also be set later as `app.state.fleet`.
+    """
+    app = FastAPI(
+        title="modelops inference node",
+        version=__version__,
+        description="OpenAI Images API for one release, with seeds and receipts.",
+        docs_url=None,
+        redoc_url=None,
+        **_without_own_telemetry(),
+    )
+    app.state = AppState({"fleet": fleet})
+    if node is not None:
+        app.state.node = node
+    app.state.access = Access.from_environment(os.environ)
+    app.state.preview_turns = asyncio.Semaphore(1)
+    app.state.peers = None  # the other workers, where there are any
+    app.add_middleware(Observe, application=app)
+
+    @app.exception_handler(ApiError)
+    async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+        request.scope[SCOPE_KEY].fields["code"] = error.code
+        return error_response(app, error)
+
+    @app.exception_handler(404)
+    async def _not_found(request: Request, error: Exception) -> JSONResponse:
+        return error_response(app, ApiError(404, "not_found", "there is no such route"))
+
+    @app.exception_handler(405)
+    async def _not_allowed(request: Request, error: Exception) -> JSONResponse:
+        return error_response(app, ApiError(405, "method_not_allowed", "use another HTTP method"))
+
+    @app.post(
+        "/v1/images/generations",
+        response_model=ImagesResponse,
+        responses={200: {"content": {EVENTS: {"schema": {"type": "string"}}}}},
+        summary="Make images; with `stream`, one image as server-sent events",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": ImagesRequest.model_json_schema()}},
+            }
+        },
+    )
+    async def generate(request: Request) -> Response:
+        caller = check_key(app, request)
+        body = await read_body(request)
+        served = _node(app)
+        wanted = parse_request(body)
+        trace: RequestTrace = request.scope[SCOPE_KEY]
+        note_request(trace, wanted)
+        trace.fields["key"] = caller.name
+        access: Access = app.state.access
+        images_wanted = wanted.n or 1
+        try:
+            access.take(caller, images_wanted)
+        except ApiError as error:
+            if error.status == 429:
+                served.metrics.on_rejected("rate_limit")
+            raise
+
+        @contextlib.contextmanager
+        def held() -> Iterator[None]:
+            texts = (wanted.prompt, wanted.negative_prompt)
+            with access.refunding(caller, images_wanted), PROMPTS.in_hand(*texts):
+                yield
+
+        if wanted.stream:
+            turns: asyncio.Semaphore = app.state.preview_turns
+            return RoutedStream(app.state.fleet, wanted, caller, trace, turns=turns, held=held)
+
+        async def attempt(lane: Lane) -> ImagesResponse | None:
+            return await make_images(lane, request, trace, held)
+
+        answer = await through_lanes(app.state.fleet, wanted, caller, trace, attempt)
+        if answer is None:
+            return Response(status_code=499)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @app.get("/v1/models", summary="The model that is served, and a canary beside it")
+    async def models(request: Request) -> JSONResponse:
+        check_key(app, request)
+        _node(app)
+        fleet: Fleet = app.state.fleet
+        entries = [{"id": name, **_model_entry(role, node)} for name, role, node in fleet.models()]
+        return JSONResponse({"object": "list", "data": entries})
+
+    @app.get("/livez", summary="Whether the process should go on")
+    async def livez() -> Response:
+        alive = app.state.node is not None and app.state.node.alive()
+        peers: Peers | None = app.state.peers
+        if alive and peers is not None:
+            alive = await peers.alive()
+        return PlainTextResponse("ok\n" if alive else "dead\n", status_code=200 if alive else 503)
+
+    @app.get("/readyz", summary="Whether requests should be sent here")
+    async def readyz() -> Response:
+        served = app.state.node
+        problems = ["starting"] if served is None else await asyncio.to_thread(served.readiness)
+        peers: Peers | None = app.state.peers
+        if peers is not None:
+            problems = problems + await peers.problems()
+        body: dict[str, Any] = {"ready": not problems, "problems": problems}
+        if served is not None and served.golden is not None:
+            body["golden_pixels_sha256"] = served.golden.pixels_sha256
+            body["golden_mean_difference"] = served.golden.mean_difference
+        return JSONResponse(body, status_code=503 if problems else 200)
+
+    @app.get("/metrics", summary="Prometheus metrics")
+    async def metrics() -> Response:
+        peers: Peers | None = app.state.peers
+        _node(app)
+        text = app.state.fleet.text() if peers is None else await peers.exposition()
+        return Response(text, media_type=CONTENT_TYPE)
+
+    add_admin_routes(app)
+
+    add_page(app)
+
+    # Inside BentoML's router an unmatched path would get its answer, not ours.
+    @app.api_route(
+        "/{path:path}",
+        methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        include_in_schema=False,
+    )
+    async def unknown(path: str) -> Response:
+        if f"/{path}" in ROUTES:
+            raise ApiError(405, "method_not_allowed", "use another HTTP method")
+        raise ApiError(404, "not_found", "there is no such route")
+
+    describe(app)
+    return app
+
+
+def _without_own_telemetry() -> dict[str, Any]:
+    """Newer FastAPI makes spans and log records of its own, which may quote a request's body."""
+    if "telemetry" not in inspect.signature(FastAPI.__init__).parameters:
+        return {}
+    return {"telemetry": {"tracing": False, "logs": False, "operation_spans": False}}
+
+
+def _model_entry(role: str, node: InferenceNode) -> dict[str, Any]:
+    return {
+        "object": "model",
+        "created": int(node.release.started_at.timestamp()),
+        "owned_by": "modelops",
+        "x_modelops": {
+            "version": node.release.version,
+            "role": role,
+            "release_sha256": node.release_sha256,
+            "model_sha256": node.release.model_sha256,
+            "size": f"{node.resolution}x{node.resolution}",
+            "runtime": node.runtime,
+            "steps": node.defaults.steps,
+            "guidance": node.defaults.guidance,
+            "batches": node.release.defaults.get("company"),
+            "signing": node.sealer.about,
+        },
+    }
+
+
+def _node(app: FastAPI) -> InferenceNode:
+    if app.state.node is None:
+        raise ApiError(503, "not_ready", "the server is starting", retry_after_s=5)
+    node: InferenceNode = app.state.node
+    return node

@@ -1,0 +1,277 @@
+"""How often a caller may ask: two token buckets per key, for requests and for images.
+
+A bucket holds a minute's worth and refills evenly, so a caller that was quiet may send a minute's
+worth at once; over any longer time t it gets at most rate x (t + 60 s). The workers of a node share
+their buckets, so a rate holds for all of them together; a caller without a rate costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from modelops.errors import ModelopsError, UsageError
+from modelops.serving.http.keys import Caller
+from modelops.serving.workers import run_directory
+
+log = logging.getLogger("modelops.serving")
+
+REQUESTS_VARIABLE = "MODELOPS_REQUESTS_PER_MINUTE"
+IMAGES_VARIABLE = "MODELOPS_IMAGES_PER_MINUTE"
+MINUTE_S = 60.0
+MAX_CALLERS = 10_000
+_WHAT = ("requests", "images")
+_LOCK_S = 0.5  # it is held for microseconds, unless its process stands still
+
+
+class RateLimitError(ModelopsError):
+    """Too often. `wait_s`: seconds until the same request would be let in; None is never."""
+
+    def __init__(self, message: str, *, wait_s: float | None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+@dataclass(slots=True)
+class TokenBucket:
+    """Tokens that refill at `rate` per minute, up to `rate`; `level` is that of `at` (seconds)."""
+
+    rate: float
+    level: float
+    at: float
+
+    def refill(self, now: float) -> None:
+        """Let the tokens of the time since `at` flow in."""
+        self.level = min(self.rate, self.level + max(0.0, now - self.at) * self.rate / MINUTE_S)
+        self.at = now
+
+    def wait(self, tokens: float) -> float | None:
+        """Seconds until there are as many; None when there never will be."""
+        if tokens > self.rate:
+            return None
+        return max(0.0, tokens - self.level) * MINUTE_S / self.rate
+
+
+Buckets = dict[str, TokenBucket]  # of one caller, by what is counted: "requests", "images"
+
+
+_FORM = struct.Struct("<6d")  # of both: rate, level, at
+_NONE = TokenBucket(rate=0.0, level=0.0, at=0.0)
+
+
+class BucketStore(Protocol):
+    """Where buckets are kept."""
+
+    def of(self, caller: str) -> AbstractContextManager[Buckets]:
+        """A caller's buckets, nobody else's within the block; changes are kept at its end."""
+
+
+class OwnBuckets:
+    """Buckets in this process."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, Buckets] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def of(self, caller: str) -> Iterator[Buckets]:
+        """A caller's buckets."""
+        with self._lock:
+            if caller not in self._buckets and len(self._buckets) >= MAX_CALLERS:
+                self._forget_full_ones()
+            yield self._buckets.setdefault(caller, {})
+
+    def _forget_full_ones(self) -> None:
+        """Keys come and go; a full bucket is worth as much as none."""
+        now = self._clock()
+        for name, buckets in list(self._buckets.items()):
+            for bucket in buckets.values():
+                bucket.refill(now)
+            if all(bucket.level >= bucket.rate for bucket in buckets.values()):
+                del self._buckets[name]
+
+
+class SharedBuckets:
+    """Buckets of the workers of a node: one small file for each caller, locked while it is used.
+
+    A killed worker lets its locks go. One that stands still within the block keeps that caller
+    out: RateLimitError rather than no limit. Where the files cannot be written, each worker counts
+    by itself.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder = folder
+        self._own = OwnBuckets(clock)
+
+    @contextlib.contextmanager
+    def of(self, caller: str) -> Iterator[Buckets]:
+        """A caller's buckets.
+
+        Raises:
+            RateLimitError: another worker does not give them free.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                file = self._open(caller)
+                stack.callback(os.close, file)
+                self._lock(file)
+                buckets = _unpacked(os.pread(file, _FORM.size, 0))
+                # No room for a new file shows here, before a token is spent that nobody noted.
+                os.pwrite(file, _packed(buckets), 0)
+            except OSError as error:
+                log.warning("rates are counted by each worker: %s", error.strerror or error)
+                yield stack.enter_context(self._own.of(caller))
+                return
+            yield buckets
+            os.pwrite(file, _packed(buckets), 0)
+
+    def _open(self, caller: str) -> int:
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        name = hashlib.sha256(caller.encode()).hexdigest()[:32]
+        # Opened anew each time: threads of one process exclude each other, too.
+        return os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    @staticmethod
+    def _lock(handle: int) -> None:
+        deadline = time.monotonic() + _LOCK_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RateLimitError(
+                        "the rate of this key cannot be told; try again", wait_s=1.0
+                    ) from error
+                time.sleep(0.0002)
+            else:
+                return
+
+
+def _packed(buckets: Buckets) -> bytes:
+    kept = [buckets.get(what) or _NONE for what in _WHAT]
+    return _FORM.pack(*(number for one in kept for number in (one.rate, one.level, one.at)))
+
+
+def _unpacked(data: bytes) -> Buckets:
+    if len(data) != _FORM.size:
+        return {}  # a new file
+    numbers = _FORM.unpack(data)
+    found = (TokenBucket(*numbers[at : at + 3]) for at in (0, 3))
+    return {what: one for what, one in zip(_WHAT, found, strict=True) if one.rate}
+
+
+class RateLimits:
+    """Buckets by caller. Thread-safe.
+
+    Args:
+        requests_per_minute, images_per_minute: of callers without a rate of their own; None does
+            not limit them.
+        store: where buckets are kept; in this process when not given.
+        clock: seconds, never going back, the same in all processes that share the store.
+    """
+
+    def __init__(
+        self,
+        *,
+        requests_per_minute: int | None = None,
+        images_per_minute: int | None = None,
+        store: BucketStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._defaults = {"requests": requests_per_minute, "images": images_per_minute}
+        self._clock = clock
+        self._store = store or OwnBuckets(clock)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RateLimits:
+        """Default rates from MODELOPS_REQUESTS_PER_MINUTE and MODELOPS_IMAGES_PER_MINUTE.
+
+        Workers of one node share their buckets in its run directory.
+
+        Raises:
+            UsageError: not a whole number from 1 on.
+        """
+        shared = run_directory(environment)
+
+        def rate(name: str) -> int | None:
+            text = environment.get(name, "")
+            if not text:
+                return None
+            if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1_000_000):
+                raise UsageError(f"{name}={text!r}: not a whole number from 1 to 1000000")
+            return int(text)
+
+        return cls(
+            requests_per_minute=rate(REQUESTS_VARIABLE),
+            images_per_minute=rate(IMAGES_VARIABLE),
+            store=SharedBuckets(shared / "limits") if shared else None,
+        )
+
+    def take(self, caller: Caller, *, images: int) -> None:
+        """Count one request for `images` images; all of it or, on an error, none of it.
+
+        Raises:
+            RateLimitError: says which limit, and how long to wait.
+        """
+        rates = self._rates(caller)
+        if not rates:
+            return
+        with self._store.of(caller.name) as buckets:
+            now = self._clock()
+            wanted = [
+                (what, tokens, _bucket(buckets, what, rates[what], now))
+                for what, tokens in (("requests", 1), ("images", images))
+                if what in rates
+            ]
+            waits = [(bucket.wait(tokens), what, bucket) for what, tokens, bucket in wanted]
+            for wait_s, what, bucket in waits:
+                if wait_s is None:
+                    raise RateLimitError(
+                        f"this key may make {bucket.rate:g} {what} a minute, fewer than were asked "
+                        "for at once",
+                        wait_s=None,
+                    )
+            longest = max(waits, key=lambda entry: entry[0] or 0.0, default=None)
+            if longest is not None and longest[0]:
+                raise RateLimitError(
+                    f"this key may make {longest[2].rate:g} {longest[1]} a minute",
+                    wait_s=longest[0],
+                )
+            for _, tokens, bucket in wanted:
+                bucket.level -= tokens
+
+    def give_back_images(self, caller: Caller, images: int) -> None:
+        """Return images that were never made, because the node was full or failed."""
+        if "images" not in self._rates(caller):
+            return
+        with contextlib.suppress(RateLimitError), self._store.of(caller.name) as buckets:
+            bucket = buckets.get("images")
+            if bucket is not None:
+                bucket.level = min(bucket.rate, bucket.level + images)
+
+    def _rates(self, caller: Caller) -> dict[str, int]:
+        own = {"requests": caller.requests_per_minute, "images": caller.images_per_minute}
+        rates = {what: self._defaults[what] if own[what] is None else own[what] for what in _WHAT}
+        return {what: rate for what, rate in rates.items() if rate is not None}
+
+
+def _bucket(buckets: Buckets, what: str, rate: int, now: float) -> TokenBucket:
+    bucket = buckets.get(what)
+    if bucket is None or bucket.rate != rate:  # new, or the file gave it another rate
+        level = rate if bucket is None else min(bucket.level, rate)
+        bucket = TokenBucket(rate=rate, level=level, at=now if bucket is None else bucket.at)
+        buckets[what] = bucket
+    bucket.refill(now)
+    return bucket

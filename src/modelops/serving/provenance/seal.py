@@ -1,0 +1,250 @@
+"""Finished pixels to what may leave the node: an encoded file with its manifest, and its receipt.
+
+    pixels ─▶ encode ─▶ C2PA manifest ─▶ read back ─▶ receipt ─▶ signed ─▶ kept ─▶ sent
+
+With a watermark key, an invisible watermark is put in before the encoding. No manifest, no picture.
+No room for the receipt on the disk: the picture is sent all the same (the receipt is in the answer
+too), unless the node was told to refuse.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from modelops import __version__
+from modelops.errors import UsageError
+from modelops.files import sha256_bytes
+from modelops.serving.failures import ReceiptError
+from modelops.serving.golden import pixels_sha256
+from modelops.serving.provenance.images import MARK, encode_image
+from modelops.serving.provenance.manifests import Marker
+from modelops.serving.provenance.receipts import (
+    ReceiptLog,
+    new_receipt_id,
+    sign_receipt,
+    text_digest,
+    utc_now,
+    without_texts,
+)
+from modelops.serving.provenance.signing import open_signing_key
+from modelops.serving.provenance.watermark import METHOD, Watermark, open_watermark
+from modelops.serving.workers import worker_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from prometheus_client import CollectorRegistry
+
+    from modelops.models.sources import ImageRequest
+    from modelops.records import ReleaseRecord, SourceInfo
+    from modelops.serving.scheduling.jobs import EngineImage
+    from modelops.serving.settings import NodeSettings
+
+log = logging.getLogger("modelops.serving")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What every picture of a node has in common; `filters` by kind, "prompt" and "image"."""
+
+    release: ReleaseRecord
+    release_sha256: str
+    source: SourceInfo
+    filters: Mapping[str, str]
+
+
+class Sealer:
+    """Seals pictures; may be called by any thread.
+
+    Args:
+        origin: see Origin.
+        settings: signing_key, signing_chain, watermark_key, receipts and what belongs to them.
+        registry: for the counter of receipts.
+
+    Raises:
+        UsageError: a key, chain or setting that cannot be used.
+        MissingExtraError: c2pa-python is not installed.
+        ModelopsError: the receipts' folder cannot be written to.
+    """
+
+    def __init__(
+        self, origin: Origin, settings: NodeSettings, registry: CollectorRegistry | None = None
+    ) -> None:
+        self.origin = origin
+        self._refuse = _choice("receipts_failure", settings.receipts_failure, "send", "refuse")
+        self._texts = _choice("receipts_prompts", settings.receipts_prompts, "digest", "text")
+        self.key = open_signing_key(settings.signing_key, settings.signing_chain)
+        release = origin.release
+        self.watermark: Watermark | None = (
+            open_watermark(settings.watermark_key) if settings.watermark_key else None
+        )
+        self._marker = Marker(self.key, software=(release.name, release.version))
+        self.receipts = (
+            ReceiptLog(
+                settings.receipts,
+                max_bytes=settings.receipts_mb * 1_000_000,
+                writers=worker_count(),
+                registry=registry,
+            )
+            if settings.receipts
+            else None
+        )
+        if self.key.development:
+            log.warning(
+                "DEVELOPMENT signing key: the pictures are marked, but by nobody anyone can trust; "
+                "set MODELOPS_SIGNING_KEY and MODELOPS_SIGNING_CHAIN in production"
+            )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How others can check what this node signs: the key's digest and its certificates."""
+        return {
+            "key_id": self.key.key_id,
+            "development": self.key.development,
+            "certificates": self.key.chain.decode("ascii"),
+        }
+
+    def seal(
+        self, image: EngineImage, output_format: str, image_score: float
+    ) -> tuple[bytes, dict[str, Any]]:
+        """(file, signed receipt) of an image that the filters let pass.
+
+        Raises:
+            ProvenanceError: it cannot be marked; it must not be sent.
+            ReceiptError: the receipt cannot be kept and the node refuses without.
+        """
+        request, release = image.request, self.origin.release
+        receipt_id = new_receipt_id()
+        shown, watermark = self._with_watermark(image.pixels)
+        generation = {
+            **self._generation(request, image.pixels), **watermark, "receipt": receipt_id
+        }  # fmt: skip
+        encoded = encode_image(shown, output_format, _visible(generation))
+        marked = self._marker.embed(encoded, output_format, generation)
+        content = {
+            **watermark,
+            "kind": "receipt",
+            "schema_version": 1,
+            "id": receipt_id,
+            "created": utc_now(),
+            "modelops": __version__,
+            "request": {
+                "prompt": request.prompt,
+                "prompt_sha256": text_digest(request.prompt),
+                "negative_prompt": request.negative_prompt,
+                "negative_prompt_sha256": text_digest(request.negative_prompt),
+                "seed": request.seed,
+                "steps": request.steps,
+                "guidance": request.guidance,
+                "size": generation["size"],
+                "output_format": output_format,
+            },
+            "release": {
+                "name": release.name,
+                "version": release.version,
+                "sha256": self.origin.release_sha256,
+            },
+            "model_sha256": release.model_sha256,
+            "runtime": self.origin.source.runtime,
+            "precision": self.origin.source.precision,
+            "batch_rows": list(image.batch_rows),
+            "mean_rows": round(image.mean_rows, 2),
+            "filters": {
+                "prompt": self.origin.filters["prompt"],
+                "image": self.origin.filters["image"],
+                "image_score": round(image_score, 6),
+            },
+            "pixels_sha256": generation["pixels_sha256"],
+            "output_sha256": sha256_bytes(marked),
+            "output_bytes": len(marked),
+            "queue_s": round(image.queue_s, 4),
+            "denoise_s": round(image.denoise_s, 4),
+        }
+        receipt = sign_receipt(content, self.key)
+        self._keep(receipt)
+        return marked, receipt
+
+    def seal_partial(
+        self, pixels: npt.NDArray[np.uint8], request: ImageRequest, output_format: str, index: int
+    ) -> bytes:
+        """The file of an unfinished picture [H, W, 3] that the filter let pass: marked, no receipt.
+
+        Args:
+            request: as the engine filled it in.
+            index: 0-based number of the partial image; its manifest says it.
+
+        Raises:
+            ProvenanceError: it cannot be marked; it must not be sent.
+        """
+        shown, watermark = self._with_watermark(pixels)
+        generation = {
+            **self._generation(request, pixels), **watermark, "partial_image_index": index
+        }  # fmt: skip
+        encoded = encode_image(shown, output_format, _visible(generation))
+        return self._marker.embed(encoded, output_format, generation)
+
+    def _with_watermark(
+        self, pixels: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
+        """(pixels to send, what manifest and receipt say of the watermark: {} without one)."""
+        if self.watermark is None:
+            return pixels, {}
+        made = self.watermark.embed(pixels)
+        said = {
+            "method": METHOD,
+            "key_id": self.watermark.key_id,
+            "psnr_db": round(made.psnr_db, 2),
+            "z": round(made.detection.z, 2),
+            "found": made.detection.found,
+            "pixels_sha256": pixels_sha256(made.pixels),
+        }
+        return made.pixels, {"watermark": said}
+
+    def _generation(self, request: ImageRequest, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        """How a picture was made. Nothing of the prompt: this goes wherever the picture goes."""
+        release = self.origin.release
+        return {
+            "release": f"{release.name} {release.version}",
+            "release_sha256": self.origin.release_sha256,
+            "model_sha256": release.model_sha256,
+            "runtime": self.origin.source.runtime,
+            "seed": request.seed,
+            "steps": request.steps,
+            "guidance": request.guidance,
+            "size": f"{request.width}x{request.height}",
+            "pixels_sha256": pixels_sha256(pixels),
+        }
+
+    def close(self) -> None:
+        """Close the receipts' file."""
+        if self.receipts is not None:
+            self.receipts.close()
+
+    def _keep(self, receipt: Mapping[str, Any]) -> None:
+        if self.receipts is None:
+            return
+        kept = self.receipts.write(receipt if self._texts else without_texts(receipt))
+        if not kept and self._refuse:
+            raise ReceiptError("the receipt cannot be kept, so no picture is sent")
+
+
+def _visible(generation: Mapping[str, Any]) -> dict[str, str]:
+    """What programs that know no C2PA find in the file's own metadata."""
+    return {
+        "Software": "modelops",
+        "Notice": MARK,
+        "seed": str(generation["seed"]),
+        "steps": str(generation["steps"]),
+        "guidance": f"{generation['guidance']:g}",
+        "release": generation["release"],
+        "release_sha256": generation["release_sha256"],
+    }
+
+
+def _choice(name: str, value: str, usual: str, other: str) -> bool:
+    if value not in (usual, other):
+        raise UsageError(f"MODELOPS_{name.upper()}={value!r}: must be {usual} or {other}")
+    return value == other

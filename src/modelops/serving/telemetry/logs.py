@@ -1,0 +1,286 @@
+"""Log records to JSON lines, written by a thread that never holds up a request.
+
+A full disk, a closed pipe or a reader that stands still loses lines, which are counted; it never
+blocks or fails a request. Prompts are left out unless they are asked for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from modelops.errors import UsageError
+from modelops.serving.telemetry.rotation import RotatingFile
+
+PROMPTS_VARIABLE = "MODELOPS_LOG_PROMPTS"
+FILE_VARIABLE = "MODELOPS_LOG_FILE"
+FORMAT_VARIABLE = "MODELOPS_LOG_FORMAT"
+MEGABYTES_VARIABLE = "MODELOPS_LOG_MB"
+KEEP_VARIABLE = "MODELOPS_LOG_KEEP"
+MAX_WAITING = 10_000  # lines; about 5 MB
+_YES = ("1", "true", "yes")
+_NO = ("", "0", "false", "no")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, the record's fields, the exception.
+
+    Args:
+        prompts: also write the prompts; otherwise they are taken out of exceptions too, which may
+            quote them.
+        quoted: the prompts of the requests in hand, for that.
+    """
+
+    def __init__(
+        self, *, prompts: bool = False, quoted: Callable[[], list[str]] | None = None
+    ) -> None:
+        super().__init__()
+        self._prompts = prompts
+        self._quoted = quoted or (lambda: [])
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if self._prompts:
+            line |= getattr(record, "prompts", {})
+        if record.exc_info:
+            line["exception"] = self.exception(record)
+        return json.dumps(line, default=str)  # ASCII: no character in it can end a line
+
+    def exception(self, record: logging.LogRecord) -> str:
+        """The traceback, without prompts unless they are asked for."""
+        text = self.formatException(record.exc_info) if record.exc_info else ""
+        return text if self._prompts else redact(text, self._quoted())
+
+
+class PlainLines(JsonLines):
+    """The same for a person at a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and a traceback below it."""
+        moment = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        text = f"{moment} {record.levelname.lower()} {record.getMessage()}"
+        if name := getattr(record, "fields", {}).get("request_id"):
+            text += f"  {name}"
+        if self._prompts and getattr(record, "prompts", None):
+            text += f"  {json.dumps(record.prompts, ensure_ascii=False)}"  # type: ignore[attr-defined]
+        return f"{text}\n{self.exception(record)}" if record.exc_info else text
+
+
+class LineWriter(logging.Handler):
+    """Hands lines to a thread that writes them to a file descriptor or a RotatingFile.
+
+    Args:
+        descriptor: written with os.write; closed by `close` if `own`.
+        on_lost: called with the number of lines that were lost, by any thread.
+        max_waiting: lines that may wait to be written.
+    """
+
+    def __init__(
+        self,
+        descriptor: int | RotatingFile,
+        *,
+        own: bool = False,
+        on_lost: Callable[[int], Any] | None = None,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._own = own
+        self.on_lost = on_lost or (lambda lines: None)
+        self.lost = 0
+        self._lines: queue.Queue[bytes | None] = queue.Queue(max_waiting)
+        self._thread = threading.Thread(target=self._run, name="modelops-log", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line; never blocks and never raises."""
+        try:
+            line = (self.format(record) + "\n").encode("utf-8", "backslashreplace")
+            self._lines.put_nowait(line)
+        except Exception:
+            self._lose()
+
+    def flush(self, timeout_s: float = 2.0) -> None:
+        """Wait until what waits is written, for `timeout_s` seconds at most."""
+        deadline = time.monotonic() + timeout_s
+        while (
+            self._lines.unfinished_tasks and self._thread.is_alive() and time.monotonic() < deadline
+        ):
+            time.sleep(0.005)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Write what waits, for `timeout_s` seconds at most, and end the thread."""
+        atexit.unregister(self.close)
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._lines.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+        if self._own and not self._thread.is_alive():
+            with contextlib.suppress(OSError):
+                if isinstance(self._descriptor, RotatingFile):
+                    self._descriptor.close()
+                elif self._descriptor >= 0:
+                    os.close(self._descriptor)
+            self._descriptor = -1
+        super().close()
+
+    def _lose(self) -> None:
+        self.lost += 1
+        with contextlib.suppress(Exception):
+            self.on_lost(1)
+
+    def _run(self) -> None:
+        torn: int | None = None  # the descriptor whose last write stopped within a line
+        while (line := self._lines.get()) is not None:
+            left = data = line
+            target = -1
+            try:
+                target = self._target(len(line) + 1)
+                left = data = b"\n" + line if torn == target else line
+                while left:
+                    left = left[os.write(target, left) :]
+                torn = None
+            except OSError:
+                torn = torn if left is data else target
+                self._lose()
+            finally:
+                self._lines.task_done()
+
+    def _target(self, size: int) -> int:
+        target = self._descriptor
+        return target.descriptor(size) if isinstance(target, RotatingFile) else target
+
+
+class Prompts:
+    """The prompts of the requests in hand, so that they can be taken out of exceptions."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, list[str]] = {}
+
+    @contextlib.contextmanager
+    def in_hand(self, *texts: str | None) -> Any:
+        """Take these texts out of whatever is logged meanwhile."""
+        key = id(token := object())
+        self._texts[key] = [text for text in texts if text]
+        try:
+            yield token
+        finally:
+            del self._texts[key]
+
+    def texts(self) -> list[str]:
+        """All of them, longest first."""
+        return sorted({text for texts in list(self._texts.values()) for text in texts},
+                      key=len, reverse=True)  # fmt: skip
+
+
+PROMPTS = Prompts()
+
+
+def redact(text: str, prompts: list[str]) -> str:
+    """The text with every prompt of three or more characters, plain or escaped, taken out."""
+    for prompt in prompts:
+        if len(prompt) < 3:
+            continue
+        for form in (prompt, repr(prompt)[1:-1], json.dumps(prompt)[1:-1]):
+            text = text.replace(form, "[prompt]")
+    return text
+
+
+def log_prompts(environment: Mapping[str, str]) -> bool:
+    """Whether prompts are to be logged.
+
+    Raises:
+        UsageError: the variable says neither yes nor no.
+    """
+    value = environment.get(PROMPTS_VARIABLE, "").strip().lower()
+    if value not in _YES + _NO:
+        raise UsageError(f"{PROMPTS_VARIABLE}={value!r}: neither yes nor no", hint="use 1 or 0")
+    return value in _YES
+
+
+def _open_file(path: str, environment: Mapping[str, str]) -> RotatingFile:
+    megabytes = _number(environment, MEGABYTES_VARIABLE, 100.0, 0, 1e6)
+    keep = _number(environment, KEEP_VARIABLE, 4, 1, 1000)
+    if keep != int(keep):
+        raise UsageError(f"{KEEP_VARIABLE}={environment[KEEP_VARIABLE]!r}: not a whole number")
+    # Where only an operator's own logrotate may rename files, a default must not stop the server.
+    own = os.access(Path(path).parent, os.W_OK | os.X_OK)
+    if not own and megabytes and MEGABYTES_VARIABLE in environment:
+        raise UsageError(
+            f"{FILE_VARIABLE}={path}: cannot be rotated, its folder is not writable",
+            hint=f"{MEGABYTES_VARIABLE}=0, and rotate it from outside",
+        )
+    limit = int(megabytes * 1e6 / (keep + 1)) if own else 0
+    if 0 < limit < 4096:
+        raise UsageError(f"{MEGABYTES_VARIABLE}={megabytes:g}: too little for {keep + 1:g} files")
+    try:
+        return RotatingFile(path, max_bytes=limit, keep=int(keep))
+    except OSError as error:
+        raise UsageError(f"{FILE_VARIABLE}={path}: {error.strerror or error}") from error
+
+
+def _number(
+    environment: Mapping[str, str], name: str, default: float, least: float, most: float
+) -> float:
+    text = environment.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError as error:
+        raise UsageError(f"{name}={text!r}: not a number") from error
+    if not least <= value <= most:  # NaN too
+        raise UsageError(f"{name}={text!r}: out of range", hint=f"{least:g} to {most:g}")
+    return value
+
+
+def configure_logging(
+    environment: Mapping[str, str], *, on_lost: Callable[[int], Any] | None = None
+) -> LineWriter:
+    """Send modelops' log records to stderr or MODELOPS_LOG_FILE, as JSON or for a terminal.
+
+    MODELOPS_LOG_FORMAT is `json`, `text` or `auto` (text on a terminal). A file is rotated so that
+    it and MODELOPS_LOG_KEEP older ones (4) take MODELOPS_LOG_MB megabytes (100) at most, see
+    RotatingFile; 0 rotates nothing. Replaces an earlier configuration.
+
+    Raises:
+        UsageError: a variable has an unknown value, or the file cannot be opened.
+    """
+    prompts = log_prompts(environment)
+    kind = environment.get(FORMAT_VARIABLE, "auto").strip().lower()
+    if kind not in ("auto", "json", "text"):
+        raise UsageError(f"{FORMAT_VARIABLE}={kind!r}: unknown", hint="json, text or auto")
+    path = environment.get(FILE_VARIABLE, "")
+    descriptor: int | RotatingFile = 2
+    if path:
+        descriptor = _open_file(path, environment)
+    if kind == "auto":
+        kind = "text" if not path and sys.stderr.isatty() else "json"
+    lines = PlainLines if kind == "text" else JsonLines
+    handler = LineWriter(descriptor, own=bool(path), on_lost=on_lost)
+    handler.setFormatter(lines(prompts=prompts, quoted=PROMPTS.texts))
+    logger = logging.getLogger("modelops")
+    for earlier in [entry for entry in logger.handlers if isinstance(entry, LineWriter)]:
+        logger.removeHandler(earlier)
+        earlier.close()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return handler
