@@ -119,20 +119,22 @@ class ImageGenerator:
 
     @bentoml.on_deployment
     @staticmethod
-    def refuse_a_changed_release() -> None:
-        """Runs once before any worker starts, so that a bad release or key ends the command."""
+    def check_the_start() -> None:
+        """Runs once before any worker starts, so that a bad release, key or setting ends the
+        command; a worker that cannot start is started again for ever."""
+        from modelops.safety.registry import check_image_filter, check_prompt_filter
         from modelops.serving.moderation.quarantine import check_quarantine
         from modelops.serving.provenance.signing import open_signing_key
         from modelops.serving.provenance.watermark import open_watermark
 
         try:
+            check_prompt_filter(settings.prompt_filter)
+            check_image_filter(settings.image_filter)
             check_quarantine(settings)
             if settings.watermark_key:
                 open_watermark(settings.watermark_key)
             verify_release(release_from_environment())
-            open_signing_key(
-                os.environ.get("MODELOPS_SIGNING_KEY"), os.environ.get("MODELOPS_SIGNING_CHAIN")
-            )
+            open_signing_key(settings.signing_key, settings.signing_chain)
             prepare_workers()
         except ModelopsError as error:
             raise SystemExit(f"error: {error}") from error

@@ -39,7 +39,7 @@ ALLOWED = {
     "gates": BASE | {"evaluation", "export", "metrics", "monitoring"},
     "cards": BASE | {"data", "evaluation", "export", "gates"},
     "serving": BASE | {"models", "safety", "export", "metrics", "monitoring"},
-    "service": BASE | {"serving"},
+    "service": BASE | {"safety", "serving"},
     "trainer": BASE | {"models", "data", "evaluation", "metrics"},
     "doctor": BASE | {"models"},
     "demo": BASE

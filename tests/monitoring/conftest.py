@@ -23,8 +23,9 @@ class Released:
 
 
 def make_release(
-    folder: Path, *, reference: bool = True, days_old: float = 0.0, policy: str | None = None
-) -> Released:
+    folder: Path, *, reference: bool = True, days_old: float = 0.0, policy: str | None = None,
+    evaluated: bool = True,
+) -> Released:  # fmt: skip
     model = folder / "model"
     model.mkdir()
     (model / "weights").write_bytes(b"weights")
@@ -38,7 +39,8 @@ def make_release(
     files, _ = release_files([evaluation], model_sha256=digest, folder=folder / "reference")
     assert set(files) == {"monitoring/reference.json", "monitoring/reference.npz"}
     build_release(
-        folder / "release", model_dir=model, verdict=folder / "v.json", records=[evaluation],
+        folder / "release", model_dir=model, verdict=folder / "v.json",
+        records=[evaluation] if evaluated else [],
         policy=rules, name="tiny", version="0.1", extra_files=files if reference else {},
     )  # fmt: skip
     sha256 = sha256_file(folder / "release" / RECORD_FILE)

@@ -46,14 +46,15 @@ def prompts(seed: int, n: int, *, words: int = 3, alphabet: str = "abcdefgh") ->
 
 
 def write_evaluation(
-    folder: Path, *, model: str, n: int = 300, seed: int = 1, days_old: float = 0.0
-) -> Path:
+    folder: Path, *, model: str, n: int = 300, seed: int = 1, days_old: float = 0.0,
+    scale: float = 1.0,
+) -> Path:  # fmt: skip
     """An evaluation record with its features and per-image values beside it."""
     from datetime import UTC, datetime, timedelta
 
     work = folder / "final"
     work.mkdir(parents=True)
-    write_arrays(work / "features.npz", features=features(seed, n).astype(np.float32))
+    write_arrays(work / "features.npz", features=scale * features(seed, n).astype(np.float32))
     scores = np.random.default_rng(seed).uniform(0, 0.1, n)
     rows = [
         {"prompt": prompt, "replicate": 0, "seed": 1, "failure": None, "nsfw_score": float(score)}

@@ -17,10 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import Released, make_release
 from modelops.cli.main import cli, main
-from modelops.errors import IntegrityError, UsageError
+from modelops.errors import ConfigError, EvaluationError, IntegrityError, UsageError
 from modelops.monitoring.judge import monitor
 from modelops.monitoring.log import Span, parse_span, read_log
-from modelops.monitoring.policy import Margins, MonitoringPolicy
+from modelops.monitoring.policy import Margins, MonitoringPolicy, read_monitoring
 from modelops.monitoring.records import MonitorRecord
 from modelops.monitoring.reference import build_reference, read_reference
 from modelops.monitoring.textfile import textfile
@@ -74,6 +74,50 @@ def test_moved_pictures_of_other_prompts_call_for_training(
     assert {"feature_mean", "script_mix"} <= {
         name for name, outcome in outcomes(record).items() if outcome == "found"
     }
+
+
+def test_since_an_earlier_window_both_may_move_without_a_call_for_training(
+    tmp_path: Path, released: Released
+) -> None:
+    """The earlier window was never gated: whether the use is still what was, it cannot say."""
+    texts = prompts(3, 200, words=2, alphabet="日本語絵文字")
+    log = write_log(
+        tmp_path / "log",
+        rows(released.sha256, released.model, features(2, 200), prompts(2, 200), seed=2),
+        rows(released.sha256, released.model, features(3, 200, shift=1.0), texts, seed=3,
+             start=START + DAY),
+    )  # fmt: skip
+    later = Span(START + DAY)
+    record = monitor(log, released.path, baseline=Span(START, START + DAY), window=later)
+    assert record.answer == "investigate" and "against the evaluation" in record.reasons[0]
+    found = {name for name, outcome in outcomes(record).items() if outcome == "found"}
+    assert {"feature_mean", "script_mix"} <= found
+    assert monitor(log, released.path, window=later).answer == "retrain"
+
+
+def test_what_was_not_tested_is_not_called_the_same(tmp_path: Path, released: Released) -> None:
+    texts = prompts(2, 200, words=2, alphabet="日本語絵文字")
+    log = log_of(tmp_path / "log", released, texts=texts, extractor=None)
+    record = monitor(log, released.path)
+    assert record.answer == "investigate" and outcomes(record)["feature_mean"] == "undecided"
+    assert "whether the pictures are the same could not be tested" in record.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "window"),
+    [
+        (Span(START, START + DAY), Span(START + DAY / 2, START + 2 * DAY)),
+        (Span(START, START + DAY), Span(None, START + 1)),
+        (Span(START, START + DAY), Span()),
+        (Span(START), None),
+    ],
+)
+def test_a_window_that_is_its_own_baseline_is_refused(
+    tmp_path: Path, released: Released, baseline: Span, window: Span | None
+) -> None:
+    """Rows on both sides hide the shift of the others."""
+    with pytest.raises(UsageError, match="overlap"):
+        monitor(log_of(tmp_path / "log", released), released.path, baseline=baseline, window=window)
 
 
 def test_a_small_shift_is_kept_however_many_pictures_show_it(
@@ -206,6 +250,29 @@ def test_without_a_reference_the_way_out_is_named(tmp_path: Path) -> None:
     build_reference(tmp_path / "other/final.json", tmp_path / "foreign")
     with pytest.raises(IntegrityError, match="not in the release"):
         monitor(log, released.path, reference=read_reference(tmp_path / "foreign"))
+
+
+def test_a_release_without_an_evaluation_is_not_called_up_to_date(tmp_path: Path) -> None:
+    released = make_release(tmp_path, reference=False, evaluated=False)
+    record = monitor(log_of(tmp_path / "log", released), released.path)
+    assert record.evaluation_age_days is None and not record.overdue
+    assert any("none can be called overdue" in text for text in record.warnings)
+
+
+def test_features_that_are_not_finite_make_no_reference(tmp_path: Path) -> None:
+    """float16 ends at 65,504: every later window would be refused with them."""
+    path = drift_lab.write_evaluation(tmp_path, model="a" * 64, scale=1e6)
+    with pytest.raises(EvaluationError, match="not finite"):
+        build_reference(path, tmp_path / "made")
+
+
+def test_a_level_that_no_test_can_reach_is_refused(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("monitoring: {windows: 1000, alpha: 0.05}\n")
+    with pytest.raises(ConfigError, match="shows nothing below"):
+        read_monitoring(policy)
+    policy.write_text("monitoring: {windows: 500, alpha: 0.05}\n")
+    assert read_monitoring(policy) is not None
 
 
 def test_a_changed_reference_is_refused(tmp_path: Path) -> None:

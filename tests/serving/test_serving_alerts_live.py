@@ -38,6 +38,8 @@ from modelops.serving.golden import make_golden
 from modelops.serving.http.app import create_app
 from modelops.serving.node import InferenceNode
 from modelops.serving.settings import NodeSettings
+from modelops.serving.swap.fleet import Fleet, open_fleet
+from modelops.serving.swap.trial import CanaryRules
 from modelops.serving.telemetry.logs import configure_logging
 
 pytestmark = [
@@ -81,12 +83,13 @@ def ask(url: str, *, pause_s: float, **body: Any) -> None:
 
 @dataclass
 class Lab:
-    """Prometheus, the two nodes, and a little traffic to both."""
+    """Prometheus, the two nodes, and a little traffic to both; `near` stands in `fleet`."""
 
     prometheus: str
     far: RunningServer
     near: InferenceNode
     near_url: str
+    fleet: Fleet
     began: float = field(default_factory=time.monotonic)
     busy: dict[str, bool] = field(default_factory=lambda: {"far": True, "near": True})
     ended: threading.Event = field(default_factory=threading.Event)
@@ -134,43 +137,45 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def release(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny release that holds a fresh evaluation of its model."""
+    """A tiny release that holds a fresh evaluation of its model; `next` beside it is its twin."""
     folder = tmp_path_factory.mktemp("live")
     model = sha256_tree(tiny_checkpoint)
     Verdict(answer="pass", policy_sha256="0" * 64, subject_sha256=model).write(folder / "v.json")
     source = SourceInfo(kind="checkpoint", uri="model", sha256=model)
     EvaluationRecord(source=source).write(folder / "final.json")
     golden = make_golden(tiny_checkpoint, folder / "golden.png")
-    build_release(
-        folder / "release",
-        model_dir=tiny_checkpoint,
-        verdict=folder / "v.json",
-        records=[folder / "final.json"],
-        name="tiny",
-        version="0.1",
-        defaults={"golden": golden, "steps": 4, "guidance": 3.0},
-        extra_files={"golden.png": folder / "golden.png"},
-    )
+    for name, version in (("release", "0.1"), ("next", "0.2")):
+        build_release(
+            folder / name,
+            model_dir=tiny_checkpoint,
+            verdict=folder / "v.json",
+            records=[folder / "final.json"],
+            name="tiny",
+            version=version,
+            defaults={"golden": golden, "steps": 4, "guidance": 3.0},
+            extra_files={"golden.png": folder / "golden.png"},
+        )
     return folder / "release"
 
 
 @contextlib.contextmanager
-def near_node(release: Path) -> Iterator[tuple[InferenceNode, str]]:
-    node = InferenceNode(release, settings=NodeSettings(max_rows=2, queue_limit=2))
-    node.start()
-    assert node.readiness() == []
-    config = uvicorn.Config(create_app(node), host="127.0.0.1", port=0, log_level="warning")
+def near_node(release: Path) -> Iterator[tuple[Fleet, str]]:
+    settings = NodeSettings(max_rows=2, queue_limit=2, releases=str(release.parent))
+    fleet = open_fleet(release, settings, lambda path: InferenceNode(path, settings=settings))
+    fleet.stable.start()
+    assert fleet.stable.readiness() == []
+    config = uvicorn.Config(create_app(fleet=fleet), host="127.0.0.1", port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield node, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield fleet, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
-        node.close(drain=False, timeout_s=10)
+        fleet.close(drain=False, timeout_s=10)
 
 
 @contextlib.contextmanager
@@ -208,10 +213,10 @@ def lab(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
         far = stack.enter_context(
             start_server(release, log_path=folder / "far.log", environment=environment)
         )
-        near, near_url = stack.enter_context(near_node(release))
+        fleet, near_url = stack.enter_context(near_node(release))
         targets = [url.removeprefix("http://") for url in (far.url, near_url)]
         url = stack.enter_context(prometheus(folder, targets))
-        made = Lab(prometheus=url, far=far, near=near, near_url=near_url)
+        made = Lab(prometheus=url, far=far, near=fleet.stable, near_url=near_url, fleet=fleet)
 
         def traffic(name: str, target: str) -> None:
             while not made.ended.wait(0.3):
@@ -303,18 +308,18 @@ def test_filter_raises(lab: Lab) -> None:
 
 def test_requests_fail(lab: Lab) -> None:
     """The text encoder raises: every request of this node ends with 500."""
-    engine: Any = lab.near.engine
-    encode = engine._encode
+    model: Any = lab.near.engine.model
+    encode = model._encode
 
     def raises(texts: Any) -> Any:
         raise MemoryError
 
     with lab.fault("ModelopsErrorRate"):
-        engine._encode = raises
+        model._encode = raises
         try:
             lab.until("ModelopsErrorRate")
         finally:
-            engine._encode = encode
+            model._encode = encode
         lab.quiet()
 
 
@@ -415,6 +420,54 @@ def test_evaluation_is_overdue(lab: Lab) -> None:
             lab.until("ModelopsEvaluationOverdue")
         finally:
             lab.near.metrics.cadence.set(30 * 86400)
+        lab.quiet()
+
+
+@contextlib.contextmanager
+def canary(lab: Lab, **rules: Any) -> Iterator[Any]:
+    """The image filter of the twin, which gets half of the requests; it is gone in the end.
+
+    A scrape may be late while this process loads it, which is no fault of the canary's.
+    """
+    lab.fleet.start_canary("next", CanaryRules(share=0.5, **rules))
+    lab.wait(lambda: lab.fleet.canary is not None, "no canary")
+    node = lab.fleet.canary
+    assert node is not None
+    try:
+        yield node.image_guard._filter
+    finally:
+        if lab.fleet.canary is not None:
+            lab.fleet.roll_back()
+        lab.wait(lambda: not lab.fleet.status()["draining"], "it still drains")
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_canary_is_worse(lab: Lab, auto: bool) -> None:
+    """Its image filter stops every picture. A person rolls it back, or nobody has to."""
+    with canary(lab, auto=auto) as image_filter, lab.fault("ModelopsCanaryWorse"):
+        check = image_filter.check
+        image_filter.check = lambda images: [replace(one, blocked=True) for one in check(images)]
+        with clients(1, lambda: ask(lab.near_url, pause_s=0.1)):
+            lab.until("ModelopsCanaryWorse")
+        assert (lab.fleet.canary is None) == auto
+        if not auto:
+            lab.fleet.roll_back(by="a test")
+        lab.quiet()
+    ended = [entry["event"] for entry in lab.fleet.status()["events"]]
+    assert ended[-2:] == ["rolled_back_worse" if auto else "rolled_back", "drained"]
+    assert lab.fleet.stable is lab.near
+
+
+def test_a_canary_turns_red(lab: Lab) -> None:
+    """Its filter raises; the stable release makes what it failed, so no request does."""
+
+    def raises(images: Any) -> Any:
+        raise RuntimeError("the weights are gone")
+
+    with canary(lab) as image_filter, lab.fault("ModelopsCanaryFailed"):
+        image_filter.check = raises
+        lab.until("ModelopsCanaryFailed")
+        assert lab.fleet.canary is None
         lab.quiet()
 
 

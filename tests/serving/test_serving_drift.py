@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import disks
 import live_node
 import numpy as np
 import openai
@@ -258,14 +259,79 @@ print(int(count(registry, "written")), int(count(registry, "failed")))
     assert len(found.requests) == written and not found.refused
 
 
+def test_a_node_whose_drift_log_has_no_room_goes_on_serving(
+    tiny_release: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def waiting(name: str, at_least: float) -> None:
+        """Ask until so many rows have ended so; what is left of a page takes a few."""
+        for _ in range(40):
+            if rows(name) >= at_least:
+                return
+            assert ask(live, "red heart", steps=1).data[0].b64_json
+            drift.flush(120)
+        raise AssertionError(f"no rows {name}")
+
+    def rows(name: str) -> float:
+        return live.metric(f'modelops_drift_rows_total{{result="{name}"}}')
+
+    with disks.small_disk(tmp_path / "disk") as place, caplog.at_level("WARNING", "modelops"):
+        settings = NodeSettings(drift_log=str(place / "log"), drift_sample=1.0, profile_s=0)
+        with live_node.served(tiny_release, settings) as live:
+            assert live.node.drift is not None
+            drift = live.node.drift
+            waiting("written", 2)
+            ballast = disks.fill(place)
+            waiting("failed", 8)
+            assert live.node.readiness() == []
+            ballast.unlink()
+            waiting("written", rows("written") + 2)
+            written = rows("written")
+            assert rows("dropped") == 0
+        digests = {"release_sha256": live.node.release_sha256,
+                   "model_sha256": live.node.release.model_sha256}  # fmt: skip
+        found = read_log(place / "log", **digests)
+        assert len(found.requests) + len(found.images) == written and not found.refused
+        assert all(file.read_bytes().endswith(b"\n") for file in (place / "log").iterdir())
+    said = [record.getMessage() for record in caplog.records if "drift log can" in record.message]
+    assert len(said) == 2 and "No space left" in said[0] and "written again" in said[1]
+
+
+def test_what_waits_when_the_log_is_closed_is_counted(tmp_path: Path) -> None:
+    extractor = SlowExtractor()
+    log, registry = open_log(tmp_path, extractor=extractor)
+    for index in range(9):
+        log.note_images(f"r{index}", [picture()], [0.1], [False], {"total": 1.0})
+    log.close(timeout_s=0.05)
+    assert count(registry, "dropped") >= 8  # the first one may be in hand
+    extractor.go.set()
+    assert log._thread is not None
+    log._thread.join(60)
+    assert count(registry, "dropped") + count(registry, "written") == 9
+
+
+def test_an_extractor_that_fails_loses_rows_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(SlowExtractor):
+        def images_to_features(self, images: Any, *, on_progress: Any = None) -> np.ndarray:
+            raise RuntimeError("out of memory")
+
+    log, registry = open_log(tmp_path, extractor=Broken())
+    for index in range(20):
+        log.note_images(f"r{index}", [picture()], [0.1], [False], {"total": 1.0})
+    log.close()
+    assert count(registry, "failed") == 20
+    assert caplog.text.count("could not be made") == 1
+
+
 def test_the_folder_stays_within_its_limit(tmp_path: Path) -> None:
-    log, registry = open_log(tmp_path, max_bytes=100_000)
+    log, registry = open_log(tmp_path, max_bytes=300_000)
     for start in range(0, 1500, 30):
         for index in range(start, start + 30):
             log.note_request(f"r{index}", "x", tokens=1, blocked=False)
         log.flush()
     assert count(registry, "written") == 1500
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 100_000
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 300_000
     log.close()
     assert len(read_log(tmp_path, release_sha256="a" * 64, model_sha256="b" * 64).requests) > 100
 

@@ -432,6 +432,20 @@ def test_dripping_bytes_buys_no_time(live: Live, impatient: None) -> None:
             time.sleep(0.02)
 
 
+def test_quick_requests_one_after_the_other_keep_their_connection(
+    live: Live, impatient: None
+) -> None:
+    """Each is answered between two looks at the connection, which is as old as four timeouts."""
+    name = 'modelops_connections_closed_total{reason="head"}'
+    before, end = live.metric(name), time.monotonic() + 4 * LIMITS.timeout_s
+    with live.connect() as caller:
+        while time.monotonic() < end:
+            caller.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_answer(caller)[0] == 200
+            time.sleep(0.02)
+    assert live.metric(name) == before
+
+
 def test_an_answer_that_nobody_reads_ends_the_connection(live: Live, impatient: None) -> None:
     name = 'modelops_connections_closed_total{reason="read"}'
     before = live.metric(name)

@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+from disks import fill
+from disks import small_disk as mount_small
 from PIL import Image
 
 from modelops.serving.deploy.check import get
@@ -294,24 +296,8 @@ def test_sigterm_under_load_finishes_what_was_let_in(tiny_release: Path, tmp_pat
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 96 KB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(place)],
-        capture_output=True, check=False,
-    )  # fmt: skip
-    if mounted.returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill(place: Path) -> Path:
-    ballast = place / "ballast"
-    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
-        while True:
-            file.write(b"x" * 512)
-    return ballast
+    with mount_small(tmp_path / "disk") as place:
+        yield place
 
 
 @pytest.mark.slow
@@ -370,7 +356,9 @@ def test_a_release_that_changes_under_a_node_is_not_opened_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["signing key", "keys file", "number", "release"])
+@pytest.mark.parametrize(
+    "fault", ["signing key", "keys file", "number", "word", "filter", "release"]
+)
 def test_what_is_wrong_at_the_start_is_one_line(
     tiny_release: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -380,6 +368,8 @@ def test_what_is_wrong_at_the_start_is_one_line(
         "signing key": {"MODELOPS_SIGNING_KEY": str(broken)},
         "keys file": {"MODELOPS_API_KEYS_FILE": str(broken)},
         "number": {"MODELOPS_CLIENT_TIMEOUT_S": "soon"},
+        "word": {"MODELOPS_RECEIPTS_FAILURE": "maybe"},
+        "filter": {"MODELOPS_IMAGE_FILTER": "none"},
         "release": {"MODELOPS_RELEASE": str(tmp_path / "nowhere")},
     }[fault]
     environment = serve_environment(tiny_release, extra={"BENTOML_HOME": str(tmp_path), **extra})

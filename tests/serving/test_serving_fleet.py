@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+import urllib.request
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from fleets import Load, build_releases, live, pixels, second_checkpoint, wait_u
 from prometheus_client.parser import text_string_to_metric_families
 
 from modelops.cli.main import main
-from modelops.errors import IntegrityError, UsageError
+from modelops.errors import IntegrityError, ServingError, UsageError
 from modelops.files import sha256_file
 from modelops.serving.http.keys import KeyRing, create_key, read_keys
 from modelops.serving.settings import NodeSettings
+from modelops.serving.swap.client import exit_code, trial_exit_code
 from modelops.serving.swap.lanes import draw
 from modelops.serving.swap.standing import read_standing, release_from_environment, release_to_serve
 from modelops.serving.swap.trial import CanaryRules
@@ -94,7 +96,9 @@ def test_swaps_under_load_lose_nothing(
             last = len(load.answers)
             assert node.swap()[1]["canary"]["release"] == "tiny@0.2"
             # Promoted: all of it is made there, the former one drains, closes and is let go.
-            assert node.swap("promote", {})[0] == 200
+            status, answer = node.swap("promote", {})  # so few requests show nothing
+            assert (status, answer["error"]["code"]) == (409, "canary_undecided")
+            assert node.swap("promote", {"force": True})[0] == 200
             wait_until(lambda: not node.swap()[1]["draining"])
             load.more(4)
             promoted = len(load.answers)
@@ -141,6 +145,7 @@ def test_swaps_under_load_lose_nothing(
         "load_failed", "loading", "canary", "rolled_back", "drained",
     ]  # fmt: skip
     assert event(status, "rolled_back")["by"] == "ops"
+    assert event(status, "promoted")["reason"].startswith("forced, undecided: ")
     standing = read_standing(releases)
     assert standing is not None and standing.sha256 == following and standing.by == "ops"
 
@@ -234,8 +239,9 @@ def test_a_model_can_be_named(releases: Path) -> None:
         # The two have other weights, so the same seed gives other pictures.
         first, second = ask("tiny@0.1")[1], ask("tiny@0.2")[1]
         assert np.abs(pixels(first) - pixels(second)).max() > 1
-        verdict = node.fleet.status()["verdict"]
-        assert verdict["requests"] == 1  # those that named a model chose for themselves
+        status = node.fleet.status()
+        # Those that named a model chose for themselves.
+        assert status["canary"]["measured"] == 1 == status["canary"]["so_far"]["canary"]["ok"]
 
         # The same id goes the same way, whoever asks again.
         node.fleet.roll_back()
@@ -248,20 +254,58 @@ def test_a_model_can_be_named(releases: Path) -> None:
         assert ways == {name: version(ask(None, name)) for name in ways}
 
 
+def streamed(node: Any, **more: Any) -> tuple[list[dict[str, Any]], int]:
+    """(events, number of comments) of a stream."""
+    body = {"prompt": "sun", "steps": 4, "stream": True, "partial_images": 1, **more}
+    request = urllib.request.Request(
+        f"{node.url}/v1/images/generations", json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    return events, lines.count(": still at it")
+
+
 @pytest.mark.slow
-def test_streams_take_the_canary_too_and_are_rescued(releases: Path) -> None:
+def test_a_stream_that_has_begun_ends_on_the_canary_that_is_rolled_back(releases: Path) -> None:
+    with live(releases) as node:
+        node.fleet.start_canary("next", CanaryRules(share=1.0))
+        wait_until(lambda: node.fleet.canary is not None)
+        canary = node.fleet.canary
+        assert canary is not None
+        pipeline, plain = canary.engine.pipeline, canary.engine.pipeline.predict_velocity
+        go_on = threading.Event()
+
+        def held_up(*tensors: Any) -> Any:
+            assert go_on.wait(60)
+            return plain(*tensors)
+
+        pipeline.predict_velocity = held_up
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.extend(streamed(node)[0]))
+        thread.start()
+        wait_until(lambda: canary.engine.running > 0)
+        node.fleet.roll_back()
+        assert node.fleet.status()["draining"][0]["in_hand"] == 1
+        assert streamed(node)[0][-1]["x_modelops"]["release"]["version"] == "0.1"
+        go_on.set()
+        thread.join(60)
+        assert found[-1]["type"] == "image_generation.completed"
+        assert found[-1]["x_modelops"]["release"]["version"] == "0.2"
+        wait_until(lambda: not node.fleet.status()["draining"])
+
+
+@pytest.mark.slow
+def test_streams_take_the_canary_too_and_are_rescued(
+    releases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stream(node: Any, **more: Any) -> list[dict[str, Any]]:
-        import urllib.request
+        nonlocal comments
+        events, comments = streamed(node, **more)
+        return events
 
-        body = {"prompt": "sun", "steps": 4, "stream": True, "partial_images": 1, **more}
-        request = urllib.request.Request(
-            f"{node.url}/v1/images/generations", json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            lines = answer.read().decode().splitlines()
-        return [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
-
+    comments = 0
     with live(releases) as node:
         node.fleet.start_canary("next", CanaryRules(share=1.0))
         wait_until(lambda: node.fleet.canary is not None)
@@ -276,7 +320,24 @@ def test_streams_take_the_canary_too_and_are_rescued(releases: Path) -> None:
 
         canary.engine.pipeline.predict_velocity = broken
         assert stream(node)[-1]["x_modelops"]["release"]["version"] == "0.1"
-        assert value(node.text(), "modelops_canary_requests_total", outcome="failed") >= 1
+        assert value(node.text(), "modelops_canary_requests_total", outcome="failed") == 1
+
+        # It fails only after comments have kept the connection open.
+        monkeypatch.setattr("modelops.serving.http.streaming.KEEP_ALIVE_S", 0.05)
+        monkeypatch.setattr(node.fleet, "_tick_s", 60.0)  # nobody rolls it back meanwhile
+
+        def late(*tensors: Any) -> Any:
+            time.sleep(0.5)
+            raise RuntimeError("a test breaks the network")
+
+        canary.engine.pipeline.predict_velocity = late
+        events = stream(node)
+        assert comments >= 3 and events[-1]["x_modelops"]["release"]["version"] == "0.1"
+        assert not [one for one in events if one["type"] == "error"]
+        assert value(node.text(), "modelops_canary_requests_total", outcome="failed") == 2
+        # And if the stable release cannot either, the stream that has begun says so.
+        node.fleet.stable.engine.pipeline.predict_velocity = broken
+        assert [one["type"] for one in stream(node)] == ["error"] and comments >= 3
 
 
 @pytest.mark.slow
@@ -302,7 +363,7 @@ def test_requests_in_hand_are_finished_where_they_are(releases: Path) -> None:
         thread = threading.Thread(target=ask)
         thread.start()
         wait_until(lambda: node.fleet.stable.engine.running > 0)
-        node.fleet.promote()
+        node.fleet.promote(force=True)
         assert node.fleet.status()["draining"][0]["in_hand"] == 1
         with pytest.raises(Exception, match="still finishes its work"):
             node.fleet.start_canary("twin", CanaryRules())
@@ -441,7 +502,7 @@ def test_a_disk_that_is_full_promotes_nothing(releases: Path) -> None:
         wait_until(lambda: node.fleet.canary is not None)
         (releases / "serving.json").mkdir()  # cannot be replaced by a file
         with pytest.raises(Exception, match="a restart would not know"):
-            node.fleet.promote()
+            node.fleet.promote(force=True)
         assert node.fleet.stable.release.version == "0.1" and node.fleet.canary is not None
 
 
@@ -466,7 +527,7 @@ def test_what_was_promoted_stands_after_a_restart(releases: Path, tmp_path: Path
     with live(releases) as node:
         node.fleet.start_canary("next", CanaryRules())
         wait_until(lambda: node.fleet.canary is not None)
-        node.fleet.promote(by="ops")
+        node.fleet.promote(by="ops", force=True)
     for environment in (
         {"MODELOPS_RELEASES": str(releases)},
         {"MODELOPS_RELEASES": str(releases), "MODELOPS_RELEASE": str(releases)},
@@ -490,7 +551,86 @@ def test_what_was_promoted_stands_after_a_restart(releases: Path, tmp_path: Path
         release_from_environment({})
 
 
+# --- races ----------------------------------------------------------------------------------------
+
+
+def test_a_canary_that_leaves_breaks_no_status_and_no_scrape(releases: Path) -> None:
+    """A status and a scrape that began before it was rolled back end after it was let go."""
+    with live(releases) as node:
+        fleet, done, broken = node.fleet, threading.Event(), []
+
+        def look() -> None:
+            while not done.is_set():
+                try:
+                    fleet.status()
+                    fleet.text()
+                    fleet.models()
+                except Exception as error:
+                    broken.append(error)
+
+        fleet.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: fleet.canary is not None)
+        seat = fleet._canary
+        assert seat is not None
+        thread = threading.Thread(target=look)
+        thread.start()
+        fleet.roll_back()
+        wait_until(lambda: not fleet.status()["draining"])
+        done.set()
+        thread.join(30)
+        assert not broken
+        with pytest.raises(AttributeError):
+            _ = seat.node  # let go
+        assert seat.about()["release"] == "tiny@0.2"  # as of a status that knew it before
+
+
+def test_a_release_that_is_being_loaded_can_be_stopped(releases: Path) -> None:
+    with live(releases) as node:
+        node.fleet.start_canary("next", CanaryRules(share=0.5), by="pipeline")
+        ordered = node.fleet.status()
+        node.fleet.roll_back(by="ops")
+        wait_until(lambda: node.fleet.status()["loading"] is None)
+        status = node.fleet.status()
+        assert [one["event"] for one in status["events"]] == ["loading", "rolled_back"]
+        stopped = event(status, "rolled_back")
+        assert (stopped["by"], stopped["reason"]) == ("ops", "stopped while it was loaded")
+        assert node.fleet.canary is None and trial_exit_code(ordered, status) == 3
+
+
+def test_a_node_that_shuts_down_rolls_nothing_back(releases: Path) -> None:
+    """Its canary is red then, as everything in it, which says nothing about the release."""
+    with live(releases) as node:
+        fleet = node.fleet
+        fleet.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: fleet.canary is not None)
+        seat = fleet._canary
+        assert seat is not None
+        fleet.close(drain=False, timeout_s=10)
+        assert "shutting down" in seat.node.problems()
+        fleet._decide(seat, "rolled_back_red", "what the watching thread saw a moment ago")
+        assert [one["event"] for one in fleet.status()["events"]] == ["loading", "canary"]
+        with pytest.raises(Exception, match="shutting down"):
+            fleet.promote(force=True)
+        assert not (releases / "serving.json").exists()
+
+
 # --- the command ----------------------------------------------------------------------------------
+
+
+def test_who_waits_for_a_canary_learns_what_became_of_it(releases: Path) -> None:
+    with live(releases) as node:
+        before = node.fleet.status()
+        node.fleet.start_canary("./next/", CanaryRules(share=0.5))
+        ordered = node.fleet.status()
+        wait_until(lambda: node.fleet.canary is not None)
+        assert trial_exit_code(ordered, node.fleet.status()) == 0  # it is a canary
+        # A process that was started again knows nothing of it: not promoted, whatever it serves.
+        with pytest.raises(ServingError, match=r"next: .*started again.*serves tiny@0.1"):
+            trial_exit_code(ordered, before)
+        node.fleet.roll_back(by="ops")
+        wait_until(lambda: not node.fleet.status()["draining"])
+        assert trial_exit_code(ordered, node.fleet.status()) == 3
+        assert exit_code(node.fleet.status()) == 0  # nothing is on trial
 
 
 def test_commands(
@@ -508,17 +648,23 @@ def test_commands(
         assert "50% of the requests" in capsys.readouterr().out
         assert main([*swap, "status", node.url, "--json"]) == 4  # nothing has been measured
         assert json.loads(capsys.readouterr().out)["verdict"]["answer"] == "undecided"
+        assert main([*swap, "promote", node.url]) == 4
+        assert "0 of 400 requests" in capsys.readouterr().err
         trial = node.fleet._trial
         assert trial is not None
         for _ in range(50):
             trial.count("stable", "ok")
             trial.count("canary", "failed")
         assert main([*swap, "status", node.url]) == 3
-        assert "errors 50 of 50 against 0 of 50" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "errors 50 of 50 against 0 of 50" in said and "so far 50 failed; the next" in said
+        assert value(node.text(), "modelops_canary_worse") == 1
         assert main([*swap, "promote", node.url]) == 3  # a release that is worse
         assert node.fleet.stable.release.version == "0.1"
         assert main([*swap, "promote", node.url, "--force", "--wait"]) == 0
         assert node.fleet.stable.release.version == "0.2"
+        forced = event(node.fleet.status(), "promoted")
+        assert forced["reason"].startswith("forced, worse: errors 50 of 50")
         assert main([*swap, "rollback", node.url]) == 1  # there is none
         assert "no canary" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from modelops.cli.main import main
-from modelops.errors import UsageError
+from modelops.errors import ModelopsError, UsageError
 from modelops.serving.http.access import Access, check_open_address, is_loopback
 from modelops.serving.http.keys import (
     KeyRing,
@@ -117,6 +117,20 @@ def test_digests_in_the_environment_go_on_working() -> None:
     assert not KeyRing.from_environment({}).required
     with pytest.raises(UsageError, match="MODELOPS_API_KEYS"):
         KeyRing.from_environment({"MODELOPS_API_KEYS": "mo-pasted"})
+
+
+def test_the_digest_of_nothing_lets_nobody_in() -> None:
+    """`printf %s "$KEY" | sha256sum` where KEY is not set."""
+    ring = KeyRing.from_environment({"MODELOPS_API_KEYS": hashlib.sha256(b"").hexdigest()})
+    for header in ("", "Bearer", "Bearer ", "Bearer   "):
+        with pytest.raises(UnknownKeyError):
+            ring.identify(header)
+
+
+def test_a_place_where_no_file_can_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelopsError, match="cannot write"):
+        create_key(tmp_path / "file" / "keys.json", "alice")
 
 
 def test_two_who_make_keys_at_once_lose_none(path: Path) -> None:

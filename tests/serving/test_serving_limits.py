@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from modelops.errors import UsageError
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.serving.failures import QueueFullError
-from modelops.serving.http.keys import Caller, create_key
+from modelops.serving.http.access import Access, Charge
+from modelops.serving.http.keys import Caller, KeyRing, create_key
 from modelops.serving.http.limits import RateLimitError, RateLimits
+from modelops.serving.http.schema import ApiError
 from modelops.serving.scheduling import engine as engine_module
 from modelops.serving.scheduling.engine import StepEngine
 from modelops.serving.settings import NodeSettings
@@ -76,6 +78,28 @@ def test_both_buckets_or_neither() -> None:
     assert refused(limits, BOB, images=4) is None
     assert refused(limits, BOB) == pytest.approx(20.0)  # three requests are spent
     assert refused(RateLimits(clock=clock), ALICE, images=10**9) is None
+
+
+def test_what_the_node_owes_is_given_back_once() -> None:
+    """A canary fails a request, and the stable release makes it: the images count."""
+    clock = Clock()
+    limits = RateLimits(images_per_minute=2, clock=clock)
+    access = Access(KeyRing(), limits)
+
+    def fails(charge: Charge, error: Exception) -> None:
+        with pytest.raises(type(error)), charge.attempt():
+            raise error
+
+    for error in (ApiError(503, "cancelled", ""), ApiError(429, "x", ""), RuntimeError("a bug")):
+        fails(access.take(ALICE, 2), error)
+    fails(access.take(ALICE, 2), ApiError(400, "content_policy_violation", ""))
+    assert refused(limits, ALICE) == pytest.approx(30.0)
+    clock.now += 60
+    charge = access.take(ALICE, 2)
+    fails(charge, ApiError(500, "generation_failed", ""))
+    with charge.attempt():
+        pass
+    assert refused(limits, ALICE) == pytest.approx(30.0)
 
 
 @given(

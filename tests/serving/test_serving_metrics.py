@@ -62,7 +62,7 @@ def test_no_input_makes_a_series() -> None:
 def test_every_code_that_the_sources_raise_is_known() -> None:
     """An ApiError with a code of its own would be counted as `other` and escape its alert."""
     found = set()
-    for path in Path(modelops.serving.__file__).parent.glob("*.py"):
+    for path in Path(modelops.serving.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ApiError":
                 code = node.args[1] if len(node.args) > 1 else None

@@ -25,7 +25,12 @@ from PIL import Image
 from modelops.errors import IntegrityError, UsageError
 from modelops.serving.failures import ProvenanceError
 from modelops.serving.provenance.images import SOURCE_TYPE, encode_image
-from modelops.serving.provenance.manifests import Marker, picture_format, read_mark
+from modelops.serving.provenance.manifests import (
+    Marker,
+    _context,
+    picture_format,
+    read_mark,
+)
 from modelops.serving.provenance.signing import (
     SigningKey,
     development_key,
@@ -86,6 +91,43 @@ def test_the_manifest_reads_back_and_the_picture_is_the_same(
     assert picture_format(marked) == name
     assert np.array_equal(decode(marked), decode(encoded[name]))
     assert SOURCE_TYPE.encode() in marked and len(marked) > len(encoded[name])
+
+
+def test_what_the_manifest_says_is_attributed_to_the_signer(
+    marker: Marker, encoded: dict[str, bytes]
+) -> None:
+    """C2PA 2.3, chapter 10: gathered assertions are not, created ones are."""
+    import c2pa
+
+    marked = marker.embed(encoded["png"], "png", SAID)
+    with c2pa.Reader("image/png", io.BytesIO(marked)) as reader:
+        store = json.loads(reader.detailed_json())
+    claim = store["manifests"][store["active_manifest"]]["claim"]
+    created = {entry["url"].rsplit("/", 1)[-1] for entry in claim["created_assertions"]}
+    assert created == {"c2pa.actions.v2", "org.modelops.generation", "c2pa.hash.data"}
+    assert not claim.get("gathered_assertions")
+
+
+@pytest.mark.parametrize(
+    ("action", "state"),
+    [("", "Valid"), ("c2pa.watermarked", "Invalid"), ("c2pa.watermarked.bound", "Invalid")],
+)
+def test_the_watermarks_action_needs_no_soft_binding(
+    marker: Marker, encoded: dict[str, bytes], monkeypatch: pytest.MonkeyPatch,
+    action: str, state: str,
+) -> None:  # fmt: skip
+    """The two others of the specification do, and validators refuse them without one."""
+    import c2pa
+
+    builder = c2pa.Builder
+    ours = "c2pa.watermarked.unbound"
+    monkeypatch.setattr(
+        c2pa, "Builder", lambda text, context: builder(text.replace(ours, action or ours), context)
+    )
+    marked = marker._sign(encoded["png"], "image/png", {**SAID, "watermark": {"found": True}})
+    assert (action or ours).encode() in marked
+    with c2pa.Reader("image/png", io.BytesIO(marked), context=_context()) as reader:
+        assert reader.get_validation_state() == state
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -27,15 +27,10 @@ from modelops.errors import IntegrityError, ModelopsError, UsageError
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.safety.image import ImageVerdict, OpenNsfwFilter
 from modelops.serving.golden import pixels_sha256
-from modelops.serving.moderation.quarantine import (
-    Quarantine,
-    list_files,
-    read_entry,
-    read_private_key,
-    read_public_key,
-    tidy_folder,
-)
+from modelops.serving.moderation.encryption import read_private_key, read_public_key
+from modelops.serving.moderation.quarantine import Quarantine
 from modelops.serving.moderation.review import decide, list_entries, read_decisions, weigh
+from modelops.serving.moderation.store import list_files, read_entry, tidy_folder
 from modelops.serving.node import InferenceNode
 from modelops.serving.provenance.receipts import text_digest
 from modelops.serving.provenance.replay import _make
@@ -212,7 +207,34 @@ def test_the_oldest_go_when_the_bytes_run_out(node: InferenceNode, tmp_path: Pat
     assert counted(registry, "displaced") == 12 - len(seeds)
     assert not (tmp_path / "q" / "review.html").exists()
     assert not keep(quarantine, 99, size=200)  # larger than the whole folder may be
+    assert len(list_files(tmp_path / "q")) == len(seeds)  # and no reason to delete the others
+    assert counted(registry, "failed") == 1
     quarantine.close()
+
+
+def test_a_folder_that_was_away_for_a_while_is_tidied_again(
+    node: InferenceNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a volume that is mounted anew: the thread that deletes what is too old goes on."""
+    folder = tmp_path / "q"
+    quarantine = own_quarantine(node, folder, max_age_s=2.0)
+    assert keep(quarantine, 1)
+    folder.rename(tmp_path / "away")
+    deadline = time.monotonic() + 20
+    while "cannot be deleted now" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (tmp_path / "away").rename(folder)
+    while list_files(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list_files(folder) == []
+    quarantine.close()
+
+
+def test_a_page_that_was_finished_after_its_last_entry_went_goes_too(reviewed: Path) -> None:
+    assert tidy_folder(reviewed, max_age_s=0)[0] == 5
+    (reviewed / "review.html").write_text("holds pictures")
+    assert tidy_folder(reviewed, max_age_s=1e6) == (0, 0)
+    assert not (reviewed / "review.html").exists()
 
 
 def test_what_is_too_old_goes_without_any_request(node: InferenceNode, tmp_path: Path) -> None:

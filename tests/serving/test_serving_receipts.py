@@ -39,6 +39,7 @@ from modelops.serving.provenance.signing import (
     pre_authentication_encoding,
 )
 from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.segments import LONGEST, SEGMENTS
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +213,10 @@ def test_openssl_verifies_the_signature(
 def test_the_folder_is_bounded_and_keeps_the_newest(
     keys: tuple[SigningKey, VerifyingKey], tmp_path: Path
 ) -> None:
-    limit = 16 * 4096
+    limit = SEGMENTS * LONGEST
     logs = [ReceiptLog(tmp_path / "receipts", max_bytes=limit) for _ in range(2)]
     written = []
-    for number in range(120):
+    for number in range(480):
         receipt = make_receipt(keys[0])
         assert logs[number % 2].write(receipt)
         written.append(receipt["id"])
@@ -227,8 +228,8 @@ def test_the_folder_is_bounded_and_keeps_the_newest(
         for path in sorted((tmp_path / "receipts").iterdir())
         for line in path.read_text().splitlines()
     ]
-    assert 20 < len(kept) < 120
-    assert set(kept) >= set(written[-20:]) and not set(kept) & set(written[:40])
+    assert 80 < len(kept) < 480
+    assert set(kept) >= set(written[-80:]) and not set(kept) & set(written[:160])
     found = read_receipt(tmp_path / "receipts", receipt_id=written[-1][:12])
     assert verify_receipt(found, keys[1]).id == written[-1]
     with pytest.raises(UsageError, match="no receipt"):
@@ -237,6 +238,26 @@ def test_the_folder_is_bounded_and_keeps_the_newest(
         read_receipt(tmp_path / "receipts")
     for log in logs:
         log.close()
+
+
+def test_every_receipt_of_a_folder_is_found_again(
+    keys: tuple[SigningKey, VerifyingKey], tmp_path: Path
+) -> None:
+    """Also one whose prompt holds what Unicode calls a line's end, beside one cut in a letter."""
+    log = ReceiptLog(tmp_path, max_bytes=SEGMENTS * LONGEST)
+    made = [make_receipt(keys[0], f"one{end}two") for end in ("\u2028", "\u0085", "\x0b", "\r\n")]
+    assert all(map(log.write, made))
+    log.close()
+    (file,) = tmp_path.iterdir()
+    torn = canonical_bytes(make_receipt(keys[0], "Zoë"))
+    with file.open("ab") as handle:  # as a power cut would leave it
+        handle.write(torn[: torn.index("ë".encode()) + 1])
+    for receipt in made:
+        found = read_receipt(tmp_path, receipt_id=receipt["id"])
+        assert verify_receipt(found, keys[1]).request.prompt == receipt["request"]["prompt"]
+    file.write_bytes(b'{"seed": ' + b"9" * 5000 + b"}")
+    with pytest.raises(UsageError, match="no receipt"):
+        read_receipt(file)
 
 
 def fill_disk(log: ReceiptLog) -> None:

@@ -26,7 +26,6 @@ from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.serving.deploy.launch import start_server
 from modelops.serving.provenance.receipts import read_receipt, sign_receipt
 from modelops.serving.provenance.replay import (
-    _as_wide_as,
     _make,
     picture_distance,
     stated_difference,
@@ -57,7 +56,7 @@ def made(tiny_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODELOPS_CACHE", str(folder / "cache"))
         patch.delenv("MODELOPS_SIGNING_CHAIN", raising=False)
-        settings = NodeSettings(max_rows=8, receipts=str(folder / "receipts"))
+        settings = NodeSettings(max_rows=8, profile_s=0, receipts=str(folder / "receipts"))
         answers: dict[str, list[dict[str, Any]]] = {}
         with live_node.served(tiny_release, settings) as live, live.client() as client:
             for name in ("png", "jpeg", "webp"):
@@ -143,6 +142,17 @@ def test_what_was_changed_is_refused(
     assert replay(made, tmp_path / "empty.json") == 2
     (tmp_path / "other.json").write_text('{"kind": "verdict"}')
     assert replay(made, tmp_path / "other.json") == 1
+
+
+def test_a_picture_is_not_compared_with_another(
+    made: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a JPEG, whose pixels are not the model's."""
+    for name in ("png", "jpeg", "webp"):
+        of_it = (made.file(name), "--prompt", PROMPT, "--image")
+        assert replay(made, *of_it, made.file(name)) == 0
+        assert replay(made, *of_it, made.file(name, 1)) == 1
+        assert "not the picture that was sent" in capsys.readouterr().err
 
 
 def test_another_release_is_not_asked(
@@ -244,8 +254,7 @@ def test_a_runtime_that_rounds_by_width_is_replayed_as_wide(tiny_checkpoint: Pat
     for request, image in zip(requests, served, strict=True):
         assert max(image.batch_rows) > 2
         assert not np.array_equal(_make(pipeline, request), image.pixels)
-        with _as_wide_as(pipeline, image.batch_rows):
-            assert np.array_equal(_make(pipeline, request), image.pixels)
+        assert np.array_equal(_make(pipeline, request, image.batch_rows), image.pixels)
         assert pipeline.predict_velocity is by_width
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from modelops.cli.main import main
@@ -27,6 +28,7 @@ from modelops.serving.deploy.scaffold import (
     write_scaffold,
 )
 from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.exposition import FleetMetrics
 from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.workers import worker_count
 
@@ -192,7 +194,14 @@ def _exported() -> set[str]:
     families = text_string_to_metric_families(metrics.text().decode())
     names = {sample.name for family in families for sample in family.samples}
     # No GPU and one worker here; `up` is Prometheus' own.
-    return names | {"modelops_gpu_memory_bytes", "modelops_worker_up", "up"} | _monitored()
+    own = {"modelops_gpu_memory_bytes", "modelops_worker_up", "up"}
+    return names | own | _monitored() | {sample.name for one in _canary() for sample in one.samples}
+
+
+def _canary() -> list[Any]:
+    """What a fleet exports beside its nodes."""
+    registry = FleetMetrics().registry
+    return list(text_string_to_metric_families(generate_latest(registry).decode()))
 
 
 def _monitored() -> set[str]:
@@ -223,7 +232,7 @@ def test_every_metric_of_rules_and_dashboard_exists() -> None:
     shown = "".join(_expressions(dashboard))
     unseen = {
         family.name
-        for family in text_string_to_metric_families(NodeMetrics().text().decode())
+        for family in [*text_string_to_metric_families(NodeMetrics().text().decode()), *_canary()]
         if family.name.startswith("modelops_") and family.name not in shown
     } - {"modelops_evaluation_cadence_seconds", "modelops_filter_checks"}
     assert not unseen

@@ -252,6 +252,27 @@ def test_a_hanging_filter_holds_up_neither_the_engine_nor_memory(stage: Stage) -
     assert 1 not in [getattr(event, "partial_image_index", None) for event in events]  # replaced
 
 
+def test_streams_that_wait_for_the_filter_keep_nobody_from_being_answered(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage.node.image_guard, "timeout_s", 60.0)
+    stage.filter.held.clear()
+    readers = [
+        threading.Thread(target=lambda: list(stage.stream(steps=1, partial_images=0)))
+        for _ in range(20)  # more than the threads that requests are let in by
+    ]
+    for reader in readers:
+        reader.start()
+    wait_until(lambda: stage.gate.evaluations >= 1 and stage.filter.checks == 1)
+    wait_until(lambda: stage.node.engine.running == stage.node.engine.waiting == 0)
+    with stage.post(b'{"prompt": "sun", "size": "1x1"}') as caller:
+        caller.settimeout(20)  # the filter lets go after 30 s
+        assert b" 400 " in caller.recv(4096).splitlines()[0]
+    stage.filter.held.set()
+    for reader in readers:
+        reader.join(30)
+
+
 def test_a_slow_reader_is_dropped_and_nobody_waits_for_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +323,20 @@ def test_comments_keep_a_waiting_stream_alive(
         assert b"no-store" in head and b"x-request-id" in head
     stage.gate.open()
     assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_comments_keep_a_stream_alive_while_its_picture_is_judged(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.02)
+    stage.filter.held.clear()
+    with stage.post(b'{"prompt": "sun", "stream": true}') as caller:
+        wait_until(lambda: stage.filter.checks == 1)
+        for _ in range(3):
+            read_until(caller, b": still at it\n\n")
+        stage.filter.blocks = True
+        stage.filter.held.set()
+        assert b"content_policy_violation" in read_until(caller, b"0\r\n\r\n")
 
 
 def test_a_failure_after_the_first_comment_is_an_error_event(

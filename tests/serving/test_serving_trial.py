@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from modelops.errors import UsageError
+from modelops.serving.swap.looks import Looks, spent
 from modelops.serving.swap.trial import OUTCOMES, CanaryRules, Trial, TrialData, log_bound
-from modelops.serving.swap.verdict import judge, look
+from modelops.serving.swap.verdict import CanaryVerdict, judge
 
 RULES = CanaryRules(requests=400, seconds=60)
 
@@ -86,17 +87,82 @@ def test_false_alarms_and_false_passes_stay_below_alpha() -> None:
     assert alarms / runs <= 0.05 and passes / runs <= 0.05
 
 
-def test_looks_spend_alpha_once() -> None:
-    assert look(19, 20) == (0, 0.0)
-    assert [look(n, 20)[0] for n in (20, 39, 40, 80, 160, 639, 640)] == [1, 1, 2, 3, 4, 5, 6]
-    assert sum(look(20 * 2**k, 20)[1] for k in range(60)) == pytest.approx(1, abs=0.02)
-
-
 class Clock:
     now = 100.0
 
     def __call__(self) -> float:
         return self.now
+
+
+def asked_after_each(
+    outcomes: tuple[list[str], list[str]], rules: CanaryRules, *, step_s: float = 1.0
+) -> list[tuple[int, CanaryVerdict]]:
+    """(requests so far, verdict) of somebody who asks after every single request."""
+    clock = Clock()
+    trial = Trial(rules, clock=clock)
+    trial._at_least.extend([0.0] * 60)  # as fast as each other
+    trial._at_most.extend([0.0] * 60)
+    looks, found = Looks(trial), []
+    for number, (canary, stable) in enumerate(zip(*outcomes, strict=True), 1):
+        clock.now += step_s
+        trial.count("canary", canary)
+        trial.count("stable", stable)
+        found.append((number, looks.verdict()))
+    return found
+
+
+def looked(verdicts: list[tuple[int, CanaryVerdict]]) -> list[tuple[int, float]]:
+    """(requests, alpha) of the looks that were made."""
+    made = [(verdict.requests, verdict.alpha) for _, verdict in verdicts if verdict.alpha]
+    return list(dict.fromkeys(made))
+
+
+def test_looks_are_made_when_requests_double_and_spend_alpha_once() -> None:
+    assert sum(map(spent, range(1, 100_000))) == pytest.approx(1, abs=1e-4)
+    rules = CanaryRules(requests=400, seconds=60)
+    fine = ["ok"] * 900
+    verdicts = asked_after_each((fine, fine), rules)
+    made = looked(verdicts)
+    assert [requests for requests, _ in made] == [20, 40, 80, 160, 320, 400, 800]
+    assert [alpha for _, alpha in made] == [0.05 * spent(k) for k in range(1, 8)]
+    # Before it could be found no worse the sentence says how far it is; from then on it is.
+    answers = {number: verdict.answer for number, verdict in verdicts}
+    assert answers[399] == "undecided" and answers[400] == answers[900] == "within noise"
+    assert "7 of 400 requests, 7 of 60 s" in verdicts[6][1].sentence
+    assert "399 of 400 requests" in verdicts[398][1].sentence
+    # Requests come first and the time later: then the look waits for it.
+    late = asked_after_each((fine, fine), rules, step_s=0.125)
+    assert [requests for requests, _ in looked(late)] == [20, 40, 80, 160, 320, 480]
+    # A canary dealt out by key is never found no worse.
+    by_key = asked_after_each((fine, fine), CanaryRules(sticky="key"))
+    assert {verdict.answer for _, verdict in by_key} == {"undecided"}
+    assert "dealt out by key" in by_key[-1][1].sentence
+
+
+def test_what_is_found_worse_stays_so() -> None:
+    bad = ["failed"] * 20 + ["ok"] * 2000
+    verdicts = asked_after_each((bad, ["ok"] * 2020), CanaryRules(requests=400, seconds=60))
+    assert verdicts[18][1].answer == "undecided"
+    assert {verdict.answer for _, verdict in verdicts[19:]} == {"worse"}
+    assert "errors 20 of 20 against 0 of 20" in verdicts[-1][1].sentence
+
+
+def test_asking_after_every_request_finds_nothing_by_chance() -> None:
+    """The same is called worse in at most 5 % of the trials, and what fails more often by just the
+    margin passes in at most 5 %, though somebody asks 1600 times in each and would act at once."""
+    rules, runs = CanaryRules(requests=400, seconds=60), 60
+    alarms = passes = 0
+    for run in range(runs):
+        generator = np.random.default_rng(run)
+
+        def drawn(error: float, generator: np.random.Generator = generator) -> list[str]:
+            return ["failed" if one < error else "ok" for one in generator.random(1600)]
+
+        same = asked_after_each((drawn(0.05), drawn(0.05)), rules)
+        alarms += any(verdict.answer == "worse" for _, verdict in same)
+        bad = asked_after_each((drawn(0.02), drawn(0.01)), rules)
+        passes += any(verdict.answer in ("within noise", "better") for _, verdict in bad)
+    assert alarms / runs <= 0.05 and passes / runs <= 0.05
 
 
 def test_only_evaluations_alike_are_compared() -> None:
@@ -161,7 +227,7 @@ def test_a_slow_canary_shows_and_memory_is_bounded() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"share": 0}, {"share": 1.5}, {"share": float("nan")}, {"requests": 5}, {"sticky": "ip"},
-     {"latency_margin": 1.0}, {"seconds": -1}, {"alpha": 0.9}],
+     {"latency_margin": 1.0}, {"seconds": -1}, {"alpha": 0.9}, {"share": 1, "auto": True}],
 )  # fmt: skip
 def test_rules_that_make_no_sense(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):

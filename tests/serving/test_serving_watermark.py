@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,29 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_text("secret")
     with pytest.raises(UsageError, match="no watermark key"):
         open_watermark(path)
+
+
+def test_of_many_that_make_a_key_at_once_one_does(tmp_path: Path) -> None:
+    """A key that was replaced cannot be made again, and its pictures are never found again."""
+    path, together = tmp_path / "key", threading.Barrier(8)
+    made: list[str] = []
+    refused: list[UsageError] = []
+
+    def make() -> None:
+        together.wait()
+        try:
+            made.append(make_key(path))
+        except UsageError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and len(refused) == 7
+    assert open_watermark(path).key_id == made[0]
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_mode & 0o777 == 0o600
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBucke
 from modelops.serving.http.peers import Peers, merge_expositions
 from modelops.serving.provenance.receipts import ReceiptLog
 from modelops.serving.telemetry.metrics import NodeMetrics
+from modelops.serving.telemetry.segments import LONGEST, SEGMENTS
 from modelops.serving.workers import Worker, prepare_workers, this_worker, worker_count
 
 
@@ -245,6 +247,37 @@ def test_whoever_is_asked_answers_for_all(tmp_path: Path, monkeypatch: pytest.Mo
     asyncio.run(play())
 
 
+def test_a_worker_that_waits_for_its_health_still_tells_its_metrics(tmp_path: Path) -> None:
+    """A red filter is tried again when it is asked for, and may hang."""
+    nodes, asked, held = [Node("a"), Node("bb")], threading.Semaphore(0), threading.Event()
+
+    def hangs() -> list[str]:
+        asked.release()
+        held.wait(60)
+        return []
+
+    async def play() -> None:
+        one, two = (
+            Peers(
+                Worker(index=number, count=2, directory=tmp_path),
+                node=lambda node=node: node, text=node.metrics.text,
+            )
+            for number, node in enumerate(nodes, start=1)
+        )  # fmt: skip
+        nodes[1].readiness = hangs  # type: ignore[method-assign]
+        await one.start()
+        await two.start()
+        probes = [asyncio.ensure_future(one.problems()) for _ in range(3)]
+        await asyncio.to_thread(asked.acquire)
+        assert 'modelops_worker_up{worker="2"} 1.0' in (await one.exposition()).decode()
+        held.set()
+        await asyncio.gather(*probes)
+        one.close()
+        two.close()
+
+    asyncio.run(play())
+
+
 # --- rates --------------------------------------------------------------------------------------
 
 TAKE = """
@@ -323,12 +356,15 @@ def test_a_worker_that_hangs_or_dies_with_the_lock(tmp_path: Path) -> None:
     limits.take(Caller(name="alice"), images=1)
 
 
-def test_without_a_place_for_the_files_each_worker_counts(tmp_path: Path) -> None:
+def test_without_a_place_for_the_files_each_worker_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     limits = RateLimits(requests_per_minute=1, store=SharedBuckets(tmp_path / "file"))
     limits.take(Caller(name="alice"), images=1)
     with pytest.raises(RateLimitError, match="1 requests a minute"):
         limits.take(Caller(name="alice"), images=1)
+    assert caplog.text.count("counted by each worker") == 1
 
 
 # --- files that several write -------------------------------------------------------------------
@@ -366,12 +402,12 @@ def test_a_log_and_a_receipts_folder_of_two_workers(tmp_path: Path) -> None:
 
 def test_a_busy_worker_may_delete_a_quiet_ones_oldest_file(tmp_path: Path) -> None:
     """The quiet one goes on in a new file, and the folder stays within its limit."""
-    limit = 2 * 16 * 4096
+    limit = 2 * SEGMENTS * LONGEST
     quiet, busy = (ReceiptLog(tmp_path, max_bytes=limit, writers=2) for _ in range(2))
     with contextlib.closing(quiet), contextlib.closing(busy):
         assert quiet.write({"id": "first"})
         for number in range(400):
-            assert busy.write({"id": f"busy-{number}", "padding": "y" * 1000})
+            assert busy.write({"id": f"busy-{number}", "padding": "y" * 4000})
             assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= limit
         assert "first" not in "".join(file.read_text() for file in tmp_path.iterdir())
         assert quiet.write({"id": "second"})

@@ -217,7 +217,7 @@ def test_nothing_is_left_at_the_end(pair: Pair) -> None:
     temporary = pair.folder / "tmp"
     (shared,) = temporary.glob("modelops-run-*")
     names = {path.name for path in shared.iterdir()}
-    assert {"lock", "1.sock", "2.sock", "limits"} <= names
+    assert {"lock", "1.sock", "2.sock"} <= names
     assert shared.stat().st_mode & 0o777 == 0o700
     workers = pair.processes()
     pair.server.process.terminate()

@@ -67,7 +67,7 @@ def review(
       modelops serve review quarantine 3fa9 --pictures /tmp/look
       modelops serve review quarantine --overturn 3fa9 --reviewer alice --reason "a sunflower"
     """
-    from modelops.serving.moderation.quarantine import read_private_key
+    from modelops.serving.moderation.encryption import read_private_key
     from modelops.serving.moderation.review import (
         find_entry,
         list_entries,
@@ -111,7 +111,7 @@ def review(
 
 
 def _purge(directory: Path, days: float, *, as_json: bool) -> None:
-    from modelops.serving.moderation.quarantine import tidy_folder
+    from modelops.serving.moderation.store import tidy_folder
 
     gone, _ = tidy_folder(directory, max_age_s=days * 86400)
     text = f"{directory}: {gone} {'entry' if gone == 1 else 'entries'} deleted"

@@ -29,7 +29,8 @@ def swap() -> None:
     """Load a release beside the stable one, send it a share of the requests, promote or roll back.
 
     The server needs a folder of releases (`modelops serve --releases DIR`) and a key of `modelops
-    serve key create NAME --admin`. Exit code 3: the verdict says worse; 4: it is undecided.
+    serve key create NAME --admin`. Exit code 3: the verdict says worse, or the canary waited for
+    was rolled back; 4: undecided.
 
     \b
     Examples:
@@ -45,13 +46,17 @@ def swap() -> None:
 def status(url: str, key_file: Path | None, as_json: bool) -> None:
     """Say what is served, what is on trial, and what has been measured of it.
 
+    The verdict is that of the last look. Looks are made when the canary's requests have doubled, so
+    asking often finds nothing by chance.
+
     \b
     Example:
       modelops serve swap status http://127.0.0.1:3000 --key-file admin.key
     """
-    from modelops.serving.swap.client import SwapClient
+    from modelops.serving.swap.client import SwapClient, exit_code
 
-    _finish(SwapClient(url, _key(key_file)).status(), as_json)
+    found = SwapClient(url, _key(key_file)).status()
+    _finish(found, as_json, exit_code(found))
 
 
 @swap.command()
@@ -103,7 +108,7 @@ def canary(
     Example:
       modelops serve swap canary http://127.0.0.1:3000 pilot-2 --share 0.2 --auto --wait
     """
-    from modelops.serving.swap.client import SwapClient
+    from modelops.serving.swap.client import SwapClient, trial_exit_code
 
     order = {
         "release": release, "share": share, "sticky": sticky, "named": named, "auto": auto,
@@ -111,29 +116,28 @@ def canary(
         "filter_margin": filter_margin, "latency_margin": latency_margin,
     }  # fmt: skip
     client = SwapClient(url, _key(key_file))
-    found = client.post("canary", {k: v for k, v in order.items() if v is not None})
+    ordered = client.post("canary", {k: v for k, v in order.items() if v is not None})
     if not wait:
-        emit(found, as_json=as_json, text=f"{release} is being loaded; see `swap status`")
+        emit(ordered, as_json=as_json, text=f"{release} is being loaded; see `swap status`")
         return
     if not auto:
         with progress(f"loading {release}", quiet=as_json):
             found = client.wait(lambda now: now["loading"] is None, timeout)
-        _finish(found, as_json, judged=False)
-        return
-    with progress("requests of the canary", quiet=as_json) as bar:
+    else:
+        with progress("requests of the canary", quiet=as_json) as bar:
 
-        def decided(now: dict[str, Any]) -> bool:
-            verdict = now["verdict"]
-            bar(min(requests, verdict["requests"]) if verdict else 0, requests)
-            return now["state"] == "stable only"
+            def decided(now: dict[str, Any]) -> bool:
+                measured = now["canary"]["measured"] if now["canary"] else 0
+                bar(min(requests, measured), requests)
+                return now["state"] == "stable only"
 
-        found = client.wait(decided, timeout, what="decided")
-    _finish(found, as_json)
+            found = client.wait(decided, timeout, what="decided")
+    _finish(found, as_json, trial_exit_code(ordered, found))
 
 
 @swap.command()
 @_server
-@click.option("--force", is_flag=True, help="Although the verdict says worse.")
+@click.option("--force", is_flag=True, help="Although the verdict is worse, or undecided.")
 @click.option("--wait", is_flag=True, help="Until the former release has finished its work.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @json_option
@@ -141,6 +145,8 @@ def promote(
     url: str, key_file: Path | None, force: bool, wait: bool, timeout: float, as_json: bool
 ) -> None:
     """Serve the canary in place of the stable release, now and after a restart.
+
+    Without --force its verdict must say that it is no worse; exit code 3: worse, 4: undecided.
 
     \b
     Example:
@@ -178,7 +184,7 @@ def _change(
     if wait:
         with progress("requests in hand", quiet=as_json):
             found = client.wait(lambda now: not now["draining"], timeout, what="finished")
-    _finish(found, as_json, judged=False)
+    _finish(found, as_json)
 
 
 def _key(path: Path | None) -> str:
@@ -196,10 +202,10 @@ def _key(path: Path | None) -> str:
     return key
 
 
-def _finish(found: dict[str, Any], as_json: bool, *, judged: bool = True) -> None:
-    """Print a status; the exit code is that of a failed load, or of the verdict."""
-    from modelops.serving.swap.client import describe_status, exit_code
+def _finish(found: dict[str, Any], as_json: bool, code: int = 0) -> None:
+    """Print a status, and end with an exit code."""
+    from modelops.serving.swap.client import describe_status
 
     emit(found, as_json=as_json, text=describe_status(found))
-    if code := exit_code(found, judged=judged):
+    if code:
         raise click.exceptions.Exit(code)

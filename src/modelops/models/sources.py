@@ -96,7 +96,6 @@ class PipelineSource:
         self.batch_size = batch_size
         self._info = info
         self._scheduler = copy.deepcopy(pipeline.scheduler)
-        self._accepts = set(inspect.signature(pipeline.__call__).parameters)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -144,28 +143,39 @@ class PipelineSource:
         return images
 
     def _call(self, requests: list[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
-        first = requests[0]
-        wanted: dict[str, Any] = {
-            "prompt": [request.prompt for request in requests],
-            "negative_prompt": [request.negative_prompt for request in requests],
-            "num_inference_steps": first.steps,
-            "guidance_scale": first.guidance,
-            "height": first.height,
-            "width": first.width,
-            "generator": [torch.Generator("cpu").manual_seed(r.seed) for r in requests],
-            "output_type": "np",
-        }
-        arguments = {
-            name: value
-            for name, value in wanted.items()
-            if name in self._accepts and value is not None
-        }
-        if "prompt" not in self._accepts and "batch_size" in self._accepts:  # unconditional
-            arguments["batch_size"] = len(requests)
+        arguments = pipeline_arguments(self.pipeline, requests)
         # A sampler keeps its place and what it saw last: every call starts with one of its own.
         self.pipeline.scheduler = copy.deepcopy(self._scheduler)
         pictures = np.asarray(self.pipeline(**arguments).images)
         return list(floats_to_uint8(pictures))
+
+
+def pipeline_arguments(pipeline: Any, requests: Sequence[ImageRequest]) -> dict[str, Any]:
+    """What to call a diffusers pipeline with, to be given these images as `.images` [N, H, W, 3].
+
+    What a request leaves open, and what the pipeline does not take, is left out.
+
+    Args:
+        requests: N that agree in steps, guidance, height and width.
+    """
+    accepts = inspect.signature(pipeline.__call__).parameters
+    first = requests[0]
+    wanted: dict[str, Any] = {
+        "prompt": [request.prompt for request in requests],
+        "negative_prompt": [request.negative_prompt for request in requests],
+        "num_inference_steps": first.steps,
+        "guidance_scale": first.guidance,
+        "height": first.height,
+        "width": first.width,
+        "generator": [torch.Generator("cpu").manual_seed(r.seed) for r in requests],
+        "output_type": "np",
+    }
+    arguments = {
+        name: value for name, value in wanted.items() if name in accepts and value is not None
+    }
+    if "prompt" not in accepts and "batch_size" in accepts:  # unconditional
+        arguments["batch_size"] = len(requests)
+    return arguments
 
 
 def native_size(pipeline: Any) -> tuple[int | None, int | None]:

@@ -11,9 +11,16 @@ investigate  anything else that shifted: the runtime, the hardware, the load, th
              evaluation is overdue
 undecided    too little was logged to say so, or nothing to hold it against
 
-The release's evaluation says whether the use is still what was gated; an earlier window of the log
-itself, whether anything has changed since then. Prompts in service differ from evaluation prompts
-from the first day, so that most often both questions are worth asking.
+`retrain` is the answer that costs most, so it wants both. Pictures that moved alone may be the
+runtime's doing, which training would not mend; prompts that moved alone have not been seen to
+change what comes out. And it wants the release's evaluation: it claims that the use is not what was
+gated, of which an earlier window of the log knows nothing. That one says whether anything has
+changed since then, and so leads to `investigate` at most. Prompts in service differ from evaluation
+prompts from the first day, so that most often both questions are worth asking.
+
+What this cannot see: of a prompt only its length and its scripts are logged. Users who turn to
+other topics in the same language and as many words move the pictures alone, and are to be found by
+the investigation.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from modelops.environment import current_environment
+from modelops.errors import UsageError
 from modelops.files import sha256_file
 from modelops.metrics.multiple import holm
 from modelops.metrics.protocol import protocol_id
@@ -77,22 +85,28 @@ def monitor(
         log: the folder that the node writes, or one of its files.
         release_dir: the release that it serves.
         window: which rows are judged; by default all, or all after the baseline.
-        baseline: hold the window against these rows, not against the release's evaluation.
+        baseline: hold the window against these rows, not against the release's evaluation; must
+            not overlap with the window.
         reference: of the release's evaluation, where the release holds none itself.
         policy: in place of the released policy's `monitoring:` section, or the defaults.
         now: Unix time at which the evaluation is overdue or not.
 
     Raises:
-        UsageError: there is no log, or no release.
+        UsageError: there is no log, or no release; or baseline and window overlap.
         IntegrityError: the release was changed, or the reference is not of its evaluation.
     """
     started, clock = datetime.now(UTC), time.monotonic()
+    span = window or Span(start=baseline.end if baseline else None)
+    if baseline and baseline.overlaps(span):
+        raise UsageError(
+            f"the baseline {baseline} and the window {span} overlap",
+            hint="rows that are on both sides hide a shift; end the baseline before the window",
+        )
     top = Path(release_dir)
     release = verify_release(top)
     release_sha256 = sha256_file(top / RECORD_FILE)
     rules = policy or released_monitoring(top) or MonitoringPolicy()
     rows = read_log(log, release_sha256=release_sha256, model_sha256=release.model_sha256)
-    span = window or Span(start=baseline.end if baseline else None)
     inputs = {"log": rows.ref, "release": InputRef(path=RECORD_FILE, sha256=release_sha256)}
     if POLICY_FILE in release.files and policy is None:
         inputs["policy"] = InputRef(path=POLICY_FILE, sha256=release.files[POLICY_FILE].sha256)
@@ -120,6 +134,10 @@ def monitor(
     )  # fmt: skip
     if absent and not baseline:
         record.warnings.append(f"{absent}; name its evaluation with --evaluation, or a --baseline")
+    if age is None:
+        record.warnings.append(
+            "the release holds no evaluation of its model, so none can be called overdue"
+        )
     _test(record, rules, rows, judged, baseline, reference, seed)
     _answer(record)
     record.duration_s = time.monotonic() - clock
@@ -289,16 +307,17 @@ def _answer(record: MonitorRecord) -> None:
         by_outcome.setdefault(test.outcome, []).append(test.name)
     found = by_outcome.get("found", [])
     answer: MonitorAnswer = "keep"
-    if set(found) & set(PICTURES) and set(found) & set(PROMPTS):
+    both = set(found) & set(PICTURES) and set(found) & set(PROMPTS)
+    if both and record.reference == "evaluation":
         answer = "retrain"
         record.reasons.append(
-            "the prompts and the pictures are no longer those of the "
-            f"{record.reference} ({', '.join(found)}): evaluate the model on such prompts, and "
-            "train on them unless that passes the gate"
+            f"the prompts and the pictures are no longer those of the evaluation "
+            f"({', '.join(found)}): evaluate the model on such prompts, and train on them unless "
+            "that passes the gate"
         )
     elif found:
         answer = "investigate"
-        record.reasons.append(f"shifted: {', '.join(found)}; {_advice(found)}")
+        record.reasons.append(f"shifted: {', '.join(found)}; {_advice(found, by_outcome)}")
     if record.overdue:
         answer = "investigate" if answer == "keep" else answer
         record.reasons.append(
@@ -317,14 +336,30 @@ def _answer(record: MonitorRecord) -> None:
     record.answer = answer
 
 
-def _advice(found: list[str]) -> str:
-    if set(found) & set(PICTURES):
+def _advice(found: list[str], by_outcome: dict[str, list[str]]) -> str:
+    """Where to look first. Claims that something is as before only where that was tested."""
+    same = {name for outcome in ("not found", "below margin")
+            for name in by_outcome.get(outcome, [])}  # fmt: skip
+    pictures, prompts = (bool(set(found) & set(some)) for some in (PICTURES, PROMPTS))
+    if pictures and prompts:
         return (
-            "the prompts look the same by length and script, so see first whether the runtime or "
-            "the hardware changed (`modelops replay`), then what is asked for"
+            "other prompts give other pictures than in the baseline; whether that is what was "
+            "evaluated says the window held against the evaluation"
         )
-    if set(found) & set(PROMPTS):
-        return "the pictures still look the same"
+    if pictures:
+        alike = (
+            "the prompts look the same by length and script, so "
+            if same >= set(PROMPTS)
+            else "whether the prompts are the same could not be tested; "
+        )
+        return (
+            f"{alike}see first whether the runtime or the hardware changed (`modelops replay`), "
+            "then what is asked for"
+        )
+    if prompts:
+        if same >= set(PICTURES):
+            return "the pictures still look the same"
+        return "whether the pictures are the same could not be tested"
     if any(name.startswith("latency") for name in found):
         return "see which phase grew, and the load"
     return "see what the filters stop"

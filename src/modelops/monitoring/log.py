@@ -27,6 +27,12 @@ class Span:
             self.end is None or moment < self.end
         )
 
+    def overlaps(self, other: Span) -> bool:
+        """Whether a moment can lie in both."""
+        starts = [one.start for one in (self, other) if one.start is not None]
+        ends = [one.end for one in (self, other) if one.end is not None]
+        return not starts or not ends or max(starts) < min(ends)
+
     def __str__(self) -> str:
         return f"{_utc(self.start)}..{_utc(self.end)}"
 

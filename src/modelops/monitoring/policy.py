@@ -13,13 +13,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from modelops.errors import ConfigError
 from modelops.files import read_yaml
 
 POLICY_FILE = "policy.yaml"
 DEFAULT_EVALUATE_EVERY_DAYS = 30.0
+MIN_WINDOW_ALPHA = 1e-4  # below, 99,999 permutations show nothing: nine tests share it
 
 Margin = Annotated[float, Field(ge=0)]
 
@@ -57,7 +58,8 @@ class MonitoringPolicy(_Section):
     Attributes:
         evaluate_every_days: an evaluation of the served model that is older is overdue.
         windows: how often the drift log is judged until the next evaluation.
-        alpha: chance of at least one false alarm in all those windows; each gets an equal part.
+        alpha: chance of at least one false alarm in all those windows; each gets an equal part, of
+            1e-4 at least.
         min_n: pictures, prompts or requests that each side of a test needs.
         margins: see Margins.
     """
@@ -67,6 +69,15 @@ class MonitoringPolicy(_Section):
     alpha: float = Field(default=0.05, gt=0, le=0.5)
     min_n: int = Field(default=100, ge=20)
     margins: Margins = Margins()
+
+    @model_validator(mode="after")
+    def _can_be_shown(self) -> MonitoringPolicy:
+        if self.window_alpha < MIN_WINDOW_ALPHA * (1 - 1e-9):
+            raise ValueError(
+                f"alpha {self.alpha:g} in {self.windows} windows is {self.window_alpha:.2g} each; "
+                f"a permutation test shows nothing below {MIN_WINDOW_ALPHA:g}"
+            )
+        return self
 
     @property
     def window_alpha(self) -> float:

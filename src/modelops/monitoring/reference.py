@@ -89,7 +89,7 @@ def build_reference(evaluation_path: str | Path, folder: str | Path) -> DriftRef
 
     Raises:
         EvaluationError: the evaluation has no features or no per-image values beside it, or they
-            are others than its record names.
+            are others than its record names, or not finite as float16.
     """
     path, out = Path(evaluation_path), Path(folder)
     evaluation = read_record(path, EvaluationRecord)
@@ -111,13 +111,15 @@ def build_reference(evaluation_path: str | Path, folder: str | Path) -> DriftRef
     prompts = [made[place]["prompt"] for place in chosen]
     scores = [made[place].get("nsfw_score") for place in chosen]
     arrays: dict[str, Any] = {
-        "features": np.asarray(features[chosen], np.float16),
+        "features": _as_float16(features[chosen]),
         "scores": np.array([] if None in scores else scores, np.float32),
         "characters": np.array([len(prompt) for prompt in prompts], np.int32),
         "scripts": np.array(
             [shares_to_vector(script_shares(prompt)) for prompt in prompts], np.float32
         ),
     }
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise EvaluationError(f"{path}: its features or scores are not finite as float16")
     with atomic_path(out / ARRAYS_NAME) as temporary, temporary.open("wb") as handle:
         np.savez(handle, **arrays)
     record = DriftReference(
@@ -184,8 +186,11 @@ def read_reference(folder: str | Path) -> Reference:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     n, dim = record.n_images, int(record.extractor.get("dim", 0))
     fits = found["features"].shape == (n, dim) and found["characters"].shape == (n,)
+    fits = fits and found["scores"].shape in ((n,), (0,))
     if not fits or found["scripts"].shape != (n, len(SCRIPTS)) or record.scripts != list(SCRIPTS):
         raise UsageError(f"{path}: arrays of other shapes than {RECORD_NAME} says")
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise UsageError(f"{path}: holds numbers that are not finite")
     return Reference(
         record, found["features"].astype(np.float16), found["scores"].astype(np.float32),
         found["characters"].astype(np.int32), found["scripts"].astype(np.float32),
@@ -243,6 +248,11 @@ def _features(path: Path, dim: int) -> npt.NDArray[np.floating]:
     if features.ndim != 2 or features.shape[1] != dim:
         raise EvaluationError(f"{path}: features of shape {features.shape}, expected [N, {dim}]")
     return np.asarray(features)
+
+
+def _as_float16(features: npt.NDArray[np.floating]) -> npt.NDArray[np.float16]:
+    with np.errstate(over="ignore"):  # what is infinite then is looked for
+        return np.asarray(features, np.float16)
 
 
 def _rate(evaluation: EvaluationRecord, key: str) -> FilterRate | None:

@@ -25,7 +25,9 @@ class Sample:
     """One side of every test.
 
     One picture a prompt, and one length a prompt: of several they are not independent. Rates are of
-    pictures' prompts and of prompts, too.
+    pictures' prompts and of prompts, too. A prompt is known again by its tag, and so within one
+    process of the node only: one that comes in several workers, or after a restart too, counts as
+    often.
 
     Attributes:
         features: [N, D] float16; of pictures of one setting, by an extractor of one protocol.

@@ -1,8 +1,8 @@
 """Tests of everything but pictures: rates, ranks, mixes and latencies of two samples.
 
-Each is exact or a permutation test, so that it holds its level without a shape being assumed; all
-are two-sided. Rows must be independent, but for latencies: those of one minute share its load, so
-blocks of time are dealt out there instead of requests.
+Each is exact, a permutation test, or (ranks) the normal limit of one, so that it holds its level
+without a shape being assumed; all are two-sided. Rows must be independent, but for latencies: those
+of one minute share its load, so blocks of time are dealt out there instead of requests.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def mix_shift(
     permutations: int,
 ) -> Found:
     """Shares [N, S], [M, S] whose rows sum to 1: a permutation test of the total variation distance
-    of their means, which is the effect as well; percentile bootstrap."""
+    of their means, which is the effect as well; percentile bootstrap. A distance is never below 0:
+    effect and interval hold some noise, more of it the smaller N and M are."""
     a, b = np.asarray(earlier, np.float64), np.asarray(later, np.float64)
     rows, n = np.concatenate([a, b]), len(a)
 

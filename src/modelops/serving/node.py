@@ -138,8 +138,6 @@ class InferenceNode:
         )  # fmt: skip
         self.on_step: Callable[[StepReport], None] | None = None  # hears of network evaluations
         self.quarantine = open_quarantine(self.settings, self.sealer.origin, self.metrics.registry)
-        self.resolution = int(pipeline.resolution)
-        self.max_tokens = int(pipeline.config["max_text_tokens"])
         self.engine = StepEngine(
             pipeline,
             max_rows=self.settings.max_rows,
@@ -148,6 +146,8 @@ class InferenceNode:
             on_step=self._stepped,
             on_wasted=self.metrics.on_wasted,
         )
+        self.size = f"{self.engine.model.width}x{self.engine.model.height}"  # of every picture
+        self.max_tokens = self.engine.model.max_tokens
         # Finished requests wait here for the image filter, while new ones are let in or refused.
         self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
         self.metrics.serves(self.release, self.release_sha256, self.runtime)
@@ -290,8 +290,6 @@ class InferenceNode:
                 seed=(seed + index) % (MAX_SEED + 1),
                 steps=request.steps or self.defaults.steps,
                 guidance=self.defaults.guidance if request.guidance is None else request.guidance,
-                height=self.resolution,
-                width=self.resolution,
                 negative_prompt=request.negative_prompt or "",
             )
             for index in range(request.n or 1)
@@ -322,11 +320,11 @@ class InferenceNode:
                 404, "model_not_found",
                 f"this server has the model {self.model_id!r} only; see /v1/models", param="model",
             )  # fmt: skip
-        native = f"{self.resolution}x{self.resolution}"
-        if request.size not in (None, "auto", native):
+        if request.size not in (None, "auto", self.size):
             raise ApiError(
                 400, "unsupported_value",
-                f"size: this model makes {native} pictures only; ask for {native!r} or 'auto'",
+                f"size: this model makes {self.size} pictures only; ask for {self.size!r} or "
+                "'auto'",
                 param="size",
             )  # fmt: skip
         for param in ("prompt", "negative_prompt"):
@@ -376,7 +374,7 @@ class InferenceNode:
             created=int(time.time()),
             data=data,
             output_format=output_format,
-            size=f"{self.resolution}x{self.resolution}",
+            size=self.size,
         )
 
     def preview(self, ticket: Ticket, index: int, pixels: npt.NDArray[np.uint8]) -> bytes:

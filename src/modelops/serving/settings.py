@@ -8,8 +8,16 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from modelops.errors import UsageError
+from modelops.export.runtimes.graphs import RUNTIMES
 
 _MAY_BE_ZERO = {"evaluate_every_days", "profile_s", "threads"}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "quarantine_prompts": ("digest", "text"),
+    "quarantine_stages": ("images", "all"),
+    "receipts_failure": ("send", "refuse"),
+    "receipts_prompts": ("digest", "text"),
+    "runtime": ("auto", *RUNTIMES),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +63,9 @@ class NodeSettings:
         drift_log: folder of the drift log, which `modelops monitor` reads; "" keeps none.
         drift_sample: share of the requests that it logs.
         drift_log_mb: megabytes of that folder, at most; the oldest rows go first.
+
+    Raises:
+        UsageError: a word that is none of its setting's, too few rows, or a share that is none.
     """
 
     max_rows: int = 16
@@ -90,24 +101,41 @@ class NodeSettings:
     drift_sample: float = 0.1
     drift_log_mb: int = 64
 
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _refused(name, getattr(self, name), f"must be {' or '.join(choices)}")
+        if self.max_rows < 2:
+            raise _refused("max_rows", self.max_rows, "must be at least 2")
+        if not 0 < self.drift_sample <= 1:
+            raise _refused("drift_sample", self.drift_sample, "must be above 0 and at most 1")
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
         """Settings from environment variables.
 
         Raises:
-            UsageError: a variable is not a number in range.
+            UsageError: a variable is not a number in range, or see the class.
         """
         values: dict[str, Any] = {}
         for entry in fields(cls):
-            name = f"MODELOPS_{entry.name.upper()}"
-            if name not in environment:
+            text = environment.get(_variable(entry.name))
+            if text is None:
                 continue
             kind: Any = type(entry.default)
             try:
-                values[entry.name] = kind(environment[name])
+                values[entry.name] = kind(text)
             except ValueError as error:
-                raise UsageError(f"{name}={environment[name]!r}: not a number") from error
+                raise _refused(entry.name, text, "not a number") from error
             least = 0.0 if entry.name in _MAY_BE_ZERO else 1e-9
             if kind is not str and not least <= values[entry.name] < 1e6:
-                raise UsageError(f"{name}={environment[name]!r}: out of range")
+                raise _refused(entry.name, text, "out of range")
         return cls(**values)
+
+
+def _variable(name: str) -> str:
+    return f"MODELOPS_{name.upper()}"
+
+
+def _refused(name: str, value: object, why: str) -> UsageError:
+    return UsageError(f"{_variable(name)}={value!r}: {why}")

@@ -18,7 +18,7 @@ Part = tuple[Graph, Signature]
 class ExportedModule:
     """What a pipeline asks of a network, answered by graphs.
 
-    Calling it, `encode` and `decode` run a graph. `config`, `dtype` and `device` are its own.
+    `forward` (which calling it calls), `encode` and `decode` run a graph. `config`, `dtype` and `device` are its own.
     Whatever else a pipeline looks at (the width of a layer, say) is looked up in the original
     class, built without weights.
 
@@ -46,6 +46,10 @@ class ExportedModule:
         self._skeleton: torch.nn.Module | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call runs, as in a torch module."""
         return self._run("forward", args, kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:

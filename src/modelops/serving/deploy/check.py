@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from modelops.errors import ServingError
+from modelops.errors import ServingError, UsageError
 from modelops.extras import require_module
 from modelops.files import sha256_bytes
 
@@ -57,41 +58,29 @@ def check_endpoint(
 
     Raises:
         MissingExtraError: the `openai` package is not installed.
+        UsageError: not an address of the web.
         ServingError: names the first thing that is not as it should be.
     """
-    openai = require_module("openai", needed_for="checking an endpoint")
     base = url.rstrip("/")
     for path in ("/livez", "/readyz", "/metrics"):
         status, _ = get(base + path)
         if status != 200:
             raise ServingError(f"{base}{path} answered {status}", hint="look into the server's log")
     extra = {"seed": seed, "steps": steps, "guidance": guidance}
-    extra = {key: value for key, value in extra.items() if value is not None}
-    pictures, times = [], []
-    with openai.OpenAI(
-        base_url=f"{base}/v1", api_key=api_key, timeout=timeout_s, max_retries=0
-    ) as client:
-        try:
-            model = client.models.list().data[0].id
-            for _ in range(2):
-                began = time.monotonic()
-                answer = client.images.generate(
-                    model=model, prompt=prompt, response_format="b64_json", extra_body=extra
-                )
-                times.append(time.monotonic() - began)
-                pictures.append(answer.data[0])
-        except openai.OpenAIError as error:
-            raise ServingError(f"{base}: {error}") from error
-    first, second = (base64.b64decode(picture.b64_json) for picture in pictures)
-    receipt = dict(pictures[0].model_extra["x_modelops"])
-    if sha256_bytes(first) != receipt["output_sha256"]:
+    wanted = {"prompt": prompt} | {key: one for key, one in extra.items() if one is not None}
+    model, pictures, times = _ask_twice(base, wanted, api_key=api_key, timeout_s=timeout_s)
+    try:
+        receipt = dict(pictures[0].model_extra["x_modelops"])
+        first, second = (base64.b64decode(picture.b64_json) for picture in pictures)
+        pixels, chunks = _decoded(first)
+        again, _ = _decoded(second)
+        stated = receipt["output_sha256"]
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ServingError(f"{base}: no picture with a receipt, so no modelops node") from error
+    if sha256_bytes(first) != stated:
         raise ServingError("the receipt's output_sha256 is not that of the picture")
-    with Image.open(io.BytesIO(first)) as image:
-        image.load()
-        chunks = {key: str(value) for key, value in getattr(image, "text", {}).items()}
-        pixels = np.asarray(image.convert("RGB"))
-    with Image.open(io.BytesIO(second)) as image:
-        again = np.asarray(image.convert("RGB"))
+    if pixels.shape != again.shape:
+        raise ServingError(f"the same request gave {pixels.shape} and {again.shape} pixels")
     difference = int(np.abs(pixels.astype(np.int16) - again.astype(np.int16)).max())
     if difference > 1:
         raise ServingError(f"the same seed gave two pictures, {difference} grey levels apart")
@@ -111,19 +100,63 @@ def check_endpoint(
     )
 
 
+def _ask_twice(
+    base: str, wanted: dict[str, Any], *, api_key: str, timeout_s: float
+) -> tuple[str, list[Any], list[float]]:
+    """(model, two pictures, their seconds) of the same request, by the official client."""
+    openai = require_module("openai", needed_for="checking an endpoint")
+    pictures, times = [], []
+    extra = {key: value for key, value in wanted.items() if key != "prompt"}
+    with openai.OpenAI(
+        base_url=f"{base}/v1", api_key=api_key, timeout=timeout_s, max_retries=0
+    ) as client:
+        try:
+            model: str = client.models.list().data[0].id
+            for _ in range(2):
+                began = time.monotonic()
+                answer = client.images.generate(
+                    model=model, prompt=wanted["prompt"], response_format="b64_json",
+                    extra_body=extra,
+                )  # fmt: skip
+                times.append(time.monotonic() - began)
+                pictures.append(answer.data[0])
+        except openai.OpenAIError as error:
+            raise ServingError(f"{base}: {error}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ServingError(f"{base}: does not answer as OpenAI's Images API does") from error
+    return model, pictures, times
+
+
+def _decoded(file: bytes) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
+    """([H, W, 3] RGB, text chunks) of a picture.
+
+    Raises:
+        OSError: it is none.
+    """
+    with Image.open(io.BytesIO(file)) as image:
+        image.load()
+        chunks = {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        return np.asarray(image.convert("RGB")), chunks
+
+
 def get(url: str, *, timeout_s: float = 30.0) -> tuple[int, str]:
     """(status, body) of a GET.
 
     Raises:
-        ServingError: nobody answers.
+        UsageError: not an address of the web.
+        ServingError: nobody answers, or not in HTTP.
     """
+    if not url.lower().startswith(("http://", "https://")):
+        raise UsageError(f"{url}: not an http:// or https:// address")
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as answer:
             return answer.status, answer.read().decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode("utf-8", "replace")
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ServingError(f"{url}: no answer ({error})", hint="is the server running?") from error
+    except ValueError as error:
+        raise UsageError(f"{url}: not an address ({error})") from error
 
 
 def curl_line(url: str, prompt: str, *, out: str = "picture.png") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import ipaddress
 import os
 import signal
@@ -111,23 +112,33 @@ def run_server(
     Args:
         environment: variables for the server, such as MODELOPS_API_KEYS_FILE.
     """
-    process = subprocess.Popen(
-        serve_command(host, port),
-        env=serve_environment(release_dir, extra=environment),
-        start_new_session=True,
-    )
-    previous = {
-        name: signal.signal(name, lambda number, frame: process.send_signal(number))
-        for name in (signal.SIGTERM, signal.SIGINT)
-    }
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    # Before the process: a signal between the two would leave it behind, holding the port.
+    previous = {name: signal.signal(name, hand_on) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
+        process = subprocess.Popen(
+            serve_command(host, port),
+            env=serve_environment(release_dir, extra=environment),
+            start_new_session=True,
+        )
+        for number in early:
+            process.send_signal(number)
         code = process.wait()
         # A signal that we passed on is how a server ends; it is not a failure.
         return 0 if code in (-signal.SIGTERM, -signal.SIGINT) else code
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)
-        _kill_group(process)
+        if process is not None:
+            _kill_group(process)
 
 
 @contextlib.contextmanager
@@ -205,7 +216,7 @@ def _wait_until_ready(
                     return
         except urllib.error.HTTPError as error:
             last = f"/readyz answered {error.code}"
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             last = str(error)
         time.sleep(_POLL_S)
     raise ServingError(f"{url} not ready after {timeout_s:.0f} s ({last}): {_tail(log)}")

@@ -79,7 +79,7 @@ class Access:
                 503, "api_keys_unavailable", error.message, retry_after_s=30
             ) from error  # fmt: skip
 
-    def take(self, caller: Caller, images: int) -> None:
+    def take(self, caller: Caller, images: int) -> Charge:
         """Count a request.
 
         Raises:
@@ -94,15 +94,30 @@ class Access:
             raise ApiError(
                 429, "rate_limit_exceeded", error.message, retry_after_s=error.wait_s
             ) from error  # fmt: skip
+        return Charge(self.limits, caller, images)
+
+
+class Charge:
+    """The images that were counted for a request, which may be tried on more than one release."""
+
+    def __init__(self, limits: RateLimits, caller: Caller, images: int) -> None:
+        self._limits = limits
+        self._caller = caller
+        self._images = images
+        self._returned = False
 
     @contextlib.contextmanager
-    def refunding(self, caller: Caller, images: int) -> Iterator[None]:
+    def attempt(self) -> Iterator[None]:
         """Images that the node owes in the end, because it was full or failed, do not count."""
+        if self._returned:
+            self._limits.give_back_images(self._caller, -self._images)
+            self._returned = False
         try:
             yield
-        except ApiError as error:
-            if error.status == 429 or error.status >= 500:
-                self.limits.give_back_images(caller, images)
+        except Exception as error:
+            if not isinstance(error, ApiError) or error.status == 429 or error.status >= 500:
+                self._limits.give_back_images(self._caller, self._images)
+                self._returned = True
             raise
 
 

@@ -52,7 +52,7 @@ class CanaryOrder(BaseModel):
 
 
 class PromoteOrder(BaseModel):
-    """Body of POST /admin/swap/promote. `force`: although the verdict is worse."""
+    """Body of POST /admin/swap/promote. `force`: although the verdict is worse or undecided."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from modelops.serving.http.keys import Caller
     from modelops.serving.node import Ticket
     from modelops.serving.scheduling.jobs import Job
+
+T = TypeVar("T")
 
 MAX_BODY_BYTES = 64 * 1024
 SKIPPED_BYTES = 1024 * 1024  # of a body that is refused; a client that is cut off sees no answer
@@ -120,7 +125,15 @@ def last_moment(jobs: Sequence[Job]) -> float | None:
     return max(0.0, max(deadlines) - time.monotonic()) + ENGINE_GRACE_S if deadlines else None
 
 
+async def in_pool(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    """`asyncio.to_thread` in a pool of its own: what waits there keeps nobody else waiting."""
+    context = contextvars.copy_context()
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(pool, partial(context.run, function, *arguments))
+
+
 async def disconnected(receive: Receive) -> None:
+    """Returns when the client has left. What is left of its body is thrown away."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -59,6 +59,30 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
     app.state.peers = None  # the other workers, where there are any
     app.add_middleware(Observe, application=app)
 
+    _add_errors(app)
+    _add_images(app)
+    _add_health(app)
+    add_admin_routes(app)
+    add_page(app)
+
+    # Inside BentoML's router an unmatched path would get its answer, not ours.
+    @app.api_route(
+        "/{path:path}",
+        methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        include_in_schema=False,
+    )
+    async def unknown(path: str) -> Response:
+        if f"/{path}" in ROUTES:
+            raise ApiError(405, "method_not_allowed", "use another HTTP method")
+        raise ApiError(404, "not_found", "there is no such route")
+
+    describe(app)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    """What fails before or in a route is answered in OpenAI's shape."""
+
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> JSONResponse:
         request.scope[SCOPE_KEY].fields["code"] = error.code
@@ -71,6 +95,10 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
     @app.exception_handler(405)
     async def _not_allowed(request: Request, error: Exception) -> JSONResponse:
         return error_response(app, ApiError(405, "method_not_allowed", "use another HTTP method"))
+
+
+def _add_images(app: FastAPI) -> None:
+    """OpenAI's routes: images, and the models that make them."""
 
     @app.post(
         "/v1/images/generations",
@@ -93,9 +121,8 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
         note_request(trace, wanted)
         trace.fields["key"] = caller.name
         access: Access = app.state.access
-        images_wanted = wanted.n or 1
         try:
-            access.take(caller, images_wanted)
+            charge = access.take(caller, wanted.n or 1)
         except ApiError as error:
             if error.status == 429:
                 served.metrics.on_rejected("rate_limit")
@@ -104,7 +131,7 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
         @contextlib.contextmanager
         def held() -> Iterator[None]:
             texts = (wanted.prompt, wanted.negative_prompt)
-            with access.refunding(caller, images_wanted), PROMPTS.in_hand(*texts):
+            with charge.attempt(), PROMPTS.in_hand(*texts):
                 yield
 
         if wanted.stream:
@@ -126,6 +153,10 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
         fleet: Fleet = app.state.fleet
         entries = [{"id": name, **_model_entry(role, node)} for name, role, node in fleet.models()]
         return JSONResponse({"object": "list", "data": entries})
+
+
+def _add_health(app: FastAPI) -> None:
+    """Probes and metrics; they need no key, and answer for all workers."""
 
     @app.get("/livez", summary="Whether the process should go on")
     async def livez() -> Response:
@@ -155,24 +186,6 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
         text = app.state.fleet.text() if peers is None else await peers.exposition()
         return Response(text, media_type=CONTENT_TYPE)
 
-    add_admin_routes(app)
-
-    add_page(app)
-
-    # Inside BentoML's router an unmatched path would get its answer, not ours.
-    @app.api_route(
-        "/{path:path}",
-        methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-        include_in_schema=False,
-    )
-    async def unknown(path: str) -> Response:
-        if f"/{path}" in ROUTES:
-            raise ApiError(405, "method_not_allowed", "use another HTTP method")
-        raise ApiError(404, "not_found", "there is no such route")
-
-    describe(app)
-    return app
-
 
 def _without_own_telemetry() -> dict[str, Any]:
     """Newer FastAPI makes spans and log records of its own, which may quote a request's body."""
@@ -191,7 +204,7 @@ def _model_entry(role: str, node: InferenceNode) -> dict[str, Any]:
             "role": role,
             "release_sha256": node.release_sha256,
             "model_sha256": node.release.model_sha256,
-            "size": f"{node.resolution}x{node.resolution}",
+            "size": node.size,
             "runtime": node.runtime,
             "steps": node.defaults.steps,
             "guidance": node.defaults.guidance,

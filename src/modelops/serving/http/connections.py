@@ -68,8 +68,10 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     """uvicorn's HTTP protocol with LIMITS; the server side of one connection."""
 
     _look_again: Any = None
+    _farewell: Any = None
     _good_at = 0.0  # when the client had last done its part, in seconds of the loop's clock
     _unsent = 0  # bytes of the answer that waited for the client when last looked at
+    _latest: Any = None  # the request that was the latest when last looked at
 
     def connection_made(self, transport: Any) -> None:
         """Refuse one too many; else begin to look at it now and then."""
@@ -94,7 +96,10 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         limit, cycle = self.config.timeout_graceful_shutdown, self.cycle
         if limit is not None and cycle is not None and not cycle.response_complete:
             wait_s = max(limit - FAREWELL_S, limit / 2)
-            self.loop.call_later(wait_s, lambda: self.loop.create_task(_farewell(cycle)))
+            self.loop.call_later(wait_s, self._say_farewell, cycle)
+
+    def _say_farewell(self, cycle: Any) -> None:
+        self._farewell = self.loop.create_task(_farewell(cycle))  # a loop keeps no task alive
 
     def _look_later(self) -> None:
         self._look_again = self.loop.call_later(LIMITS.timeout_s / 4, self._look)
@@ -104,10 +109,11 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         if self.transport.is_closing() and not unsent:
             return
         working = self.cycle is not None and not self.cycle.response_complete
+        asked = self.cycle is not self._latest  # and was answered since, perhaps
         reads = unsent != self._unsent
-        if reads if unsent else working:
+        if reads if unsent else working or asked:
             self._good_at = self.loop.time()
-        self._unsent = unsent
+        self._unsent, self._latest = unsent, self.cycle
         if self.loop.time() - self._good_at < LIMITS.timeout_s:
             self._look_later()
             return

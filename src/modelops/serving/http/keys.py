@@ -162,7 +162,8 @@ class KeyRing:
         for digest, caller in (*self._fixed, *self._current()):
             if hmac.compare_digest(given, digest):
                 found = caller
-        if scheme.lower() != "bearer" or found is None:
+        # The digest of nothing is what a script lists when its variable is not set.
+        if scheme.lower() != "bearer" or not key.strip() or found is None:
             raise UnknownKeyError("a valid API key is needed")
         return found
 
@@ -256,13 +257,18 @@ def revoke_key(path: str | Path, name: str) -> StoredKey:
 
 @contextlib.contextmanager
 def _edited(path: Path, *, new: bool) -> Iterator[list[StoredKey]]:
-    """The keys of a file, written back atomically; two editors wait for each other."""
-    if new:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """The keys of a file, written back atomically; two editors wait for each other.
+
+    Raises:
+        UsageError: it is no file of keys, or is not there and not `new`.
+        ModelopsError: it cannot be written.
+    """
     if not new or path.exists():
         read_keys(path)  # a clear error before a lock file appears
     lock = path.with_name(f".{path.name}.lock")
     try:
+        if new:
+            path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ModelopsError(f"{path}: cannot write: {error.strerror or error}") from error
@@ -271,7 +277,7 @@ def _edited(path: Path, *, new: bool) -> Iterator[list[StoredKey]]:
         keys = read_keys(path) if path.exists() else []
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
         yield keys
-        with atomic_path(path) as temporary:
+        with atomic_path(path, private=mode & 0o077 == 0) as temporary:
             temporary.write_text(KeyFile(keys=keys).model_dump_json(indent=2) + "\n", "utf-8")
         path.chmod(mode)
     finally:

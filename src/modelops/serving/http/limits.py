@@ -114,6 +114,7 @@ class SharedBuckets:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
         self._own = OwnBuckets(clock)
+        self._broken = False
 
     @contextlib.contextmanager
     def of(self, caller: str) -> Iterator[Buckets]:
@@ -131,9 +132,12 @@ class SharedBuckets:
                 # No room for a new file shows here, before a token is spent that nobody noted.
                 os.pwrite(file, _packed(buckets), 0)
             except OSError as error:
-                log.warning("rates are counted by each worker: %s", error.strerror or error)
+                if not self._broken:  # one line, not one for each request
+                    log.warning("rates are counted by each worker: %s", error.strerror or error)
+                self._broken = True
                 yield stack.enter_context(self._own.of(caller))
                 return
+            self._broken = False
             yield buckets
             os.pwrite(file, _packed(buckets), 0)
 
@@ -253,7 +257,8 @@ class RateLimits:
                 bucket.level -= tokens
 
     def give_back_images(self, caller: Caller, images: int) -> None:
-        """Return images that were never made, because the node was full or failed."""
+        """Return images that were never made, because the node was full or failed; a negative
+        number takes them again, were they spent meanwhile or not."""
         if "images" not in self._rates(caller):
             return
         with contextlib.suppress(RateLimitError), self._store.of(caller.name) as buckets:

@@ -56,8 +56,12 @@ class Peers:
         self._text = text
         self._timeout_s = timeout_s
         self._server: asyncio.AbstractServer | None = None
-        # The loop's own threads wait for filters and encoders when there is much to do.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="modelops-peers")
+        # The loop's own threads wait for filters when there is much to do, and so may one that
+        # is asked for this worker's health: metrics do not wait for that one.
+        self._threads = {
+            what: ThreadPoolExecutor(1, thread_name_prefix=f"modelops-peers-{what}")
+            for what in ("metrics", "health")
+        }
         self._processes: dict[int, int] = {}  # of the workers that answered once
         self._mute_since: dict[int, float] = {}
 
@@ -72,7 +76,8 @@ class Peers:
         """Stop listening."""
         if self._server is not None:
             self._server.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in self._threads.values():
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def exposition(self) -> bytes:
         """Every worker's metrics with a label `worker`, and which workers answer."""
@@ -131,7 +136,7 @@ class Peers:
             zip(others, await asyncio.gather(*(self._ask(i, what) for i in others)), strict=True)
         )
         if own is not None:
-            answers[self.worker.index] = await loop.run_in_executor(self._threads, own)
+            answers[self.worker.index] = await loop.run_in_executor(self._threads[what], own)
         return dict(sorted(answers.items()))
 
     async def _ask(self, index: int, what: str) -> bytes | None:
@@ -155,7 +160,7 @@ class Peers:
                 what = (await reader.readline()).decode("ascii", "replace").strip()
                 make = {"metrics": self._text, "health": self._health}.get(what)
                 if make is not None:
-                    writer.write(await loop.run_in_executor(self._threads, make) + _END)
+                    writer.write(await loop.run_in_executor(self._threads[what], make) + _END)
                     await writer.drain()
         except (OSError, TimeoutError, RuntimeError):  # it left, or this worker is closing
             pass

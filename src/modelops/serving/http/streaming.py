@@ -9,10 +9,10 @@
 
 The engine never waits for a reader: a partial image that nobody has fetched yet is replaced by the
 next one, and is dropped when the image itself is ready, so a fast model may send fewer than were
-asked for (as OpenAI's may). What fails before the first event is an ordinary HTTP status, but the
-answer begins with a comment after KEEP_ALIVE_S at the latest. A reader that takes longer than
-`stream_write_timeout_s` for an event is dropped, and one that leaves stops its work before the next
-step.
+asked for (as OpenAI's may). What fails before the first event is an ordinary HTTP status, but once
+the request is let in, the answer begins with a comment after KEEP_ALIVE_S at the latest. A reader
+that takes longer than `stream_write_timeout_s` for an event is dropped, and one that leaves stops
+its work before the next step.
 
 Server-sent events: https://html.spec.whatwg.org/multipage/server-sent-events.html
 """
@@ -38,7 +38,12 @@ import numpy.typing as npt
 from starlette.responses import Response
 
 from modelops.serving.failures import DeadlineError
-from modelops.serving.http.answers import disconnected, failure_to_api_error, last_moment
+from modelops.serving.http.answers import (
+    disconnected,
+    failure_to_api_error,
+    in_pool,
+    last_moment,
+)
 from modelops.serving.http.schema import ApiError, ImagesRequest
 from modelops.serving.scheduling.jobs import Job
 
@@ -46,12 +51,14 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from modelops.serving.node import InferenceNode, Ticket
+    from modelops.serving.scheduling.jobs import EngineImage
     from modelops.serving.telemetry.tracing import RequestTrace
 
 log = logging.getLogger("modelops.serving")
 
 MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE_S = 5.0  # a comment line this often while there is nothing else to say
+_STILL = ": still at it\n\n"
 PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
 HEADERS = (
     (b"content-type", f"{MEDIA_TYPE}; charset=utf-8".encode()),
@@ -207,7 +214,7 @@ class ImageStream(Response):
                 if time.monotonic() > end:
                     raise failure_to_api_error(DeadlineError("the engine does not answer"))
                 if not partial.done():
-                    yield ": still at it\n\n"
+                    yield _STILL
                     continue
                 text = partial.result()
                 partial = asyncio.ensure_future(self._partial(ticket, previews))
@@ -221,24 +228,41 @@ class ImageStream(Response):
             partial.cancel()
             image.cancel()
             await asyncio.gather(partial, image, return_exceptions=True)
-        answer = await asyncio.to_thread(self.node.finish, ticket, [finished])
-        fields = {**answer.data[0].model_dump(), "usage": await asyncio.to_thread(self._usage)}
-        yield event_text(COMPLETED, {**self._common(COMPLETED), **fields})
+        async with contextlib.aclosing(self._finish(ticket, finished)) as texts:
+            async for text in texts:
+                yield text
 
     async def _partial(self, ticket: Ticket, previews: NewestPreview) -> str:
         """The event of the next partial image: the newest one when its turn comes."""
         await previews.arrived()
         async with self._turns:
             index, pixels = previews.take()
-            file = await asyncio.to_thread(self.node.preview, ticket, index, pixels)
+            file = await in_pool(self.node.finishers, self.node.preview, ticket, index, pixels)
         fields = {"b64_json": base64.b64encode(file).decode("ascii"), "partial_image_index": index}
         return event_text(PARTIAL, {**self._common(PARTIAL), **fields})
+
+    async def _finish(self, ticket: Ticket, image: EngineImage) -> AsyncGenerator[str, None]:
+        """The last event, and comments while the image waits for its filter."""
+        work = asyncio.ensure_future(in_pool(self.node.finishers, self._completed, ticket, image))
+        try:
+            while not (await asyncio.wait({work}, timeout=KEEP_ALIVE_S))[0]:
+                yield _STILL
+            yield work.result()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    def _completed(self, ticket: Ticket, image: EngineImage) -> str:
+        """The event of the finished image."""
+        answer = self.node.finish(ticket, [image])
+        fields = {**answer.data[0].model_dump(), "usage": self._usage()}
+        return event_text(COMPLETED, {**self._common(COMPLETED), **fields})
 
     def _common(self, kind: str) -> dict[str, Any]:
         return {
             "type": kind,
             "created_at": int(time.time()),
-            "size": f"{self.node.resolution}x{self.node.resolution}",
+            "size": self.node.size,
             "quality": "auto",
             "background": "opaque",
             "output_format": self.request.output_format or "png",

@@ -99,11 +99,15 @@ class FilterGuard:
         Raises:
             FilterError: no answer; the prompt must not be used.
         """
-        result = self._call(lambda: self._required().check(text), self.timeout_s)
-        blocked = getattr(result, "blocked", None)
+
+        def check() -> tuple[Any, list[str]]:
+            result = self._required().check(text)
+            return result.blocked, [str(reason) for reason in getattr(result, "reasons", [])]
+
+        blocked, reasons = self._call(check, self.timeout_s)
         if not isinstance(blocked, (bool, np.bool_)):
             raise self.broken("gave no verdict")
-        return bool(blocked), [str(reason) for reason in getattr(result, "reasons", [])]
+        return bool(blocked), reasons
 
     def check_images(
         self, images: Sequence[npt.NDArray[np.uint8]]
@@ -113,11 +117,13 @@ class FilterGuard:
         Raises:
             FilterError: no answer; the images must not be shown.
         """
-        raw = self._call(lambda: self._required().check(list(images)), self.timeout_s)
-        try:
-            verdicts = [(float(verdict.score), verdict.blocked) for verdict in raw]
-        except (TypeError, ValueError, AttributeError) as error:
-            raise self.broken("gave no verdicts") from error
+
+        def check() -> list[tuple[float, Any]]:
+            # Read here, where there is a time limit: a filter may answer with a generator.
+            verdicts = self._required().check(list(images))
+            return [(float(verdict.score), verdict.blocked) for verdict in verdicts]
+
+        verdicts = self._call(check, self.timeout_s)
         if len(verdicts) != len(images):
             raise self.broken(f"gave {len(verdicts)} verdicts for {len(images)} images")
         for score, blocked in verdicts:
@@ -147,7 +153,8 @@ class FilterGuard:
         try:
             return future.result(timeout_s)
         except FutureTimeoutError as error:
-            if not future.done():
+            # One that was not begun did not hang: it waited behind others, and is not begun now.
+            if not future.cancel() and not future.done():
                 self._stuck = future
             raise self.broken(f"gave no answer in {timeout_s:g} s") from error
         except FilterError as error:

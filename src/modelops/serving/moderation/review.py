@@ -1,7 +1,9 @@
 """Quarantine entries to decisions by people, and to what these say of the filter's threshold.
 
 Decisions are appended to a file beside the entries and outlive them: each line holds the scores it
-was about, and the digest of the line before, so that a line which is changed or taken out shows.
+was about, and the digest of the line before, so that a line which is changed or taken out shows in
+the one after it. That is against accidents. A change of the last line, or its loss, does not show,
+nor does anything that somebody did who can write to the folder and made the digests again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelops.errors import IntegrityError, ModelopsError, UsageError
 from modelops.files import canonical_json, sha256_bytes, write_bytes
-from modelops.serving.moderation.quarantine import PAGE, Entry, EntryFile, list_files, read_entry
+from modelops.serving.moderation.entry import Entry
+from modelops.serving.moderation.store import PAGE, EntryFile, list_files, read_entry
 from modelops.serving.provenance.receipts import Digest, utc_now
 
 if TYPE_CHECKING:
@@ -151,7 +154,7 @@ def read_decisions(folder: str | Path) -> list[Decision]:
     """All decisions in their order; a last line that was cut short was never acknowledged.
 
     Raises:
-        IntegrityError: a line was changed, put in or taken out.
+        IntegrityError: a line before the last was changed, put in or taken out.
         UsageError: it cannot be read.
     """
     path = Path(folder) / DECISIONS

@@ -8,7 +8,7 @@ read back, is not sent: ProvenanceError.
 No trusted timestamp is asked for (it would put a stranger's server between model and client), so a
 manifest outlives its certificate only for readers that keep the receipt.
 
-C2PA specification 2.1: https://c2pa.org/specifications/
+Content Credentials specification 2.3: https://spec.c2pa.org/specifications/specifications/2.3/
 """
 
 from __future__ import annotations
@@ -116,14 +116,16 @@ class Marker:
         }
         actions = [action]
         if "watermark" in said:
-            # "unbound": it leads to no manifest, so it is no soft binding (C2PA 2.2).
+            # "unbound": it leads to no manifest, so it creates no soft binding. New in 2.3, which
+            # deprecates plain `c2pa.watermarked`; that one and `.bound` are invalid without one.
             actions.append({"action": "c2pa.watermarked.unbound"})
         manifest = {
             "claim_generator_info": [{"name": GENERATOR, "version": __version__}],
             "title": "AI generated image",
+            # "created": what is gathered only is not attributed to the signer (2.3, chapter 10).
             "assertions": [
-                {"label": "c2pa.actions.v2", "data": {"actions": actions}},
-                {"label": ASSERTION, "data": said},
+                {"label": "c2pa.actions.v2", "data": {"actions": actions}, "created": True},
+                {"label": ASSERTION, "data": said, "created": True},
             ],
         }
         info = c2pa.C2paSignerInfo(

@@ -8,7 +8,6 @@ from somebody who tries likely prompts.)
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
@@ -23,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelops.errors import IntegrityError, UsageError
-from modelops.files import read_text, sha256_bytes
+from modelops.files import sha256_bytes
 from modelops.serving.provenance.signing import ALGORITHM, SigningKey, VerifyingKey
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 
@@ -252,6 +251,7 @@ def read_receipt(path: str | Path, *, receipt_id: str | None = None) -> Any:
     found = [
         receipt
         for file in files
+        if file.is_file() or not source.is_dir()  # the node may have made room meanwhile
         for receipt in _receipts_of(file)
         if receipt_id is None or str(receipt.get("id", "")).startswith(receipt_id)
     ]
@@ -264,23 +264,31 @@ def read_receipt(path: str | Path, *, receipt_id: str | None = None) -> Any:
 
 
 def _receipts_of(path: Path) -> list[dict[str, Any]]:
-    text = read_text(path)
     try:
-        values = [json.loads(text)]
-    except (json.JSONDecodeError, RecursionError):
-        values = []
-        for line in text.splitlines():
-            # A line that a full disk cut short is no receipt.
-            with contextlib.suppress(json.JSONDecodeError, RecursionError):
-                values.append(json.loads(line))
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    values = _json_values(data)
+    if values is None:
+        # By the byte that ends a line: a prompt may hold what else Unicode calls a line's end. A
+        # line that a power cut left half, within a letter perhaps, is no receipt.
+        values = [one for line in data.split(b"\n") for one in _json_values(line) or []]
     receipts: list[Any] = []
     for value in values:
-        data = value.get("data") if isinstance(value, dict) else None
-        if isinstance(data, list):  # a response
-            receipts += [item.get("x_modelops") for item in data if isinstance(item, dict)]
+        images = value.get("data") if isinstance(value, dict) else None
+        if isinstance(images, list):  # a response
+            receipts += [item.get("x_modelops") for item in images if isinstance(item, dict)]
         else:
             receipts.append(value)
     return [receipt for receipt in receipts if isinstance(receipt, dict)]
+
+
+def _json_values(data: bytes) -> list[Any] | None:
+    """[the value] of a JSON text in UTF-8; None where it is none."""
+    try:
+        return [json.loads(data.decode("utf-8"))]
+    except (ValueError, RecursionError):  # also a number of too many digits
+        return None
 
 
 class ReceiptLog(SegmentLog):

@@ -6,9 +6,8 @@ trusted comes first: a receipt with a wrong signature is not replayed.
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +50,7 @@ class Recipe:
     pixels_sha256: str
     texts: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    output_sha256: str | None = None
+    output_sha256: str = ""
     batch_rows: tuple[int, ...] = ()
     watermarked_sha256: str | None = None  # of the pixels that were sent, if they have a watermark
 
@@ -120,7 +119,8 @@ def open_recipe(
         )
     try:
         said = read_mark(data, output_format, signer=key.chain).generation
-        recipe = _from_manifest(said, output_format)
+        # A manifest cannot name the file it is in, but its hashes were checked on these bytes.
+        recipe = _from_manifest(said, output_format, output_sha256=sha256_bytes(data))
     except IntegrityError as error:
         raise IntegrityError(f"{source}: {error.message}", hint=error.hint) from error
     if receipts is None:
@@ -226,8 +226,7 @@ def replay_recipe(
     pixels = _make(pipeline, request)
     company = []
     if pixels_sha256(pixels) != recipe.pixels_sha256 and _had_company(recipe):
-        with _as_wide_as(pipeline, recipe.batch_rows):
-            pixels = _make(pipeline, request)
+        pixels = _make(pipeline, request, recipe.batch_rows)
         company = [f"made in batches of up to {max(recipe.batch_rows)} rows, as then"]
     digest = pixels_sha256(pixels)
     notes = company + [
@@ -269,40 +268,24 @@ def stated_difference(defaults: Mapping[str, Any]) -> int:
                for beside in ("company", "offline"))  # fmt: skip
 
 
-def _make(pipeline: Any, request: ImageRequest) -> npt.NDArray[np.uint8]:
+def _make(
+    pipeline: Any, request: ImageRequest, batch_rows: Sequence[int] = ()
+) -> npt.NDArray[np.uint8]:
+    """The picture alone, or with network evaluation k as wide as batch_rows[k]; copies fill it."""
     from modelops.serving.scheduling.engine import StepEngine
 
     engine = StepEngine(pipeline)
     try:
-        (job,) = engine.submit([request])
-        return job.future.result().pixels
+        with engine.model.widened(batch_rows):
+            (job,) = engine.submit([request])
+            return job.future.result().pixels
     finally:
         engine.close(drain=False)
 
 
 def _had_company(recipe: Recipe) -> bool:
     own = 1 if recipe.guidance == 1.0 else 2
-    return len(recipe.batch_rows) == recipe.steps and max(recipe.batch_rows, default=0) > own
-
-
-@contextlib.contextmanager
-def _as_wide_as(pipeline: Any, batch_rows: Sequence[int]) -> Iterator[None]:
-    """Network evaluation k of the pipeline has batch_rows[k] rows; copies of its own fill it."""
-    hidden = vars(pipeline).get("predict_velocity")
-    inner, widths = pipeline.predict_velocity, iter(batch_rows)
-
-    def widened(*arguments: Any) -> Any:
-        rows = len(arguments[0])
-        index = [row % rows for row in range(max(rows, next(widths)))]
-        return inner(*(argument[index] for argument in arguments))[:rows]
-
-    pipeline.predict_velocity = widened
-    try:
-        yield
-    finally:
-        del pipeline.predict_velocity
-        if hidden is not None:
-            pipeline.predict_velocity = hidden
+    return max(recipe.batch_rows, default=0) > own
 
 
 def picture_distance(
@@ -349,7 +332,7 @@ def _from_receipt(receipt: Receipt) -> Recipe:
     )
 
 
-def _from_manifest(said: dict[str, Any], output_format: str) -> Recipe:
+def _from_manifest(said: dict[str, Any], output_format: str, *, output_sha256: str) -> Recipe:
     try:
         width, height = map(int, str(said["size"]).split("x"))
         return Recipe(
@@ -366,6 +349,7 @@ def _from_manifest(said: dict[str, Any], output_format: str) -> Recipe:
             height=height,
             output_format=output_format,
             pixels_sha256=str(said["pixels_sha256"]),
+            output_sha256=output_sha256,
             watermarked_sha256=(
                 str(said["watermark"]["pixels_sha256"]) if "watermark" in said else None
             ),
@@ -382,10 +366,6 @@ def _sent_pixels(path: Path, recipe: Recipe) -> npt.NDArray[np.uint8]:
     pixels = _decode(data, path)
     lossless = recipe.watermarked_sha256 or recipe.pixels_sha256
     if sha256_bytes(data) != recipe.output_sha256 and pixels_sha256(pixels) != lossless:
-        if recipe.output_sha256 is None and picture_format(data) == "jpeg":
-            return (
-                pixels  # a manifest cannot name the file it is in; JPEG pixels are not the model's
-            )
         raise IntegrityError(f"{path}: not the picture that was sent, its digests are others")
     return pixels
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelops import __version__
-from modelops.errors import UsageError
 from modelops.files import sha256_bytes
 from modelops.serving.failures import ReceiptError
 from modelops.serving.golden import pixels_sha256
@@ -74,8 +73,8 @@ class Sealer:
         self, origin: Origin, settings: NodeSettings, registry: CollectorRegistry | None = None
     ) -> None:
         self.origin = origin
-        self._refuse = _choice("receipts_failure", settings.receipts_failure, "send", "refuse")
-        self._texts = _choice("receipts_prompts", settings.receipts_prompts, "digest", "text")
+        self._refuse = settings.receipts_failure == "refuse"
+        self._texts = settings.receipts_prompts == "text"
         self.key = open_signing_key(settings.signing_key, settings.signing_chain)
         release = origin.release
         self.watermark: Watermark | None = (
@@ -242,9 +241,3 @@ def _visible(generation: Mapping[str, Any]) -> dict[str, str]:
         "release": generation["release"],
         "release_sha256": generation["release_sha256"],
     }
-
-
-def _choice(name: str, value: str, usual: str, other: str) -> bool:
-    if value not in (usual, other):
-        raise UsageError(f"MODELOPS_{name.upper()}={value!r}: must be {usual} or {other}")
-    return value == other

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import UsageError
+from modelops.errors import ModelopsError, UsageError
 from modelops.files import read_text, sha256_bytes, write_bytes
 
 Floats = npt.NDArray[np.float64]
@@ -162,11 +163,19 @@ def make_key(path: str | Path) -> str:
 
     Raises:
         UsageError: there is a file already: a lost key cannot be made again.
+        ModelopsError: it cannot be written.
     """
-    if Path(path).exists():
-        raise UsageError(f"{path}: is there already", hint="choose another name")
-    key = secrets.token_bytes(32)
-    write_bytes(path, f"modelops-watermark-key-1:{key.hex()}\n".encode(), private=True)
+    target, key = Path(path), secrets.token_bytes(32)
+    whole = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write_bytes(whole, f"modelops-watermark-key-1:{key.hex()}\n".encode(), private=True)
+        os.link(whole, target)  # unlike a renamed file, a link never replaces one
+    except FileExistsError as error:
+        raise UsageError(f"{path}: is there already", hint="choose another name") from error
+    except OSError as error:
+        raise ModelopsError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        whole.unlink(missing_ok=True)
     return Watermark(key).key_id
 
 

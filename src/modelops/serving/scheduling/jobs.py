@@ -61,6 +61,7 @@ class Job:
     Args:
         request: with every default filled in.
         deadline: by time.monotonic(); unfinished work is dropped then.
+        rows: of each forward pass that it takes.
         previews: how many times the unfinished picture is shown on its way, evenly spaced.
         on_preview: called in the engine's thread as (job, index, pixels [H, W, 3] uint8); must
             return at once.
@@ -71,10 +72,12 @@ class Job:
         request: ImageRequest,
         deadline: float | None,
         *,
+        rows: int = 1,
         previews: int = 0,
         on_preview: Preview | None = None,
     ) -> None:
         self.request = request
+        self.rows = rows
         self.on_preview = on_preview
         self.preview_at = preview_steps(request.steps or 0, previews if on_preview else 0)
         self.future: Future[EngineImage] = Future()
@@ -83,13 +86,9 @@ class Job:
         self.admitted = self.submitted
         self.started: float | None = None
         self.step = 0  # network evaluations done
+        self.batch_rows: list[int] = []  # how wide each of them was
         self.overtaken = 0  # requests that were let in before this one, which came earlier
         self._cancelled = threading.Event()
-
-    @property
-    def rows(self) -> int:
-        """Rows of a forward pass this request takes."""
-        return 1 if self.request.guidance == 1.0 else 2
 
     @property
     def remaining(self) -> int:

@@ -1,4 +1,4 @@
-"""A release on its way to being served: opened, compared, decided on, and its memory given back."""
+"""A release on its way to being served: opened, compared, noted down, and its memory given back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from modelops.errors import ModelopsError, ServingError
 from modelops.files import sha256_file
 from modelops.release import RECORD_FILE
 from modelops.serving.provenance.receipts import utc_now
-from modelops.serving.swap.verdict import FIRST_LOOK, judge, look
 
 if TYPE_CHECKING:
     from prometheus_client import Counter
@@ -63,10 +62,10 @@ def _misfit(node: InferenceNode, stable: InferenceNode) -> str:
     """Why requests cannot be dealt to both nodes alike; "" if they can."""
     if (node.model_id, node.release.version) == (stable.model_id, stable.release.version):
         return "it has the stable one's name and version; give it a version of its own"
-    if node.resolution != stable.resolution:
+    if node.size != stable.size:
         return (
-            f"it makes {node.resolution} px pictures, the stable one {stable.resolution} px; give "
-            "it a node of its own"
+            f"it makes pictures of {node.size} px, the stable one of {stable.size} px; give it a "
+            "node of its own"
         )
     if node.max_tokens < stable.max_tokens:
         return f"it reads {node.max_tokens} tokens, the stable one {stable.max_tokens}"
@@ -87,32 +86,6 @@ def compare_speed(trial: Trial, canary: InferenceNode, stable: InferenceNode) ->
         return heard
 
     canary.on_step, stable.on_step = listener("canary", stable), listener("stable", canary)
-
-
-class Looks:
-    """The automatic looks at a trial: when they are due, and what follows."""
-
-    def __init__(self) -> None:
-        self._made = {"worse": 0, "no worse": 0}
-
-    def decide(self, trial: Trial) -> tuple[str, str] | None:
-        """("promoted" or "rolled_back_worse", why) when a look that was due says so."""
-        rules, requests = trial.rules, trial.measured()
-        number, part = look(requests, FIRST_LOOK)
-        if number > self._made["worse"]:
-            self._made["worse"] = number
-            verdict = judge(trial.data(), rules, alpha=rules.alpha * part)
-            if verdict.answer == "worse":
-                return "rolled_back_worse", verdict.sentence
-        number, part = look(requests, rules.requests)
-        data = trial.data()
-        if number > self._made["no worse"] and data.seconds >= rules.seconds:
-            self._made["no worse"] = number
-            verdict = judge(data, rules, alpha=rules.alpha * part)
-            log.info("swap: look %d: %s", number, verdict.sentence)
-            if verdict.answer in ("within noise", "better"):
-                return "promoted", verdict.sentence
-        return None
 
 
 class SwapEvents:

@@ -15,6 +15,11 @@ from typing import Any
 from modelops.errors import GateFailedError, GateUndecidedError, ServingError, UsageError
 
 POLL_S = 1.0
+_CODES = {
+    "load_failed": ServingError.exit_code,
+    "rolled_back_worse": GateFailedError.exit_code,
+    "rolled_back_red": GateFailedError.exit_code,
+}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -103,6 +108,8 @@ def _refused(url: str, error: urllib.error.HTTPError) -> Exception:
         return ServingError(f"{url}: answered {error.code}", hint="is it a modelops node?")
     if code == "canary_worse":
         return GateFailedError(f"{url}: {message}")
+    if code == "canary_undecided":
+        return GateUndecidedError(f"{url}: {message}")
     if error.code in (400, 401, 403):
         return UsageError(f"{url}: {message}")
     return ServingError(f"{url}: {message}")
@@ -115,25 +122,39 @@ def _local(host: str) -> bool:
         return host == "localhost"
 
 
-def exit_code(found: dict[str, Any], *, judged: bool = True) -> int:
-    """0, 1 when the last release could not be loaded, 3 for worse, 4 for undecided.
-
-    Args:
-        judged: the verdict counts, not only what became of the release.
-    """
-    last = found["events"][-1]["event"] if found["events"] else ""
-    if last == "load_failed":
-        return ServingError.exit_code
+def exit_code(found: dict[str, Any]) -> int:
+    """Of a status: 1 when the last release could not be loaded, 3 for worse, 4 for undecided."""
     ended = [entry["event"] for entry in found["events"] if entry["event"] != "drained"]
-    if not judged:
-        return 0
     if found["canary"] is None:
-        bad = ended and ended[-1] in ("rolled_back_worse", "rolled_back_red")
-        return GateFailedError.exit_code if bad else 0
+        return _CODES.get(ended[-1], 0) if ended else 0
     answer = found["verdict"]["answer"] if found["verdict"] else "undecided"
     return {"worse": GateFailedError.exit_code, "undecided": GateUndecidedError.exit_code}.get(
         answer, 0
     )
+
+
+def trial_exit_code(ordered: dict[str, Any], found: dict[str, Any]) -> int:
+    """What became of a canary: 0 while it is one, and when it was promoted.
+
+    1 when it could not be loaded, 3 when it was rolled back, by whomever.
+
+    Args:
+        ordered: the status that answered the order.
+        found: a later one.
+
+    Raises:
+        ServingError: the server was started again meanwhile, so the canary is no more.
+    """
+    order = [entry for entry in ordered["events"] if entry["event"] == "loading"][-1]
+    if order not in found["events"]:
+        raise ServingError(
+            f"{order['release']}: the server was started again, which ended the trial; it serves "
+            f"{found['stable']['release']}",
+            hint="order the canary again",
+        )
+    since = found["events"][found["events"].index(order) :]
+    ended = [entry["event"] for entry in since if entry["event"] != "drained"]
+    return GateFailedError.exit_code if ended[-1] == "rolled_back" else _CODES.get(ended[-1], 0)
 
 
 def describe_status(found: dict[str, Any]) -> str:
@@ -152,6 +173,9 @@ def describe_status(found: dict[str, Any]) -> str:
         how = "decides by itself" if canary["auto"] else "decided by you"
         lines.append(f"canary   {_release(canary)}: {canary['share']:.0%} of the requests, {how}")
         lines += [f"         {problem}" for problem in canary["problems"]]
+        lines += [f"         so far {_counts(canary['so_far'][arm])}" + (
+            f"; the next look at {canary['next_look']}" if arm == "canary" else " of the stable one"
+        ) for arm in ("canary", "stable")]  # fmt: skip
     lines += [
         f"drains   {_release(seat)}: {seat['in_hand']} requests in hand"
         for seat in found["draining"]
@@ -168,6 +192,11 @@ def describe_status(found: dict[str, Any]) -> str:
 
 def _release(about: dict[str, Any]) -> str:
     return f"{about['release']} ({about['sha256'][:12]})"
+
+
+def _counts(outcomes: dict[str, int]) -> str:
+    said = [f"{count} {name.replace('_', ' ')}" for name, count in outcomes.items() if count]
+    return ", ".join(said) or "nothing"
 
 
 def _finding(finding: dict[str, Any]) -> str:

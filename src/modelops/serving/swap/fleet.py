@@ -5,8 +5,9 @@
           image, filters)                 └────▶ roll back ─▶ drains, closes, memory is given back
 
 A request is finished by the node that took it. One that chance dealt to a canary which then fails
-is made again by the stable release: a canary that breaks costs its callers time, not an answer. A
-canary that turns red is rolled back. Two engines share the processor, and two models the memory.
+is made again by the stable release: a canary that breaks costs its callers time, not an answer
+(but for a stream that has sent a partial image already). A canary that turns red is rolled back.
+Two engines share the processor, and two models the memory.
 
 Framework-free; `modelops.serving.swap.routed` and `admin` put HTTP around it.
 """
@@ -27,16 +28,16 @@ from modelops.release import RECORD_FILE
 from modelops.serving.http.schema import ApiError, ImagesRequest
 from modelops.serving.provenance.receipts import utc_now
 from modelops.serving.swap.canary import (
-    Looks,
     SwapEvents,
     compare_speed,
     give_memory_back,
     open_canary,
 )
 from modelops.serving.swap.lanes import Lane, Seat, choose_seat
+from modelops.serving.swap.looks import Looks
 from modelops.serving.swap.standing import RELEASE_VARIABLE, Standing, release_below, write_standing
 from modelops.serving.swap.trial import CanaryRules, Trial
-from modelops.serving.swap.verdict import CanaryVerdict, judge
+from modelops.serving.swap.verdict import CanaryVerdict, load_statistics
 from modelops.serving.telemetry.exposition import FleetMetrics, RunningTotals, exposition
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from modelops.serving.swap.trial import Arm
 
 log = logging.getLogger("modelops.serving")
+
+RETRY_S = 30.0  # after a promotion that the disk had no room for
 
 
 class Fleet:
@@ -72,18 +75,21 @@ class Fleet:
         self._stable = Seat(stable)
         self._canary: Seat | None = None
         self._trial: Trial | None = None
+        self._looks: Looks | None = None  # at that trial
         self._loading: str | None = None
         self._draining: list[Seat] = []
         self._releases = Path(releases).resolve() if releases else None
         self._off = off or (None if releases and open_node else "MODELOPS_RELEASES is not set")
+        if self._off is None:
+            load_statistics()
         self._open = open_node
         self._pinned = self._stable.label if pinned else None
         self._tick_s = tick_s
         self._changed = threading.Condition()  # guards what lies above
         self._swapping = threading.RLock()  # one change of the seats at a time
         self._stop_loading = threading.Event()
+        self._stopped: dict[str, str] = {}  # by whom, and why
         self._closing = False
-        self._latest: CanaryVerdict | None = None  # of the canary, as of the last tick
         self._last_verdict: CanaryVerdict | None = None  # of the one before
         self._threads: list[threading.Thread] = []
         self.totals = RunningTotals()
@@ -91,8 +97,8 @@ class Fleet:
         self._events = SwapEvents(self.metrics.events)
         self.metrics.watch(
             share=lambda: 0.0 if (trial := self._trial) is None else trial.rules.share,
-            up=lambda: (seat := self._canary) is not None and not seat.node.problems(),
-            worse=lambda: (verdict := self._latest) is not None and verdict.answer == "worse",
+            up=lambda: (node := self.canary) is not None and not node.problems(),
+            worse=lambda: (looks := self._looks) is not None and looks.worse,
         )
 
     # --- requests ---------------------------------------------------------------------------------
@@ -100,13 +106,14 @@ class Fleet:
     @property
     def stable(self) -> InferenceNode:
         """The node that stands."""
-        return self._stable.node
+        with self._changed:  # a seat loses its node once it has been drained
+            return self._stable.node
 
     @property
     def canary(self) -> InferenceNode | None:
         """The node on trial, once it takes requests."""
-        seat = self._canary
-        return None if seat is None else seat.node
+        with self._changed:
+            return None if self._canary is None else self._canary.node
 
     @contextlib.contextmanager
     def lane(
@@ -149,10 +156,9 @@ class Fleet:
     def models(self) -> list[tuple[str, str, InferenceNode]]:
         """(id, role, node) of what can be asked for."""
         with self._changed:
-            stable, canary = self._stable, self._canary
-        found = [(stable.name, "stable", stable.node)]
-        if canary is not None:
-            found.append((canary.label, "canary", canary.node))
+            found = [(self._stable.name, "stable", self._stable.node)]
+            if self._canary is not None:
+                found.append((self._canary.label, "canary", self._canary.node))
         return found
 
     def text(self) -> bytes:
@@ -180,6 +186,7 @@ class Fleet:
             if busy := self._busy():
                 raise ApiError(409, "swap_conflict", f"{busy}; one at a time")
             self._loading = path.relative_to(folder).as_posix()
+            self._stopped = {"reason": "the node shut down while it was loaded"}
             self._stop_loading.clear()
             self._events.note("loading", self._loading, by=by)
             self._start(self._run_canary, path, self._loading, rules, by)
@@ -188,21 +195,25 @@ class Fleet:
         """Make the canary the stable release; the former one finishes its work and closes.
 
         Raises:
-            ApiError: 409 there is none, it is not well, or its verdict is worse and not `force`;
-                503 serving.json cannot be written.
+            ApiError: 409 there is none, it is not well, or nothing says yet that it is no worse and
+                not `force`; 503 serving.json cannot be written.
         """
         folder = self._folder()
         with self._swapping:
             new, old = self._canary, self._stable
+            if self._closing:
+                raise ApiError(409, "swap_conflict", "the node is shutting down")
             if new is None:
                 raise ApiError(409, "swap_conflict", "there is no canary to promote")
             if problems := new.node.problems():
                 raise ApiError(409, "swap_conflict", f"the canary is not well: {problems[0]}")
             verdict = self._last_verdict = self.verdict()
-            if verdict is not None and verdict.answer == "worse" and not force:
-                raise ApiError(
-                    409, "canary_worse", f"the canary is {verdict.sentence}; roll it back, or force"
-                )
+            assert verdict is not None
+            shown = verdict.answer in ("within noise", "better")
+            if not (shown or force):
+                code = "canary_worse" if verdict.answer == "worse" else "canary_undecided"
+                way = "roll it back" if verdict.answer == "worse" else "wait, roll it back"
+                raise ApiError(409, code, f"the canary is {verdict.sentence}; {way}, or force")
             standing = Standing(
                 release=new.node.directory.relative_to(folder).as_posix(),
                 name=new.name, version=new.node.release.version, sha256=new.sha256,
@@ -218,7 +229,7 @@ class Fleet:
                 self.totals.take_over(old.node.metrics.registry, new.node.metrics.registry)
                 self._stable = new
                 self._end_trial(old)
-            reason = reason or (verdict.sentence if verdict else "")
+            reason = reason or ("" if shown else "forced, ") + verdict.sentence
             self._events.note(
                 "promoted", new.label, by=by, reason=reason, sha256=new.node.release_sha256
             )
@@ -235,6 +246,7 @@ class Fleet:
             if seat is None:
                 if self._loading is None:
                     raise ApiError(409, "swap_conflict", "there is no canary to roll back")
+                self._stopped = {"by": by, "reason": reason or "stopped while it was loaded"}
                 self._stop_loading.set()
                 return
             self._last_verdict = self.verdict()
@@ -246,20 +258,25 @@ class Fleet:
             self._start(self._drain, seat)
 
     def verdict(self) -> CanaryVerdict | None:
-        """What has been measured of the canary so far; None without one."""
-        trial = self._trial
-        return None if trial is None else judge(trial.data(), trial.rules)
+        """Of the last look at the canary, see `looks`; None without one."""
+        looks = self._looks
+        return None if looks is None else looks.verdict()
 
     def status(self) -> dict[str, Any]:
         """Where the fleet stands, for a person or a program."""
         with self._changed:
-            stable, canary, trial = self._stable, self._canary, self._trial
+            stable, canary, looks = self._stable, self._canary, self._looks
+            node = canary.node if canary else None
             loading, draining = self._loading, list(self._draining)
-        verdict = self.verdict()
+        verdict = looks.verdict() if looks else None
         last = self._last_verdict
         about = None
-        if canary is not None and trial is not None:
-            about = {**canary.about(), **trial.rules.about(), "problems": canary.node.problems()}
+        if canary is not None and node is not None and looks is not None:
+            about = {
+                **canary.about(), **looks.trial.rules.about(), "problems": node.problems(),
+                "so_far": looks.trial.counts(), "measured": looks.trial.measured(),
+                "next_look": looks.next_requests,
+            }  # fmt: skip
         return {
             "swap": self._off or "on",
             "state": "canary" if canary else "loading" if loading else "stable only",
@@ -310,7 +327,7 @@ class Fleet:
         for seat in (self._stable, self._canary, leaving):
             if seat is not None:
                 seat.node.on_step = None
-        self._canary, self._trial, self._latest = None, None, None
+        self._canary, self._trial, self._looks = None, None, None
         self._draining.append(leaving)
 
     def _start(self, run: Callable[..., None], *arguments: Any) -> None:
@@ -321,6 +338,7 @@ class Fleet:
     def _run_canary(self, path: Path, name: str, rules: CanaryRules, by: str) -> None:
         """Load a release, and watch it for as long as it is the canary."""
         node: InferenceNode | None = None
+        seat: Seat | None = None
         problem = ""
         try:
             assert self._open is not None
@@ -329,52 +347,56 @@ class Fleet:
             problem = str(error)
         with self._swapping:
             if self._stop_loading.is_set():
-                problem = problem or "stopped while it was loaded"
-            if node is None or problem:
+                self._events.note("rolled_back", name, **self._stopped)
+            elif node is None:
                 self._events.note("load_failed", name, by=by, reason=problem)
             else:
                 seat, trial = Seat(node), Trial(rules)
                 with self._changed:
-                    self._canary, self._trial = seat, trial
+                    self._canary, self._trial, self._looks = seat, trial, Looks(trial)
                     compare_speed(trial, node, self.stable)
-                self._last_verdict = self._latest = None
+                self._last_verdict = None
                 self._events.note("canary", seat.label, by=by, sha256=seat.sha256)
-            if not problem:
                 self._loading = None
-        if not problem:
-            del node
+        if seat is None and node is not None:
+            node.close(drain=False)
+        node = None
+        if seat is not None:
             self._watch(seat)
             return
-        if node is not None:
-            node.close(drain=False)
-            node = None
         give_memory_back()
         self._loading = None
 
     def _watch(self, seat: Seat) -> None:
         """Roll a canary back that turns red; decide by itself where that was asked for."""
-        looks = Looks()
+        again = 0.0
         while True:
             with self._changed:
                 self._changed.wait(self._tick_s)
-                trial = self._trial
-                if self._closing or self._canary is not seat or trial is None:
+                looks = self._looks
+                if self._closing or self._canary is not seat or looks is None:
                     return
             try:
-                self._latest = self.verdict()
+                verdict = looks.verdict()
                 if problems := seat.node.problems():
                     self._decide(seat, "rolled_back_red", f"not well: {'; '.join(problems)}")
-                elif trial.rules.auto and (found := looks.decide(trial)):
-                    self._decide(seat, *found)
+                elif not looks.trial.rules.auto or time.monotonic() < again:
+                    continue
+                elif verdict.answer == "worse":
+                    self._decide(seat, "rolled_back_worse", verdict.sentence)
+                elif verdict.answer != "undecided":
+                    self._decide(seat, "promoted", verdict.sentence)
             except ApiError as error:  # such as a full disk
+                again = time.monotonic() + RETRY_S
                 log.warning("swap: %s", error.message)
             except Exception:
                 log.exception("a canary could not be judged")
 
     def _decide(self, seat: Seat, event: str, reason: str) -> None:
         with self._swapping:
-            if self._canary is not seat:
-                return  # an operator was faster
+            # An operator was faster, or it is red because the whole node is shutting down.
+            if self._canary is not seat or self._closing:
+                return
             if event == "promoted":
                 self.promote(by="auto", reason=reason)
             else:

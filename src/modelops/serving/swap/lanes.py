@@ -22,14 +22,15 @@ class Seat:
         self.name = node.model_id
         self.label = f"{node.model_id}@{node.release.version}"
         self.sha256 = node.release_sha256
+        self.model_sha256 = node.release.model_sha256
         self.in_hand = 0
 
     def about(self) -> dict[str, Any]:
-        """For a status."""
+        """For a status; also of a seat that has been vacated."""
         return {
             "release": self.label,
             "sha256": self.sha256,
-            "model_sha256": self.node.release.model_sha256,
+            "model_sha256": self.model_sha256,
             "in_hand": self.in_hand,
         }
 

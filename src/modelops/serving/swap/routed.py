@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import Response
 
-from modelops.serving.http.answers import wait_for_images
+from modelops.serving.http.answers import in_pool, wait_for_images
 from modelops.serving.http.keys import ANONYMOUS, Caller
-from modelops.serving.http.schema import ImagesRequest, ImagesResponse
-from modelops.serving.http.streaming import ImageStream
+from modelops.serving.http.schema import ApiError, ImagesRequest, ImagesResponse
+from modelops.serving.http.streaming import ImageStream, event_text
 from modelops.serving.swap.fleet import Fleet
 from modelops.serving.swap.lanes import Lane
 
@@ -61,7 +58,7 @@ async def through_lanes(
     """What `attempt` returns on the request's lane, or on the stable one when a canary failed it.
 
     Args:
-        begun: whether the client has seen something already, so that nothing can be made again.
+        begun: whether the client has seen something of it, so that it cannot be made again.
 
     Raises:
         ApiError: what the last attempt raised, or 404 for a model that is neither.
@@ -98,15 +95,15 @@ async def make_images(
     return answer
 
 
-async def in_pool(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
-    """`asyncio.to_thread` in a pool of its own: what waits there keeps nobody else waiting."""
-    context = contextvars.copy_context()
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(pool, partial(context.run, function, *arguments))
+class _UnsaidError(Exception):
+    """A stream failed, and nobody has been told."""
 
 
 class RoutedStream(Response):
-    """An `ImageStream` on the request's lane; before its first event a canary can be rescued."""
+    """An `ImageStream` on the request's lane; before its first event a canary can be rescued.
+
+    Keep-alive comments are no events: who waits for a canary that stands still has seen some.
+    """
 
     def __init__(
         self,
@@ -125,29 +122,55 @@ class RoutedStream(Response):
         self._trace = trace
         self._turns = turns
         self._held = held
+        self._started = self._said = False  # headers, and an event, were sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        try:
+            await through_lanes(
+                self._fleet, self._request, self._caller, self._trace,
+                lambda lane: self._attempt(lane, scope, receive, send),
+                begun=lambda: self._said,
+            )  # fmt: skip
+        except ApiError as error:
+            if not self._started:
+                raise
+            self._fleet.stable.metrics.on_error(error.code)
+            self._trace.fields["code"] = error.code
+            text = event_text("error", {"type": "error", **error.body})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
+
+    async def _attempt(self, lane: Lane, scope: Scope, receive: Receive, send: Send) -> None:
+        failed: BaseException | None = None
+
+        @contextlib.contextmanager
+        def held() -> Iterator[None]:
+            nonlocal failed
+            try:
+                with self._held():
+                    yield
+            except BaseException as error:
+                failed = error
+                lane.note(error)  # once it has begun, the stream keeps errors to itself
+                raise
 
         async def watch(message: Any) -> None:
-            nonlocal begun
-            begun = True
+            if message["type"] == "http.response.start":
+                if self._started:
+                    return
+                self._started = True
+            elif message.get("body", b"").startswith(b"event: "):
+                if failed is not None and not self._said and lane.may_be_rescued(failed):
+                    raise _UnsaidError
+                self._said = True
             await send(message)
 
-        async def attempt(lane: Lane) -> None:
-            @contextlib.contextmanager
-            def held() -> Iterator[None]:
-                try:
-                    with self._held():
-                        yield
-                except BaseException as error:
-                    lane.note(error)  # once it has begun, the stream keeps errors to itself
-                    raise
-
-            stream = ImageStream(lane.node, lane.request, self._trace, turns=self._turns, held=held)
+        stream = ImageStream(
+            lane.node, lane.request, self._trace, turns=self._turns, held=held
+        )  # fmt: skip
+        try:
             await stream(scope, receive, watch)
-            lane.answered = self._trace.fields.get("stream") == "completed"
-
-        await through_lanes(
-            self._fleet, self._request, self._caller, self._trace, attempt, begun=lambda: begun
-        )
+        except _UnsaidError:
+            assert failed is not None
+            self._trace.fields.pop("code", None)
+            raise failed from None
+        lane.answered = self._trace.fields.get("stream") == "completed"

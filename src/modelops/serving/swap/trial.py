@@ -32,6 +32,7 @@ Cells = dict[tuple[int, int], list[float]]  # (width, class of overlap) -> secon
 OUTCOMES = (
     "ok", "prompt_blocked", "image_blocked", "client_error", "rejected", "left", "failed",
 )  # fmt: skip
+MEASURED = ("ok", "prompt_blocked", "image_blocked", "failed")  # outcomes a verdict counts
 _OVERLAPS = (0.1, 0.35, 0.65, 0.9)  # limits of the part of an evaluation that two engines shared
 _MAX_CELL = 512  # evaluations of one kind in one block; later ones of it add little
 _MAX_BLOCKS = 4096
@@ -50,7 +51,8 @@ class CanaryRules:
         requests: of the canary, before it can be found no worse.
         seconds: of traffic, the same.
         alpha: the chance of calling a canary worse that is not, over all measures and looks; and of
-            calling one no worse that is worse by a margin or more, measure by measure and look.
+            calling one no worse that is worse by a margin or more, over all looks. Not kept with
+            `sticky` "key": requests of one key are alike, so a canary is called worse more often.
         error_margin, filter_margin: that much higher a rate (absolute) still counts as no worse.
         latency_margin: that many times the seconds of an evaluation still count as no worse.
         block_s: seconds of traffic that make one ratio of speeds.
@@ -82,6 +84,8 @@ class CanaryRules:
             raise UsageError("requests: must be 20 to 1000000")
         if self.sticky not in ("request", "key"):
             raise UsageError("sticky: must be request or key")
+        if self.auto and self.share == 1.0:
+            raise UsageError("share: with auto below 1, so that there is something to compare with")
 
     def about(self) -> dict[str, Any]:
         """For a status."""
@@ -104,6 +108,11 @@ class TrialData:
     log_at_least: tuple[float, ...]
     log_at_most: tuple[float, ...]
     seconds: float
+
+    @property
+    def requests(self) -> int:
+        """Of the canary, that a verdict counts."""
+        return sum(self.canary[name] for name in MEASURED)
 
 
 @dataclass(slots=True)
@@ -179,10 +188,19 @@ class Trial:
             )
 
     def measured(self) -> int:
-        """Requests of the canary that a verdict may count."""
+        """Requests of the canary so far that a verdict counts."""
         with self._lock:
             counts = self._counts["canary"]
-            return sum(counts[name] for name in ("ok", "prompt_blocked", "image_blocked", "failed"))
+            return sum(counts[name] for name in MEASURED)
+
+    def seconds(self) -> float:
+        """Since the canary took traffic."""
+        return self._clock() - self._began
+
+    def counts(self) -> dict[Arm, dict[str, int]]:
+        """Answers by outcome so far."""
+        with self._lock:
+            return {arm: dict(counts) for arm, counts in self._counts.items()}
 
     def _close_blocks(self, now: float) -> None:
         block = int((now - self._began) / self.rules.block_s)

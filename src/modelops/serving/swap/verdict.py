@@ -10,8 +10,8 @@ filter stopped, and seconds of a network evaluation (as a ratio).
 - better: the same, and one measure is lower by the same tests and correction.
 - undecided: neither has been shown yet.
 
-Whoever looks again and again finds a difference in the end. So an automatic look is made whenever
-the canary's requests have doubled, and look number k spends alpha / (k (k + 1)): together alpha.
+`judge` is one look at what was counted; `modelops.serving.swap.looks` says when one is due and what
+it may spend.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from modelops.metrics.noninferiority import (
     median_by_signs,
     rate_difference,
 )
-from modelops.serving.swap.trial import CanaryRules, TrialData
+from modelops.serving.swap.trial import MEASURED, CanaryRules, TrialData
 
 Answer = Literal["better", "within noise", "worse", "undecided"]
-FIRST_LOOK = 20  # requests of the canary, before it can be found worse automatically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryVerdict:
-    """The answer, what it rests on, and a sentence for a person."""
+    """The answer, what it rests on, and a sentence for a person.
+
+    `alpha`, `seconds`, `requests` (of the canary) and `findings` are those of the look that said
+    so; `alpha` is what that look spent on finding it worse, 0 before the first one.
+    """
 
     answer: Answer
     sentence: str
@@ -80,39 +83,54 @@ class CanaryVerdict:
         return asdict(self)
 
 
-def judge(data: TrialData, rules: CanaryRules, *, alpha: float | None = None) -> CanaryVerdict:
+def load_statistics() -> None:
+    """Import what `judge` computes with. It takes a second of the processor, during which a
+    server's other threads stand still for tenths of a second: not in the middle of a trial."""
+    import scipy.stats  # noqa: F401
+
+
+def judge(
+    data: TrialData,
+    rules: CanaryRules,
+    *,
+    alpha: float | None = None,
+    alpha_no_worse: float | None = None,
+) -> CanaryVerdict:
     """The verdict on what has been counted so far.
 
     Args:
-        alpha: what this look may spend, in place of `rules.alpha`.
+        alpha: what this look may spend on finding it worse, in place of `rules.alpha`.
+        alpha_no_worse: the same on finding it no worse, measure by measure.
     """
     alpha = rules.alpha if alpha is None else alpha
-    drafts = [*_rates(data, rules, alpha), _speed(data, rules, alpha)]
+    alpha_no_worse = rules.alpha if alpha_no_worse is None else alpha_no_worse
+    drafts = [*_rates(data, rules, alpha_no_worse), _speed(data, rules, alpha_no_worse)]
     worse = holm([draft.p_worse for draft in drafts])
     better = holm([draft.p_better for draft in drafts])
     findings = tuple(
-        draft.decide(alpha, float(up), float(down))
+        draft.decide(alpha, alpha_no_worse, float(up), float(down))
         for draft, up, down in zip(drafts, worse, better, strict=True)
     )
-    requests = sum(
-        data.canary[name] for name in ("ok", "prompt_blocked", "image_blocked", "failed")
-    )
-    answer, sentence = _together(findings, data, rules, requests)
+    answer, sentence = _together(findings, data, rules)
     return CanaryVerdict(
         answer=answer, sentence=sentence, alpha=alpha, seconds=round(data.seconds, 1),
-        requests=requests, findings=findings,
+        requests=data.requests, findings=findings,
     )  # fmt: skip
 
 
-def look(requests: int, first: int) -> tuple[int, float]:
-    """(number of the last look that is due, the part of alpha it may spend); 0 before the first.
-
-    Looks are due at `first`, 2 `first`, 4 `first`, ... requests.
-    """
-    if requests < first:
-        return 0, 0.0
-    number = (requests // first).bit_length()
-    return number, 1.0 / (number * (number + 1))
+def not_yet(rules: CanaryRules, requests: int, seconds: float) -> str:
+    """Why a canary cannot be found no worse (yet); "" if it can."""
+    if rules.sticky == "key":
+        return (
+            "undecided: the share is dealt out by key, and requests of one key are no independent "
+            "measurements; decide by what you see, or deal out by request"
+        )
+    early = []
+    if requests < rules.requests:
+        early.append(f"{requests} of {rules.requests} requests")
+    if seconds < rules.seconds:
+        early.append(f"{seconds:.0f} of {rules.seconds:g} s")
+    return f"undecided: {', '.join(early)} so far" if early else ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,20 +142,21 @@ class _Draft:
     no_worse: bool
     make: Callable[..., Finding]
 
-    def decide(self, alpha: float, p_worse: float, p_better: float) -> Finding:
+    def decide(
+        self, alpha: float, alpha_no_worse: float, p_worse: float, p_better: float
+    ) -> Finding:
         answer: Answer = "undecided"
         if self.no_worse:
-            answer = "better" if p_better <= alpha else "within noise"
+            answer = "better" if p_better <= alpha_no_worse else "within noise"
         elif p_worse <= alpha:
             answer = "worse"
         return self.make(answer=answer, p_worse=p_worse, p_better=p_better)
 
 
 def _rates(data: TrialData, rules: CanaryRules, alpha: float) -> list[_Draft]:
-    judged = ("ok", "prompt_blocked", "image_blocked", "failed")
     return [
-        _rate("errors", "failed", judged, rules.error_margin, data, alpha),
-        _rate("prompt_filter", "prompt_blocked", judged, rules.filter_margin, data, alpha),
+        _rate("errors", "failed", MEASURED, rules.error_margin, data, alpha),
+        _rate("prompt_filter", "prompt_blocked", MEASURED, rules.filter_margin, data, alpha),
         _rate("image_filter", "image_blocked", ("ok", "image_blocked"), rules.filter_margin, data,
               alpha),
     ]  # fmt: skip
@@ -195,23 +214,13 @@ def _speed(data: TrialData, rules: CanaryRules, alpha: float) -> _Draft:
 
 
 def _together(
-    findings: tuple[Finding, ...], data: TrialData, rules: CanaryRules, requests: int
+    findings: tuple[Finding, ...], data: TrialData, rules: CanaryRules
 ) -> tuple[Answer, str]:
     worse = [finding for finding in findings if finding.answer == "worse"]
     if worse:
         return "worse", "worse: " + "; ".join(map(describe, worse))
-    if rules.sticky == "key":
-        return "undecided", (
-            "undecided: the share is dealt out by key, and requests of one key are no independent "
-            "measurements; decide by what you see, or deal out by request"
-        )
-    early = []
-    if requests < rules.requests:
-        early.append(f"{requests} of {rules.requests} requests")
-    if data.seconds < rules.seconds:
-        early.append(f"{data.seconds:.0f} of {rules.seconds:g} s")
-    if early:
-        return "undecided", f"undecided: {', '.join(early)} so far"
+    if early := not_yet(rules, data.requests, data.seconds):
+        return "undecided", early
     missing = [finding for finding in findings if finding.answer == "undecided"]
     if missing:
         return "undecided", "undecided: " + "; ".join(map(describe, missing))
@@ -219,7 +228,7 @@ def _together(
     if better:
         return "better", "better: " + "; ".join(map(describe, better))
     return "within noise", (
-        f"within noise: no worse than by the margins, after {requests} requests and "
+        f"within noise: no worse than by the margins, after {data.requests} requests and "
         f"{data.seconds:.0f} s"
     )
 

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.errors import ModelopsError
 from modelops.metrics.protocol import protocol_id
 from modelops.monitoring.extractors import features_protocol, open_extractor
 from modelops.monitoring.policy import DEFAULT_EVALUATE_EVERY_DAYS, released_monitoring
 from modelops.monitoring.rows import PREFIX, features_to_text
 from modelops.monitoring.scripts import script_shares
 from modelops.release import released_evaluations
+from modelops.serving.telemetry.outage import EVERY_S
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 from modelops.serving.workers import worker_count
 
@@ -71,7 +72,8 @@ class DriftLog:
         filters: names of the prompt and the image filter.
         sample: share of the requests that are logged; all pictures of such a request are.
         extractor: of the features; None logs none.
-        results: counter labelled written, failed (no room on the disk) or dropped (fell behind).
+        results: counter labelled written, failed (no room on the disk, or an odd row) or dropped
+            (fell behind).
     """
 
     segments: SegmentLog
@@ -153,13 +155,21 @@ class DriftLog:
             time.sleep(0.005)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what waits, for `timeout_s` seconds at most, and end the thread."""
+        """Write what waits, for `timeout_s` seconds at most, and end the thread; what is left then
+        is dropped and counted."""
         self.flush(timeout_s)
-        self._ends = True
+        with self._lock:
+            self._ends = True
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)
         if self._thread is not None:
             self._thread.join(timeout_s)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if self._waiting.get_nowait() is not None:
+                    self.results.labels("dropped").inc()
+        with contextlib.suppress(queue.Full):  # that was the word that ends the thread, perhaps
+            self._waiting.put_nowait(None)
         self.segments.close()
 
     def _common(self, kind: str, request_id: str, prompt: str, name: str) -> dict[str, Any]:
@@ -190,12 +200,15 @@ class DriftLog:
         if sys.platform == "linux":  # there a thread has a priority of its own
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        quiet_until = 0.0
         while not self._ends and (row := self._waiting.get()) is not None:
             try:
                 self._write(row)
             except Exception:  # the log must not end with one odd row
-                log.exception("a row of the drift log could not be made")
                 self.results.labels("failed").inc()
+                if time.monotonic() >= quiet_until:  # a broken extractor fails for each picture
+                    quiet_until = time.monotonic() + EVERY_S
+                    log.exception("a row of the drift log could not be made")
             finally:
                 with self._lock:
                     self._bytes -= row.bytes
@@ -228,15 +241,11 @@ def open_drift_log(
     """The drift log of a node; None where the settings name no folder.
 
     Raises:
-        UsageError: the share or the limit is out of range.
+        UsageError: the limit is out of range.
         ModelopsError: the folder cannot be written to.
     """
     if not settings.drift_log:
         return None
-    if not 0 < settings.drift_sample <= 1:
-        raise UsageError(
-            f"MODELOPS_DRIFT_SAMPLE={settings.drift_sample:g}: must be above 0 and at most 1"
-        )
     extractor = None
     evaluations = list(released_evaluations(release_dir, release).values())
     try:

@@ -123,6 +123,8 @@ class RunningTotals:
                 return
             for registry in self._former:
                 self._add(registry)
+            if id(stable) not in self._seen:  # a scrape that a whole drain held up: counted before
+                self._add(stable, baseline=True)
             current = {family.name: family for family in self._add(stable)}
             for name, (family, samples) in self._families.items():
                 shown = current.pop(name, family)

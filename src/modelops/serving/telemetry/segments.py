@@ -1,15 +1,16 @@
 """Lines appended to files of a folder that never grows beyond a limit.
 
 One line in one write: a killed process loses none, a power cut may lose the last ones, and a full
-disk leaves no half line before the next. Every process writes files of its own, so that several
-may share a folder; the oldest files go first.
+disk leaves no half line before the next. Every log writes files of its own, so that several
+processes may share a folder; the oldest files go first.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,10 +18,11 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter
 
 from modelops.errors import ModelopsError, UsageError
+from modelops.serving.telemetry.outage import Outage
 
-log = logging.getLogger("modelops.serving")
-
-SEGMENTS = 16  # a full folder loses a sixteenth of its oldest lines at once
+SEGMENTS = 32  # a full folder loses a 32nd of its oldest lines at once
+LONGEST = 8192  # bytes of a usual line, at most; a file is to hold one
+LOGS = 2  # of a process: a canary writes beside the release that it is to follow
 
 
 class SegmentLog:
@@ -29,9 +31,10 @@ class SegmentLog:
     Args:
         folder: made when it is missing.
         prefix: of the files' names; those of other prefixes are left alone.
-        max_bytes: of all files with that prefix together.
+        max_bytes: of all files with that prefix together. A line that is longer than a file is to
+            be may go beyond.
         what: is kept here, for messages.
-        writers: processes that share the folder; each may fill the file it writes.
+        writers: processes that share the folder; each may fill the files it writes.
         counter: labelled `result`, written or failed.
 
     Raises:
@@ -43,24 +46,26 @@ class SegmentLog:
         self, folder: str | Path, *, prefix: str, max_bytes: int, what: str, writers: int = 1,
         counter: Counter | None = None,
     ) -> None:  # fmt: skip
-        if max_bytes < SEGMENTS * 4096 * writers:
+        if max_bytes < SEGMENTS * LONGEST * writers:
             raise UsageError(
                 f"{what}: {max_bytes} bytes are too few", hint=f"use {writers} MB or more"
             )
         self.folder = Path(folder)
         self.segment_bytes = max_bytes // (SEGMENTS * writers)
         self._prefix = prefix
-        self._what = what
         self._max_bytes = max_bytes
         self._writers = writers
         self._lock = threading.Lock()
         self._file: int | None = None
         self._written = 0
-        self._failing = False
+        self._outage = Outage(what)
         self._counter = counter
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._open()
+            # No file before there is a line: a node that is started over and over would fill the
+            # folder with empty ones, which no limit of bytes takes away.
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
         except OSError as error:
             raise ModelopsError(
                 f"{self.folder}: {what} cannot be kept here: {error.strerror or error}",
@@ -68,27 +73,23 @@ class SegmentLog:
             ) from error
 
     def write_line(self, line: bytes) -> bool:
-        """Append one line without its end; False when it could not be kept, which is logged (once)
-        and counted."""
-        with self._lock:
-            try:
+        """Append one line without its end; False when it could not be kept, which is counted, and
+        logged now and then."""
+        try:
+            with self._lock:
                 self._append(line + b"\n")
-            except OSError as error:
-                self._count("failed")
-                if not self._failing:  # once, not for each line while the disk is full
-                    log.error("%s cannot be written: %s", self._what, error.strerror or error)
-                self._failing = True
-                return False
-            if self._failing:
-                log.warning("%s can be written again", self._what)
-            self._failing = False
+        except OSError as error:
+            self._count("failed")
+            self._outage.failed(error.strerror or str(error))
+            return False
+        self._outage.worked()
         self._count("written")
         return True
 
     @property
     def failing(self) -> bool:
         """Whether the last line could not be kept."""
-        return self._failing
+        return self._outage.failing
 
     def close(self) -> None:
         """Close the file; a later write opens another."""
@@ -100,21 +101,19 @@ class SegmentLog:
             self._counter.labels(result).inc()
 
     def _append(self, line: bytes) -> None:
-        full = self._written + len(line) > self.segment_bytes
+        full = self._written and self._written + len(line) > self.segment_bytes
         # A worker that has little to do may find its file gone: the oldest, to one with much to do.
         if self._file is None or full or os.fstat(self._file).st_nlink == 0:
             self._close()
             self._open()
         assert self._file is not None
-        try:
-            done = os.write(self._file, line)
-            if done != len(line):
-                raise OSError(28, "No space left on device")
-        except OSError:
-            # No half line stays before the next one.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._written)
-            raise
+        done = os.write(self._file, line)
+        if done != len(line):
+            try:
+                os.ftruncate(self._file, self._written)  # no half line stays before the next one
+            except OSError:
+                self._close()  # it stays at the end of this file, where readers expect one
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._written += done
 
     def _open(self) -> None:
@@ -134,7 +133,7 @@ class SegmentLog:
 
     def _make_room(self) -> None:
         """Delete the oldest files until all those that are being written fit when full."""
-        needed = self._writers * self.segment_bytes
+        needed = LOGS * self._writers * self.segment_bytes
         sizes = {}
         for path in sorted(self.folder.glob(f"{self._prefix}*.jsonl")):
             with contextlib.suppress(FileNotFoundError):

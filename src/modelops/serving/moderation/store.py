@@ -1,0 +1,161 @@
+"""The folder of the quarantine: its files, their bounds, and what is in them."""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from modelops.errors import IntegrityError, ModelopsError, UsageError
+from modelops.files import check_writable
+from modelops.serving.moderation.encryption import decrypt_entry
+from modelops.serving.moderation.entry import Entry
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+PAGE = "review.html"
+SEALED = ".sealed"
+_NAME = "entry-"
+_LEFTOVER_S = 3600.0  # a temporary file this old is nobody's any more
+_MAX_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFile:
+    """A file of the folder by its name: when it was written, its entry's id, its size in bytes."""
+
+    path: Path
+    id: str
+    written: float
+    size: int
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it is encrypted to a reviewer."""
+        return self.path.suffix == SEALED
+
+
+def list_files(folder: str | Path) -> list[EntryFile]:
+    """The entries of a folder, oldest first; nothing is opened.
+
+    Raises:
+        UsageError: there is no such folder, or it cannot be read.
+    """
+    try:
+        return sorted(_entry_files(Path(folder)), key=lambda file: file.path.name)
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror or error}") from error
+
+
+def tidy_folder(folder: Path, *, max_age_s: float, max_bytes: int | None = None) -> tuple[int, int]:
+    """Delete entries over the bounds, oldest first; (how many too old, how many for room).
+
+    A page built from entries goes with the first of them, as it holds their pictures; one that was
+    finished after its last entry had gone, now.
+
+    Raises:
+        UsageError: there is no such folder, or it cannot be read.
+        OSError: an entry cannot be deleted.
+    """
+    files, now = list_files(folder), time.time()
+    old = [file for file in files if now - file.written >= max_age_s]
+    kept = files[len(old) :]
+    total, over = sum(file.size for file in kept), []
+    for file in kept:
+        if max_bytes is None or total <= max_bytes:
+            break
+        over.append(file)
+        total -= file.size
+    gone = [sum(_delete(file.path) for file in some) for some in (old, over)]
+    if any(gone) or not files:
+        (folder / PAGE).unlink(missing_ok=True)
+    for path in folder.glob(f".{_NAME}*.tmp"):
+        with contextlib.suppress(OSError):
+            if now - path.stat().st_mtime > _LEFTOVER_S:
+                path.unlink()
+    return gone[0], gone[1]
+
+
+def read_entry(file: EntryFile, key: X25519PrivateKey | None = None) -> Entry:
+    """The entry in a file.
+
+    Args:
+        key: the reviewer's private key, for an encrypted one.
+
+    Raises:
+        UsageError: encrypted and no key given, or it cannot be read.
+        IntegrityError: not an entry, or encrypted to somebody else.
+    """
+    try:
+        if file.size > _MAX_BYTES:
+            raise UsageError(f"{file.path}: over {_MAX_BYTES >> 20} MiB")
+        data = file.path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file.path}: {error.strerror or error}") from error
+    if file.sealed:
+        data = decrypt_entry(data, file.id, file.path, key)
+    try:
+        entry = Entry.model_validate_json(data)
+    except (ValidationError, RecursionError) as error:
+        raise IntegrityError(f"{file.path}: not a quarantine entry") from error
+    if entry.id != file.id:
+        raise IntegrityError(f"{file.path}: holds entry {entry.id}, not the one of its name")
+    return entry
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner can enter.
+
+    Raises:
+        ModelopsError: it cannot be made or written to.
+        UsageError: it is there, and others can enter it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        open_to_others = folder.stat().st_mode & 0o077
+    except OSError as error:
+        raise ModelopsError(
+            f"{folder}: no quarantine can be kept here: {error.strerror or error}",
+            hint="choose another folder for the quarantine, or leave it out",
+        ) from error
+    if open_to_others:
+        raise UsageError(
+            f"{folder}: others can enter this folder, so no quarantine is kept in it",
+            hint=f"chmod 700 {folder}",
+        )
+    check_writable(folder)
+
+
+def _delete(path: Path) -> bool:
+    """Whether it was still there: of several processes only one counts it."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def entry_name(identity: str, suffix: str) -> str:
+    """The name of a new entry's file, which says when it was written."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+    return f"{_NAME}{stamp}-{nanoseconds:09d}-{identity}{suffix}"
+
+
+def _entry_files(folder: Path) -> Iterator[EntryFile]:
+    for path in folder.iterdir():
+        parts = path.stem.split("-")
+        if len(parts) != 4 or f"{parts[0]}-" != _NAME or path.suffix not in (".json", SEALED):
+            continue
+        with contextlib.suppress(ValueError, FileNotFoundError):  # not ours, or just deleted
+            # By the name: copying a folder does not make its entries young again.
+            written = calendar.timegm(time.strptime(parts[1], "%Y%m%dT%H%M%S"))
+            bytes.fromhex(parts[3])
+            yield EntryFile(path, parts[3], written + int(parts[2]) / 1e9, path.stat().st_size)

@@ -1,0 +1,158 @@
+"""Calls of one network by several requests, made as one.
+
+A call is taken apart into its tensors. Those with a row for every row of the call are put one after
+the other; the rest (a table of positions, say) must be equal in all of them. Nothing here knows a
+network by name, so it goes for UNets and transformers alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelops.export.signatures import (
+    TIMESTEP_NAMES,
+    Fields,
+    Template,
+    rebuild,
+    template_of,
+)
+
+RETURN_DICT = "return_dict"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a network.
+
+    Attributes:
+        rows: of its batch.
+        arguments: argument name to template.
+        tensors: the tensors in them by dotted name, each [rows, ...] unless it is in `shared`.
+        shared: name of a tensor without rows to the digest of its content.
+        returns_dict: whether an answer with fields is expected, or a tuple; None if the network
+            has no such choice.
+        key: calls of the same key can be made as one.
+    """
+
+    rows: int
+    arguments: dict[str, Template]
+    tensors: dict[str, torch.Tensor]
+    shared: dict[str, str]
+    returns_dict: bool | None
+    key: tuple[Any, ...]
+
+
+def read_call(
+    parameters: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    known: dict[str, tuple[torch.Tensor, str]] | None = None,
+) -> Call:
+    """Take a call apart.
+
+    Args:
+        parameters: names of the network's arguments, in the order of positions.
+        args, kwargs: what it is called with.
+        known: shared tensors of this request's earlier calls with their digests; added to.
+
+    Raises:
+        ExportError: an argument is neither a tensor nor a plain value.
+        ValueError: no argument has rows, or more arguments than names.
+    """
+    if len(args) > len(parameters):
+        raise ValueError(f"{len(args)} arguments by position, of {len(parameters)}")
+    given = dict(zip(parameters, args, strict=False)) | dict(kwargs)
+    returns_dict = bool(given.pop(RETURN_DICT, True)) if RETURN_DICT in parameters else None
+    tensors: dict[str, torch.Tensor] = {}
+    arguments = {name: template_of(value, name, tensors) for name, value in given.items()}
+    sample = next((value for value in tensors.values() if value.ndim >= 3), None)
+    if sample is None:
+        raise ValueError("the network is called without a batch")
+    rows = len(sample)
+    for name in TIMESTEP_NAMES:
+        if name in given:  # one number for all rows, or a row each: always a row each
+            step = torch.as_tensor(given[name], device=sample.device)
+            tensors[name] = step.reshape(-1).expand(rows)
+            arguments[name] = {"tensor": name}
+    shared = {
+        name: _digest(name, value, {} if known is None else known)
+        for name, value in tensors.items()
+        if value.ndim == 0 or len(value) != rows
+    }
+    shapes = tuple(
+        (name, value.dtype, value.shape if name in shared else value.shape[1:])
+        for name, value in tensors.items()
+    )
+    key = (repr(sorted(arguments.items())), shapes, tuple(shared.items()))
+    return Call(rows, arguments, tensors, shared, returns_dict, key)
+
+
+def content_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Equal for calls with equal arguments, tensors compared by content.
+
+    Raises:
+        ExportError: an argument is neither a tensor nor a plain value.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    template = template_of([list(args), dict(kwargs)], "call", tensors)
+    found = {name: (value.dtype, value.shape, digest(value)) for name, value in tensors.items()}
+    return repr((template, found))
+
+
+def digest(value: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    data = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def _digest(name: str, value: torch.Tensor, known: dict[str, tuple[torch.Tensor, str]]) -> str:
+    if name not in known or known[name][0] is not value:
+        known[name] = (value, digest(value))
+    return known[name][1]
+
+
+def merged(calls: Sequence[Call], rows: int | None = None) -> dict[str, Any]:
+    """The keyword arguments of one call that does what all of these do, which have one key.
+
+    Args:
+        rows: of that call; copies fill it, and what is too many is left out. As many as the calls
+            have together when not given.
+    """
+    first = calls[0]
+    tensors = dict(first.tensors)
+    for name in tensors.keys() - first.shared.keys():
+        parts = [call.tensors[name] for call in calls]
+        together = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if rows is not None and rows != len(together):
+            together = together[[row % len(together) for row in range(rows)]]
+        tensors[name] = together
+    arguments = {name: rebuild(item, tensors) for name, item in first.arguments.items()}
+    if first.returns_dict is not None:
+        arguments[RETURN_DICT] = False
+    return arguments
+
+
+def answers(calls: Sequence[Call], output: Any, rows: int) -> list[Any]:
+    """The answer to each of the calls, as each expects it.
+
+    Args:
+        output: of a call with `merged` arguments.
+        rows: that call's.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    template = template_of(output, "output", tensors)
+    found, start = [], 0
+    for call in calls:
+        own = {
+            name: value[start : start + call.rows] if value.ndim and len(value) == rows else value
+            for name, value in tensors.items()
+        }
+        start += call.rows
+        answer = rebuild(template, own)
+        found.append(Fields({"sample": answer[0]}) if call.returns_dict else answer)
+    return found

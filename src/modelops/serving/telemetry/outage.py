@@ -1,0 +1,53 @@
+"""Something that cannot be written for a while: said at its start and end, and now and then."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+log = logging.getLogger("modelops.serving")
+
+EVERY_S = 60.0  # a disk that is nearly full takes one line and refuses the next
+
+
+class Outage:
+    """Keeps count of what was lost; may be used by any thread.
+
+    Says so at most once in `EVERY_S` seconds, however often it comes and goes.
+
+    Args:
+        what: is kept there, for messages.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.failing = False
+        self._what = what
+        self._lock = threading.Lock()
+        self._lost = 0  # since it was said last
+        self._said: float | None = None
+        self._open = False  # the last word was that it fails
+
+    def failed(self, reason: str) -> None:
+        """One could not be kept."""
+        with self._lock:
+            self.failing = True
+            self._lost += 1
+            now = time.monotonic()
+            if self._said is not None and now - self._said < EVERY_S:
+                return
+            self._said, self._open = now, True
+            lost, self._lost = self._lost, 0
+        log.error("%s cannot be written: %s (%d lost)", self._what, reason, lost)
+
+    def worked(self) -> None:
+        """One was kept."""
+        if not self.failing:  # the usual way; a value that is a moment old does no harm
+            return
+        with self._lock:
+            self.failing = False
+            if not self._open:
+                return
+            self._open = False
+            lost, self._lost = self._lost, 0
+        log.warning("%s can be written again (%d more were lost)", self._what, lost)
