@@ -1,26 +1,61 @@
-"""Denoiser speed and parity on an NVIDIA GPU; see gpu.sh, which calls this.
+"""Denoiser speed and parity on an NVIDIA GPU, and whole artifacts; see gpu.sh, which calls this.
 
 Times include waiting for the device; inputs and outputs stay on it. TF32 is off everywhere. Parity
-is the relative error of the first output against eager torch in fp32 on the same device. INT8 made
-here is calibrated on noise: its speed is that of any INT8, its error is not; give --int8 a graph
-from `modelops export --to int8` for both.
+is the relative error of the first output against eager torch in fp32 on the same device. INT8 of
+random weights is calibrated on made-up rows: its speed is that of any INT8, its error is not; give
+--checkpoint for both, and --int8 for a graph that `modelops export --to int8` chose.
+
+What fails is left out and named, and the rest is still measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # read when CUDA's libraries are loaded
+
 import numpy as np
 
+ROOT = Path(__file__).resolve().parents[1]
 PARITY = {"fp32": 1e-4, "fp16": 2e-2}  # relative error allowed; INT8's is reported, not judged
+ROWS = 32
 Run = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A denoiser to measure.
+
+    Attributes:
+        about: a line on it.
+        module: takes tensors as positions; returns a tensor or a tuple of them.
+        example: input name to (tensor, names of its dynamic axes), in the module's order.
+        outputs: output name to the names of its dynamic axes.
+        rows: inputs over all noise levels, a TrajectoryRows.
+    """
+
+    about: str
+    module: Any
+    example: dict[str, Any]
+    outputs: dict[str, Any]
+    rows: Any
+
+    def feed(self, batch: int) -> dict[str, Any]:
+        """Rows spread over the noise levels, as tensors."""
+        import torch
+
+        picks = np.linspace(0, len(self.rows) - 1, num=batch).astype(int)
+        arrays = self.rows.take(picks)
+        return {name: torch.from_numpy(arrays[name]) for name in self.example}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,12 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, help="diffusers directory with a UNet")
-    parser.add_argument("--network", choices=["tiny", "pilot", "unet"], default="pilot")
+    parser.add_argument("--checkpoint", type=Path, help="diffusers directory of any pipeline")
+    parser.add_argument(
+        "--network", choices=["tiny", "pilot", "unet", "transformer"], default="pilot",
+        help="random weights, where there is no --checkpoint",
+    )  # fmt: skip
     parser.add_argument("--int8", type=Path, help="INT8 graph of the checkpoint's denoiser")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-artifacts", action="store_true", help="denoisers alone")
     parser.add_argument("--require", choices=["gpu", "tensorrt"])
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries it out"
@@ -75,27 +114,32 @@ def measure(options: argparse.Namespace, work: Path) -> int:
     from modelops.environment import current_environment
     from modelops.files import write_json
 
-    module, names = load_network(options)
-    feeds = {batch: example_feed(module, names, batch, seed=batch) for batch in options.batches}
-    graphs = write_graphs(module, names, work, options.int8)
-    on_device = {
-        batch: {name: value.to(options.device) for name, value in feed.items()}
-        for batch, feed in feeds.items()
+    checkpoint = options.checkpoint or tiny_checkpoint(work / "checkpoint")
+    network = load_network(options, checkpoint)
+    skipped: dict[str, str] = {}
+    graphs = write_graphs(network, work, options.int8, skipped)
+    feeds = {
+        batch: {name: value.to(options.device) for name, value in network.feed(batch).items()}
+        for batch in options.batches
     }
-    module = module.to(options.device)
-    runs, skipped, layers = open_runs(module, graphs, feeds, options, work)
-    results, failures = time_runs(runs, on_device, options)
+    module = network.module.to(options.device)
+    runs, layers = open_runs(module, graphs, feeds, options, work, skipped)
+    results, failures = time_runs(runs, feeds, options, skipped)
+    artifacts = {}
+    if not options.no_artifacts:
+        artifacts = check_artifacts(checkpoint, work / "artifacts", options, skipped, failures)
     record = {
         "machine": current_environment().model_dump(mode="json"),
         "gpu": describe_gpu() if options.device == "cuda" else None,
         "torch": torch.__version__,
-        "network": str(options.checkpoint.name) if options.checkpoint else options.network,
+        "network": network.about,
         "parameters": sum(p.numel() for p in module.parameters()),
         "rounds": options.rounds,
         "results": results,
+        "artifacts": artifacts,
         "skipped": skipped,
         "int8_layers": layers,
-        "outside_parity": failures,
+        "failed": failures,
     }
     write_json(options.out, record)
     show(record, options)
@@ -116,89 +160,73 @@ def describe_gpu() -> dict[str, str]:
     }
 
 
-def load_network(options: argparse.Namespace) -> tuple[Any, list[str]]:
-    """A denoiser as a module of positional tensors, and its inputs' names."""
-    import torch
-    from diffusers import UNet2DConditionModel
+def tiny_checkpoint(folder: Path) -> Path:
+    """A Stable Diffusion of a few thousand random weights: every kind of network, in seconds."""
+    sys.path.append(str(ROOT / "tests"))
+    from tiny_pipelines import make
 
-    from modelops.errors import UsageError
-    from modelops.models.networks import make_unet
-
-    torch.manual_seed(0)
-    if options.checkpoint:
-        folder = options.checkpoint / "unet"
-        if not folder.is_dir():
-            raise UsageError(f"{options.checkpoint}: no unet in it")
-        unet = UNet2DConditionModel.from_pretrained(folder)
-    else:
-        sizes = {"tiny": (16, 2, 16), "pilot": (32, 2, 64), "unet": (128, 2, 192)}
-        resolution, patch, channels = sizes[options.network]
-        unet = make_unet(resolution=resolution, patch_size=patch, channels=channels)
-    names = ["sample", "timestep", "class_labels"]
-    if any("attn2" in name for name, _ in unet.named_modules()):
-        names.append("encoder_hidden_states")
-
-    class Denoiser(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = unet
-
-        def forward(
-            self, sample: Any, timestep: Any, class_labels: Any, tokens: Any = None
-        ) -> torch.Tensor:
-            return self.unet(
-                sample, timestep, encoder_hidden_states=tokens, class_labels=class_labels,
-                return_dict=False,
-            )[0]  # fmt: skip
-
-    return Denoiser().eval().requires_grad_(False), names
+    make("sd").save_pretrained(folder)
+    return folder
 
 
-def example_feed(module: Any, names: list[str], batch: int, *, seed: int) -> dict[str, Any]:
-    """Noise at noise levels spread over (0, 1], in the shapes that the network was made for."""
-    import torch
+def load_network(options: argparse.Namespace, checkpoint: Path) -> Network:
+    """The checkpoint's denoiser with rows of its own trajectories, or one of random weights."""
+    if not options.checkpoint and options.network != "tiny":
+        sys.path.append(str(ROOT / "bench"))
+        from denoisers import make_denoiser
 
-    config, generator = module.unet.config, torch.Generator().manual_seed(seed)
-    size, text = config.sample_size, config.cross_attention_dim
-    shapes = {
-        "sample": (batch, config.in_channels, size, size),
-        "class_labels": (batch, config.projection_class_embeddings_input_dim or text),
-        "encoder_hidden_states": (batch, 16, text),
-    }
-    feed = {
-        name: torch.randn(shapes[name], generator=generator) for name in names if name in shapes
-    }
-    feed["timestep"] = 1000 * (torch.arange(batch) + 1) / batch
-    return {name: feed[name] for name in names}
+        found = make_denoiser(options.network)
+        axes = next(iter(found.example.values()))[1]
+        return Network(
+            found.about, found.module, found.example, {"prediction": axes},
+            found.make_rows(ROWS, 0),
+        )  # fmt: skip
+    from modelops.export.calibration import DEFAULT_PROMPTS, collect_rows
+    from modelops.export.components import find_components
+    from modelops.export.source import both_sides, load_source
+
+    source = load_source(checkpoint)
+    components = find_components(source.pipeline, size=both_sides(source.size))
+    denoiser = next(item for item in components if item.role == "denoiser")
+    rows = collect_rows(
+        source.pipeline, denoiser, prompts=DEFAULT_PROMPTS, seed=0, steps=8, rows=ROWS,
+        size=source.size,
+    )  # fmt: skip
+    about = f"{type(source.pipeline).__name__}, {denoiser.name}"
+    return Network(about, denoiser.flat, denoiser.example, denoiser.outputs, rows)
 
 
-def write_graphs(module: Any, names: list[str], work: Path, int8: Path | None) -> dict[str, Path]:
-    """fp32, fp16 and INT8 graphs of the module."""
-    from modelops.export.calibration import TrajectoryRows
+def write_graphs(
+    network: Network, work: Path, int8: Path | None, skipped: dict[str, str]
+) -> dict[str, Path]:
+    """fp32, fp16 and INT8 graphs of the module; a conversion that fails is left out."""
+    from modelops.errors import ModelopsError
     from modelops.export.int8.quantize import quantize_graph
     from modelops.export.onnx.precision import convert_precision
     from modelops.export.onnx.writer import write_graph
 
-    axes = {
-        "sample": {0: "batch", 2: "height", 3: "width"},
-        "timestep": {0: "batch"},
-        "class_labels": {0: "batch"},
-        "encoder_hidden_states": {0: "batch", 1: "tokens"},
-    }
-    example = example_feed(module, names, 2, seed=0)
     paths = {kind: work / kind / "model.onnx" for kind in ("fp32", "fp16", "int8")}
-    write_graph(
-        module, {name: (value, axes[name]) for name, value in example.items()}, paths["fp32"],
-        opset=20, outputs={"output": axes["sample"]},
-    )  # fmt: skip
-    feed = {name: value.numpy() for name, value in example_feed(module, names, 8, seed=1).items()}
-    for kind in ("fp16", "int8"):
-        paths[kind].parent.mkdir(exist_ok=True)
-    convert_precision(paths["fp32"], paths["fp16"], "float16", feeds=[feed])
+    write_graph(network.module, network.example, paths["fp32"], opset=20, outputs=network.outputs)
+    feeds = network.rows.batches(min(8, len(network.rows)))
+    converters: dict[str, Callable[[], object]] = {
+        "fp16": partial(
+            convert_precision, paths["fp32"], paths["fp16"], "float16", feeds=feeds
+        ),
+        "int8": partial(
+            quantize_graph, paths["fp32"], paths["int8"], rows=network.rows,
+            table=work / "ranges.json",
+        ),
+    }  # fmt: skip
     if int8 is not None:
-        return paths | {"int8": int8}
-    rows = TrajectoryRows(feeds=feed, sigmas=feed["timestep"] / 1000, record={"of": "noise"})
-    quantize_graph(paths["fp32"], paths["int8"], rows=rows, table=work / "ranges.json")
+        paths["int8"] = int8
+        del converters["int8"]
+    for kind, convert in converters.items():
+        paths[kind].parent.mkdir(exist_ok=True)
+        try:
+            convert()
+        except ModelopsError as error:
+            skipped[f"every {kind} graph"] = error.message
+            del paths[kind]
     return paths
 
 
@@ -208,8 +236,9 @@ def open_runs(
     feeds: dict[int, dict[str, Any]],
     options: argparse.Namespace,
     work: Path,
-) -> tuple[dict[str, Run], dict[str, str], dict[str, Any]]:
-    """What can be run here, what cannot and why, and what engines say of their layers."""
+    skipped: dict[str, str],
+) -> tuple[dict[str, Run], dict[str, Any]]:
+    """What can be run here, and what engines say of their layers; what cannot is in `skipped`."""
     import torch
 
     from modelops.errors import ModelopsError
@@ -219,25 +248,20 @@ def open_runs(
     from modelops.export.tensorrt.engine import TensorRtGraph
     from modelops.export.tensorrt.profiles import limits_of_shapes, make_profile
 
-    half = copy.deepcopy(module).half()
-    runs: dict[str, Run] = {
-        "torch eager fp32": partial(run_torch, module),
-        "torch eager fp16": partial(run_torch, half, dtype=torch.float16),
-    }
-    if options.device == "cpu":
-        del runs["torch eager fp16"]
+    runs: dict[str, Run] = {"torch eager fp32": partial(run_torch, module)}
+    modules = {"fp32": (module, None)}
+    if options.device == "cuda":
+        modules["fp16"] = (copy.deepcopy(module).half(), torch.float16)
+        runs["torch eager fp16"] = partial(run_torch, modules["fp16"][0], dtype=torch.float16)
     if not options.no_compile:
-        runs["torch.compile fp32"] = partial(run_torch, torch.compile(module))
-        if options.device == "cuda":
-            runs["torch.compile fp16"] = partial(
-                run_torch, torch.compile(half), dtype=torch.float16
-            )
+        for kind, (eager, dtype) in modules.items():
+            compiled = torch.compile(eager, dynamic=False)  # one program for each batch size
+            runs[f"torch.compile {kind}"] = partial(run_torch, compiled, dtype=dtype)
     axes = read_axes(graphs["fp32"])
     profiles = [
         make_profile(axes, limits_of_shapes(axes, {name: v.shape for name, v in feed.items()}))
         for feed in feeds.values()
     ]
-    skipped: dict[str, str] = {}
     layers: dict[str, Any] = {}
     cache = work / "cache"
     cache.mkdir(exist_ok=True)
@@ -265,8 +289,14 @@ def open_runs(
         try:
             runs[name] = make()
         except (ModelopsError, RuntimeError) as error:
-            skipped[name] = str(error)
-    return runs, skipped, layers
+            skipped[name] = reason_of(error)
+    return runs, layers
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def tell_progress(phase: str, done: int, steps: int) -> None:
@@ -278,14 +308,24 @@ def run_torch(module: Any, feed: dict[str, Any], dtype: Any = None) -> list[Any]
     import torch
 
     with torch.inference_mode():
-        values = [value if dtype is None else value.to(dtype) for value in feed.values()]
-        return [module(*values)]
+        values = [
+            value if dtype is None or not value.is_floating_point() else value.to(dtype)
+            for value in feed.values()
+        ]
+        found = module(*values)
+        return [found] if isinstance(found, torch.Tensor) else list(found)
 
 
 def time_runs(
-    runs: dict[str, Run], feeds: dict[int, dict[str, Any]], options: argparse.Namespace
+    runs: dict[str, Run],
+    feeds: dict[int, dict[str, Any]],
+    options: argparse.Namespace,
+    skipped: dict[str, str],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Medians, 95th percentiles, ratios over eager torch and relative errors, by batch size."""
+    """Medians, 95th percentiles, ratios over eager torch and relative errors, by batch size.
+
+    What fails at one batch size is left out from there on.
+    """
     import torch
 
     from modelops.export.timing import interleaved_seconds, speed_ratio
@@ -297,11 +337,17 @@ def time_runs(
 
     results: dict[str, Any] = {}
     failures: list[str] = []
+    runs = dict(runs)
     for batch, feed in feeds.items():
         reference = runs["torch eager fp32"](feed)[0].double()
         errors = {}
-        for name, run in runs.items():
-            difference = run(feed)[0].double() - reference
+        for name in list(runs):
+            try:
+                difference = runs[name](feed)[0].double() - reference
+            except Exception as error:  # of a compiler, of CUDA, of a runtime: the rest stands
+                skipped[f"{name} from batch {batch} on"] = reason_of(error)
+                del runs[name]
+                continue
             errors[name] = float(difference.norm() / reference.norm())
             bound = PARITY.get(name.rsplit(" ", 1)[-1])
             if bound is not None and not errors[name] <= bound:  # NaN is outside, too
@@ -325,6 +371,51 @@ def time_runs(
     return results, failures
 
 
+def check_artifacts(
+    checkpoint: Path,
+    folder: Path,
+    options: argparse.Namespace,
+    skipped: dict[str, str],
+    failures: list[str],
+) -> dict[str, Any]:
+    """Export the checkpoint as `modelops export` does and draw a picture from what was written.
+
+    An export compares every network and the pictures with torch on the CPU; one that differs or
+    fails is in `failures`, one whose packages are missing in `skipped`.
+    """
+    from modelops.errors import MissingExtraError, ModelopsError
+    from modelops.export.onnx.export import export_onnx
+    from modelops.export.runtime import open_artifact
+    from modelops.export.tensorrt.export import export_tensorrt
+    from modelops.models.sources import ImageRequest
+
+    onnx, engines = folder / "onnx", folder / "tensorrt"
+    exports: dict[str, tuple[Path, str, Callable[[], Any]]] = {
+        "onnx": (onnx, "onnxruntime", partial(export_onnx, checkpoint, onnx, overwrite=True))
+    }
+    if options.device == "cuda":
+        exports["tensorrt"] = (
+            engines, "tensorrt",
+            partial(export_tensorrt, onnx, checkpoint, engines, overwrite=True),
+        )  # fmt: skip
+    found = {}
+    for name, (path, runtime, export) in exports.items():
+        try:
+            record = export()
+            source = open_artifact(path, runtime=runtime)
+            source.generate([ImageRequest(prompt="a red heart", seed=0, steps=2)])
+        except MissingExtraError as error:
+            skipped[f"artifact in {name}"] = error.message
+        except (ModelopsError, RuntimeError) as error:
+            failures.append(f"artifact in {name}: {reason_of(error)}")
+        else:
+            found[name] = {
+                "runtime": source.info.runtime,
+                "parity": [check.model_dump(mode="json") for check in record.parity],
+            }
+    return found
+
+
 def show(record: dict[str, Any], options: argparse.Namespace) -> None:
     where = record["gpu"]["name"] if record["gpu"] else "CPU (a trial of the script)"
     print(f"{record['network']}, {record['parameters'] / 1e6:.1f} M parameters, {where}")
@@ -335,10 +426,12 @@ def show(record: dict[str, Any], options: argparse.Namespace) -> None:
             error = row["relative_error"]
             told = "not finite" if error is None else f"{error:.1e}"
             print(f"{name:30}{batch:>6}{row['ms']:10.3f}  {ratio:>20}  {told}")
+    for name, artifact in record["artifacts"].items():
+        print(f"artifact in {name}: equal to its checkpoint in {artifact['runtime']}")
     for name, reason in record["skipped"].items():
         print(f"not measured: {name}: {reason}")
-    for line in record["outside_parity"]:
-        print(f"outside parity: {line}")
+    for line in record["failed"]:
+        print(f"failed: {line}")
     print(f"written to {options.out}")
 
 

@@ -312,7 +312,7 @@ def check_writable(directory: str | os.PathLike[str], *, need_bytes: int = 0) ->
         ) from error
     if free < need_bytes:
         raise ModelopsError(
-            f"{path}: {free / 1e9:.1f} GB free, {need_bytes / 1e9:.1f} GB needed",
+            f"{path}: {free / 1e6:,.0f} MB free, {need_bytes / 1e6:,.0f} MB needed",
             hint="free some space or choose another directory",
         )
 

@@ -128,7 +128,7 @@ def test_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
         files.check_writable(blocked / "below")
     with pytest.raises(ModelopsError, match="cannot write"):
         files.write_text(blocked / "below" / "x", "y")
-    with pytest.raises(ModelopsError, match="GB needed"):
+    with pytest.raises(ModelopsError, match="MB needed"):
         files.check_writable(tmp_path, need_bytes=10**18)
 
 

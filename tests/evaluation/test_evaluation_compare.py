@@ -207,7 +207,7 @@ def test_features_of_other_extractors_come_from_the_cache(root: Path) -> None:
     inputs = records["good"].inputs
     pictures = open_reference(
         Path(inputs["manifest"].path), Path(inputs["splits"].path), ("test",)
-    )[0]["test"]
+    )["test"]
     features = {"extractor": "inception", "weights_sha256": "ab" * 32}
     real = pictures.features[:, ::2]
     values = {}

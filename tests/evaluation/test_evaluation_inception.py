@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import inception_peers as peers
+from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
 from modelops.data.split import read_splits
 from modelops.errors import UsageError
@@ -38,12 +39,42 @@ def test_the_reference_pictures_have_no_distance_to_themselves(corpus: Any, tmp_
     for name in ("precision", "recall", "coverage"):
         assert metrics[f"{name}_inception"].value == 1
     assert metrics["kid"].value is not None and metrics["kid"].value < 0  # unbiased: below zero
+    assert "too few to extrapolate" in (metrics["fid_infinity"].not_measured or "")
     assert "too few for 10 splits" in (metrics["inception_score"].not_measured or "")
     assert set(fid.KEYS) <= set(metrics)
     features = record.protocols[metrics["fid"].protocol or ""]["features"]
     assert features["mode"] == "legacy_tensorflow"
     assert any("none of the published files" in text for text in metrics["fid"].warnings)
     assert any("singular" in text for text in metrics["fid"].warnings)
+
+
+def test_fid_is_extrapolated_to_infinitely_many_images(corpus: Any, tmp_path: Path) -> None:
+    """By the function that test_metrics_frechet holds to its formula, on Inception features."""
+    from modelops.metrics.frechet import frechet_infinity
+    from modelops.metrics.inception import InceptionExtractor
+
+    pictures = corpus.manifest.parent / "images"
+    weights = peers.random_weights(tmp_path, calibration=peers.picture_files(pictures)[:2])
+    settings = EvaluationSettings(
+        manifest=corpus.manifest, splits=corpus.splits, inception_weights=weights, n=16,
+        split="train", resamples=20, safety="none", seed=5, jackknife_groups=3,
+    )  # fmt: skip
+    out = tmp_path / "out.json"
+    record = evaluate(open_source(str(pictures)), settings, out_path=out)
+    found = record.metrics["fid_infinity"]
+    extractor = InceptionExtractor(weights)
+    fake = extractor.images_to_features(
+        read_image(path) for path in sorted(pictures.iterdir())[:16]
+    )
+    manifest, splits = read_manifest(corpus.manifest), read_splits(corpus.splits)
+    real = extractor.images_to_features(
+        read_image(manifest.image_path(row)) for row in manifest.rows if splits[row.id] == "train"
+    )
+    expected = frechet_infinity(fake, real, seed=5).interval
+    assert found.value == pytest.approx(expected.value, rel=1e-4)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-3)
+    assert found.details["mode"] == "clean" and found.details["n_reference"] == len(real)
+    assert any("not yet linear" in text for text in found.warnings)
 
 
 def test_unknown_modes_are_refused(corpus: Any) -> None:

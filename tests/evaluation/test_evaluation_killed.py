@@ -95,16 +95,43 @@ def test_a_process_group_killed_midway_and_resumed_gives_the_same_record(
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+# The command, and a note of which process wrote which image.
+_WITNESS = """
+import os, sys
+from pathlib import Path
+from modelops.cli.main import main
+from modelops.evaluation import samples
+write = samples.write_bytes
+def witness(path, data):
+    write(path, data)
+    if path.suffix == ".png":
+        Path(__file__).with_name("rank-" + os.environ["RANK"]).joinpath(path.name).touch()
+samples.write_bytes = witness
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_accelerate_launch_merges_to_the_same_record(
     undisturbed: Path, tiny_checkpoint: Path, corpus: Any, tmp_path: Path
 ) -> None:
-    """As a user types it. Each process makes images, and one of them the record."""
-    out = tmp_path / "record.json"
+    """Each of two processes makes half of the images, and the first of them the record.
+
+    accelerate starts one process only with --cpu, however many are asked for; with --multi_gpu it
+    starts them all, and without --device they run on the CPU.
+    """
+    script, out = tmp_path / "witness.py", tmp_path / "record.json"
+    script.write_text(_WITNESS, "utf-8")
+    ranks = [tmp_path / f"rank-{rank}" for rank in (0, 1)]
+    for folder in ranks:
+        folder.mkdir()
     launcher = [
-        str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes",
-        "2",
-        "-m", "modelops.cli.main",
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu",
+        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port", "0", str(script),
     ]  # fmt: skip
     run([*launcher, *arguments(tiny_checkpoint, corpus, steps=20, out=out)])
+    made = [{path.name for path in folder.iterdir()} for folder in ranks]
+    assert [len(names) for names in made] == [IMAGES // 2, IMAGES // 2]
+    assert made[0] | made[1] == set(images(out))
     assert images(out) == images(undisturbed)
     assert numbers(out) == numbers(undisturbed)

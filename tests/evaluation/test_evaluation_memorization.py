@@ -44,7 +44,7 @@ def make_bench(corpus: Any, tmp_path: Path) -> Make:
             **{"manifest": corpus.manifest, "splits": corpus.splits, "resamples": 50,
                "known_copies": 6, "closest_pairs": 3, **more}
         )  # fmt: skip
-        found, _ = open_reference(
+        found = open_reference(
             corpus.manifest, corpus.splits, (settings.split, settings.train_split)
         )
         plan = [PlannedImage(owner=k, prompt=f"{prompt} {k}", replicate=0, seed=k)
@@ -64,7 +64,7 @@ def make_bench(corpus: Any, tmp_path: Path) -> Make:
 
 
 def pictures(corpus: Any, split: str) -> list[np.ndarray]:
-    found, _ = open_reference(corpus.manifest, corpus.splits, (split,))
+    found = open_reference(corpus.manifest, corpus.splits, (split,))
     return [found[split].read(k) for k in range(len(found[split].samples))]
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hostile_service import Service, serve
 from modelops.errors import EvaluationError, ImageError, MissingWeightsError, UsageError
-from modelops.evaluation.prompts import choose_prompts, clean_prompts, plan_images, read_prompts
+from modelops.evaluation.prompts import (
+    choose_prompts,
+    clean_prompts,
+    plan_images,
+    plan_ready_images,
+    read_prompts,
+)
+from modelops.evaluation.samples import generate_each
 from modelops.evaluation.sources import (
     EndpointSource,
     FolderSource,
@@ -33,70 +37,21 @@ def png(color: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> bytes:
     return buffer.getvalue()
 
 
-class _Service(BaseHTTPRequestHandler):
-    """Speaks the Images API; the prompt says how it should behave."""
-
-    busy = 0
-    bodies: list[dict[str, Any]] = []  # noqa: RUF012
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        about = {"release_sha256": "ab" * 32, "size": "32x32", "runtime": "torch-cpu"}
-        self.answer(200, {"data": [{"id": "pilot", "x_modelops": about}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).bodies.append(body)
-        prompt = body["prompt"]
-        if prompt == "busy" and type(self).busy < 2:
-            type(self).busy += 1
-            return self.answer(429, {"error": {"code": "rate"}}, {"Retry-After": "0"})
-        if prompt == "always busy":
-            return self.answer(503, {"error": {"code": "full", "message": "full"}})
-        if prompt == "blocked":
-            error = {"code": "content_policy_violation", "message": "the prompt is not allowed"}
-            return self.answer(400, {"error": error})
-        if prompt == "broken":
-            return self.answer(200, b"<html>")
-        if prompt == "no image":
-            return self.answer(200, {"data": []})
-        size = (16, 16) if prompt == "another size" else (32, 32)
-        shade = body["seed"] % 200
-        data = base64.b64encode(png((shade, shade, shade), size)).decode()
-        return self.answer(200, {"created": 0, "data": [{"b64_json": data}]})
-
-
 @pytest.fixture
-def service() -> Iterator[str]:
-    _Service.busy, _Service.bodies = 0, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Service)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def service() -> Iterator[Service]:
+    with serve() as running:
+        yield running
 
 
 def request(prompt: str, seed: int = 7, **more: Any) -> ImageRequest:
     return ImageRequest(prompt=prompt, seed=seed, height=32, width=32, **more)
 
 
-def test_an_endpoint_gets_seed_steps_and_guidance_and_gives_pixels(service: str) -> None:
-    source = open_source(service + "/v1", batch_size=2)
+def test_an_endpoint_gets_seed_steps_and_guidance_and_gives_pixels(service: Service) -> None:
+    source = open_source(service.url + "/v1", batch_size=2)
     made = source.generate([request("sun", seed=3, steps=5, guidance=2.0), request("sun", seed=4)])
     assert [int(image[0, 0, 0]) for image in made] == [3, 4]
-    first = next(body for body in _Service.bodies if body["seed"] == 3)
+    first = next(body for body in service.bodies if body["seed"] == 3)
     assert first == {
         "prompt": "sun", "n": 1, "seed": 3, "steps": 5, "guidance": 2.0, "size": "32x32",
         "response_format": "b64_json", "output_format": "png",
@@ -105,33 +60,35 @@ def test_an_endpoint_gets_seed_steps_and_guidance_and_gives_pixels(service: str)
     assert source.defaults.height == 32
 
 
-def test_a_busy_service_is_asked_again(service: str) -> None:
-    source = EndpointSource(service, max_wait_s=0.01)
+def test_a_busy_service_is_asked_again(service: Service) -> None:
+    source = EndpointSource(service.url, max_wait_s=0.01)
     assert source.generate([request("busy")])[0].shape == (32, 32, 3)
-    assert len(_Service.bodies) == 3
+    assert len(service.bodies) == 3
 
 
 @pytest.mark.parametrize(
     ("prompt", "message", "asked"),
     [
-        ("always busy", "HTTP 503 full", 3),
+        ("full", "HTTP 503 full", 3),
+        ("always busy", "HTTP 429 rate_limit_exceeded", 3),
         ("broken", "not JSON", 1),
         ("no image", "without an image", 1),
         ("another size", "16x16", 1),
+        ("canary", "release cdcdcdcdcdcd made this image", 1),
     ],
 )
 def test_an_answer_that_is_no_image_is_an_error(
-    service: str, prompt: str, message: str, asked: int
+    service: Service, prompt: str, message: str, asked: int
 ) -> None:
-    source = EndpointSource(service, max_wait_s=0.01, attempts=3)
+    source = EndpointSource(service.url, max_wait_s=0.01, attempts=3)
     with pytest.raises(EvaluationError, match=message):
         source.generate([request(prompt)])
-    assert len(_Service.bodies) == asked
+    assert len(service.bodies) == asked
 
 
-def test_a_blocked_image_is_told_apart(service: str) -> None:
+def test_a_blocked_image_is_told_apart(service: Service) -> None:
     with pytest.raises(ImageBlockedError, match="not allowed"):
-        EndpointSource(service).generate([request("blocked")])
+        EndpointSource(service.url).generate([request("blocked")])
 
 
 def test_nobody_there_is_a_usage_error() -> None:
@@ -165,11 +122,14 @@ def test_a_hub_id_that_cannot_be_had_says_so_in_one_line() -> None:
 
 
 def test_unusable_prompts_are_counted(tmp_path: Path) -> None:
-    found = clean_prompts(["sun", " sun ", "", "a\0b", "x" * 10_001, "red heart"])
-    assert found.prompts == ("sun", "red heart")
-    assert found.dropped == {
-        "duplicate": 1, "empty": 1, "null byte": 1, "longer than 10000 characters": 1
-    }  # fmt: skip
+    found = clean_prompts(["sun", " sun ", "", "a\0b", "x" * 10_001, "red heart", "y" * 10_000])
+    assert found.prompts == ("sun", "red heart", "y" * 10_000)
+    assert found.dropped == {"repeated": 1, "blank": 1}
+    shown, faults = zip(*found.rejected, strict=True)
+    assert faults == (
+        "the prompt holds a null byte", "the prompt has 10001 characters, more than 10000"
+    )  # fmt: skip
+    assert len(found) == 5 and not any("\0" in text or len(text) > 100 for text in shown)
     file = tmp_path / "prompts.txt"
     file.write_bytes("sun\r\nhéart\n".encode())
     assert read_prompts(file).prompts == ("sun", "héart")
@@ -198,6 +158,50 @@ def test_a_plan_repeats_prompts_with_other_seeds() -> None:
     assert plan[2].seed == image_seed(9, "a", 1)
 
 
-def test_shades_are_real(service: str) -> None:
-    made = EndpointSource(service).generate([request("sun", seed=150)])[0]
+def test_a_prompt_that_cannot_be_used_is_planned_and_chosen_like_any_other() -> None:
+    found = clean_prompts(["a", "b\0", "c"])
+    plan = plan_images(found, n=None, replicates=2, seed=9)
+    assert [(p.prompt, p.owner, p.replicate) for p in plan[:3]] == [
+        ("a", 0, 0), ("c", 1, 0), ("b\N{SYMBOL FOR NULL}", 2, 0)
+    ]  # fmt: skip
+    assert [p.fault is None for p in plan] == [True, True, False] * 2
+    many = clean_prompts([f"p{i}\0" if i % 2 else f"p{i}" for i in range(60)])
+    chosen = choose_prompts(many, 20, seed=3)
+    assert len(chosen) == 20 and len(chosen.prompts) not in (0, 20)
+    assert chosen.sha256 != choose_prompts(many, 21, seed=3).sha256
+
+
+def test_line_k_of_the_prompts_belongs_to_image_k_of_a_folder() -> None:
+    """Also where lines are repeated, blank or unusable: none of them moves the others."""
+    found, plan = plan_ready_images(["sun", "sun", "", "a\0", "moon"], 7, seed=9)
+    assert found.prompts == ("sun", "moon")
+    null = "a\N{SYMBOL FOR NULL}"
+    assert [p.prompt for p in plan] == ["sun", "sun", "", null, "moon", "sun", "sun"]
+    assert [p.replicate for p in plan] == [0, 1, 0, 0, 0, 2, 3]
+    assert [p.owner for p in plan if p.fault is None] == [0, 0, 1, 0, 0]
+    assert [p.fault for p in plan if p.fault] == [
+        "its line of the prompts is blank", "the prompt holds a null byte"
+    ]  # fmt: skip
+    assert len({p.owner for p in plan}) == 4
+    few = plan_ready_images(["sun", "moon", "star"], 2, seed=9)
+    assert few[0].prompts == ("sun", "moon") and [p.owner for p in few[1]] == [0, 1]
+
+
+def test_a_service_that_hangs_is_given_up_after_two_requests(service: Service) -> None:
+    source = EndpointSource(service.url, timeout_s=0.2, attempts=5)
+    with pytest.raises(EvaluationError, match=r"timed out after 0\.2 s"):
+        source.generate([request("hang")])
+    assert [body["prompt"] for body in service.bodies] == ["hang", "hang"]
+
+
+def test_no_image_of_a_batch_is_asked_for_twice_because_another_failed(service: Service) -> None:
+    names = ["sun", "blocked", "moon", "another size", "star"]
+    made = generate_each(EndpointSource(service.url), [request(name) for name in names])
+    kinds = [type(each) for each in made]
+    assert kinds == [np.ndarray, ImageBlockedError, np.ndarray, EvaluationError, np.ndarray]
+    assert sorted(body["prompt"] for body in service.bodies) == sorted(names)
+
+
+def test_shades_are_real(service: Service) -> None:
+    made = EndpointSource(service.url).generate([request("sun", seed=150)])[0]
     assert np.unique(made).tolist() == [150]

@@ -46,7 +46,7 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy held-out pictures, and prompts beside them for two images each."""
     root = tmp_path_factory.mktemp("noisy")
-    real = open_reference(corpus.manifest, corpus.splits, ("test",))[0]["test"]
+    real = open_reference(corpus.manifest, corpus.splits, ("test",))["test"]
     generator = np.random.default_rng(0)
     (root / "images").mkdir()
     for index in range(IMAGES):
@@ -86,7 +86,7 @@ def test_streamed_features_give_the_same_record(
 ) -> None:
     out = tmp_path / "b.json"
     record = run(corpus, folder, dinov2, out, stream=True)
-    cache = open_reference(corpus.manifest, corpus.splits, ("test",))[0]["test"].cache_dir
+    cache = open_reference(corpus.manifest, corpus.splits, ("test",))["test"].cache_dir
     assert {path.suffix for path in cache.iterdir()} == {".npy", ".npz"}
     assert record.files["features"].path.endswith(".npy")
     assert not (out.with_suffix("") / "features.npz").exists()

@@ -10,13 +10,15 @@ import onnx
 import pytest
 import tiny_pipelines
 import torch
+from safetensors.torch import load_file, save_file
 
 from modelops.errors import ExportError, UsageError
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import Component, find_components
+from modelops.export.int8.export import Int8Options, export_int8
 from modelops.export.onnx.export import export_onnx
 from modelops.export.runtime import open_artifact
-from modelops.export.signatures import Fields, Signature
+from modelops.export.signatures import Fields, Signature, rebuild, template_of
 from modelops.export.source import Lora, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
 from modelops.records import ArtifactRecord
@@ -29,6 +31,8 @@ FAMILIES = {
     "flux": {"transformer", "text_encoder", "text_encoder_2", "vae_encoder", "vae_decoder"},
     "pixart": {"transformer", "text_encoder", "vae_encoder", "vae_decoder"},
     "sana": {"transformer", "text_encoder", "vae_encoder", "vae_decoder"},
+    "prx": {"transformer", "text_encoder", "vae_encoder", "vae_decoder"},
+    "prx_pixel": {"transformer", "text_encoder"},
     "ddpm": {"unet"},
     "controlnet": {"unet", "controlnet", "text_encoder", "vae_encoder", "vae_decoder"},
 }  # fmt: skip
@@ -48,7 +52,7 @@ def exported(family: str, checkpoint: Path, out: Path, **options: Any) -> Artifa
 def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
     # One wants a picture, which no request carries; the others draw at a size of their own list and
     # scale: their pictures are compared at export alone, where that is turned off.
-    if family in ("controlnet", "pixart", "sana"):
+    if family in ("controlnet", "pixart", "sana", "prx", "prx_pixel"):
         return
     size = {} if family == "ddpm" else {"height": 32, "width": 32}
     requests = [ImageRequest(prompt=t, seed=s, steps=3, **size) for s, t in enumerate(PROMPTS)]
@@ -73,6 +77,25 @@ def test_a_family_exports_and_matches(family: str, tmp_path: Path) -> None:
         assert any(axis.endswith("=batch") for axis in item.dynamic_axes), item
     assert read_artifact(tmp_path / "onnx").pipeline == type(tiny_pipelines.make(family)).__name__
     check_pictures_of(family, checkpoint, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "sana", "prx_pixel"])
+def test_a_family_is_quantised(family: str, tmp_path: Path) -> None:
+    checkpoint = saved(family, tmp_path)
+    exported(family, checkpoint, tmp_path / "onnx")
+    options = Int8Options(steps=4, rows=16, search_seconds=3, speed_rounds=3)
+    record = export_int8(
+        tmp_path / "onnx", checkpoint, tmp_path / "int8", prompts=PROMPTS, options=options,
+        allow=True,  # so small a network is not faster
+    )  # fmt: skip
+    assert all(check.passed for check in record.parity)
+    assert record.calibration["error"] <= record.calibration["search"]["budget"]
+    served = record.execution[record.runtime]
+    assert served["int8_layers"] > 0
+    denoiser = next(item for item in record.components if item.role == "denoiser")
+    assert denoiser.quantized_nodes > 5
+    assert (tmp_path / "int8" / "sensitivity.png").is_file()
 
 
 @pytest.mark.slow
@@ -234,6 +257,43 @@ def test_a_pipeline_that_wants_what_cannot_be_made_up_is_refused() -> None:
     plain = tiny_pipelines.make("ddpm")
     with pytest.raises(ExportError, match="wants depth_map"):
         find_components(Wants(unet=plain.unet, scheduler=plain.scheduler))
+
+
+def test_a_size_that_the_pipeline_does_not_take_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"33 x 33 pixels: .*divisible by 8"):
+        find_components(tiny_pipelines.make("sd"), size=(33, 33))
+    with pytest.raises(UsageError, match="one size only"):
+        load_source(saved("ddpm", tmp_path), size=(24, 24))
+
+
+def test_a_pipeline_whose_parts_do_not_fit_is_one_line() -> None:
+    pipeline = tiny_pipelines.make("sd")
+    pipeline.unet = tiny_pipelines.condition_unet(cross_attention_dim=24)
+    with pytest.raises(ExportError, match=r"StableDiffusionPipeline cannot be called: .*shapes"):
+        find_components(pipeline, size=(32, 32))
+
+
+def test_a_checkpoint_that_lacks_one_weight_says_so(tmp_path: Path) -> None:
+    checkpoint = saved("ddpm", tmp_path)
+    (path,) = (checkpoint / "unet").glob("*.safetensors")
+    weights = load_file(path)
+    weights.pop("conv_out.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="a network has weights that its files lack"):
+        load_source(checkpoint)
+
+
+def test_a_value_under_two_names_leaves_a_graph_once() -> None:
+    first, last = torch.ones(2, 3), torch.zeros(2, 3)
+    tensors: dict[str, torch.Tensor] = {}
+    answer = {"last_hidden_state": last, "hidden_states": (first, last)}
+    template = template_of(answer, "output", tensors, once=True)
+    assert list(tensors) == ["output.last_hidden_state", "output.hidden_states.0"]
+    back = rebuild(template, tensors)
+    assert back["hidden_states"][1] is back["last_hidden_state"] is last
+    twice: dict[str, torch.Tensor] = {}  # two inputs that are alike now need not be so later
+    template_of({"a": last, "b": last}, "input", twice)
+    assert list(twice) == ["input.a", "input.b"]
 
 
 def test_a_checkpoint_of_an_unknown_class_is_refused(tmp_path: Path) -> None:

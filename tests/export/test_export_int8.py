@@ -17,14 +17,16 @@ from modelops.export.calibration import collect_rows
 from modelops.export.int8 import export as int8
 from modelops.export.int8 import ortcpu
 from modelops.export.int8.export import Int8Options, export_int8
+from modelops.export.int8.gates import require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.search import Decision, GroupCost
 from modelops.export.parity import BOUNDS, psnr_db, require_parity
 from modelops.export.runtime import denoiser_of, open_artifact
 from modelops.export.runtimes.graphs import available_runtimes
 from modelops.export.source import component_from, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
-from modelops.records import ArtifactRecord, ParityCheck
+from modelops.records import ArtifactRecord, Measurement, ParityCheck
 
 
 def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
@@ -131,7 +133,9 @@ def test_layers_are_given_up_until_the_outputs_are_within_bounds(
     after = export_int8(
         onnx_artifact, tiny_checkpoint, tmp_path / "int8",
         options=Int8Options(steps=4, rows=16, speed_rounds=0, search_seconds=3),
+        allow=True,  # its speed is not measured
     )  # fmt: skip
+    assert "outside parity" not in (after.error or "")
     assert worst(after) <= tighter.relative
     assert len(after.calibration["keep_fp32"]) > len(before.calibration["keep_fp32"])
 
@@ -166,6 +170,46 @@ def test_what_onnxruntime_opens_is_what_was_compared_in_it(
     assert "unet/model.ort-cpu.onnx" in record.files
     assert {c.name for c in record.parity} >= {"images/onnxruntime", "unet/batch8/onnxruntime"}
     assert open_artifact(out, runtime="onnxruntime").info.precision == "int8+float32"
+
+
+def test_an_error_above_its_budget_is_refused(
+    onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = Int8Options(
+        steps=2, rows=8, speed_rounds=0, search_seconds=0, error_budget=1e-6, ort_cpu=False
+    )
+    with pytest.raises(ExportError, match="above the budget of 1e-06") as caught:
+        export_int8(
+            onnx_artifact, tiny_checkpoint, tmp_path / "int8", prompts=["dog"], options=options
+        )
+    assert "not timed" in caught.value.message  # the table of why
+    assert not (tmp_path / "int8").exists()
+
+
+def ratio(value: float, low: float, high: float) -> Measurement:
+    return Measurement(value=value, low=low, high=high)
+
+
+def test_int8_that_is_not_surely_faster_is_refused() -> None:
+    table = [Decision(GroupCost("resnets", 3, 0.04, 0.5, 0.4, 0.6), int8=True, why="faster")]
+    fast, unsure, slow = ratio(2.0, 1.8, 2.2), ratio(1.1, 0.8, 1.5), ratio(0.7, 0.6, 0.8)
+    speed = {
+        "denoiser_batch1_over_onnxruntime_fp32": unsure,  # at one row it may be level
+        "denoiser_batch8_over_onnxruntime_fp32": fast,
+        "denoiser_batch8_over_openvino_fp32": fast,
+        "denoiser_batch8_over_openvino_bf16": slow,  # not what it replaces
+    }
+    assert require_faster(speed, table, allow=False) is None
+    for batch, ratio_there in ((8, unsure), (8, slow), (1, slow)):
+        name = f"denoiser_batch{batch}_over_onnxruntime_fp32"
+        with pytest.raises(ExportError, match=f"onnxruntime_fp32 at batch {batch}") as caught:
+            require_faster(speed | {name: ratio_there}, table, allow=False)
+        assert "resnets" in caught.value.message
+        waived = require_faster(speed | {name: ratio_there}, table, allow=True)
+        assert waived is not None
+        assert f"at batch {batch}, kept by --allow" in waived
+    with pytest.raises(ExportError, match="its speed was not measured"):
+        require_faster({}, table, allow=False)
 
 
 def test_parity_fails_closed() -> None:

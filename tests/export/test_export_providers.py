@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,7 @@ def bench_gpu() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -235,3 +237,30 @@ def test_the_gpu_bench_tried_out_on_the_cpu(tmp_path: Path) -> None:
     for rows in record["results"].values():
         assert rows["onnxruntime cpu fp32"]["relative_error"] < 1e-5
         assert 0 < rows["onnxruntime cpu int8"]["relative_error"] < 0.5
+    assert record["artifacts"]["onnx"]["runtime"] == "onnxruntime-cpu"
+    assert all(check["passed"] for check in record["artifacts"]["onnx"]["parity"])
+
+
+def test_what_fails_in_the_gpu_bench_is_left_out_and_named() -> None:
+    bench = bench_gpu()
+
+    def eager(feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [feed["x"] * 2.0]
+
+    def no_compiler(feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("\n  Failed to find C compiler\nand a page of report")
+
+    def far_off(feed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [feed["x"] * 2.1]
+
+    runs = {
+        "torch eager fp32": eager, "torch.compile fp32": no_compiler, "TensorRT fp16": far_off,
+        "TensorRT int8": far_off,
+    }  # fmt: skip
+    skipped: dict[str, str] = {}
+    options = bench.parse(["--device", "cpu", "--rounds", "1"])
+    results, failures = bench.time_runs(runs, {2: {"x": torch.ones(2, 3)}}, options, skipped)
+    assert set(results["2"]) == {"torch eager fp32", "TensorRT fp16", "TensorRT int8"}
+    assert skipped == {"torch.compile fp32 from batch 2 on": "Failed to find C compiler"}
+    assert len(failures) == 1  # INT8's error is reported, and judged where it is calibrated
+    assert failures[0].startswith("TensorRT fp16, batch 2")

@@ -16,7 +16,7 @@ from modelops.errors import ExportError, IntegrityError, MissingExtraError, Usag
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import find_components
 from modelops.export.onnx.export import export_onnx, write_component
-from modelops.export.runtime import denoiser_of, open_artifact
+from modelops.export.runtime import _placed, denoiser_of, open_artifact
 from modelops.export.runtimes import choice
 from modelops.export.runtimes.choice import choose_runtime
 from modelops.export.runtimes.graphs import available_runtimes, open_graph
@@ -50,6 +50,41 @@ def test_same_pictures_as_the_checkpoint(
     assert source.defaults.height == 32
     for image, reference in zip(images, expected, strict=True):
         assert np.abs(image.astype(int) - reference.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "sample"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_steps_in_numpy_have_the_bits_of_steps_in_torch(
+    onnx_artifact: Path, prediction: str, guidance: float
+) -> None:
+    pipeline = open_artifact(onnx_artifact, runtime="onnxruntime").pipeline
+    pipeline.register_to_config(prediction=prediction)
+    steps: list[int] = []
+
+    def make(**options: object) -> np.ndarray:
+        generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return pipeline(
+            ["red heart", "dog"], num_inference_steps=4, guidance_scale=guidance,
+            negative_prompt="blue", generator=generator, output_type="np", **options,
+        ).images  # fmt: skip
+
+    def listen(pipe: object, step: int, timestep: object, tensors: dict) -> dict:
+        steps.append(step)
+        return tensors
+
+    in_numpy, in_torch = make(), make(callback_on_step_end=listen)
+    assert steps == [0, 1, 2, 3]  # who listens to steps is given torch's
+    assert np.array_equal(in_numpy, in_torch)
+
+
+def test_an_exported_pipeline_says_where_its_graphs_compute(onnx_artifact: Path) -> None:
+    """diffusers asks torch modules, of which it has none; latents would be made on the CPU."""
+    pipeline = open_artifact(onnx_artifact, runtime="onnxruntime").pipeline
+    assert pipeline._execution_device == torch.device("cpu")
+    kind = type(pipeline)
+    placed = _placed(pipeline, "meta")
+    assert placed._execution_device == placed.device == torch.device("meta")
+    assert isinstance(placed, kind) and type(placed).__name__ == kind.__name__
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -226,6 +261,10 @@ def test_auto_takes_a_runtime_that_gives_the_numbers_here_and_stays_with_it(
     assert len(list((tmp_path / "cache/runtimes").iterdir())) == 1
     monkeypatch.setattr(choice, "_measure", lambda *a: pytest.fail("measured again"))
     assert choose_runtime(onnx_artifact, record, "digest") == (runtime, reason)
+    machine = choice.current_environment().model_copy(update={"accelerators": ["a new GPU"]})
+    monkeypatch.setattr(choice, "current_environment", lambda: machine)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):  # another machine now
+        choose_runtime(onnx_artifact, record, "digest")
 
 
 def test_auto_refuses_when_no_runtime_gives_the_numbers(

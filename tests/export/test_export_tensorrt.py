@@ -147,12 +147,17 @@ def test_the_profile_with_the_nearest_usual_shape_is_taken() -> None:
 
 def test_limits_from_an_example() -> None:
     shapes = {"sample": (2, 4, 16, 32), "timestep": (2,), "scale": (1,)}
-    assert limits_of_shapes(AXES, shapes) == {
-        "batch": (2, 2, 2), "height": (16, 16, 16), "width": (32, 32, 32),
+    limits = limits_of_shapes(AXES, shapes)
+    assert limits == {
+        "sample.batch": (2, 2, 2), "sample.height": (16, 16, 16), "sample.width": (32, 32, 32),
+        "timestep.batch": (2, 2, 2),
     }  # fmt: skip
-    assert limits_of_shapes(AXES, shapes, batch=(1, 2, 8))["batch"] == (1, 2, 8)
-    with pytest.raises(UsageError, match="axis batch has the sizes 2 and 3"):
-        limits_of_shapes(AXES, shapes | {"timestep": (3,)})
+    assert make_profile(AXES, limits).holds(shapes)
+    # Two inputs may call an axis alike and have other sizes along it.
+    other = limits_of_shapes(AXES, shapes | {"timestep": (3,)})
+    assert (other["sample.batch"], other["timestep.batch"]) == ((2, 2, 2), (3, 3, 3))
+    with pytest.raises(UsageError, match="input sample has the axes"):
+        limits_of_shapes(AXES, {**shapes, "sample": (2, 4)})
 
 
 # ------------------------------------------------------------------------------- fingerprints
@@ -366,6 +371,7 @@ def layer(kind: str, **entries: Any) -> dict[str, Any]:
 
 
 INT8_IN = [{"Name": "x", "Format/Datatype": "Int8 NC/32HW32"}]
+INT8_IN_11 = [{"Name": "x", "Format": "kLINEAR", "DataType": "Int8"}]  # TensorRT 11's two fields
 FLOAT_IN = [{"Name": "x", "Format/Datatype": "Row major linear FP32"}]
 
 
@@ -377,10 +383,13 @@ FLOAT_IN = [{"Name": "x", "Format/Datatype": "Row major linear FP32"}]
         (layer("CaskConvolution", Inputs=FLOAT_IN, Weights={"Type": "Half"}), "float"),
         (layer("gemm", Inputs=INT8_IN, TacticName="sm80_xmma_gemm_i8i8_i8i32_f32_tn"), "int8"),
         (layer("gemm", Inputs=INT8_IN, TacticName="sm80_xmma_gemm_f16f16_f16f32_f32"), "float"),
+        (layer("gemm", TacticName="sm80_xmma_gemm_interleaved_i8f32_i8i32_f32_n"), "int8"),
         (layer("kgen", Inputs=INT8_IN, TacticName="__myl_MulAdd"), None),
         (layer("Reformat", Inputs=FLOAT_IN, Outputs=INT8_IN), None),
         (layer("PointWiseV2", Inputs=INT8_IN), None),
         (layer("MatrixMultiply", Inputs=INT8_IN), "int8"),
+        (layer("MatrixMultiply", Inputs=INT8_IN_11), "int8"),
+        (layer("MatrixMultiply", Inputs=[{**INT8_IN_11[0], "DataType": "Float"}]), "float"),
     ],
 )
 def test_only_products_in_integers_count_as_int8(entry: dict[str, Any], counted: str) -> None:

@@ -292,7 +292,7 @@ def test_not_enough_room(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(path.parent.iterdir()) == []  # the old graph did not outlive its data
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ModelopsError, match=r"0\.0 GB free, 0\.1 GB needed"):
+    with pytest.raises(ModelopsError, match=r"MB free, .* MB needed"):
         write_graph(mixer[0], EXAMPLE, path, opset=20, outputs=OUTPUTS)
 
 

@@ -15,6 +15,7 @@ from modelops.metrics.memorization import (
     fisher_greater,
     holm,
     is_authentic,
+    is_singled_out,
     judge_copying,
     nearest_neighbours,
     own_neighbour_distances,
@@ -56,10 +57,19 @@ def test_neighbours_equal_a_brute_force_in_blocks_of_any_size(
         found = nearest_neighbours(queries, training)
         np.testing.assert_array_equal(found.index, expected.argmin(1))
         np.testing.assert_allclose(found.distance, expected.min(1), atol=1e-6)
+        np.testing.assert_allclose(found.second, np.sort(expected)[:, 1], atol=1e-6)
         rows = np.array([5, 0, 36, 5])
         np.testing.assert_allclose(
             own_neighbour_distances(training, rows), own.min(1)[rows], atol=1e-6
         )
+
+
+def test_a_picture_beside_one_training_picture_alone_is_singled_out() -> None:
+    training = np.array([[1.0, 0, 0], [0, 1, 0], [0, 1, 0.1]])
+    found = nearest_neighbours(np.array([[1, 0.1, 0], [0, 1, 0.05], [1.0, 0, 0]]), training)
+    assert is_singled_out(found).tolist() == [True, False, True]
+    assert is_singled_out(found.take(np.array([1]))).tolist() == [False]
+    assert not is_singled_out(Neighbours(found.distance, found.index)).any()
 
 
 def test_neighbours_refuse_what_has_none() -> None:
@@ -147,6 +157,26 @@ def test_copies_are_found_and_their_absence_is_said_only_with_enough_pictures() 
     found = judged(rough, heldout, training)
     assert found.answer == "copies" and "not authentic" in found.reason
     assert not found.tests[0].found
+
+
+@pytest.mark.parametrize("spread", [0.9, 0.8, 0.5])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_pictures_with_less_variety_are_not_called_copies(dim: int, spread: float) -> None:
+    """They are drawn anew around the same centres, so they copy nothing; copies with as much noise
+    are told from them."""
+    random = np.random.default_rng(dim)
+    centres = 3 + 2 * random.normal(size=(20, dim))
+
+    def draw(n: int, width: float) -> np.ndarray:
+        return centres[random.integers(0, 20, n)] + width * random.normal(size=(n, dim))
+
+    training, heldout = draw(700, 1.0), draw(200, 1.0)
+    found = judged(draw(200, spread), heldout, training, near_copy_cosine=0.9999)
+    unauthentic = found.tests[1]
+    assert unauthentic.name == "unauthentic" and unauthentic.found
+    assert found.answer == "cannot tell" and "less variety" in found.reason
+    changed = training[:200] + 0.5 * random.normal(size=(200, dim))
+    assert judged(changed, heldout, training, near_copy_cosine=0.9999).answer == "copies"
 
 
 def test_closer_as_a_whole_is_overfitting_and_not_copying() -> None:

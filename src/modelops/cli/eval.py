@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
+
+if TYPE_CHECKING:
+    from modelops.records import Measurement
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -96,6 +100,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda, cuda:1."
 )
 @click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              default=120, show_default=True,
+              help="How long to wait for an answer of a service.")  # fmt: skip
 @click.option("--out", type=_FILE, required=True, metavar="FILE", help="The record to write.")
 @click.option("--report/--no-report", default=True, show_default=True,
               help="Write a page to read beside the record.")  # fmt: skip
@@ -108,6 +115,7 @@ def evaluate(
     processes: int,
     device: str,
     runtime: str,
+    timeout: float,
     out: Path,
     report: bool,
     dry_run: bool,
@@ -152,6 +160,7 @@ def evaluate(
         "batch_size": batch_size,
         "device": device,
         "runtime": runtime,
+        "timeout_s": timeout,
     }
     opened = open_shared(opening, processes) or open_source(**opening)
     try:
@@ -172,10 +181,22 @@ def evaluate(
 
             table(["slice", "groups", *slice_metrics(record.slices)], slice_rows(record.slices))
             say(slice_summary(record.slices))
+        for warning, metrics in _warnings(record.metrics).items():
+            of = ", ".join(metrics) if len(metrics) <= 4 else f"{len(metrics)} metrics"
+            say(f"warning: {of}: {warning}")
         say(f"{out} ({record.duration_s:.0f} s)")
     if page:
         say(str(page))
     return 0
+
+
+def _warnings(metrics: Mapping[str, Measurement]) -> dict[str, list[str]]:
+    """{warning: metrics that carry it}"""
+    found: dict[str, list[str]] = {}
+    for name, measured in metrics.items():
+        for warning in measured.warnings:
+            found.setdefault(warning, []).append(name)
+    return found
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress
+from modelops.cli.output import dry_run_option, emit, json_option, progress, say
 
 
 @click.command()
@@ -70,13 +70,17 @@ def sample(
     """
     from modelops.evaluation.prompts import clean_prompts, read_prompts
 
-    found = clean_prompts(prompts)
-    texts = [*found.prompts, *(read_prompts(prompt_file).prompts if prompt_file else ())]
+    sets = [clean_prompts(prompts), *([read_prompts(prompt_file)] if prompt_file else [])]
+    texts = [prompt for found in sets for prompt in found.prompts]
+    unusable = {shown: fault for found in sets for shown, fault in found.rejected}
     if not texts:
         raise click.UsageError("No usable prompt: give --prompt TEXT or --prompt-file FILE.")
+    for shown, fault in unusable.items():
+        say(f"left out: {shown}: {fault}")
     if dry_run:
         emit({"status": "ok", "dry_run": True, "source": source, "prompts": texts,
-              "images": len(texts) * per_prompt, "out": str(out)}, as_json=as_json,
+              "unusable": unusable, "images": len(texts) * per_prompt, "out": str(out)},
+             as_json=as_json,
              text=f"would make {len(texts) * per_prompt} images in {out}")  # fmt: skip
         return 0
     from modelops.evaluation.sampling import sample_images
@@ -89,7 +93,8 @@ def sample(
             guidance=guidance, size=size, columns=columns, on_progress=report,
         )  # fmt: skip
     failed = sum(image["file"] is None for image in result["images"])
-    emit({"status": "ok", "out": str(out), "failed": failed, **result}, as_json=as_json,
+    emit({"status": "ok", "out": str(out), "failed": failed, "unusable": unusable, **result},
+         as_json=as_json,
          text=f"{len(result['images']) - failed} images and grid.png in {out}"
          + (f"; {failed} failed, see samples.json" if failed else ""))  # fmt: skip
     return 0

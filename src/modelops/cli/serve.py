@@ -151,7 +151,8 @@ def run(
     if standing != release and releases is None:
         releases = release  # a folder of releases
     address = check_address(host, port)
-    url = f"http://{address if address != '0.0.0.0' else '127.0.0.1'}:{port}"
+    reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    url = f"http://[{reached_at}]:{port}" if ":" in reached_at else f"http://{reached_at}:{port}"
     command = serve_command(address, port)
     environment = {}
     for name, path in (

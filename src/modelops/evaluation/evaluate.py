@@ -17,10 +17,13 @@ from modelops.errors import EvaluationError, ModelopsError
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.measures import FAMILIES
 from modelops.evaluation.prompts import (
+    PlannedImage,
     PromptSet,
     choose_prompts,
     clean_prompts,
     plan_images,
+    plan_ready_images,
+    read_lines,
     read_prompts,
 )
 from modelops.evaluation.reference import RealPictures, open_reference
@@ -99,16 +102,12 @@ def _evaluate(
     """Fill the record; returns what makes it `failed`."""
     workdir = out.with_suffix("")
     reference, training = _real_pictures(settings, record)
-    prompts = _prompts(settings, reference, source)
-    count = settings.n
-    if count is None and isinstance(source, FolderSource):
-        count = len(source.files)
-    plan = plan_images(prompts, n=count, replicates=settings.replicates, seed=settings.seed)
+    prompts, plan = _plan(settings, reference, source)
     request = _request(source, settings)
     sampling = Sampling(
         seed=settings.seed, scheduler=source.scheduler_name, steps=request.steps or 0,
         guidance=request.guidance or 0.0, height=request.height or 0, width=request.width or 0,
-        n_prompts=len(prompts.prompts), replicates=-(-len(plan) // len(prompts.prompts)),
+        n_prompts=len(prompts), replicates=-(-len(plan) // len(prompts)),
         prompts_sha256=prompts.sha256,
     )  # fmt: skip
     record.sampling = sampling
@@ -135,6 +134,7 @@ def _evaluate(
             f"{len(samples.failures)} of {len(plan)} images failed, {settings.max_failures} "
             f"allowed; the first: {first}"
         )
+    bench.problems += _unusable_pictures(bench)
     stage(2)
     if samples.made:
         with suppress(EvaluationError):  # the families that need them say why not
@@ -156,7 +156,7 @@ def _real_pictures(
     for name, path in (("manifest", settings.manifest), ("splits", settings.splits)):
         record.inputs[name] = InputRef(path=str(path), sha256=sha256_file(path))
     wanted = tuple(dict.fromkeys((settings.split, settings.train_split)))
-    found, _ = open_reference(settings.manifest, settings.splits, wanted)
+    found = open_reference(settings.manifest, settings.splits, wanted)
     reference, training = found[settings.split], found[settings.train_split]
     record.reference = InputRef(
         path=f"{settings.manifest}#{settings.split}", sha256=reference.digest
@@ -164,19 +164,40 @@ def _real_pictures(
     return reference, training
 
 
-def _prompts(
+def _unusable_pictures(bench: Workbench) -> list[str]:
+    """What is wrong where more reference pictures cannot be used than images may fail."""
+    reference, allowed = bench.reference, bench.settings.max_failures
+    if reference is None or len(reference.unusable) <= allowed:
+        return []
+    total = len(reference.samples) + len(reference.unusable)
+    first = min(reference.unusable)
+    return [
+        f"{len(reference.unusable)} of {total} reference pictures cannot be used, {allowed} "
+        f"allowed; the first, {first}: {reference.unusable[first]}"
+    ]
+
+
+def _plan(
     settings: EvaluationSettings, reference: RealPictures | None, source: ModelSource
-) -> PromptSet:
+) -> tuple[PromptSet, list[PlannedImage]]:
+    """The prompts and the images that are asked for."""
+    n, seed = settings.n, settings.seed
+    if isinstance(source, FolderSource):
+        # Without prompts, one nameless prompt stands for all of the folder's images.
+        lines, least = ["(folder of images)"], 0
+        if settings.prompts_file is not None:
+            read_prompts(settings.prompts_file)  # there is one that can be used
+            lines = read_lines(settings.prompts_file)
+            least = len(lines)  # an image is missing where there is a line and no file
+        return plan_ready_images(lines, n or max(len(source.files), least), seed=seed)
     if settings.prompts_file is not None:
         found = read_prompts(settings.prompts_file)
-    elif source.info.kind == "folder":
-        # Without prompts, one nameless prompt stands for all of the folder's images.
-        return PromptSet(("(folder of images)",))
     else:
         assert reference is not None  # EvaluationSettings has seen to it
         samples = reference.samples
         found = clean_prompts([s.caption for s in samples], ids=[s.id for s in samples])
-    return choose_prompts(found, settings.n, seed=settings.seed)
+    chosen = choose_prompts(found, n, seed=seed)
+    return chosen, plan_images(chosen, n=n, replicates=settings.replicates, seed=seed)
 
 
 def _request(source: ModelSource, settings: EvaluationSettings) -> ImageRequest:

@@ -1,4 +1,5 @@
-"""Which prompts are evaluated: held-out captions or a file; what cannot be used is counted."""
+"""Which prompts are evaluated: held-out captions or a file. One that no image can be made from
+stays in the plan and fails there; a blank or repeated line takes nothing away, and is counted."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelops.errors import UsageError
-from modelops.files import read_text, sha256_json
+from modelops.files import read_text, sha256_bytes, sha256_json
 from modelops.seeding import derive_seed, image_seed
 
 MAX_PROMPT = 10_000  # characters
@@ -16,32 +17,45 @@ MAX_PROMPT = 10_000  # characters
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts in order, with what was left out.
+    """Distinct prompts in order, with what cannot be used.
 
     Attributes:
-        prompts: usable, distinct, in order.
-        dropped: {reason: how many} of the others.
-        ids: manifest ids, one per prompt, if they are captions.
+        prompts: usable.
+        dropped: {reason: how many} of the lines that ask for nothing new: blank and repeated ones.
+        ids: manifest ids, one per usable prompt, if they are captions.
+        rejected: (how to show it, why it cannot be used) of the others. Images are planned for
+            them as for every prompt, and fail.
     """
 
     prompts: tuple[str, ...]
     dropped: dict[str, int] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Digest of the prompts in their order."""
-        return sha256_json(list(self.prompts))
+        """Digest of the prompts in their order, and of the rejected ones if there are any."""
+        return sha256_json([*self.prompts, *(list(each) for each in self.rejected)])
+
+    def __len__(self) -> int:
+        """All distinct prompts, usable or not."""
+        return len(self.prompts) + len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """Replicate k of prompt p; its seed depends on (seed, prompt, k) alone."""
+    """Replicate k of prompt p; its seed depends on (seed, prompt, k) alone.
+
+    Attributes:
+        owner: index into `PromptSet.prompts`; of a rejected prompt, from their number on.
+        fault: why no image can be made of the prompt.
+    """
 
     prompt: str
-    owner: int  # index into PromptSet.prompts
+    owner: int
     replicate: int
     seed: int
+    fault: str | None = None
 
 
 def image_name(prompt: str, seed: int, place: int = 0) -> str:
@@ -50,22 +64,39 @@ def image_name(prompt: str, seed: int, place: int = 0) -> str:
 
 
 def clean_prompts(lines: Iterable[str], *, ids: Sequence[str] = ()) -> PromptSet:
-    """Drop empty, over-long, duplicate and null-byte prompts, counting each reason."""
+    """Distinct prompts of some lines. Blank and repeated lines are dropped and counted; a prompt
+    with a null byte, or of more than `MAX_PROMPT` characters, is rejected."""
     prompts: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     dropped: Counter[str] = Counter()
     for index, line in enumerate(lines):
         text = line.strip()
         if not text:
-            dropped["empty"] += 1
-        elif "\0" in text:
-            dropped["null byte"] += 1
-        elif len(text) > MAX_PROMPT:
-            dropped[f"longer than {MAX_PROMPT} characters"] += 1
-        elif text in prompts:
-            dropped["duplicate"] += 1
+            dropped["blank"] += 1
+            continue
+        shown, fault = _fault(text)
+        if shown in prompts or shown in rejected:
+            dropped["repeated"] += 1
+        elif fault:
+            rejected[shown] = fault
         else:
             prompts[text] = ids[index] if ids else ""
-    return PromptSet(tuple(prompts), dict(dropped), tuple(prompts.values()) if ids else ())
+    return PromptSet(
+        tuple(prompts), dict(dropped), tuple(prompts.values()) if ids else (),
+        tuple(rejected.items()),
+    )  # fmt: skip
+
+
+def _fault(text: str) -> tuple[str, str | None]:
+    """(the prompt as it can be shown, why it cannot be used or None)"""
+    if "\0" not in text and len(text) <= MAX_PROMPT:
+        return text, None
+    shown = text.replace("\0", "\N{SYMBOL FOR NULL}")
+    if len(text) > MAX_PROMPT:
+        digest = sha256_bytes(text.encode("utf-8", "surrogatepass"))[:12]
+        shown = f"{shown[:60]}... (sha256 {digest})"
+        return shown, f"the prompt has {len(text)} characters, more than {MAX_PROMPT}"
+    return shown, "the prompt holds a null byte"
 
 
 def read_prompts(path: Path) -> PromptSet:
@@ -74,29 +105,40 @@ def read_prompts(path: Path) -> PromptSet:
     Raises:
         UsageError: the file is missing, not UTF-8, or holds no usable prompt.
     """
-    text = read_text(path)
-    found = clean_prompts(text.removesuffix("\n").split("\n") if text else [])
+    found = clean_prompts(read_lines(path))
     if not found.prompts:
         raise UsageError(f"{path}: no usable prompt", hint="write one prompt a line")
     return found
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file, blank ones too.
+
+    Raises:
+        UsageError: the file is missing or not UTF-8.
+    """
+    text = read_text(path)
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def choose_prompts(found: PromptSet, n: int | None, *, seed: int) -> PromptSet:
     """n of the prompts, by a seeded order that does not depend on the others; all if n is None.
 
-    Asking for more than there are is no error: `plan_images` then repeats them.
+    Rejected ones are chosen like any other. Asking for more than there are is no error:
+    `plan_images` then repeats them.
     """
-    if n is None or n >= len(found.prompts):
+    if n is None or n >= len(found):
         return found
     ids = found.ids or ("",) * len(found.prompts)
-    ranked = sorted(
-        zip(found.prompts, ids, strict=True),
-        key=lambda pair: derive_seed(seed, "prompt-choice", pair[0]),
-    )[:n]
+    everything = [(prompt, name, "") for prompt, name in zip(found.prompts, ids, strict=True)]
+    everything += [(shown, "", fault) for shown, fault in found.rejected]
+    ranked = sorted(everything, key=lambda each: derive_seed(seed, "prompt-choice", each[0]))[:n]
+    usable = [(prompt, name) for prompt, name, fault in ranked if not fault]
     return PromptSet(
-        tuple(prompt for prompt, _ in ranked),
+        tuple(prompt for prompt, _ in usable),
         found.dropped,
-        tuple(name for _, name in ranked) if found.ids else (),
+        tuple(name for _, name in usable) if found.ids else (),
+        tuple((shown, fault) for shown, _, fault in ranked if fault),
     )
 
 
@@ -104,14 +146,36 @@ def plan_images(
     found: PromptSet, *, n: int | None, replicates: int, seed: int
 ) -> list[PlannedImage]:
     """The images of an evaluation: every prompt `replicates` times, or as often as n asks."""
-    prompts = found.prompts
-    total = n if n is not None else len(prompts) * replicates
-    return [
-        PlannedImage(
-            prompts[index % len(prompts)],
-            index % len(prompts),
-            index // len(prompts),
-            image_seed(seed, prompts[index % len(prompts)], index // len(prompts)),
-        )
-        for index in range(total)
-    ]
+    texts = [*((prompt, None) for prompt in found.prompts), *found.rejected]
+    total = n if n is not None else len(texts) * replicates
+    plan = []
+    for index in range(total):
+        owner, replicate = index % len(texts), index // len(texts)
+        prompt, fault = texts[owner]
+        seed_of = image_seed(seed, prompt, replicate)
+        plan.append(PlannedImage(prompt, owner, replicate, seed_of, fault))
+    return plan
+
+
+def plan_ready_images(
+    lines: Sequence[str], count: int, *, seed: int
+) -> tuple[PromptSet, list[PlannedImage]]:
+    """Prompts and plan of `count` images that are there already: line k belongs to image k, and
+    where lines are fewer they begin again. A line repeated is one prompt with several images."""
+    used = [lines[place % len(lines)] for place in range(count)]
+    found = clean_prompts(used)
+    faults = {**dict(found.rejected), "": "its line of the prompts is blank"}
+    owners = {prompt: owner for owner, prompt in enumerate([*found.prompts, *faults])}
+    seen: Counter[str] = Counter()
+    plan = []
+    for line in used:
+        prompt = _fault(line.strip())[0]
+        replicate = seen[prompt]
+        seen[prompt] += 1
+        plan.append(
+            PlannedImage(
+                prompt, owners[prompt], replicate, image_seed(seed, prompt, replicate),
+                faults.get(prompt),
+            )
+        )  # fmt: skip
+    return PromptSet(found.prompts, {}, (), found.rejected), plan

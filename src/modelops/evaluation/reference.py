@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,18 @@ CACHE = Path(".cache/reference")  # below the manifest's folder
 
 @dataclass(frozen=True, slots=True)
 class RealPictures:
-    """The pictures of one split with their Lite0 features, row for row."""
+    """The usable pictures of one split with their Lite0 features, row for row.
+
+    Attributes:
+        pixels: sha256 of each decoded picture; empty where nobody decoded them.
+        unusable: {id: reason} of the split's other pictures.
+    """
 
     manifest: Manifest
     samples: list[Sample]
     features: Features  # [N, 1280]
+    pixels: list[str] = field(default_factory=list)
+    unusable: dict[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -71,8 +78,8 @@ def open_reference(
     wanted: tuple[str, ...],
     *,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, RealPictures], dict[str, str]]:
-    """({split: its pictures}, {id: reason} of unusable ones). Features come from the dedup cache.
+) -> dict[str, RealPictures]:
+    """{split: its pictures}. Features come from the dedup cache.
 
     Raises:
         UsageError: a wanted split has fewer than two pictures.
@@ -80,6 +87,7 @@ def open_reference(
     manifest = read_manifest(manifest_path)
     splits = read_splits(splits_path)
     embedded = embed_manifest(manifest, on_progress=on_progress)
+    faults = {**manifest.quarantined, **embedded.faults}
     found = {}
     for split in wanted:
         rows = [i for i, s in enumerate(embedded.samples) if splits.get(s.id) == split]
@@ -89,12 +97,17 @@ def open_reference(
                 hint=f"its splits are {', '.join(sorted(set(splits.values())))}",
             )
         found[split] = RealPictures(
-            manifest, [embedded.samples[i] for i in rows], embedded.features[rows]
-        )
-    return found, {**manifest.quarantined, **embedded.faults}
+            manifest, [embedded.samples[i] for i in rows], embedded.features[rows],
+            [embedded.pixels[i] for i in rows],
+            {name: why for name, why in faults.items() if splits.get(name) == split},
+        )  # fmt: skip
+    return found
 
 
-def overlap(first: RealPictures, second: RealPictures) -> int:
-    """How many pictures of the first have the same bytes as one of the second."""
-    known = {sample.sha256 for sample in second.samples}
-    return sum(sample.sha256 in known for sample in first.samples)
+def shared_pictures(first: RealPictures, second: RealPictures) -> npt.NDArray[np.bool_]:
+    """[N] whether each picture of the first is one of the second, to the byte or to the pixel."""
+    known = {*(sample.sha256 for sample in second.samples), *second.pixels}
+    same = [sample.sha256 in known for sample in first.samples]
+    if first.pixels:
+        same = [a or b in known for a, b in zip(same, first.pixels, strict=True)]
+    return np.array(same, np.bool_)

@@ -16,7 +16,7 @@ from modelops.data.images import encode_png, read_image
 from modelops.errors import ImageError, ModelopsError
 from modelops.evaluation.processes import Job, Outcome, SharedSource, Workers, fewer_threads
 from modelops.evaluation.prompts import PlannedImage, image_name
-from modelops.evaluation.sources import ImageBlockedError
+from modelops.evaluation.sources import EndpointSource, ImageBlockedError
 from modelops.files import remove_leftovers, sha256_json, write_bytes
 from modelops.models.sources import ImageRequest, ModelSource, PipelineSource
 
@@ -80,8 +80,10 @@ def draw_samples(
             cache / image_name(planned.prompt, planned.seed, place * is_folder),
         )
         for place, planned in enumerate(plan)
+        if planned.fault is None
     ]  # fmt: skip
-    finished: set[int] = set()
+    faults = {place: each.fault for place, each in enumerate(plan) if each.fault is not None}
+    finished = set(faults)
 
     def find() -> list[Job]:
         if source.info.sha256 is None and (cache / COMPLETE).exists():
@@ -117,7 +119,9 @@ def draw_samples(
     samples = Samples(
         plan,
         paths={job.place: job.path for job in jobs if job.place not in failed},
-        failures={place: outcome.failure or "" for place, outcome in failed.items()},
+        failures=dict(
+            sorted({**{p: o.failure or "" for p, o in failed.items()}, **faults}.items())
+        ),
         blocked={place for place, outcome in failed.items() if outcome.blocked},
     )
     write_bytes(cache / COMPLETE, b"")
@@ -148,6 +152,8 @@ def generate_each(
     source: ModelSource, requests: Sequence[ImageRequest]
 ) -> list[Image | ModelopsError]:
     """An image or the reason why not for each request; one bad image does not spoil its batch."""
+    if isinstance(source, EndpointSource):  # asks for each on its own, and for none twice
+        return [_image_or_error(made) for made in source.generate_each(requests)]
     if len(requests) > 1:
         try:
             return [_checked(image) for image in source.generate(requests)]
@@ -160,6 +166,15 @@ def generate_each(
         except ModelopsError as error:
             results.append(error)
     return results
+
+
+def _image_or_error(made: Image | ModelopsError) -> Image | ModelopsError:
+    if isinstance(made, ModelopsError):
+        return made
+    try:
+        return _checked(made)
+    except ModelopsError as error:
+        return error
 
 
 def _checked(image: Image) -> Image:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, UsageError
+from modelops.errors import EvaluationError, ModelopsError, UsageError
 from modelops.models.sources import ImageRequest, ModelSource
 from modelops.records import SourceInfo
 
@@ -21,6 +21,8 @@ Image = npt.NDArray[np.uint8]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 BLOCKED_CODES = ("content_policy_violation", "content_filter", "moderation_blocked")
 ENDPOINT = "/v1/images/generations"
+TIMEOUT_S = 120.0  # for the answer to one request
+TIMEOUTS = 2  # of one image: a service that hung twice will hang again
 
 
 class ImageBlockedError(EvaluationError):
@@ -28,7 +30,12 @@ class ImageBlockedError(EvaluationError):
 
 
 def open_source(
-    uri: str, *, batch_size: int = 16, device: str = "cpu", runtime: str = "auto"
+    uri: str,
+    *,
+    batch_size: int = 16,
+    device: str = "cpu",
+    runtime: str = "auto",
+    timeout_s: float = TIMEOUT_S,
 ) -> ModelSource:
     """A model source from what the user named.
 
@@ -38,12 +45,13 @@ def open_source(
         batch_size: images per call; does not change any image.
         device: of torch, for a checkpoint.
         runtime: of an artifact: "auto", "onnxruntime" or "openvino".
+        timeout_s: of an endpoint, for the answer to one request.
 
     Raises:
         UsageError: it is none of these.
     """
     if uri.startswith(("http://", "https://")):
-        return EndpointSource(uri, concurrency=min(batch_size, 4))
+        return EndpointSource(uri, concurrency=min(batch_size, 4), timeout_s=timeout_s)
     path = Path(uri)
     if (path / "artifact.json").is_file():
         from modelops.export.runtime import open_artifact
@@ -74,11 +82,12 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         from modelops.files import sha256_file, sha256_json
 
-        self.files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(folder.iterdir())
+        self.files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
         digest = sha256_json({file.name: sha256_file(file) for file in self.files})
         self.info = SourceInfo(
             kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",
-            details={"images": len(self.files)},
+            details={"images": len(self.files), "other_files": len(found) - len(self.files)},
         )  # fmt: skip
 
     @property
@@ -108,9 +117,10 @@ class EndpointSource:
 
     Args:
         base: URL, with or without /v1.
-        timeout_s: for one image.
+        timeout_s: for the answer to one request.
         attempts: how often an image is asked for when the service answers 429 or 503, or cannot be
-            reached; waits follow Retry-After, at most `max_wait_s` each.
+            reached; waits follow Retry-After, at most `max_wait_s` each. After `TIMEOUTS` requests
+            without an answer in time no more are made.
         api_key: sent as a bearer token; read from MODELOPS_API_KEY when not given.
     """
 
@@ -120,7 +130,7 @@ class EndpointSource:
         self,
         base: str,
         *,
-        timeout_s: float = 120.0,
+        timeout_s: float = TIMEOUT_S,
         attempts: int = 5,
         max_wait_s: float = 30.0,
         concurrency: int = 4,
@@ -132,6 +142,7 @@ class EndpointSource:
 
         self.base = base.rstrip("/").removesuffix(ENDPOINT).removesuffix("/v1")
         self.attempts, self.max_wait_s = max(1, attempts), max_wait_s
+        self.timeout_s = timeout_s
         self.concurrency = max(1, concurrency)
         key = api_key or os.environ.get("MODELOPS_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -151,10 +162,19 @@ class EndpointSource:
         return ImageRequest(prompt="", seed=0, height=height, width=width)
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
+        images: list[Image] = []
+        for made in self.generate_each(requests):
+            if isinstance(made, ModelopsError):
+                raise made
+            images.append(made)
+        return images
+
+    def generate_each(self, requests: Sequence[ImageRequest]) -> list[Image | ModelopsError]:
+        """The image of each request, or why there is none; `concurrency` of them at a time."""
         if self.concurrency == 1 or len(requests) == 1:
-            return [self._one(request) for request in requests]
+            return [self._one_or_error(request) for request in requests]
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._one, requests))
+            return list(pool.map(self._one_or_error, requests))
 
     def close(self) -> None:
         """Close the connections."""
@@ -176,6 +196,12 @@ class EndpointSource:
             return {}
         return listed if isinstance(listed, dict) else {}
 
+    def _one_or_error(self, request: ImageRequest) -> Image | ModelopsError:
+        try:
+            return self._one(request)
+        except ModelopsError as error:
+            return error
+
     def _one(self, request: ImageRequest) -> Image:
         body: dict[str, Any] = {
             "prompt": request.prompt, "n": 1, "seed": request.seed,
@@ -194,13 +220,15 @@ class EndpointSource:
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         import httpx
 
-        last = ""
+        last, timeouts = "", 0
         for attempt in range(self.attempts):
             wait = min(2.0**attempt * 0.5, self.max_wait_s)
             try:
                 answer = self._client.post(f"{self.base}{ENDPOINT}", json=body)
             except httpx.TimeoutException:
-                last = "timed out"
+                last, timeouts = f"timed out after {self.timeout_s:g} s", timeouts + 1
+                if timeouts == TIMEOUTS:
+                    break
                 continue  # the wait has been long enough
             except httpx.HTTPError as error:
                 last = f"{type(error).__name__}: {error}"
@@ -222,9 +250,16 @@ class EndpointSource:
         from modelops.data.images import decode_image
 
         try:
-            data = base64.b64decode(answer["data"][0]["b64_json"], validate=True)
+            entry = answer["data"][0]
+            data = base64.b64decode(entry["b64_json"], validate=True)
         except (KeyError, IndexError, TypeError, binascii.Error) as error:
             raise EvaluationError(f"{self.base}: an answer without an image") from error
+        made_by = _release_of(entry)
+        if made_by and self.info.sha256 and made_by != self.info.sha256:
+            raise EvaluationError(
+                f"{self.base}: release {made_by[:12]} made this image, a canary or a new one; "
+                f"{self.info.sha256[:12]} is evaluated"
+            )
         image = decode_image(data, "answer.png")
         wanted = (request.height, request.width)
         if None not in wanted and image.shape[:2] != wanted:
@@ -233,6 +268,14 @@ class EndpointSource:
                 f"{request.width}x{request.height} were asked for"
             )
         return image
+
+
+def _release_of(entry: dict[str, Any]) -> str | None:
+    """Digest of the release that made an image, where its receipt says so."""
+    try:
+        return str(entry["x_modelops"]["release"]["sha256"])
+    except (KeyError, TypeError):
+        return None
 
 
 def _parse_size(text: Any) -> tuple[int | None, int | None]:

@@ -56,6 +56,10 @@ METRICS: dict[str, Words] = {
         "Fréchet distance on Inception features. Its mode says how pictures are resized: clean as "
         "clean-fid, legacy_pytorch as pytorch-fid, legacy_tensorflow as torch-fidelity.",
     ),
+    "fid_infinity": Words(
+        "FID, extrapolated to infinite n", "quality",
+        "What FID tends to as the number of pictures grows: its bias in n taken off.",
+    ),
     "cmmd": Words(
         "CMMD", "quality",
         "Distance between the sets with a Gaussian kernel on CLIP ViT-L/14-336 embeddings.",

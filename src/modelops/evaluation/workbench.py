@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from modelops.errors import EvaluationError
 from modelops.evaluation.prompts import PromptSet
-from modelops.evaluation.reference import RealPictures
+from modelops.evaluation.reference import RealPictures, shared_pictures
 from modelops.evaluation.samples import Samples
 from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
 from modelops.files import sha256_file
@@ -58,6 +58,7 @@ class Workbench:
     extractor: Lite0Extractor = field(default_factory=Lite0Extractor)
     _features: dict[str, Features] = field(default_factory=dict)
     _digests: list[str] = field(default_factory=list)
+    _reference_notes: list[str] | None = None
 
     @property
     def n(self) -> int:
@@ -179,6 +180,28 @@ class Workbench:
             "sampling": dict(self.sampling), **more,
         }  # fmt: skip
 
+    def reference_notes(self) -> list[str]:
+        """What makes the reference pictures, or the training pictures, other than they should be:
+        some cannot be used, or some are in both."""
+        if self._reference_notes is None:
+            notes = []
+            for what, pictures in (("reference", self.reference), ("training", self.training)):
+                if pictures and pictures.unusable:
+                    total = len(pictures.samples) + len(pictures.unusable)
+                    notes.append(
+                        f"{len(pictures.unusable)} of {total} {what} pictures cannot be used and "
+                        "are left out"
+                    )
+            if self.reference and self.training:
+                shared = int(shared_pictures(self.reference, self.training).sum())
+                if shared:
+                    notes.append(
+                        f"{shared} of {len(self.reference.samples)} reference pictures are "
+                        "training pictures"
+                    )
+            self._reference_notes = notes
+        return self._reference_notes
+
     def put(
         self,
         key: str,
@@ -191,11 +214,16 @@ class Workbench:
         warnings: Sequence[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Collect one measurement under its protocol."""
+        """Collect one measurement under its protocol, with what is wrong about what it was made
+        from."""
         identity = protocol_id(protocol)
         self.record.protocols[identity] = dict(protocol)
         failed = len(self.samples.failures)
-        notes = [f"{failed} of {len(self.samples.plan)} images failed"] if failed else []
+        notes = []
+        if failed and "sampling" in protocol:
+            notes.append(f"{failed} of {len(self.samples.plan)} images failed")
+        if protocol.get("reference"):
+            notes += self.reference_notes()
         if interval.method.startswith("constant"):
             notes.append("all values are equal, so the interval has no width and says nothing")
         self.record.metrics[key] = Measurement(

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.components import CaughtCall, Component, Probe, call_pipeline, catching
+from modelops.export.calls import ONE_GUIDED_PROMPT, CaughtCall, Probe, call_pipeline, catching
+from modelops.export.components import Component
 from modelops.export.runtimes.graphs import Array
 from modelops.export.signatures import TIMESTEP_NAMES, Method
 from modelops.files import sha256_bytes, sha256_json
@@ -91,7 +92,7 @@ def collect_rows(
         raise UsageError(f"steps and rows must be positive, got {steps} and {rows}")
     halves: dict[float, tuple[list[Feed], list[Feed]]] = {}  # timestep -> rows of either half
     shared: Feed = {}
-    chunk_size = rows_at_once(*size)
+    chunk_size = rows_at_once(pipeline, *size)
     chunks = [texts[start : start + chunk_size] for start in range(0, len(texts), chunk_size)]
     for done, chunk in enumerate(chunks):
         feeds = catch_feeds(
@@ -171,8 +172,10 @@ def catch_feeds(
     return feeds
 
 
-def rows_at_once(height: int | None, width: int | None) -> int:
+def rows_at_once(pipeline: Any, height: int | None, width: int | None) -> int:
     """Pictures of one call: many small ones, or one that fills the machine alone."""
+    if type(pipeline).__name__ in ONE_GUIDED_PROMPT:
+        return 1
     return CPU_ROWS if (height or 0) * (width or 0) <= SMALL else 1
 
 

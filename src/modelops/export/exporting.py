@@ -19,7 +19,8 @@ from modelops.export.calibration import (
     collect_rows,
     rows_at_once,
 )
-from modelops.export.components import OMITTED, Component
+from modelops.export.calls import OMITTED
+from modelops.export.components import Component
 from modelops.export.parity import (
     Bounds,
     component_parity,
@@ -55,7 +56,7 @@ def catch_calls(
     source: ExportSource, components: Sequence[Component], prompts: Sequence[str]
 ) -> Calls:
     """Call the pipeline with the prompts of parity and keep what every network was called with."""
-    texts = list(prompts[: rows_at_once(*source.size)])
+    texts = list(prompts[: rows_at_once(source.pipeline, *source.size)])
     feeds = catch_feeds(
         source.pipeline, [c for c in components if c.role != "denoiser"], texts,
         [image_seed(PARITY_SEED, text) for text in texts], 4, source.size,

@@ -12,7 +12,8 @@ import torch
 
 from modelops.errors import ExportError
 from modelops.export.calibration import Feed, TrajectoryRows, rows_at_once
-from modelops.export.components import Component, Probe, call_pipeline
+from modelops.export.calls import Probe, call_pipeline
+from modelops.export.components import Component
 from modelops.export.pictures import check_pictures
 from modelops.export.runtimes.graphs import Array, Graph
 from modelops.extras import has_module
@@ -145,7 +146,8 @@ def image_parity(
     """Compare pictures of two pipelines from the same prompts, seeds and steps.
 
     PSNR is pooled over all pixels, SSIM is the mean over pictures, and the distance is the largest
-    cosine distance of a pair's Lite0 features, left out where that extractor is not installed.
+    cosine distance of a pair's Lite0 features, left out where that extractor is not installed. It
+    stands in for LPIPS, whose weights are a download; `evaluation.agreement` measures that one.
 
     Raises:
         ExportError: an exported picture is black, of one colour or not finite, its source's not.
@@ -206,7 +208,7 @@ def sample_images(
     """Pictures float32 [N, H, W, 3] in [0, 1], one for each prompt, with its default guidance."""
     images = []
     height, width = size
-    rows = rows_at_once(height, width)
+    rows = rows_at_once(pipeline, height, width)
     for start in range(0, len(prompts), rows):
         chunk = list(prompts[start : start + rows])
         probe = Probe(batch=len(chunk), height=height, width=width)

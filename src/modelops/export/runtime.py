@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modelops.errors import UsageError
 from modelops.export.artifact import verify_artifact
-from modelops.export.components import OMITTED
+from modelops.export.calls import OMITTED
 from modelops.export.runtimes.graphs import RUNTIMES, RUNTIMES_OF, Graph, RuntimeName, open_graph
 from modelops.export.runtimes.modules import ExportedControl, ExportedModule, Part, library_class
 from modelops.export.runtimes.openvino import openvino_has_bfloat16
@@ -180,7 +182,17 @@ def assemble(root: Path, graphs: Mapping[str, Graph]) -> Any:
             given[name] = _load_part(root / name, *value)
     if "requires_safety_checker" in given:
         given["requires_safety_checker"] = False  # modelops' own filters stand in for it
-    return pipeline_class(**given)
+    return _placed(pipeline_class(**given), next(iter(graphs.values())).device)
+
+
+def _placed(pipeline: Any, device: str) -> Any:
+    """The pipeline, saying that it computes on `device`: diffusers asks its torch modules, and it
+    has none."""
+    if device != "cpu":
+        kind, place = type(pipeline), torch.device(device)
+        members = {"__module__": kind.__module__, "device": property(lambda self: place)}
+        pipeline.__class__ = type(kind.__name__, (kind,), members)
+    return pipeline
 
 
 def read_signature(folder: Path) -> Signature:
@@ -211,9 +223,9 @@ def _pipeline_class(index: dict[str, Any]) -> Any:
     if isinstance(name, list):  # [module, class]: a checkpoint that brings its own code
         name = name[-1]
     if name == OWN_PIPELINE:
-        from modelops.models.pipeline import PixelFlowPipeline
+        from modelops.export.runtimes.flow import ExportedFlowPipeline
 
-        return PixelFlowPipeline
+        return ExportedFlowPipeline
     found = library_class("diffusers", str(name))
     if not issubclass(found, diffusers.DiffusionPipeline):
         raise UsageError(f"{name!r} is not a diffusers pipeline")

@@ -134,13 +134,24 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def template_of(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Template:
+def template_of(
+    value: Any, name: str, tensors: dict[str, torch.Tensor], *, once: bool = False
+) -> Template:
     """The template of a nested value; its tensors are put into `tensors` by dotted name.
+
+    Args:
+        value: to be described.
+        name: of the value.
+        tensors: gets its tensors.
+        once: a tensor that is there twice (a text encoder's answer and its last hidden state) is
+            put in once; a graph cannot give one value under two names.
 
     Raises:
         ExportError: it holds something that is neither a tensor nor a plain value.
     """
     if isinstance(value, torch.Tensor):
+        if once:
+            name = next((known for known, item in tensors.items() if item is value), name)
         tensors[name] = value
         return {"tensor": name}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -153,14 +164,15 @@ def template_of(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Temp
         return {"gaussian": name}
     if isinstance(value, Mapping):  # transformers' and diffusers' outputs are mappings with fields
         items = {
-            str(key): template_of(item, f"{name}.{key}", tensors)
+            str(key): template_of(item, f"{name}.{key}", tensors, once=once)
             for key, item in value.items()
             if item is not None and not hasattr(item, "get_seq_length")  # a key-value cache
         }
         return {"dict" if type(value) is dict else "fields": items}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [template_of(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]}
+        items_of = enumerate(value)
+        return {kind: [template_of(v, f"{name}.{i}", tensors, once=once) for i, v in items_of]}
     raise ExportError(f"{name} is a {type(value).__name__}, which cannot enter or leave a graph")
 
 

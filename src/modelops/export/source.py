@@ -58,7 +58,8 @@ def load_source(
     """Load a checkpoint to export.
 
     Raises:
-        UsageError: neither a directory with a checkpoint nor a hub id that is to be had.
+        UsageError: neither a directory with a checkpoint nor a hub id that is to be had, or a size
+            for a pipeline that takes none.
         ExportError: it cannot be loaded, or weights are missing or not finite.
     """
     directory = Path(checkpoint)
@@ -75,8 +76,11 @@ def load_source(
     try:
         pipeline = load_checkpoint(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "meta tensor" in reason:  # diffusers leaves what its files lack on no device
+            reason = "a network has weights that its files lack"
         raise ExportError(
-            f"{checkpoint}: cannot be loaded: {str(error).splitlines()[0]}",
+            f"{checkpoint}: cannot be loaded: {reason}",
             hint="is the checkpoint complete?",
         ) from error
     if lora is not None:
@@ -90,6 +94,10 @@ def load_source(
                 set_attention: Any = module.set_attn_implementation
                 set_attention("eager")
     pipeline.set_progress_bar_config(disable=True)
+    if size and native_size(pipeline) == (None, None):
+        raise UsageError(
+            f"{type(pipeline).__name__} makes pictures of one size only", hint="leave --size out"
+        )
     if local:
         digest = sha256_tree(directory, exclude=[TRAINING_STATE])
         files = tree_files(directory, exclude=[TRAINING_STATE]).values()

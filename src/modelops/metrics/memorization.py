@@ -26,6 +26,7 @@ ALPHA = 0.05  # of all tests together
 POWER = 0.8
 COPY_RATE = 0.05  # share of copies that must be detectable before their absence means something
 ROUNDING = 1e-6  # of a cosine in float32
+SINGLED_OUT = 1.5  # ratio of two distances
 BLOCK = 1 << 24  # similarities held in memory at a time
 
 Distances = npt.NDArray[np.float64]
@@ -35,17 +36,25 @@ Answer = Literal["copies", "no sign of copying", "cannot tell"]
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Nearest training picture of each query."""
+    """Nearest training picture of each query.
 
-    distance: Distances  # [N] in [0, 2]
-    index: npt.NDArray[np.int64]  # [N] row of the training features
+    Attributes:
+        distance: [N] in [0, 2].
+        index: [N] row of the training features.
+        second: [N] distance of the next nearest one; None where nobody looked.
+    """
+
+    distance: Distances
+    index: npt.NDArray[np.int64]
+    second: Distances | None = None
 
     def __len__(self) -> int:
         return len(self.distance)
 
     def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Neighbours:
         """Those of some of the queries."""
-        return Neighbours(self.distance[rows], self.index[rows])
+        second = None if self.second is None else self.second[rows]
+        return Neighbours(self.distance[rows], self.index[rows], second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +111,17 @@ def nearest_neighbours(
     # beside a training step when the trainer's early checks call this.
     known = _unit(training)
     distance, index = np.empty(len(queries), np.float64), np.empty(len(queries), np.int64)
+    second = np.full(len(queries), 2.0)
     block = max(1, BLOCK // len(known))
     for start in range(0, len(queries), block):
         similarity = _unit(queries[start : start + block]) @ known.T
         best = similarity.argmax(axis=1)
         index[start : start + block] = best
         distance[start : start + block] = 1.0 - similarity[np.arange(len(best)), best]
-    return Neighbours(np.clip(distance, 0.0, 2.0), index)
+        if len(known) > 1:
+            similarity[np.arange(len(best)), best] = -np.inf
+            second[start : start + block] = 1.0 - similarity.max(axis=1)
+    return Neighbours(np.clip(distance, 0.0, 2.0), index, np.clip(second, 0.0, 2.0))
 
 
 def own_neighbour_distances(
@@ -142,6 +155,18 @@ def is_authentic(neighbours: Neighbours, own: Distances) -> npt.NDArray[np.bool_
     """
     authentic: npt.NDArray[np.bool_] = neighbours.distance > own + ROUNDING
     return authentic
+
+
+def is_singled_out(neighbours: Neighbours) -> npt.NDArray[np.bool_]:
+    """[N] whether the next training picture is at least `SINGLED_OUT` times as far as the nearest:
+    a picture made from one training picture is close to that one alone, an average of many is
+    about as close to several (as in Carlini et al., 2023, "Extracting training data")."""
+    if neighbours.second is None:
+        return np.zeros(len(neighbours), np.bool_)
+    singled: npt.NDArray[np.bool_] = (
+        neighbours.second >= SINGLED_OUT * neighbours.distance + ROUNDING
+    )
+    return singled
 
 
 def memorization_intervals(
@@ -200,7 +225,11 @@ def judge_copying(
     Three one-sided tests, corrected together by Holm's method: near copies and unauthentic samples
     by Fisher's exact test, and whether samples lie closer to the training pictures as a whole by
     Mann and Whitney's test (Meehan et al., 2020, "A non-parametric test to detect data-copying").
-    The last is a sign of overfitting and does not make the answer "copies" by itself.
+    The last is a sign of overfitting and does not make the answer "copies" by itself. Nor do
+    unauthentic samples: pictures with less variety than the training pictures, which copy none of
+    them, are closer to them than they are to each other (80 % of the spread is enough). They count
+    as copies where they are also singled out by one training picture more often than held-out
+    pictures are, and leave the question open where they are not.
 
     Args:
         samples, heldout: independent samples and held-out pictures that are not training pictures.
@@ -216,9 +245,13 @@ def judge_copying(
     if not n or not m:
         raise EvaluationError(f"{n} samples and {m} held-out pictures cannot be compared")
     near = [int(is_near_copy(each, near_copy_cosine).sum()) for each in (samples, heldout)]
-    unauthentic = [
-        int((~is_authentic(each, own)).sum())
-        for each, own in ((samples, own_samples), (heldout, own_heldout))
+    not_authentic = [
+        ~is_authentic(each, own) for each, own in ((samples, own_samples), (heldout, own_heldout))
+    ]
+    unauthentic = [int(each.sum()) for each in not_authentic]
+    singled = [
+        int((flags & is_singled_out(each)).sum())
+        for flags, each in zip(not_authentic, (samples, heldout), strict=True)
     ]
     closer = float(mannwhitneyu(samples.distance, heldout.distance, alternative="less").pvalue)
     raw = [
@@ -238,7 +271,8 @@ def judge_copying(
     )
     sensitivity = control[0] / control[1] if control and control[1] else 1.0
     detectable = detectable_rate(n, near[1], m, alpha=ALPHA / len(tests), sensitivity=sensitivity)
-    answer, reason = _answer(tests, detectable, control)
+    made_from_one = fisher_greater(singled[0], n, singled[1], m) <= ALPHA
+    answer, reason = _answer(tests, detectable, control, made_from_one)
     return CopyingVerdict(answer, reason, tests, detectable)
 
 
@@ -246,16 +280,25 @@ def _answer(
     tests: Sequence[CopyingTest],
     detectable: float | None,
     control: tuple[int, int] | None,
+    made_from_one: bool,
 ) -> tuple[Answer, str]:
+    """(answer, reason); `made_from_one`: unauthentic samples are singled out more often than
+    held-out pictures."""
     words = {"near_copies": "near copies", "unauthentic": "not authentic"}
-    found = [
-        f"{test.hits} of {test.n} samples are {words[test.name]} against {test.heldout_hits} of "
-        f"{test.n_heldout} held-out pictures (adjusted p {test.p_adjusted:.2g})"
+    found = {
+        test.name: f"{test.hits} of {test.n} samples are {words[test.name]} against "
+        f"{test.heldout_hits} of {test.n_heldout} held-out pictures "
+        f"(adjusted p {test.p_adjusted:.2g})"
         for test in tests
         if test.found and test.name in words
-    ]
+    }
+    if "near_copies" in found or (found and made_from_one):
+        return "copies", "; ".join(found.values())
     if found:
-        return "copies", "; ".join(found)
+        return "cannot tell", (
+            f"{found['unauthentic']}, yet close to several training pictures: changed copies, or "
+            "pictures with less variety than the training pictures; look at the closest pairs"
+        )
     near = tests[0]
     counts = (
         f"{near.hits} of {near.n} samples and {near.heldout_hits} of {near.n_heldout} held-out "

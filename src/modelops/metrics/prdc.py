@@ -45,7 +45,7 @@ def prdc(
         rows = slice(start, start + block)
         for other in range(0, len(y), block):
             columns = slice(other, other + block)
-            distances = _squared_distances(x[rows], y[columns])
+            distances = squared_distances(x[rows], y[columns])
             inside = distances < radius_real[rows, None]
             in_real[columns] += inside.sum(axis=0)
             covered[rows] |= inside.any(axis=1)
@@ -65,7 +65,8 @@ def prdc(
     return results
 
 
-def _squared_distances(first: npt.NDArray[np.floating], second: npt.NDArray[np.floating]) -> Floats:
+def squared_distances(first: npt.NDArray[np.floating], second: npt.NDArray[np.floating]) -> Floats:
+    """Squared Euclidean distances [N, M] of vectors [N, D] and [M, D], float64, never below 0."""
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1)[None]
     return np.asarray(np.clip(squares - 2.0 * (a @ b.T), 0.0, None))
@@ -78,7 +79,7 @@ def _radii(points: npt.NDArray[np.floating], neighbours: int, block: int) -> Flo
         rows = points[start : start + block]
         nearest = np.empty((len(rows), 0))  # so far
         for other in range(0, len(points), block):
-            distances = _squared_distances(rows, points[other : other + block])
+            distances = squared_distances(rows, points[other : other + block])
             if other == start:
                 np.fill_diagonal(distances, np.inf)  # rounding must not make it other than itself
             nearest = np.concatenate([nearest, distances], axis=1)

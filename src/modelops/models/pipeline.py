@@ -110,6 +110,20 @@ class PixelFlowPipeline(DiffusionPipeline):
             )
         return 3 * patch**2, height // patch, width // patch
 
+    def unet_arguments(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        pooled: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> dict[str, Any]:
+        """What the network is called with: latents [N, C, h, w] at timesteps [N], 1000 sigma."""
+        text: dict[str, Any] = {"encoder_hidden_states": None}
+        if self.uses_tokens:
+            text = {"encoder_hidden_states": tokens, "encoder_attention_mask": mask}
+        return {"sample": latents, "timestep": timesteps, "class_labels": pooled, **text}
+
     def predict_velocity(
         self,
         latents: torch.Tensor,
@@ -120,16 +134,42 @@ class PixelFlowPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """One network evaluation: latents [N, C, h, w] at noise levels sigmas [N] in (0, 1] to
         velocity (noise - image) [N, C, h, w]. Rows may have different noise levels."""
-        text: dict[str, Any] = {"encoder_hidden_states": None}
-        if self.uses_tokens:
-            text = {"encoder_hidden_states": tokens, "encoder_attention_mask": mask}
-        output = self.unet(
-            latents, sigmas * 1000.0, class_labels=pooled, return_dict=False, **text
-        )[0]
+        arguments = self.unet_arguments(latents, sigmas * 1000.0, pooled, tokens, mask)
+        output = self.unet(**arguments, return_dict=False)[0]
         if self.config["prediction"] == "sample":
             level = sigmas.clamp(min=0.05).view(-1, 1, 1, 1).to(output.dtype)
             return (latents - output) / level
         return output
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: float,
+        on_step: Callable[..., dict[str, Any]] | None = None,
+    ) -> torch.Tensor:
+        """Noise [N, C, h, w] to latents of the same shape, along the scheduler's timesteps.
+
+        Args:
+            text: of `encode_prompt`; 2 N rows where guidance is on, the negative prompts last.
+            scale: classifier-free guidance; 1 turns it off.
+            on_step: `callback_on_step_end` of a call.
+        """
+        guided = scale != 1.0
+        timesteps = self.scheduler.timesteps
+        rows = 2 * len(latents) if guided else len(latents)
+        levels = (timesteps / 1000.0).to(latents.dtype).unsqueeze(1).repeat(1, rows).unbind()
+        for step, timestep in enumerate(self.progress_bar(timesteps)):
+            inputs = torch.cat([latents, latents]) if guided else latents
+            velocity = self.predict_velocity(inputs, levels[step], *text)
+            if guided:
+                conditional, unconditional = velocity.chunk(2)
+                velocity = unconditional + scale * (conditional - unconditional)
+            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            if on_step is not None:
+                changed = on_step(self, step, timestep, {"latents": latents})
+                latents = (changed or {}).get("latents", latents)
+        return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [N, C, h, w] to images [N, 3, H, W] in [0, 1]."""
@@ -192,20 +232,7 @@ class PixelFlowPipeline(DiffusionPipeline):
         pooled, tokens, mask = pooled.to(device, dtype), tokens.to(device, dtype), mask.to(device)
 
         self.scheduler.set_timesteps(steps, device=device)
-        timesteps = self.scheduler.timesteps
-        rows = 2 * len(prompts) if guided else len(prompts)
-        levels = (timesteps / 1000.0).to(dtype).unsqueeze(1).repeat(1, rows).unbind()
-        for step, timestep in enumerate(self.progress_bar(timesteps)):
-            inputs = torch.cat([latents, latents]) if guided else latents
-            velocity = self.predict_velocity(inputs, levels[step], pooled, tokens, mask)
-            if guided:
-                conditional, unconditional = velocity.chunk(2)
-                velocity = unconditional + scale * (conditional - unconditional)
-            latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step, timestep, {"latents": latents})
-                latents = (changed or {}).get("latents", latents)
-
+        latents = self.denoise(latents, (pooled, tokens, mask), scale, callback_on_step_end)
         images: Any = latents if output_type == "latent" else self.decode(latents)
         if output_type in ("np", "pil"):
             images = self.image_processor.pt_to_numpy(images)

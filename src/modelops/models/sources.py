@@ -24,7 +24,10 @@ from modelops.files import read_text, sha256_bytes, sha256_file, sha256_tree
 from modelops.records import SourceInfo
 
 # sha256 of the pipeline.py of earlier releases, whose checkpoints this one's pipeline runs.
-EARLIER_PIPELINES = ("043d034e64a95f04a70cee52702aed0c4fff566f9808ff9af9257fe6ac1d6646",)
+EARLIER_PIPELINES = (
+    "043d034e64a95f04a70cee52702aed0c4fff566f9808ff9af9257fe6ac1d6646",
+    "e9be8dfef7a4adafb1f05946f72b50c28d12420367370dbc1f88409ed29cdb95",
+)
 TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of its digest
 
 
@@ -184,6 +187,9 @@ def native_size(pipeline: Any) -> tuple[int | None, int | None]:
         return None, None
     if hasattr(pipeline, "resolution"):
         return int(pipeline.resolution), int(pipeline.resolution)
+    if hasattr(pipeline, "get_default_resolution"):  # PRX, whose sample_size may be pixels
+        side = int(pipeline.get_default_resolution())
+        return side, side
     scale = int(getattr(pipeline, "vae_scale_factor", 1))
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     sample = getattr(pipeline, "default_sample_size", None)

@@ -158,7 +158,7 @@ class Reference:
             self._input("manifest", self.manifest),
             self._input("splits", self.splits),
         )
-        pictures = open_reference(manifest, splits, (split,))[0][split]
+        pictures = open_reference(manifest, splits, (split,))[split]
         if pictures.digest != reference.sha256:
             raise EvaluationError("the reference pictures have changed since they were measured")
         return pictures

@@ -15,13 +15,11 @@ from modelops.metrics.intervals import Interval
 from modelops.metrics.multiple import independent_difference
 from modelops.metrics.paired import (
     PairedDifference,
-    paired_frechet,
-    paired_kernel,
     paired_mean,
     paired_median,
-    paired_prdc,
     paired_rate,
 )
+from modelops.metrics.paired_sets import paired_frechet, paired_kernel, paired_prdc
 from modelops.metrics.protocol import protocol_id
 from modelops.records import Measurement
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from modelops.evaluation.reference import RealPictures, overlap
-from modelops.evaluation.workbench import Workbench
+from modelops.evaluation.reference import RealPictures
+from modelops.evaluation.workbench import Features, Workbench
 from modelops.metrics.frechet import (
     DDOF,
     extrapolation_warning,
@@ -30,8 +30,6 @@ def measure(bench: Workbench) -> None:
     reference, lite0 = bench.real(), bench.extractor.protocol
     real, fake = reference.features, bench.features
     warnings = rank_warning(bench.n, len(real), real.shape[1])
-    if bench.training and (shared := overlap(reference, bench.training)):
-        warnings.append(f"{shared} of {len(real)} reference pictures are training pictures")
     frechet = bench.set_protocol(lite0, "frechet distance", ddof=DDOF)
     kernel = bench.set_protocol(lite0, "kernel distance", kernel="(x.y/d + 1)^3, unbiased")
     bench.put(
@@ -49,7 +47,9 @@ def measure(bench: Workbench) -> None:
         bench.missing("no training split", *(k for k in KEYS if k.endswith("floor")))
     else:
         _floor(bench, bench.training, frechet, kernel, warnings)
-    _infinity(bench)  # last: it alone needs a few dozen images
+    put_infinity(  # last: it alone needs a few dozen images
+        bench, "frechet_distance_infinity_lite0", bench.extractor.protocol, fake, real
+    )
 
 
 def _floor(
@@ -76,10 +76,26 @@ def _floor(
     )  # fmt: skip
 
 
-def _infinity(bench: Workbench) -> None:
-    """The distance extrapolated to infinitely many images."""
-    reference, settings = bench.real(), bench.settings
-    real, fake = reference.features, bench.features
+def put_infinity(
+    bench: Workbench,
+    key: str,
+    extractor: Mapping[str, Any],
+    fake: Features,
+    real: Features,
+    *,
+    warnings: Sequence[str] = (),
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Put the distance of features [n, D] to real ones [m, D], extrapolated to infinitely many
+    images.
+
+    Args:
+        extractor: its protocol.
+
+    Raises:
+        EvaluationError: too few images.
+    """
+    settings = bench.settings
     drawn: dict[str, int] = {}
     if bench.streams and bench.n > INFINITY_IMAGES:
         order = numpy_generator(settings.seed, "infinity-images").permutation(bench.n)
@@ -87,14 +103,15 @@ def _infinity(bench: Workbench) -> None:
         drawn = {"images_drawn": INFINITY_IMAGES}
     found = frechet_infinity(fake, real, seed=settings.seed)
     bench.put(
-        "frechet_distance_infinity_lite0", found.interval,
+        key, found.interval,
         bench.set_protocol(
-            bench.extractor.protocol, "frechet distance, extrapolated to n = infinity", ddof=DDOF,
+            extractor, "frechet distance, extrapolated to n = infinity", ddof=DDOF,
             sizes=[n for n, _ in found.points], **drawn,
         ),
-        better=False, warnings=extrapolation_warning(found, len(real), real.shape[1]),
+        better=False,
+        warnings=[*warnings, *extrapolation_warning(found, len(real), real.shape[1])],
         details={
-            "n_reference": len(real), "slope": found.slope,
+            **(details or {}), "n_reference": len(real), "slope": found.slope,
             "points": "; ".join(f"{n}: {value:.4g}" for n, value in found.points),
         },
     )  # fmt: skip

@@ -9,10 +9,19 @@ KEYS = ("failed_image_rate",)
 
 
 def measure(bench: Workbench) -> None:
-    """Share of planned images that could not be made."""
+    """Share of planned images that could not be made; a prompt that cannot be used counts."""
     plan, failures = len(bench.samples.plan), len(bench.samples.failures)
+    dropped = bench.prompts.dropped
     bench.put(
         "failed_image_rate", clopper_pearson(failures, plan),
         {"metric": "failed images", "sampling": dict(bench.sampling)}, n=plan, better=False,
-        unit="rate", details={"failed": failures, "blocked_by_source": len(bench.samples.blocked)},
+        unit="rate",
+        warnings=[f"lines of the prompts that are {what} and ask for nothing new: {count}"
+                  for what, count in dropped.items()],
+        details={"failed": failures, "blocked_by_source": len(bench.samples.blocked),
+                 "unusable_prompts": len(bench.prompts.rejected),
+                 **{f"{what}_prompts": count for what, count in dropped.items()},
+                 **{f"unusable_{what}_pictures": len(pictures.unusable)
+                    for what, pictures in (("reference", bench.reference),
+                                           ("training", bench.training)) if pictures}},
     )  # fmt: skip

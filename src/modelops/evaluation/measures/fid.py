@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from modelops.errors import EvaluationError
+from modelops.evaluation.measures.distances import put_infinity
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.frechet import DDOF, rank_warning
 from modelops.metrics.inception import (
@@ -16,7 +17,7 @@ from modelops.metrics.kernel import kernel_distance
 from modelops.metrics.prdc import prdc
 
 KEYS = (
-    "fid", "kid", "inception_score", "precision_inception", "recall_inception",
+    "fid", "fid_infinity", "kid", "inception_score", "precision_inception", "recall_inception",
     "density_inception", "coverage_inception",
 )  # fmt: skip
 
@@ -66,6 +67,18 @@ def _measure_distances(bench: Workbench, extractor: InceptionExtractor) -> None:
         warnings=[*extractor.warnings, *rank_warning(bench.n, len(real), extractor.dim)],
         details=details,
     )  # fmt: skip
+    bench.attempt(
+        lambda bench: put_infinity(
+            bench,
+            "fid_infinity",
+            extractor.protocol,
+            fake,
+            real,
+            warnings=extractor.warnings,
+            details=details,
+        ),
+        ("fid_infinity",),
+    )
     bench.put(
         "kid", kernel_distance(fake, real),
         bench.set_protocol(extractor.protocol, "kid", kernel="(x.y/d + 1)^3, unbiased"),

@@ -14,6 +14,7 @@ from modelops.data.images import resize_image
 from modelops.errors import EvaluationError, ImageError
 from modelops.evaluation.overfitting import note_overfitting
 from modelops.evaluation.pages.closest import closest_pairs, write_closest_page
+from modelops.evaluation.reference import shared_pictures
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics import memorization as judge
 from modelops.metrics.features import cached_features
@@ -29,9 +30,12 @@ KEYS = (
 RULE = (
     "copies: near copies of training pictures, or samples closer to one than it is to its own "
     "nearest training neighbour, are more frequent among samples than among real held-out pictures "
-    f"(one-sided exact tests, Holm over three tests, {judge.ALPHA:.0%}; one image a prompt). "
-    f"cannot tell: a share of {judge.COPY_RATE:.0%} copies would be found with less than "
-    f"{judge.POWER:.0%} probability, given how many known copies the features recognise. "
+    f"(one-sided exact tests, Holm over three tests, {judge.ALPHA:.0%}; one image a prompt); the "
+    "latter only where they are close to one training picture alone, the next being "
+    f"{judge.SINGLED_OUT} times as far. "
+    f"cannot tell: they are close to several, or a share of {judge.COPY_RATE:.0%} copies would be "
+    f"found with less than {judge.POWER:.0%} probability, given how many known copies the "
+    "features recognise. "
     "no sign of copying: neither"
 )
 
@@ -58,8 +62,7 @@ def measure(bench: Workbench) -> None:
     own = judge.own_neighbour_distances(training, np.concatenate([samples.index, heldout.index]))
     found = _Compared(samples, heldout, own[: len(samples)], own[len(samples) :])
     _put_metrics(bench, found)
-    known = {sample.sha256 for sample in bench.training.samples}
-    new = np.array([sample.sha256 not in known for sample in bench.reference.samples], np.bool_)
+    new = ~shared_pictures(bench.reference, bench.training)
     bench.record.memorization = _judge(bench, found, new)
     count = bench.settings.closest_pairs
     bench.pages["closest"] = write_closest_page(
@@ -150,6 +153,8 @@ def _caveats(
     """What a reader of the verdict should know about this comparison."""
     limit = 1.0 - bench.settings.near_copy_cosine
     caveats = []
+    if unusable := len(bench.training.unusable) if bench.training else 0:
+        caveats.append(f"{unusable} training pictures cannot be used: copies of them go unseen")
     if old := int((~new).sum()):
         caveats.append(f"{old} of {len(new)} held-out pictures are training pictures: left out")
     if repeated := bench.n - len(rows):

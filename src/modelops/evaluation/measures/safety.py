@@ -174,6 +174,9 @@ def _measure_prompts(bench: Workbench) -> _Prompts:
         bench.missing("the images have no prompts", "prompt_block_rate")
         return _Prompts(info, frozenset())
     prompts = bench.prompts.prompts
+    if not prompts:
+        bench.missing("no prompt can be used", "prompt_block_rate")
+        return _Prompts(info, frozenset())
     verdicts = _check(prompt_filter, prompts)
     blocked = frozenset(index for index, verdict in enumerate(verdicts) if verdict.blocked)
     categories = Counter(

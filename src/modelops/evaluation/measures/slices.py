@@ -244,9 +244,10 @@ def _metrics(bench: Workbench) -> list[_Metric]:
         distances = np.array(per_image["nearest_train_distance"])
         made.append(over_prompts("nearest_train_distance", distances, owner))
     if measured("failed_image_rate"):
-        plan = bench.samples.plan
-        failed = np.array([float(place in bench.samples.failures) for place in range(len(plan))])
-        owners = np.array([planned.owner for planned in plan], np.int64)
+        # A prompt that cannot be used is in no slice.
+        places = [place for place, p in enumerate(bench.samples.plan) if p.owner < prompts]
+        failed = np.array([float(place in bench.samples.failures) for place in places])
+        owners = np.array([bench.samples.plan[place].owner for place in places], np.int64)
         made.append(over_prompts("failed_image_rate", failed, owners, True))
     return made
 

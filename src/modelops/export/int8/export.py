@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +27,15 @@ from modelops.export.calibration import (
     collect_rows,
 )
 from modelops.export.components import Component
-from modelops.export.exporting import about_files, about_source, carry_parts
+from modelops.export.exporting import Stage, about_files, about_source, carry_parts, ticker
+from modelops.export.int8.gates import require_budget, require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
 from modelops.export.int8.quantize import METHODS, Method, quantize_graph
 from modelops.export.int8.search import Decision, SearchResult, search_groups
 from modelops.export.int8.sensitivity import plot_sensitivity, scan_groups
 from modelops.export.int8.smoothquant import choose_smoothing, smoothable_tensors
-from modelops.export.int8.speed import measure_speed, slower_than
+from modelops.export.int8.speed import measure_speed
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.onnx.storage import store_rest_in_half
 from modelops.export.parity import (
@@ -86,7 +87,7 @@ class Int8Options:
         search_seconds: for measuring groups of layers; a scan by noise level takes as long at most.
         smooth: try SmoothQuant on transformers.
         ort_cpu: try a graph for onnxruntime's CPU provider; when None, where OpenVINO is missing.
-        speed_rounds: rounds of the timing; 0 leaves it out.
+        speed_rounds: rounds of the timing; 0 leaves it out, which only `allow` lets pass.
     """
 
     method: Method = "minmax"
@@ -121,7 +122,7 @@ def export_int8(
     options: Int8Options | None = None,
     allow: bool = False,
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Stage | None = None,
 ) -> ArtifactRecord:
     """Quantise the denoiser of an fp32 artifact to symmetric INT8 (S8S8 QDQ).
 
@@ -146,8 +147,9 @@ def export_int8(
     Raises:
         UsageError: onnx_dir is not an fp32 artifact, out_dir is taken, no prompts.
         IntegrityError: onnx_dir is damaged or was made from another checkpoint.
-        ExportError: a broken QDQ rule, no INT8 in the runtime, outputs or pictures too far off, or
-            a graph that is not faster than the fp32 one.
+        ExportError: a broken QDQ rule, no INT8 in the runtime, outputs or pictures too far off, an
+            error above its budget, or a graph that is not surely faster than the fp32 one.
+        ModelopsError: not enough disk, here or among the temporary files.
     """
     texts = check_prompts(prompts)
     options = options or Int8Options()
@@ -166,29 +168,35 @@ def export_int8(
             f"{onnx_dir}: was not exported from {checkpoint}", hint="export it to onnx again"
         )
     check_writable(Path(out_dir).parent, need_bytes=2 * fp32.bytes_total)
-    progress = _Progress(on_progress, total=8)
+    # Candidates and the smoothed graph; what they take is only known while they are written.
+    check_writable(tempfile.gettempdir(), need_bytes=3 * denoiser_of(fp32).bytes)
+    tick = ticker(on_progress, 8)
     with atomic_directory(out_dir) as root, tempfile.TemporaryDirectory() as scratch:
         job = _Job(source, Path(onnx_dir), root, Path(scratch), fp32, texts, seed, options)
         job.carry()
-        progress.step()
+        tick()
         job.calibrate()
-        progress.step()
+        tick()
         smoothing = job.smooth()
-        progress.step()
+        tick()
         search, scan = job.search()
-        progress.step()
+        tick()
         keep, checks = job.quantise_within_bounds(search)
-        progress.step()
+        tick()
         ort_cpu = job.try_ort_cpu(keep)
         if ort_cpu and ort_cpu["kept"]:  # what onnxruntime will run is what is compared in it
             checks = [check for check in checks if not check.name.endswith("/onnxruntime")]
             checks += job.compare("onnxruntime")
-        waived = [require_parity(checks, allow=allow)]
+        error = job.error_of_choice(search, keep)
+        waived = [
+            require_parity(checks, allow=allow),
+            require_budget(error, search, allow=allow),
+        ]
         execution = job.prove()
-        progress.step()
+        tick()
         speed = job.measure_speed()
-        waived.append(_require_faster(speed, search, allow=allow))
-        progress.step()
+        waived.append(require_faster(speed, search.table, allow=allow))
+        tick()
         denoiser = job.denoiser
         write_probe(job.folder, denoiser, job.final)
         components = [
@@ -209,6 +217,7 @@ def export_int8(
                 **job.rows.record,
                 "table": InputRef(path=TABLE, sha256=sha256_path(root / TABLE)).model_dump(),
                 "keep_fp32": keep,
+                "error": error,
                 "smoothing": smoothing,
                 "search": search.as_record(),
                 "sensitivity": scan,
@@ -222,7 +231,7 @@ def export_int8(
         )
         record.inputs["onnx"] = InputRef(path=portable_path(onnx_dir), sha256=fp32_sha256)
         record.write(root / RECORD)
-        progress.finish()
+        tick()
     return record
 
 
@@ -336,6 +345,12 @@ class _Job:
             checks += self._images("onnxruntime")
         return keep, checks
 
+    def error_of_choice(self, search: SearchResult, keep: Sequence[str]) -> float:
+        """Relative error of what was written, by which the search's budget goes."""
+        if list(keep) == search.keep_fp32:
+            return search.error
+        return root_mean_square(self.variants.row_errors(self.graph()))
+
     def compare(self, runtime: RuntimeName) -> list[ParityCheck]:
         """The denoiser's outputs and the pictures in a runtime, on rows and noise not seen yet."""
         rows = self.final.batches(min(8, len(self.final)))
@@ -416,55 +431,7 @@ def _give_up_order(table: Sequence[Decision]) -> list[str]:
     return [row.cost.group for row in rest[:-1]]
 
 
-def _require_faster(
-    speed: dict[str, Measurement], search: SearchResult, *, allow: bool
-) -> str | None:
-    """Refuse INT8 that is not faster than fp32 at the largest batch.
-
-    Returns:
-        What was waived by `allow`, or None.
-
-    Raises:
-        ExportError: it is slower, and `allow` is not set; the message ends with the table of why.
-    """
-    slower = slower_than(speed)
-    if not slower:
-        return None
-    listed = ", ".join(f"{value:.2f} x {name}" for name, value in slower.items())
-    if allow:
-        return f"not faster than what it replaces, kept by --allow: {listed}"
-    rows = "".join(
-        f"\n  {row.cost.group:28} {_ms(row.cost.ms_saved)} ms saved  "
-        f"{'int8' if row.int8 else 'fp32'}  {row.why}"
-        for row in search.table
-    )
-    raise ExportError(
-        f"INT8 is not faster than what it replaces: {listed}{rows}",
-        hint="--allow keeps it and records the waiver",
-    )
-
-
-def _ms(value: float | None) -> str:
-    return "not timed" if value is None else f"{value:8.3f}"
-
-
 def _describe(root: Path, item: ExportedComponent, *, precision: str) -> ExportedComponent:
     return describe_graph(root, item.name, precision=precision).model_copy(
         update={"attribute": item.attribute, "role": item.role, "shapes": item.shapes}
     )
-
-
-class _Progress:
-    """Counts stages."""
-
-    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
-        self._report, self._done, self._total = report, 0, total
-
-    def step(self) -> None:
-        self._done = min(self._done + 1, self._total - 1)
-        if self._report:
-            self._report(self._done, self._total)
-
-    def finish(self) -> None:
-        if self._report:
-            self._report(self._total, self._total)

@@ -18,7 +18,7 @@ from modelops.export.int8.lint import lint_ort_cpu
 from modelops.export.int8.proof import onnxruntime_execution
 from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.quantize import calibrated_ranges, included_nodes
-from modelops.export.int8.ranges import Method
+from modelops.export.int8.ranges import Method, Range
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.onnx.external import remove_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
@@ -62,7 +62,13 @@ def write_ort_cpu(
         raise UsageError(f"unknown kind {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
     writer = QdqWriter(source)
     ranges = calibrated_ranges(writer, rows, table, method)
-    names = included_nodes(writer.groups(), keep_fp32)
+    _write_kind(writer, ranges, included_nodes(writer.groups(), keep_fp32), kind, target)
+
+
+def _write_kind(
+    writer: QdqWriter, ranges: dict[str, Range], names: Collection[str], kind: str, target: Path
+) -> None:
+    """Write the graph with those of `names` quantised that are of the kind."""
     chosen = [name for name in names if writer.nodes[name].op_type in KINDS[kind]]
     writer.write(target, ranges, chosen, scheme="ort-cpu")
 
@@ -97,8 +103,9 @@ def judge_ort_cpu(
         A record for JSON: `kept` (a kind, or None), `why`, and for each of `kinds` its `error`,
         `faults`, `execution`, `speed` (batch to Measurement as a dict) and `why`.
     """
-    source = variants.source
-    fp32 = OrtGraph(source)
+    fp32 = OrtGraph(variants.source)
+    writer = QdqWriter(variants.source)
+    ranges = calibrated_ranges(writer, rows, table, method)
     kinds: dict[str, Any] = {}
     paths: dict[str, Path] = {}
     included = included_nodes(variants.groups, keep_fp32)
@@ -110,9 +117,7 @@ def judge_ort_cpu(
             continue
         seen.add(used)
         path = target.with_name(f"{target.stem}.{kind.replace('+', '-')}{target.suffix}")
-        write_ort_cpu(
-            source, path, rows=rows, table=table, method=method, keep_fp32=keep_fp32, kind=kind
-        )
+        _write_kind(writer, ranges, included, kind, path)
         paths[kind] = path
         graph = OrtGraph(path)
         speed = {}
@@ -133,10 +138,7 @@ def judge_ort_cpu(
     kept, why = choose_kind(kinds, str(max(batches)))
     for kind, path in paths.items():
         if kind == kept:
-            write_ort_cpu(
-                source, target, rows=rows, table=table, method=method, keep_fp32=keep_fp32,
-                kind=kind,
-            )  # fmt: skip
+            _write_kind(writer, ranges, included, kind, target)
         remove_graph(path)
     return {"kept": kept, "why": why, "kinds": kinds}
 

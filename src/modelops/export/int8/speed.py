@@ -1,8 +1,8 @@
-"""How fast a quantised denoiser is beside everything that could run in its place here."""
+"""How fast a quantised denoiser is beside everything that could run in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from modelops.export.timing import interleaved_seconds, speed_ratio
 from modelops.records import Measurement
 
 SPEED_BATCHES = (1, 8)
-# What INT8 replaces. Beside them stands bf16, which is as much work saved for other pictures.
-BASELINES = ("onnxruntime_fp32", "openvino_fp32")
 
 
 def measure_speed(
@@ -55,13 +53,3 @@ def measure_speed(
                     seconds, of=name, over=key, protocol=protocol
                 )
     return results
-
-
-def slower_than(speed: Mapping[str, Measurement]) -> dict[str, float]:
-    """The fp32 baselines at the largest batch that INT8 is not faster than, with the ratios."""
-    found = {}
-    for baseline in BASELINES:
-        ratio = speed.get(f"denoiser_batch{max(SPEED_BATCHES)}_over_{baseline}")
-        if ratio is not None and ratio.value is not None and ratio.value <= 1.0:
-            found[baseline] = ratio.value
-    return found

@@ -67,8 +67,8 @@ def choose_runtime(
 ) -> tuple[RuntimeName, str]:
     """Run the denoiser's probe in every runtime that is installed here.
 
-    The answer is kept in the cache for this artifact on this machine with these versions, so that
-    it does not change from one start to the next.
+    The answer is kept in the cache for this artifact on this machine (with its accelerators) with
+    these versions, so that it does not change from one start to the next.
 
     Returns:
         The runtime, and one line that says why.
@@ -78,9 +78,11 @@ def choose_runtime(
     """
     names = available_runtimes(record.format)
     machine = current_environment()
+    packages = {*names, "onnxruntime-gpu", "torch"}
     identity = {
         "artifact": digest, "cpu": machine.cpu, "cores": machine.cores, "threads": threads,
-        "runtimes": {name: machine.packages.get(name) for name in names},
+        "accelerators": machine.accelerators, "device": device_id,
+        "packages": {name: machine.packages.get(name) for name in sorted(packages)},
     }  # fmt: skip
     cached = cache_directory("runtimes") / f"{sha256_json(identity)}.json"
     try:

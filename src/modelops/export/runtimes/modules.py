@@ -18,9 +18,9 @@ Part = tuple[Graph, Signature]
 class ExportedModule:
     """What a pipeline asks of a network, answered by graphs.
 
-    `forward` (which calling it calls), `encode` and `decode` run a graph. `config`, `dtype` and `device` are its own.
-    Whatever else a pipeline looks at (the width of a layer, say) is looked up in the original
-    class, built without weights.
+    `forward` (which calling it calls), `encode` and `decode` run a graph. `config`, `dtype` and
+    `device` are its own. Whatever else a pipeline looks at (the width of a layer, say) is looked up
+    in the original class, built without weights.
 
     Args:
         parts: the method that a graph stands for, to the graph and how it is called.
@@ -80,7 +80,8 @@ class ExportedModule:
             outputs = [torch.from_numpy(array) for array in graph.run_all(feed)]
         else:
             on_device: Any = graph
-            outputs = on_device.run_device(tensors)
+            placed = {name: value.to(self.device) for name, value in tensors.items()}
+            outputs = on_device.run_device(placed)
         return signature.restore(outputs, return_dict=wants_fields)
 
     def __getattr__(self, name: str) -> Any:

@@ -86,7 +86,7 @@ def build_engine(
         logger = make_logger()
         builder = trt.Builder(logger)
         network = builder.create_network(_network_flags(version))
-        parse_graph(network, logger, Path(onnx_path))
+        parser = parse_graph(network, logger, Path(onnx_path))
         config = builder.create_builder_config()
         _configure(config, flags)
         for index, profile in enumerate(profiles):
@@ -96,6 +96,7 @@ def build_engine(
         cache_file = cache_path(timing_cache, machine) if timing_cache is not None else None
         _load_timing_cache(config, cache_file)
         data = builder.build_serialized_network(network, config)
+        del parser  # it owns weights that the network reads until here
         if progress.error is not None:
             raise progress.error
         if data is None:
@@ -105,7 +106,7 @@ def build_engine(
             )
         plan_bytes = bytes(memoryview(data))
         _save_timing_cache(config, cache_file)
-        information = inspect_plan(plan_bytes, flags)
+        information = inspect_plan(plan_bytes, flags, profiles[0])
     layers = layer_precisions(information)
     if is_int8_graph(onnx_path) and layers["int8_layers"] == 0:
         raise ExportError(
@@ -265,8 +266,11 @@ def make_monitor(on_progress: OnProgress | None) -> Any:
     return Monitor()
 
 
-def parse_graph(network: trt.INetworkDefinition, logger: trt.ILogger, path: Path) -> None:
+def parse_graph(network: trt.INetworkDefinition, logger: trt.ILogger, path: Path) -> trt.OnnxParser:
     """Read a graph into a network, from its file so that external data is found.
+
+    Returns:
+        The parser, which must live until the network is built.
 
     Raises:
         ExportError: one line for each node that TensorRT does not take.
@@ -276,7 +280,7 @@ def parse_graph(network: trt.INetworkDefinition, logger: trt.ILogger, path: Path
     trt.init_libnvinfer_plugins(logger, "")
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(path)):
-        return
+        return parser
     lines = [parser_error_line(parser.get_error(index)) for index in range(parser.num_errors)]
     if len(lines) > _MAX_ERROR_LINES:
         lines = [*lines[:_MAX_ERROR_LINES], f"and {len(lines) - _MAX_ERROR_LINES} more"]
@@ -293,8 +297,11 @@ def parser_error_line(error: Any) -> str:
     return f"{where}: {reason}"
 
 
-def inspect_plan(plan: bytes, flags: EngineFlags) -> dict[str, Any]:
+def inspect_plan(plan: bytes, flags: EngineFlags, profile: OptimizationProfile) -> dict[str, Any]:
     """The inspector's layer information of an engine that was just built.
+
+    It is asked of a context at the profile's usual shapes: without one the types of tensors are
+    "N/A due to dynamic shapes".
 
     Raises:
         ExportError: TensorRT cannot read its own engine.
@@ -303,9 +310,15 @@ def inspect_plan(plan: bytes, flags: EngineFlags) -> dict[str, Any]:
 
     engine = deserialize(plan, flags)
     inspector = engine.create_engine_inspector()
+    # Nothing is run in it, so it needs no memory.
+    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if context is not None:
+        for name, sizes in profile.inputs.items():
+            context.set_input_shape(name, sizes.optimum)
+        inspector.execution_context = context
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     try:
-        information: dict[str, Any] = json.loads(text)
+        information: dict[str, Any] = json.loads(text, strict=False)  # kernels name themselves
     except json.JSONDecodeError as error:
         raise ExportError(f"TensorRT's inspector gave no JSON: {error.msg}") from error
     return information

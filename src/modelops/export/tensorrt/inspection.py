@@ -9,9 +9,12 @@ from typing import Any
 
 from modelops.export.onnx.external import load_structure
 
-# Kernel names give operand and accumulator types: "i8i8_i8i32", "s8s8s32", "imma" (the integer
-# tensor cores), "int8".
-_INTEGER_TACTIC = re.compile(r"i8i8|s8s8|i8816|imma|int8", re.IGNORECASE)
+# Kernel names give operand and accumulator types: "i8i8_i8i32", "i8f32_i8i32_f32" (INT8 in, float
+# out: a layer without Q behind it), "s8s8s32", "int8", or the instruction of integer tensor cores:
+# "i16832gemm", "imma".
+_INTEGER_TACTIC = re.compile(r"i8i8|i8i32|s8s8|i8816|i168(32|64)|imma|int8", re.IGNORECASE)
+# Where the inspector says in what type a tensor is: TensorRT 10 with its layout, 11 on its own.
+_TYPE_KEYS = ("Format/Datatype", "Format/DataType", "DataType", "Datatype")
 _MULTIPLIES = re.compile(
     r"conv|gemm|matmul|matrixmultiply|fullyconnected|mha|deconv", re.IGNORECASE
 )
@@ -78,7 +81,7 @@ def _is_integer(layer: dict[str, Any]) -> bool:
     if _INTEGER_TACTIC.search(tactic):
         return True
     reads = [
-        str(item.get("Format/Datatype") or item.get("Datatype") or "")
+        str(next((item[key] for key in _TYPE_KEYS if item.get(key)), ""))
         for item in layer.get("Inputs", [])
         if isinstance(item, dict)
     ]

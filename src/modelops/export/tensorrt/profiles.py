@@ -15,7 +15,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.axes import BATCH, GraphAxes
+from modelops.export.onnx.axes import GraphAxes
 
 _AXIS = re.compile(r"([A-Za-z_][\w.]*)=(\d+)(?::(\d+):(\d+))?")
 Limits = tuple[int, int, int]  # min, opt, max
@@ -169,13 +169,14 @@ def parse_profiles(axes: GraphAxes, texts: Sequence[str]) -> list[OptimizationPr
     return [make_profile(axes, parse_limits(text)) for text in texts]
 
 
-def limits_of_shapes(
-    axes: GraphAxes, shapes: Mapping[str, Sequence[int]], *, batch: Limits | None = None
-) -> dict[str, Limits]:
-    """Limits that hold every dynamic axis at its size in `shapes`, but for the axis "batch".
+def limits_of_shapes(axes: GraphAxes, shapes: Mapping[str, Sequence[int]]) -> dict[str, Limits]:
+    """Limits that hold every dynamic axis of every input at its size in `shapes`.
+
+    They are each input's own ("sample.height"): inputs may share an axis' name and not its size, as
+    latents and the picture of a ControlNet do.
 
     Raises:
-        UsageError: an input is missing, its rank differs, or one axis has two sizes.
+        UsageError: an input is missing or its rank differs.
     """
     limits: dict[str, Limits] = {}
     for name, dims in axes.inputs.items():
@@ -183,12 +184,8 @@ def limits_of_shapes(
         if len(shape) != len(dims):
             raise UsageError(f"input {name} has the axes {dims}, not the shape {shape}")
         for dim, size in zip(dims, shape, strict=True):
-            if not isinstance(dim, str) or (dim == BATCH and batch):
-                continue
-            if limits.setdefault(dim, (size, size, size))[0] != size:
-                raise UsageError(f"axis {dim} has the sizes {limits[dim][0]} and {size}")
-    if batch and BATCH in dynamic_axes(axes):
-        limits[BATCH] = batch
+            if isinstance(dim, str):
+                limits[f"{name}.{dim}"] = (size, size, size)
     return limits
 
 

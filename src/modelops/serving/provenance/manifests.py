@@ -175,7 +175,7 @@ def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None
             state = reader.get_validation_state()
             manifest: dict[str, Any] = reader.get_active_manifest() or {}
             problems = (reader.get_validation_results() or {}).get("activeManifest", {})
-    except c2pa.C2paError as error:
+    except (c2pa.C2paError, KeyError) as error:  # KeyError: the store lacks what it calls active
         raise IntegrityError(f"no readable C2PA manifest ({str(error).splitlines()[0]})") from error
     if state not in (("Valid", "Trusted") if signer is None else ("Trusted",)):
         codes = sorted({str(entry.get("code")) for entry in problems.get("failure", [])})

@@ -82,7 +82,7 @@ class PipelineModel:
         pipeline: with its networks in torch or in another runtime.
 
     Raises:
-        UsageError: it has neither a transformer nor a UNet.
+        UsageError: it has neither a transformer nor a UNet, or belongs to another engine.
     """
 
     previews = False
@@ -99,6 +99,10 @@ class PipelineModel:
                 f"{type(pipeline).__name__} has no denoiser that requests could share",
                 hint=f"a pipeline with a {' or a '.join(_DENOISERS)} can be served",
             )
+        if isinstance(
+            getattr(vars(self._denoiser).get("forward"), "__self__", None), PipelineModel
+        ):
+            raise UsageError("the pipeline belongs to another engine", hint="close that one first")
         self._accepts = inspect.signature(pipeline.__call__).parameters
         self.height, self.width = _size(pipeline, self._denoiser)
         self._tokenizer, self.max_tokens = _longest_tokenizer(pipeline, self._accepts)

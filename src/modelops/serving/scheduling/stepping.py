@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+
+from modelops.export.runtimes.flow import is_plain_euler
 
 _KEPT = 256  # schedules by step count
 
@@ -57,11 +58,7 @@ class Stepper:
         self._scheduler = scheduler
         self._device = device
         self._known: OrderedDict[int, Schedule] = OrderedDict()
-        self.together = (
-            type(scheduler) is FlowMatchEulerDiscreteScheduler
-            and not scheduler.config.stochastic_sampling
-            and dtype == torch.float32
-        )
+        self.together = is_plain_euler(scheduler) and dtype == torch.float32
 
     def schedule(self, steps: int) -> Schedule:
         """A schedule of so many steps, for one trajectory."""

@@ -74,6 +74,25 @@ def t5_text(width: int = 32) -> Any:
     )
 
 
+def gemma_text() -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            head_dim=16,
+            hidden_size=8,
+            initializer_range=0.02,
+            intermediate_size=64,
+            max_position_embeddings=512,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            num_key_value_heads=2,
+            vocab_size=64,
+            attn_implementation="eager",
+        )
+    )
+
+
 def kl_vae(channels: int = 4, *, quant_conv: bool = True) -> Any:
     from diffusers import AutoencoderKL
 
@@ -195,7 +214,6 @@ def sana() -> Any:
         SanaPipeline,
         SanaTransformer2DModel,
     )
-    from transformers import Gemma2Config, Gemma2Model
 
     transformer = SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
@@ -212,23 +230,43 @@ def sana() -> Any:
         upsample_block_type="interpolate", decoder_norm_types="rms_norm",
         decoder_act_fns="silu", scaling_factor=0.41407,
     )  # fmt: skip
-    text = Gemma2Model(
-        Gemma2Config(
-            head_dim=16,
-            hidden_size=8,
-            initializer_range=0.02,
-            intermediate_size=64,
-            max_position_embeddings=512,
-            num_attention_heads=2,
-            num_hidden_layers=1,
-            num_key_value_heads=2,
-            vocab_size=64,
-            attn_implementation="eager",
-        )
-    )
     return SanaPipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder=text, tokenizer=make_tokenizer(length=300),
+        text_encoder=gemma_text(), tokenizer=make_tokenizer(length=300),
+    )  # fmt: skip
+
+
+def prx_transformer(**changes: Any) -> Any:
+    from diffusers import PRXTransformer2DModel
+
+    options: dict[str, Any] = {
+        "in_channels": 4, "patch_size": 2, "context_in_dim": 8, "hidden_size": 16,
+        "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "axes_dim": [4, 4],
+    }  # fmt: skip
+    return PRXTransformer2DModel(**{**options, **changes})
+
+
+def prx() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline
+
+    return PRXPipeline(
+        transformer=prx_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=gemma_text(), tokenizer=make_tokenizer(length=16),
+        vae=kl_vae(quant_conv=False),
+        default_sample_size=32,
+    )  # fmt: skip
+
+
+def prx_pixel() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, PRXPixelPipeline
+
+    transformer = prx_transformer(
+        in_channels=3, patch_size=8, bottleneck_size=12, resolution_embeds=True
+    )
+    return PRXPixelPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=gemma_text(), tokenizer=make_tokenizer(length=16), default_sample_size=32,
+        prompt_max_tokens=16,
     )  # fmt: skip
 
 
@@ -269,6 +307,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "pixart": pixart,
     "sana": sana,
+    "prx": prx,
+    "prx_pixel": prx_pixel,
     "ddpm": ddpm,
     "controlnet": controlnet,
 }
