@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import pytest
 from small_graphs import ConvNet, Transformer, random_rows, shared_network
 
 from modelops.errors import ExportError, UsageError
+from modelops.export.int8.columns import split_columns
 from modelops.export.int8.groups import group_of, node_groups, role_of, stage_of
 from modelops.export.int8.lint import lint_ort_cpu, lint_qdq
 from modelops.export.int8.ortcpu import choose_kind, judge_ort_cpu, write_ort_cpu
@@ -82,9 +84,9 @@ def test_the_group_is_the_role_and_the_block(path: str, group: str) -> None:
 
 def test_deep_networks_have_few_groups_and_every_layer_is_in_one(transformer: Path) -> None:
     writer = QdqWriter(transformer)
-    fine, coarse = writer.groups(), writer.groups(max_groups=7)
+    fine, coarse = writer.groups(), writer.groups(max_groups=8)
     assert {"attention_qkv/transformer_blocks.0", "modulation", "conv_out"} <= set(fine)
-    assert len(coarse) <= 7
+    assert len(coarse) <= 8
     assert "attention_qkv/transformer_blocks.0..transformer_blocks.1" in coarse
     for groups in (fine, coarse):
         names = [name for members in groups.values() for name in members]
@@ -235,12 +237,14 @@ def test_every_quantised_layer_runs_in_int8(
     assert _error(source, tmp_path / "ort.onnx", feed, "onnxruntime") < 0.05
     execution = onnxruntime_execution(tmp_path / "ort.onnx")
     assert unproven_layers(tmp_path / "ort.onnx", execution) == []
-    assert execution["int8_layers"] == len(QdqWriter(source).nodes) - (kind == "convnet")
+    writer = QdqWriter(source)
+    layers = len(writer.nodes) - len(writer.products)
+    assert execution["int8_layers"] == layers - (kind == "convnet")
     pytest.importorskip("openvino")
     graph = open_graph(tmp_path / "sym.onnx", "openvino")
     execution = openvino_execution(graph, feed)  # type: ignore[arg-type]
     assert unproven_layers(tmp_path / "sym.onnx", execution) == []
-    assert execution["int8_layers"] >= len(QdqWriter(source).nodes)
+    assert execution["int8_layers"] >= layers
     assert execution["rest"] == "f32"
     float_run = openvino_execution(open_graph(source, "openvino"), feed)  # type: ignore[arg-type]
     assert float_run["int8_layers"] == 0
@@ -265,6 +269,170 @@ def test_the_second_graph_is_kept_only_where_it_pays(convnet: Path, tmp_path: Pa
     assert choose_kind(rows_of, "8")[0] == "b"
     with pytest.raises(UsageError, match="unknown kind"):
         write_ort_cpu(convnet, target, rows=rows, table=table, kind="guess")
+
+
+@pytest.fixture(scope="module")
+def joint_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys and values of two streams, joined; positions times frequencies make a sine."""
+    path = tmp_path_factory.mktemp("joint") / "model.onnx"
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    generator = np.random.default_rng(0)
+    arrays = {
+        "weights": generator.standard_normal((16, 16)) / 4.0, "factor": np.array(0.5),
+        "other_factor": np.array(0.5),
+    }  # fmt: skip
+    nodes = [
+        node("MatMul", ["positions", "frequencies"], ["angles"], "angles"),
+        node("Sin", ["angles"], ["sines"]),
+        node("Add", ["image", "sines"], ["placed"]),
+        node("MatMul", ["placed", "weights"], ["query"], "to_q"),
+        node("Concat", ["placed", "text"], ["joined"], axis=1),
+        node("Transpose", ["joined"], ["keys"], perm=[0, 2, 1]),
+        node("Mul", ["query", "factor"], ["scaled_query"]),
+        node("Mul", ["keys", "other_factor"], ["scaled_keys"]),
+        node("MatMul", ["scaled_query", "scaled_keys"], ["scores"], "scores"),
+        node("Softmax", ["scores"], ["attention"], axis=-1),
+        node("MatMul", ["attention", "joined"], ["out"], "values"),
+    ]
+    shapes = {
+        "image": ["batch", 12, 16], "text": ["batch", 5, 16], "positions": ["batch", 12, 1],
+        "frequencies": ["batch", 1, 16],
+    }  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes, "joint", [value(n, onnx.TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [value("out", onnx.TensorProto.FLOAT, ["batch", 12, 16])],
+        [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
+    )  # fmt: skip
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), str(path))
+    return path
+
+
+def _joint_feed() -> dict[str, Array]:
+    generator = np.random.default_rng(1)
+    shapes = {"image": (4, 12, 16), "text": (4, 5, 16), "positions": (4, 12, 1),
+              "frequencies": (4, 1, 16)}  # fmt: skip
+    return {k: generator.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+
+
+def test_attentions_products_are_a_group_and_other_products_are_none(
+    transformer: Path, joint_attention: Path
+) -> None:
+    groups = QdqWriter(transformer).groups()
+    for block in ("transformer_blocks.0", "transformer_blocks.1"):
+        assert len(groups[f"attention_products/{block}"]) == 2
+    assert QdqWriter(joint_attention).groups()["attention_products"] == ["scores", "values"]
+    assert "angles" not in QdqWriter(joint_attention).nodes
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_products_of_what_was_joined_are_right_in_both_runtimes(
+    joint_attention: Path, tmp_path: Path, runtime: str
+) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+    writer, feed = QdqWriter(joint_attention), _joint_feed()
+    ranges = measure_ranges(joint_attention, writer.calibrated_tensors(), [feed])
+    target = tmp_path / "products.onnx"
+    writer.write(target, ranges, list(writer.products))
+    assert lint_qdq(target) == []
+    assert 1e-4 < _error(joint_attention, target, feed, runtime) < 0.03
+    rounded = {n.input[0] for n in onnx.load(str(target)).graph.node
+               if n.op_type == "QuantizeLinear"}  # fmt: skip
+    assert rounded == {"scaled_query", "scaled_keys_clipped", "attention", "joined_clipped"}
+
+
+def test_a_product_with_one_rounded_operand_is_a_fault(
+    joint_attention: Path, tmp_path: Path
+) -> None:
+    writer, feed = QdqWriter(joint_attention), _joint_feed()
+    ranges = measure_ranges(joint_attention, writer.calibrated_tensors(), [feed])
+    target = tmp_path / "products.onnx"
+    writer.write(target, ranges, ["scores"])
+    assert lint_qdq(target) == []
+    model = onnx.load(str(target))
+    next(n for n in model.graph.node if n.name == "scores").input[1] = "scaled_keys"
+    onnx.save(model, str(target))
+    assert lint_qdq(target) == ["scores: only one of its operands is quantised",
+                                "scores: the weights are not an int8 constant"]  # fmt: skip
+    with pytest.raises(ExportError, match="no layer is left"):  # onnxruntime's graph has none
+        writer.write(target, ranges, list(writer.products), scheme="ort-cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_attentions_weights_the_largest_is_the_range(joint_attention: Path, method: str) -> None:
+    feed = _joint_feed()
+    seen: list[Array] = []
+    visit_tensors(joint_attention, ["attention"], [feed], lambda _, array: seen.append(array))
+    assert [array.shape for array in seen] == [()]
+    bounds = measure_ranges(joint_attention, ["attention"], [feed], method)["attention"]  # type: ignore[arg-type]
+    assert bounds == Range(0.0, float(seen[0]))
+    assert 1 / 17 < bounds.high <= 1.0
+
+
+def _gated(path: Path, *, axis: int = 2, sizes: bool = False, read_twice: bool = False) -> Path:
+    """x [batch, 6, 8] times [8, 6] plus a bias, cut in two that are multiplied. With sizes, in
+    parts of 2 and 4. Along axis 1 tokens are cut, which is no matter of columns."""
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    generator = np.random.default_rng(0)
+    arrays = {
+        "weights": generator.standard_normal((8, 6)).astype(np.float32),
+        "bias": generator.standard_normal(6).astype(np.float32),
+        "sizes": np.array([2, 4]),
+        "tail": np.ones((4, 2), np.float32),
+    }
+    cut = ["whole", "sizes"] if sizes else ["whole"]
+    joined = [node("MatMul", ["right", "tail"], ["narrow"], "tail")] if sizes else []
+    nodes = [
+        node("MatMul", ["x", "weights"], ["product"], "linear"),
+        node("Add", ["product", "bias"], ["whole"], "linear_bias"),
+        node("Split", cut, ["left", "right"], "cut", axis=axis,
+             **({} if sizes else {"num_outputs": 2})),
+        *joined,
+        node("Mul", ["left", "narrow" if sizes else "right"], ["out"]),
+    ]  # fmt: skip
+    outputs = [value("out", onnx.TensorProto.FLOAT, ["batch", "height", "width"])]
+    if read_twice:
+        outputs.append(value("whole", onnx.TensorProto.FLOAT, ["batch", 6, 6]))
+    graph = onnx.helper.make_graph(
+        nodes, "gated", [value("x", onnx.TensorProto.FLOAT, ["batch", 6, 8])], outputs,
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )  # fmt: skip
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), str(path))
+    return path
+
+
+@pytest.mark.parametrize(("axis", "sizes"), [(2, False), (-1, False), (2, True)])
+def test_cut_columns_are_two_products_with_the_same_values(
+    tmp_path: Path, axis: int, sizes: bool
+) -> None:
+    source = _gated(tmp_path / "model.onnx", axis=axis, sizes=sizes)
+    model = onnx.load(str(source))
+    assert split_columns(model, source) == ["linear"]
+    assert "Split" not in {node.op_type for node in model.graph.node}
+    assert split_columns(model, source) == []
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(tmp_path / "cut.onnx"))
+    feed = {"x": np.random.default_rng(1).standard_normal((3, 6, 8)).astype(np.float32)}
+    expected = OrtGraph(source).run(feed)
+    assert np.allclose(OrtGraph(tmp_path / "cut.onnx").run(feed), expected, atol=1e-5)
+    writer = QdqWriter(source)
+    assert {"linear_part0", "linear_part1"} <= set(writer.nodes)
+    target = tmp_path / "int8.onnx"
+    ranges = measure_ranges(source, writer.calibrated_tensors(), [feed])
+    writer.write(target, ranges, list(writer.nodes))
+    assert lint_qdq(target) == []
+    assert 1e-4 < _error(source, target, feed, "onnxruntime") < 0.03
+
+
+@pytest.mark.parametrize("what", [{"axis": 1}, {"read_twice": True}])
+def test_other_cuts_stay(tmp_path: Path, what: dict[str, Any]) -> None:
+    source = _gated(tmp_path / "model.onnx", **what)
+    model = onnx.load(str(source))
+    before = model.SerializeToString(deterministic=True)
+    assert split_columns(model, source) == []
+    assert model.SerializeToString(deterministic=True) == before
 
 
 def test_a_value_that_is_not_finite_is_refused(transformer: Path, tmp_path: Path) -> None:

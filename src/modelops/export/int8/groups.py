@@ -1,4 +1,5 @@
-"""Layers with weights, in groups by role and block, for any denoiser: nothing here lists models.
+"""Layers with weights and attention's products, in groups by role and block, for any denoiser:
+nothing here lists models.
 
 A node's place is the torch module path that the exporter noted on it. UNets and diffusion
 transformers name their parts alike, so a few words decide the role; a path without any of them
@@ -24,6 +25,8 @@ MAX_GROUPS = 16  # a scan makes and runs a graph for each
 # "concat_inputs" are convolutions that read a skip connection's Concat. OpenVINO 2026.4 gets them
 # wrong by 0.2 to 0.5 unless a Clip stands before their rounding (see `qdq`); a group of their own
 # catches it if that comes back.
+# "attention_products" are queries times keys and weights times values. Left in float they were most
+# of what NNCF's graph of a wide UNet was faster by; rounded they nearly doubled the error there.
 KEEP_FP32_GAIN = {
     "concat_inputs": 0.25,
     "conv_in": 0.02,
@@ -32,9 +35,14 @@ KEEP_FP32_GAIN = {
     "modulation": 0.02,
     "attention_qkv": 0.25,
     "attention_out": 0.25,
+    "attention_products": 0.25,
 }
 
-_STAGED = ("attention_qkv", "attention_out", "feed_forward", "resnets", "layers")
+_PRODUCTS = "attention_products"
+_STAGED = ("attention_qkv", "attention_out", _PRODUCTS, "feed_forward", "resnets", "layers")
+# What may stand between the scores and their Softmax, and between that and the values.
+_BEFORE_SOFTMAX = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Transpose", "Where")
+_AFTER_SOFTMAX = ("Cast", "Identity", "Reshape", "Transpose", "Where")
 _EMBEDDINGS = re.compile(
     r"(^|_)(time|timestep|label|class|text|size|resolution|aspect|guidance|caption|context|add|"
     r"pooled|txt|vector)\w*(emb|embed|embedder|embedding|embeddings|projection)($|_)"
@@ -110,7 +118,8 @@ def role_of_group(group: str) -> str:
 
 
 def node_groups(path: Path, *, max_groups: int = MAX_GROUPS) -> dict[str, list[str]]:
-    """Group to names of the nodes with constant weights in it, in the order of the graph.
+    """Group to names of its nodes, in the order of the graph: those with constant weights, and
+    attention's products.
 
     Deep networks have more blocks than a scan can afford; neighbouring blocks of a role are merged
     ("feed_forward/transformer_blocks.0..transformer_blocks.5") until `max_groups` are left, or one
@@ -135,6 +144,9 @@ def group_nodes(model: Any, *, max_groups: int = MAX_GROUPS) -> dict[str, list[s
         else:
             group = group_of(_scopes(node))
         groups.setdefault(group, []).append(node.name)
+    for node in product_nodes(model) if groups else []:
+        stage = stage_of(module_path(_scopes(node)))
+        groups.setdefault(f"{_PRODUCTS}/{stage}" if stage else _PRODUCTS, []).append(node.name)
     return _merge(groups, max_groups)
 
 
@@ -146,6 +158,40 @@ def weighted_nodes(model: Any) -> list[Any]:
         for node in model.graph.node
         if node.op_type in WEIGHTED_OPS and ranks.get(node.input[1], 0) >= 2
     ]
+
+
+def product_nodes(model: Any) -> list[Any]:
+    """Both MatMul nodes of every softmax attention, in the order of the graph: the one that makes
+    the scores and the one that reads the weights. Neither has a constant operand.
+
+    Products of other kinds, of positions and frequencies say, are not rounded: what follows may be
+    a sine.
+    """
+    constants = {item.name for item in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def makers_of(node: Any) -> list[Any]:
+        return [producers[name] for name in node.input if name in producers]
+
+    def readers_of(node: Any) -> list[Any]:
+        return [reader for name in node.output for reader in readers.get(name, [])]
+
+    found: set[str] = set()
+    for neighbours, through in ((makers_of, _BEFORE_SOFTMAX), (readers_of, _AFTER_SOFTMAX)):
+        todo = [node for node in model.graph.node if node.op_type == "Softmax"]
+        seen: set[str] = set()
+        while todo:
+            for node in neighbours(todo.pop()):
+                if node.op_type == "MatMul" and not constants.intersection(node.input):
+                    found.add(node.name)
+                elif node.op_type in through and node.output[0] not in seen:
+                    seen.add(node.output[0])
+                    todo.append(node)
+    return [node for node in model.graph.node if node.name in found]
 
 
 def _scopes(node: Any) -> str:

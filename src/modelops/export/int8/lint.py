@@ -20,9 +20,9 @@ def lint_qdq(path: str | Path) -> list[str]:
 
     The rules: opset at most 20; int8 with zero point 0 everywhere; finite positive float32 scales;
     activations with one scale for the tensor; weights with a scale for every output channel along
-    an explicit axis; every quantised node has both of its operands quantised; float bias; a
-    quantised tensor feeds nothing but quantised nodes, so that none is rounded to no gain; a Clip
-    between a Concat and its rounding (see `qdq`).
+    an explicit axis; every quantised node has both of its operands quantised (in attention's
+    products two activations); float bias; a quantised tensor feeds nothing but quantised nodes, so
+    that none is rounded to no gain; a Clip between a Concat and its rounding (see `qdq`).
 
     Returns:
         One line for each broken rule, naming the node; empty if the graph is in order.
@@ -140,6 +140,8 @@ def _lint_compute(node: Any, graph: _Index) -> list[str]:
         faults.append(f"{node.name}: only one of its operands is quantised")
     if len(node.input) > 2 and graph.dequantized(node.input[2]) is not None:
         faults.append(f"{node.name}: the bias is quantised")
+    if node.op_type == "MatMul" and all(p and p.input[0] not in graph.arrays for p in pairs):
+        return faults
     return [*faults, *_lint_weights(node, pairs[1], graph)]
 
 

@@ -12,14 +12,15 @@ from typing import Any, Literal
 import numpy as np
 
 from modelops.errors import ExportError
-from modelops.export.int8.groups import MAX_GROUPS, group_nodes, weighted_nodes
+from modelops.export.int8.columns import split_columns
+from modelops.export.int8.groups import MAX_GROUPS, group_nodes, product_nodes, weighted_nodes
 from modelops.export.int8.ranges import Range
 from modelops.export.onnx.external import load_graph, save_graph
 from modelops.export.runtimes.graphs import Array
 
 Scheme = Literal["sym", "ort-cpu"]
 _MIN_OPSET = 13  # DequantizeLinear with an axis
-# What OpenVINO moves a QuantizeLinear through, on its way up to a Concat.
+# What OpenVINO moves a QuantizeLinear through, on its way up to a Concat; and constant factors.
 _MOVES_THROUGH = ("Identity", "Reshape", "Resize", "Squeeze", "Transpose", "Unsqueeze")
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -31,6 +32,9 @@ class QdqWriter:
     for each output channel, float bias, no rounding of outputs. *ort-cpu*, for onnxruntime's CPU
     provider: activations uint8 with a zero point; outputs of Conv are rounded and the bias of Gemm
     is int32, without which it does not run them in INT8.
+
+    *sym* also rounds both operands of attention's products; onnxruntime is slower with them in
+    INT8, so *ort-cpu* leaves them in float.
 
     Only quantised nodes read rounded tensors in *sym*: a skip connection beside a quantised
     convolution stays as it was. In *ort-cpu* whatever reads a quantised convolution's output reads
@@ -49,12 +53,16 @@ class QdqWriter:
         opset = next(entry.version for entry in self._model.opset_import if not entry.domain)
         if opset < _MIN_OPSET:
             raise ExportError(f"{source}: opset {opset} has no per-channel INT8", hint="opset 18")
+        split_columns(self._model, source)
         self._arrays = {item.name: item for item in self._model.graph.initializer}
         self._weights: dict[tuple[str, int], tuple[Array, Array]] = {}
-        self.nodes = {node.name: node for node in weighted_nodes(self._model)}
+        self.products = {node.name: node for node in product_nodes(self._model)}
+        self.nodes = {node.name: node for node in weighted_nodes(self._model)} | self.products
         producers = {name: node for node in self._model.graph.node for name in node.output}
         self._clipped = {
-            name for name in self.calibrated_tensors() if _from_concat(name, producers)
+            name
+            for name in self.calibrated_tensors()
+            if _from_concat(name, producers, self._arrays)
         }
 
     def groups(self, max_groups: int = MAX_GROUPS) -> dict[str, list[str]]:
@@ -62,9 +70,10 @@ class QdqWriter:
         return group_nodes(self._model, max_groups=max_groups)
 
     def calibrated_tensors(self) -> list[str]:
-        """Tensors whose range either scheme may ask for: every weighted node's input, and the
-        outputs of convolutions."""
+        """Tensors whose range either scheme may ask for: every weighted node's input, the outputs
+        of convolutions, and both operands of attention's products."""
         names = [node.input[0] for node in self.nodes.values()]
+        names += [node.input[1] for node in self.products.values()]
         names += [node.output[0] for node in self.nodes.values() if node.op_type == "Conv"]
         return list(dict.fromkeys(names))
 
@@ -90,6 +99,7 @@ class QdqWriter:
                 name: node
                 for name, node in chosen.items()
                 if not (node.op_type == "Conv" and node.output[0] in last)
+                and name not in self.products
             }
         if not chosen:
             raise ExportError(f"{self.source}: no layer is left to quantise")
@@ -102,7 +112,10 @@ class QdqWriter:
             node = onnx.NodeProto()
             node.CopyFrom(original)
             quantised = node.name in chosen
-            if quantised:
+            if quantised and node.name in self.products:
+                for index in (0, 1):
+                    node.input[index] = graph.rounded(node.input[index])
+            elif quantised:
                 axis = output_axis(node, len(self._arrays[node.input[1]].dims))
                 activation = graph.rounded(node.input[0])
                 if scheme == "ort-cpu" and node.op_type == "Gemm" and len(node.input) > 2:
@@ -188,9 +201,11 @@ def output_axis(node: Any, rank: int) -> int:
     return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, rank - 1)
 
 
-def _from_concat(name: str, producers: Mapping[str, Any]) -> bool:
+def _from_concat(name: str, producers: Mapping[str, Any], constants: Collection[str]) -> bool:
     node = producers.get(name)
-    while node is not None and node.op_type in _MOVES_THROUGH:
+    while node is not None and (
+        node.op_type in _MOVES_THROUGH or (node.op_type == "Mul" and node.input[1] in constants)
+    ):
         node = producers.get(node.input[0])
     return node is not None and node.op_type == "Concat"
 

@@ -94,6 +94,9 @@ def measure_ranges(
         method: "minmax"; "percentile" clips magnitudes at the 99.999th; "entropy" clips where the
             Kullback-Leibler divergence of the int8 histogram is least (Migacz, GTC 2017).
 
+    Of a Softmax's output only the largest value is looked at, by every method: it has a value for
+    each pair of tokens, and a clipped one would be an attention that is cut off.
+
     Raises:
         ExportError: a tensor has a value that is not finite.
     """
@@ -111,7 +114,7 @@ def measure_ranges(
         counts = {name: np.zeros(_BINS, np.int64) for name in tensors}
 
         def count(name: str, array: Array) -> None:
-            if tops[name] > 0:
+            if tops[name] > 0 and array.ndim:
                 flat = array.reshape(-1)
                 flat = np.abs(flat[:: max(1, flat.size // _SAMPLES)])
                 bins = (flat * np.float32(_BINS / tops[name])).astype(np.int64)
@@ -167,11 +170,12 @@ def visit_tensors(
 ) -> None:
     """Call `visit(name, array)` with each tensor on each run; arrays live for one run.
 
-    A run has as many rows as keep the tensors within 512 MiB (at least one).
+    A run has as many rows as keep the tensors within 512 MiB (at least one). In place of a
+    Softmax's output comes its largest value, an array of no axes.
     """
     inner = [name for name in tensors if not any(name in feed for feed in feeds[:1])]
     with tempfile.TemporaryDirectory() as folder:
-        session = _tapped_session(source, inner, Path(folder)) if inner else None
+        session, outputs = _tapped_session(source, inner, Path(folder)) if inner else (None, [])
         rowed = _row_inputs(session, feeds[0]) if session is not None and feeds else set()
         rows_per_run = 0
         for feed in feeds:
@@ -182,34 +186,44 @@ def visit_tensors(
                 continue
             count = _rows(feed)
             if not rows_per_run:  # one row says how large the tensors are
-                arrays = session.run(inner, _take(feed, rowed, 0, 1))
+                arrays = session.run(outputs, _take(feed, rowed, 0, 1))
                 size = sum(array.nbytes for array in arrays)
                 rows_per_run = max(1, min(count, _MEMORY_BYTES // max(1, size)))
             for start in range(0, count, rows_per_run):
-                arrays = session.run(inner, _take(feed, rowed, start, start + rows_per_run))
+                arrays = session.run(outputs, _take(feed, rowed, start, start + rows_per_run))
                 for name, array in zip(inner, arrays, strict=True):
                     visit(name, array)
 
 
-def _tapped_session(source: Path, tensors: Sequence[str], folder: Path) -> Any:
+def _tapped_session(source: Path, tensors: Sequence[str], folder: Path) -> tuple[Any, list[str]]:
+    """A session, and which of its outputs stands for each tensor."""
     import onnx
     import onnxruntime
 
     model = load_graph(source)
     present = {value.name for value in model.graph.output}
-    known = {name for node in model.graph.node for name in node.output}
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    outputs = []
     for name in tensors:
-        if name not in known:
+        if name not in makers:
             raise ExportError(f"{source}: has no tensor {name}")
-        if name not in present:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        tapped = name
+        if makers[name] == "Softmax":
+            tapped = f"{name}_largest"
+            model.graph.node.append(
+                onnx.helper.make_node("ReduceMax", [name], [tapped], name=tapped, keepdims=0)
+            )
+        if tapped not in present:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tapped))
+        outputs.append(tapped)
     path = folder / "tapped.onnx"
     outside = model.ByteSize() > EXTERNAL_BYTES
     onnx.save(model, str(path), save_as_external_data=outside, location=data_path(path).name)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = process_cores()
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(str(path), options, providers=providers), outputs
 
 
 def _digest(source: Path) -> str:

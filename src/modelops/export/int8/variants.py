@@ -82,7 +82,9 @@ class Variants:
             remove_graph(self._path)
 
     def op_type(self, node: str) -> str:
-        """Conv, Gemm or MatMul."""
+        """Conv, Gemm or MatMul, of a node with weights; "product" of attention's others."""
+        if node in self._writer.products:
+            return "product"
         return str(self._writer.nodes[node].op_type)
 
     def serve(self, path: Path) -> Graph:
