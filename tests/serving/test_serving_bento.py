@@ -14,7 +14,7 @@ import pytest
 from modelops.serving.deploy.check import check_endpoint, get
 from modelops.serving.deploy.launch import start_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bento")]
 ROOT = Path(__file__).resolve().parents[2]
 
 

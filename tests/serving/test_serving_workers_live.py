@@ -27,7 +27,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from modelops.serving.deploy.launch import RunningServer, start_server
 from modelops.serving.http.keys import create_key
 
-pytestmark = pytest.mark.slow
+# One pair of workers is asked, broken and counted from test to test: all in one process.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pair")]
 PATIENCE_S = 120.0
 
 
@@ -133,6 +134,7 @@ def test_both_workers_answer_and_every_scrape_counts_everything(pair: Pair) -> N
 
 
 def test_receipts_and_log_of_both_are_whole(pair: Pair) -> None:
+    assert {pair.ask()[0] for _ in range(20)} == {200}
     files = list((pair.folder / "receipts").glob("*.jsonl"))
     assert len(files) == 2
     kept = [json.loads(line)["id"] for file in files for line in file.read_text().splitlines()]
