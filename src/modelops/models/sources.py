@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,6 +99,7 @@ class PipelineSource:
         self.batch_size = batch_size
         self._info = info
         self._scheduler = copy.deepcopy(pipeline.scheduler)
+        self._accepts = frozenset(inspect.signature(pipeline.__call__).parameters)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -146,22 +147,24 @@ class PipelineSource:
         return images
 
     def _call(self, requests: list[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
-        arguments = pipeline_arguments(self.pipeline, requests)
+        arguments = pipeline_arguments(self._accepts, requests)
         # A sampler keeps its place and what it saw last: every call starts with one of its own.
         self.pipeline.scheduler = copy.deepcopy(self._scheduler)
         pictures = np.asarray(self.pipeline(**arguments).images)
         return list(floats_to_uint8(pictures))
 
 
-def pipeline_arguments(pipeline: Any, requests: Sequence[ImageRequest]) -> dict[str, Any]:
+def pipeline_arguments(
+    accepts: Collection[str], requests: Sequence[ImageRequest]
+) -> dict[str, Any]:
     """What to call a diffusers pipeline with, to be given these images as `.images` [N, H, W, 3].
 
     What a request leaves open, and what the pipeline does not take, is left out.
 
     Args:
+        accepts: names of the arguments of the pipeline's call.
         requests: N that agree in steps, guidance, height and width.
     """
-    accepts = inspect.signature(pipeline.__call__).parameters
     first = requests[0]
     wanted: dict[str, Any] = {
         "prompt": [request.prompt for request in requests],

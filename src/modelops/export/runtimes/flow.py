@@ -7,12 +7,14 @@ once, a third of that, with the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from modelops.export.runtimes.graphs import Array, Graph
 from modelops.export.runtimes.modules import ExportedModule
 from modelops.export.signatures import TIMESTEP_NAMES
 from modelops.models.pipeline import PixelFlowPipeline
@@ -29,6 +31,14 @@ def is_plain_euler(scheduler: Any) -> bool:
 class ExportedFlowPipeline(PixelFlowPipeline):
     """A PixelFlowPipeline that follows plain Euler steps in NumPy where its UNet is a graph on the
     CPU. Anything else goes the way of its parent."""
+
+    @property
+    def _execution_device(self) -> torch.device:
+        device: torch.device = self.unet.device  # its parent would look through every part
+        return device
+
+    def maybe_free_model_hooks(self) -> None:
+        """Exported networks have none."""
 
     def denoise(
         self,
@@ -51,22 +61,41 @@ class ExportedFlowPipeline(PixelFlowPipeline):
         sigmas = self.scheduler.sigmas.numpy()
         levels = (self.scheduler.timesteps / 1000.0).numpy()
         graph, signature = unet.parts["forward"]
-        timesteps = torch.empty(len(inputs))
-        arguments = self.unet_arguments(inputs, timesteps, *text)
+        arguments = self.unet_arguments(inputs, torch.ones(len(inputs)), *text)
         feed = {name: value.numpy() for name, value in signature.flatten(arguments).items()}
-        rows = feed["sample"]
-        times = next(feed[name] for name in TIMESTEP_NAMES if name in feed)
+        bound, run = bind(graph, feed)
+        rows = bound["sample"]
+        times = next(bound[name] for name in TIMESTEP_NAMES if name in bound)
         place, count = latents.numpy().copy(), len(latents)
+        move, by_sample = np.empty_like(place), self.config["prediction"] == "sample"
+        timesteps, deltas = levels * np.float32(1000.0), sigmas[1:] - sigmas[:-1]
         for step in self.progress_bar(range(len(levels))):
             rows[:count] = place
             if guided:
                 rows[count:] = place
-            times[:] = levels[step] * np.float32(1000.0)
-            velocity = graph.run_all(feed)[0]
-            if self.config["prediction"] == "sample":
+            times[:] = timesteps[step]
+            velocity = run()[0]
+            if by_sample:
                 velocity = (rows - velocity) / max(levels[step], np.float32(0.05))
-            if guided:
+            if guided:  # away + scale * (toward - away)
                 away = velocity[count:]
-                velocity = away + np.float32(scale) * (velocity[:count] - away)
-            place += (sigmas[step + 1] - sigmas[step]) * velocity
+                np.subtract(velocity[:count], away, out=move)
+                np.multiply(move, np.float32(scale), out=move)
+                np.add(move, away, out=move)
+                np.multiply(move, deltas[step], out=move)
+            else:
+                np.multiply(velocity, deltas[step], out=move)
+            place += move
         return torch.from_numpy(place)
+
+
+def bind(
+    graph: Graph, feed: dict[str, Array]
+) -> tuple[dict[str, Array], Callable[[], list[Array]]]:
+    """A graph's own `bind`, or the same by calls of it: arrays to be written to, and what computes
+    the outputs from them."""
+    if hasattr(graph, "bind"):
+        found: tuple[dict[str, Array], Callable[[], list[Array]]] = graph.bind(feed)
+        return found
+    arrays = {name: array.copy() for name, array in feed.items()}
+    return arrays, lambda: graph.run_all(arrays)

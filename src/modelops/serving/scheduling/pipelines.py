@@ -210,7 +210,7 @@ class PipelineModel:
 
         def run() -> None:
             with torch.no_grad():
-                images = pipeline(**pipeline_arguments(pipeline, [request])).images
+                images = pipeline(**pipeline_arguments(self._accepts, [request])).images
             track.picture = floats_to_uint8(np.asarray(images))[0]
 
         pipeline = copy.copy(self.pipeline)
