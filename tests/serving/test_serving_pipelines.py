@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import io
 import json
@@ -329,7 +330,7 @@ def test_calls_that_differ_are_not_put_together(other: Any) -> None:
 
 
 def test_a_release_of_another_pipeline_is_served_and_replayed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
     checkpoint = tmp_path / "sd"
@@ -370,5 +371,6 @@ def test_a_release_of_another_pipeline_is_served_and_replayed(
     assert receipt["batch_rows"] == [4, 4, 4]
     (tmp_path / "receipt.json").write_text(json.dumps(receipt))
     release = str(tmp_path / "release")
-    assert main(["replay", str(tmp_path / "receipt.json"), "--release", release]) == 0
-    assert capsys.readouterr().out == "equal: the same pixels\n"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["replay", str(tmp_path / "receipt.json"), "--release", release]) == 0
+    assert printed.getvalue() == "equal: the same pixels\n"

@@ -186,12 +186,12 @@ def assemble(root: Path, graphs: Mapping[str, Graph]) -> Any:
 
 
 def _placed(pipeline: Any, device: str) -> Any:
-    """The pipeline, saying that it computes on `device`: diffusers asks its torch modules, and it
-    has none."""
-    if device != "cpu":
-        kind, place = type(pipeline), torch.device(device)
-        members = {"__module__": kind.__module__, "device": property(lambda self: place)}
-        pipeline.__class__ = type(kind.__name__, (kind,), members)
+    """The pipeline, saying that it computes on `device`: diffusers asks its torch modules at every
+    call, and it has none."""
+    kind, place = type(pipeline), torch.device(device)
+    said = property(lambda self: place)
+    members = {"__module__": kind.__module__, "device": said, "_execution_device": said}
+    pipeline.__class__ = type(kind.__name__, (kind,), members)
     return pipeline
 
 

@@ -32,11 +32,6 @@ class ExportedFlowPipeline(PixelFlowPipeline):
     """A PixelFlowPipeline that follows plain Euler steps in NumPy where its UNet is a graph on the
     CPU. Anything else goes the way of its parent."""
 
-    @property
-    def _execution_device(self) -> torch.device:
-        device: torch.device = self.unet.device  # its parent would look through every part
-        return device
-
     def maybe_free_model_hooks(self) -> None:
         """Exported networks have none."""
 
