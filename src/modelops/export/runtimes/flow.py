@@ -1,8 +1,8 @@
 """modelops' own pipeline over exported networks, without torch between two of their calls.
 
 What lies between two network evaluations is a handful of operations on a few thousand numbers. In
-torch these took a tenth of an image's time (bench/bench_overhead.py); in NumPy, on arrays made
-once, a third of that, with the same bits.
+torch a tenth of an image's time went outside the networks (bench/bench_overhead.py); in NumPy, on
+arrays made once, half of that does, with the same bits.
 """
 
 from __future__ import annotations

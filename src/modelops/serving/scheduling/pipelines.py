@@ -178,8 +178,7 @@ class PipelineModel:
 
     def prepare(self, max_rows: int) -> None:
         usual = self.fill(ImageRequest(prompt="", seed=0))
-        plain = replace(usual, guidance=1.0 if "guidance_scale" in self._accepts else 0.0)
-        for request in (plain, usual):
+        for request in (replace(usual, guidance=1.0), usual):
             track = self._started(request, None)
             self._example = track.call
             self.drop(track)
