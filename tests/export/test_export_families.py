@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny_pipelines
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_pipelines
 from modelops.errors import ExportError, UsageError
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import Component, find_components
