@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from modelops.data.images import read_image
-from modelops.evaluation.processes import open_shared
+from modelops.evaluation.crew.sharing import open_shared
 from modelops.evaluation.prompts import PlannedImage, PromptSet, image_name, plan_images
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.sources import open_source

@@ -10,6 +10,7 @@ ModelopsError                exit 1  a known failure
 ├── MissingWeightsError      exit 1  model weights are neither here nor fetchable
 ├── TrainingError            exit 1  a run that cannot go on (non-finite loss, no data)
 ├── EvaluationError          exit 1  a measurement that could not be made
+├── ProcessDiedError         exit 1  one of several processes is gone
 ├── ExportError              exit 1  an export that failed or is not equal to its source
 ├── ServingError             exit 1  a server that cannot start (port in use, bad release)
 ├── GateFailedError          exit 3  the gate says no
@@ -76,6 +77,10 @@ class TrainingError(ModelopsError):
 
 class EvaluationError(ModelopsError):
     """A measurement could not be made; its record says `failed`."""
+
+
+class ProcessDiedError(ModelopsError):
+    """A process that shared the work is gone; what was made is kept."""
 
 
 class ExportError(ModelopsError):

@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 
-from modelops.errors import EvaluationError, UsageError
-from modelops.evaluation.processes import (
-    SharedSource,
-    Workers,
-    launched_ranks,
-    open_shared,
-    threads_of,
-)
+from modelops.errors import ProcessDiedError, UsageError
+from modelops.evaluation.crew.ranks import launched_ranks
+from modelops.evaluation.crew.sharing import SharedSource, open_shared
+from modelops.evaluation.crew.threads import threads_of
+from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.prompts import PromptSet, plan_images
 from modelops.evaluation.samples import Samples, draw_samples
-from modelops.evaluation.sources import FolderSource, open_source
+from modelops.evaluation.sources import EndpointSource, open_source
 from modelops.files import sha256_file
 from modelops.models.sources import ImageRequest
 
@@ -81,10 +78,10 @@ def test_a_worker_that_is_killed_gives_one_line_and_the_next_run_goes_on(
     def kill() -> None:
         while not source.crew._running:  # type: ignore[attr-defined]
             pass
-        os.kill(source.crew._running[0]._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(source.crew._running[1]._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(EvaluationError, match=r"process 2 of 2 was killed by SIGKILL after \d of"):
+    with pytest.raises(ProcessDiedError, match=r"process 2 of 2 was killed by SIGKILL after \d of"):
         draw(source, tmp_path)
     assert len(digests(tmp_path)) < 9
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
@@ -98,7 +95,7 @@ def test_a_worker_that_cannot_open_the_source_says_why(
 ) -> None:
     inner = open_source(str(tiny_checkpoint), batch_size=1)
     missing = {"uri": str(tmp_path / "gone"), "batch_size": 1, "device": "cpu"}
-    with pytest.raises(EvaluationError, match=r"process 2 of 2 ended with 2 .*no such directory"):
+    with pytest.raises(ProcessDiedError, match=r"process 2 of 2 ended with 2 .*no such directory"):
         draw(SharedSource(inner, Workers(2, missing)), tmp_path / "samples", n=2)
 
 
@@ -136,11 +133,11 @@ def test_a_command_that_is_killed_leaves_no_worker_and_goes_on(
     assert not list((tmp_path / "parts").rglob(".*.tmp"))
 
 
-def test_folders_are_not_divided_and_launchers_are_recognised(
+def test_endpoints_are_not_divided_and_launchers_are_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="folder is not divided"):
-        SharedSource(FolderSource(tmp_path), Workers(2, {}))
+    with pytest.raises(UsageError, match="endpoint is not divided"):
+        SharedSource(EndpointSource("http://127.0.0.1:9"), Workers(2, {}))
     assert launched_ranks({}) is None
     assert launched_ranks({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}) is None
     several = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}

@@ -95,9 +95,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Images per call; does not change them.",
 )
 @click.option("--processes", type=click.IntRange(1), default=1, metavar="N", show_default=True,
-              help="Make the images in N processes; does not change them.")  # fmt: skip
+              help="Make and read the images in N processes; changes no number.")  # fmt: skip
 @click.option(
-    "--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda, cuda:1."
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where torch runs a checkpoint and extractors: cpu, cuda, cuda:1.",
 )
 @click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
@@ -139,7 +142,7 @@ def evaluate(
     """
     from modelops.evaluation.settings import EvaluationSettings
 
-    settings = EvaluationSettings(height=size, width=size, **chosen)
+    settings = EvaluationSettings(height=size, width=size, extractor_device=device, **chosen)
     if settings.slice_by:
         from modelops.evaluation.measures.slices import check_slice_options
 
@@ -151,8 +154,8 @@ def evaluate(
              text=f"would measure {source} and write {out}{also}")  # fmt: skip
         return 0
     from modelops.cli.report import write_report_beside
+    from modelops.evaluation.crew.sharing import open_shared
     from modelops.evaluation.evaluate import evaluate as run
-    from modelops.evaluation.processes import open_shared
     from modelops.evaluation.sources import open_source
 
     opening: dict[str, Any] = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from modelops.environment import current_environment
 from modelops.errors import EvaluationError, ModelopsError
+from modelops.evaluation.crew.sharing import crew_of, inner_source
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.measures import FAMILIES
 from modelops.evaluation.prompts import (
@@ -79,6 +80,9 @@ def evaluate(
         record.duration_s = time.monotonic() - clock
         record.write(out)
         raise
+    finally:
+        if crew := crew_of(source):
+            crew.close()
     record.duration_s = time.monotonic() - clock
     if problems:
         record.status, record.error = "failed", "; ".join(problems)
@@ -126,7 +130,7 @@ def _evaluate(
         settings=settings, record=record, workdir=workdir, prompts=prompts, samples=samples,
         # Not the scheduler: it belongs to the source, as its runtime and precision do.
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
-        reference=reference, training=training, on_progress=on_progress,
+        reference=reference, training=training, on_progress=on_progress, crew=crew_of(source),
     )  # fmt: skip
     if len(samples.failures) > settings.max_failures:
         first = samples.failures[min(samples.failures)]
@@ -182,14 +186,14 @@ def _plan(
 ) -> tuple[PromptSet, list[PlannedImage]]:
     """The prompts and the images that are asked for."""
     n, seed = settings.n, settings.seed
-    if isinstance(source, FolderSource):
+    if isinstance(folder := inner_source(source), FolderSource):
         # Without prompts, one nameless prompt stands for all of the folder's images.
         lines, least = ["(folder of images)"], 0
         if settings.prompts_file is not None:
             read_prompts(settings.prompts_file)  # there is one that can be used
             lines = read_lines(settings.prompts_file)
             least = len(lines)  # an image is missing where there is a line and no file
-        return plan_ready_images(lines, n or max(len(source.files), least), seed=seed)
+        return plan_ready_images(lines, n or max(len(folder.files), least), seed=seed)
     if settings.prompts_file is not None:
         found = read_prompts(settings.prompts_file)
     else:

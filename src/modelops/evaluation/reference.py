@@ -51,6 +51,11 @@ class RealPictures:
         return read_image(self.manifest.image_path(self.samples[index]))
 
     @property
+    def paths(self) -> list[Path]:
+        """The file of each picture."""
+        return [self.manifest.image_path(sample) for sample in self.samples]
+
+    @property
     def digests(self) -> list[str]:
         """sha256 of each picture's file."""
         return [sample.sha256 for sample in self.samples]

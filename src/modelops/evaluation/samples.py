@@ -14,7 +14,10 @@ import numpy.typing as npt
 
 from modelops.data.images import encode_png, read_image
 from modelops.errors import ImageError, ModelopsError
-from modelops.evaluation.processes import Job, Outcome, SharedSource, Workers, fewer_threads
+from modelops.evaluation.crew.sharing import crew_of, inner_source
+from modelops.evaluation.crew.threads import fewer_threads
+from modelops.evaluation.crew.work import Job, Outcome
+from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.prompts import PlannedImage, image_name
 from modelops.evaluation.sources import EndpointSource, ImageBlockedError
 from modelops.files import remove_leftovers, sha256_json, write_bytes
@@ -65,10 +68,12 @@ def draw_samples(
         directory: the cache; images lie in a folder named by source and sampling. A source without
             a digest (a service that does not name its release) may have changed since, so its
             images only serve to finish an evaluation that was cut short.
+
+    Processes of a crew stay for what is to be read, until it is closed; after an error they end.
     """
     cache = directory / _sampling_key(source, request)
     is_folder = source.info.kind == "folder"
-    crew = source.crew if isinstance(source, SharedSource) else None
+    crew = crew_of(source)
     jobs = [
         Job(
             place,
@@ -101,7 +106,7 @@ def draw_samples(
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
         if crew:
-            stack.callback(crew.close)
+            stack.push(lambda error, *_: crew.close() if error else None)
         if isinstance(crew, Workers):
             stack.enter_context(fewer_threads(crew.processes))
         share = crew.divide(find, report) if crew else find()
@@ -133,7 +138,7 @@ def make_images(source: ModelSource, jobs: Sequence[Job]) -> Iterator[Outcome]:
     if not jobs:
         return
     chunk = max(1, int(getattr(source, "batch_size", 4)))
-    inner = source.inner if isinstance(source, SharedSource) else source
+    inner = inner_source(source)
     if isinstance(inner, PipelineSource):
         rows = inner.rows_per_call(jobs[0].request)
         chunk = -(-chunk // rows) * rows  # a call makes so many in any case

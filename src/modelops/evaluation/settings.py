@@ -33,6 +33,8 @@ class EvaluationSettings:
         fid_mode: how images come to Inception's size: "clean", "legacy_pytorch" or
             "legacy_tensorflow".
         extractor_dtype: "float64" runs Inception in double precision, for audits.
+        extractor_device: of torch, where extractors of features run; not part of any protocol, for
+            it changes features by rounding only.
         clip_weights, clip_model: an open_clip state dict and its architecture, for CLIPScore.
         dinov2_weights: a directory with DINOv2 as transformers saves it, for distances on it.
         safety: image filter by name (see `modelops.safety.registry`), or "none".
@@ -78,6 +80,7 @@ class EvaluationSettings:
     inception_weights: Path | None = None
     fid_mode: str = "clean"
     extractor_dtype: str = "float32"
+    extractor_device: str = "cpu"
     clip_weights: Path | None = None
     clip_model: str = "ViT-B-32-quickgelu"
     dinov2_weights: Path | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.errors import EvaluationError, ModelopsError
+from modelops.evaluation.crew.reading import (
+    check_images,
+    extractor_opening,
+    join_features,
+    join_verdicts,
+    open_reader,
+    read_divided,
+    stack_features,
+)
+from modelops.evaluation.crew.work import Crew
 from modelops.evaluation.prompts import PromptSet
 from modelops.evaluation.reference import RealPictures, shared_pictures
 from modelops.evaluation.samples import Samples
 from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
-from modelops.files import sha256_file
-from modelops.metrics.feature_files import map_features, row_chunks, write_features
+from modelops.files import sha256_file, sha256_json
+from modelops.metrics.feature_files import (
+    FeatureCache,
+    map_features,
+    row_chunks,
+    write_features,
+)
 from modelops.metrics.features import Extractor, Lite0Extractor, cached_features, features_key
 from modelops.metrics.frechet import Statistics, frechet_interval
 from modelops.metrics.intervals import Interval
 from modelops.metrics.protocol import protocol_id
 from modelops.metrics.streaming import cached_statistics, streamed_frechet_interval
 from modelops.records import EvaluationRecord, Measurement
+from modelops.safety.image import ImageFilter, ImageVerdict
 
 Image = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
@@ -41,6 +58,7 @@ class Workbench:
         problems: what makes the record `failed`.
         pages: further files, by name, that the record shall name.
         on_progress: called with (done, total) by what goes through the images one by one.
+        crew: other processes that read images too.
     """
 
     settings: EvaluationSettings
@@ -55,7 +73,9 @@ class Workbench:
     problems: list[str] = field(default_factory=list)
     pages: dict[str, Path] = field(default_factory=dict)
     on_progress: Callable[[int, int], None] | None = None
-    extractor: Lite0Extractor = field(default_factory=Lite0Extractor)
+    crew: Crew | None = None
+    _openings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _lite0: Lite0Extractor | None = None
     _features: dict[str, Features] = field(default_factory=dict)
     _digests: list[str] = field(default_factory=list)
     _reference_notes: list[str] | None = None
@@ -78,6 +98,25 @@ class Workbench:
     def image(self, row: int) -> Image:
         """The image of a row of `per_image`, uint8 [H, W, 3]."""
         return self.samples.read(self.samples.made[row])
+
+    def open_extractor(self, name: str) -> Any:
+        """An extractor with the settings' weights: "lite0", "inception", "clip" or "dinov2".
+
+        Raises:
+            EvaluationError: they were not given.
+            MissingWeightsError: they are not there, or do not fit.
+        """
+        opening = extractor_opening(self.settings, name)
+        extractor = open_reader(opening)
+        self._openings[protocol_id(extractor.protocol)] = opening
+        return extractor
+
+    @property
+    def extractor(self) -> Lite0Extractor:
+        """The one that needs no weights from elsewhere."""
+        if self._lite0 is None:
+            self._lite0 = self.open_extractor("lite0")
+        return self._lite0
 
     @property
     def features(self) -> Features:
@@ -114,15 +153,57 @@ class Workbench:
         if key not in self._features:
             self._features[key] = cached_features(
                 extractor, self.digests, self.image, self.workdir / "cache",
-                on_progress=self.on_progress,
+                on_progress=self.on_progress, compute=lambda: self._divided_features(extractor),
             )  # fmt: skip
         return self._features[key]
+
+    def _divided_features(self, extractor: Extractor) -> Features | None:
+        parts = self._divide(extractor, self._paths, self.digests)
+        return None if parts is None else stack_features(parts, extractor.dim)
+
+    def _divide(
+        self, extractor: Extractor, paths: Sequence[Path], digests: Sequence[str]
+    ) -> list[Path] | None:
+        """Feature files of the crew's shares, in order; None where one process reads them all."""
+        opening = self._openings.get(protocol_id(extractor.protocol))
+        if opening is None:
+            return None
+        return read_divided(
+            self.crew, opening, extractor, paths, self.workdir / "cache",
+            features_key(extractor, digests), on_progress=self.on_progress,
+        )  # fmt: skip
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [self.samples.paths[place] for place in self.samples.made]
+
+    def check_images(
+        self, name: str, image_filter: ImageFilter, threshold: float
+    ) -> list[ImageVerdict]:
+        """What an image filter says of the images, in their order.
+
+        Args:
+            name, threshold: what it was opened with.
+
+        Raises:
+            SafetyFilterError: it failed, or an answer is missing or no answer.
+        """
+        opening = {"filter": name, "threshold": threshold}
+        identity = sha256_json([opening, dict(image_filter.info), self.digests])
+        parts = read_divided(
+            self.crew, opening, image_filter, self._paths, self.workdir / "cache", identity
+        )
+        return check_images(image_filter, self._paths) if parts is None else join_verdicts(parts)
 
     def _mapped_features(self, extractor: Extractor) -> Features:
         path = self.features_path(extractor)
         found = map_features(path, self.n, extractor.dim)
         if found is None:
-            write_features(extractor, self.n, self.image, path, on_progress=self.on_progress)
+            parts = self._divide(extractor, self._paths, self.digests)
+            if parts is None:
+                write_features(extractor, self.n, self.image, path, on_progress=self.on_progress)
+            else:
+                join_features(parts, extractor.dim, path)
             found = map_features(path, self.n, extractor.dim)
         if found is None:
             raise EvaluationError(f"{path}: written, and cannot be read")
@@ -132,7 +213,32 @@ class Workbench:
         """Features of real pictures by an extractor, [N, D]; cached by content."""
         if isinstance(extractor, Lite0Extractor):
             return pictures.features
+        found = self._divided_real(pictures, extractor) if self.crew else None
+        if found is not None:
+            return found
         return pictures.features_of(extractor, use_cache=self.settings.cache)
+
+    def _divided_real(self, pictures: RealPictures, extractor: Extractor) -> Features | None:
+        """Features of real pictures that the crew has read, from the cache beside their manifest
+        or, where that cannot be written, the evaluation's own."""
+        n, dim = len(pictures.samples), extractor.dim
+        name = f"{features_key(extractor, pictures.digests)}.npy"
+        own = self.workdir / "cache" / name
+        shared = FeatureCache(pictures.cache_dir if self.settings.cache else None)
+        places = [shared.folder / name, own] if shared.folder else [own]
+        for path in places:
+            if (found := map_features(path, n, dim)) is not None:
+                return found
+        parts = self._divide(extractor, pictures.paths, pictures.digests)
+        if parts is None:
+            return None
+        if shared.folder:
+            with suppress(ModelopsError, OSError):
+                join_features(parts, dim, shared.folder / name)
+                shared.tidy(keep=shared.folder / name)
+                return map_features(shared.folder / name, n, dim)
+        join_features(parts, dim, own)
+        return map_features(own, n, dim)
 
     def frechet(
         self, first: Features, second: Features, *, known: Statistics | None = None

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from modelops.errors import MissingWeightsError
 from modelops.files import sha256_file, sha256_tree
+from modelops.models.devices import full_float32, open_device
 
 Image = npt.NDArray[np.uint8]
 Embeddings = npt.NDArray[np.float32]
@@ -51,15 +52,19 @@ class ClipModel:
             a directory with open_clip_config.json, weights and, where the model has its own, the
             tokenizer, as open_clip saves them.
         model_name: open_clip's name of the architecture; not used for a directory.
+        device: of torch, where it runs.
 
     Raises:
         MissingWeightsError: no such file, it does not fit the architecture, or the architecture's
             tokenizer is not on this machine.
     """
 
-    def __init__(self, weights: Path, model_name: str = "ViT-B-32-quickgelu") -> None:
+    def __init__(
+        self, weights: Path, model_name: str = "ViT-B-32-quickgelu", *, device: str = "cpu"
+    ) -> None:
         import open_clip
 
+        self._device = open_device(device)
         path = Path(weights)
         if not path.exists():
             raise MissingWeightsError(f"{weights}: no such file", hint="give open_clip weights")
@@ -84,7 +89,7 @@ class ClipModel:
                 f"{name}: its tokenizer is not on this machine",
                 hint="give a directory that holds open_clip_config.json, weights and tokenizer",
             ) from error
-        self.model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False).to(self._device)
         # The sigmoid loss needs a bias; only SigLIP and its kin have one.
         self.is_siglip = getattr(self.model, "logit_bias", None) is not None
         self.protocol: dict[str, Any] = {
@@ -106,8 +111,9 @@ class ClipModel:
         found, rest = [], iter(images)
         while block := list(islice(rest, batch)):
             pixels = torch.stack([self.preprocess(Picture.fromarray(image)) for image in block])
-            with torch.no_grad():
-                found.append(self.model.encode_image(pixels, normalize=True).float().numpy())
+            with torch.no_grad(), full_float32():
+                made = self.model.encode_image(pixels.to(self._device), normalize=True)
+            found.append(made.float().cpu().numpy())
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
     @property
@@ -138,9 +144,10 @@ class ClipModel:
 
         found = []
         for start in range(0, len(texts), batch):
-            with torch.no_grad():
-                tokens = self.tokenizer(list(texts[start : start + batch]))
-                found.append(self.model.encode_text(tokens, normalize=True).float().numpy())
+            tokens = self.tokenizer(list(texts[start : start + batch])).to(self._device)
+            with torch.no_grad(), full_float32():
+                made = self.model.encode_text(tokens, normalize=True)
+            found.append(made.float().cpu().numpy())
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
     def cut_texts(self, texts: Sequence[str]) -> int:

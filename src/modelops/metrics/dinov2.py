@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.errors import MissingWeightsError
+from modelops.models.devices import full_float32, open_device
 from modelops.models.pretrained import (
     directory_digests,
     images_to_inputs,
@@ -31,13 +32,14 @@ class Dinov2Extractor:
     Args:
         directory: config.json, preprocessor_config.json and model.safetensors, such as a snapshot
             of facebook/dinov2-large. Images are prepared as its preprocessor says.
+        device: of torch, where the network runs.
 
     Raises:
         MissingWeightsError: no such directory, or no weights in it.
         IntegrityError: weights and config do not belong together.
     """
 
-    def __init__(self, directory: Path, *, batch_size: int = 32) -> None:
+    def __init__(self, directory: Path, *, batch_size: int = 32, device: str = "cpu") -> None:
         from transformers import Dinov2Model
 
         if not Path(directory).is_dir():
@@ -46,7 +48,8 @@ class Dinov2Extractor:
             )
         digests = directory_digests(directory)
         self._processor = load_processor(directory)
-        self._model = load_whole(Dinov2Model, directory).requires_grad_(False)
+        self._device = open_device(device)
+        self._model = load_whole(Dinov2Model, directory).requires_grad_(False).to(self._device)
         self.batch_size = batch_size
         self.protocol: dict[str, Any] = {
             "extractor": "transformers Dinov2Model", **digests, "layer": "class token, normalised "
@@ -68,9 +71,10 @@ class Dinov2Extractor:
         found: list[Features] = []
         rest, done = iter(images), 0
         while block := list(islice(rest, self.batch_size)):
-            with torch.inference_mode():
-                tokens = self._model(**images_to_inputs(self._processor, block)).last_hidden_state
-            found.append(tokens[:, 0].float().numpy())
+            inputs = images_to_inputs(self._processor, block)
+            with torch.inference_mode(), full_float32():
+                made = self._model(**{k: v.to(self._device) for k, v in inputs.items()})
+            found.append(made.last_hidden_state[:, 0].float().cpu().numpy())
             done += len(block)
             if on_progress:
                 on_progress(done)

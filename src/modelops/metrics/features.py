@@ -44,11 +44,12 @@ class Extractor(Protocol):
 class Lite0Extractor:
     """Pooled features of EfficientNet-Lite0, whose ImageNet weights come inside a package."""
 
-    def __init__(self, *, batch_size: int = 64) -> None:
+    def __init__(self, *, batch_size: int = 64, device: str = "cpu") -> None:
         from modelops.models.encoders import LITE0_DIM, LITE0_NAME, LITE0_SHA256, LITE0_SIZE
 
         self.dim = LITE0_DIM
         self.batch_size = batch_size
+        self.device = device
         self._network: Any = None
         self.protocol: dict[str, Any] = {
             "extractor": LITE0_NAME,
@@ -65,13 +66,15 @@ class Lite0Extractor:
     def images_to_features(
         self, images: Iterable[Image], *, on_progress: Callable[[int], None] | None = None
     ) -> Features:
+        from modelops.models.devices import full_float32, open_device
         from modelops.models.encoders import Lite0, images_to_lite0_features
 
         if self._network is None:
-            self._network = Lite0()
-        return images_to_lite0_features(
-            images, network=self._network, batch_size=self.batch_size, on_progress=on_progress
-        )
+            self._network = Lite0().to(open_device(self.device))
+        with full_float32():
+            return images_to_lite0_features(
+                images, network=self._network, batch_size=self.batch_size, on_progress=on_progress
+            )
 
 
 def in_threads(
@@ -106,6 +109,7 @@ def cached_features(
     cache_dir: Path | None,
     *,
     on_progress: OnProgress | None = None,
+    compute: Callable[[], Features | None] | None = None,
 ) -> Features:
     """Features [N, D] of images named by content, from the cache if they were computed before.
 
@@ -114,17 +118,21 @@ def cached_features(
         load: reads image i as uint8 [H, W, 3]; called from several threads.
         cache_dir: where `KEY.npz` files lie; None turns the cache off. One that cannot be written
             is no error.
+        compute: another way to come by them, asked before the images are read here; None from it
+            means that they are to be read here after all.
     """
     path = cache_dir / f"{features_key(extractor, digests)}.npz" if cache_dir else None
     if path and path.is_file():
         stored = _read_features(path, len(digests), extractor.dim)
         if stored is not None:
             return stored
-    workers = min(4, os.cpu_count() or 1)
-    features = extractor.images_to_features(
-        in_threads(load, range(len(digests)), workers=workers, ahead=4 * workers),
-        on_progress=(lambda done: on_progress(done, len(digests))) if on_progress else None,
-    )
+    features = compute() if compute else None
+    if features is None:
+        workers = min(4, os.cpu_count() or 1)
+        features = extractor.images_to_features(
+            in_threads(load, range(len(digests)), workers=workers, ahead=4 * workers),
+            on_progress=(lambda done: on_progress(done, len(digests))) if on_progress else None,
+        )
     if not np.isfinite(features).all():
         bad = int((~np.isfinite(features).all(axis=1)).sum())
         raise EvaluationError(f"{bad} of {len(features)} images have features that are not finite")

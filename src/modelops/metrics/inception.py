@@ -93,6 +93,8 @@ class InceptionExtractor:
             use only a file you trust. Its sha256 is part of the protocol.
         mode: how images come to 299 x 299: "clean", "legacy_pytorch" or "legacy_tensorflow".
         dtype: "float64" computes in double precision, for audits; features are float32 either way.
+        device: of torch, where the network runs; images are resized on the CPU. Not part of the
+            protocol: features differ by rounding.
         sha256: if given, the digest that the file must have.
 
     Raises:
@@ -111,6 +113,7 @@ class InceptionExtractor:
         sha256: str | None = None,
         batch_size: int = 32,
         workers: int | None = None,
+        device: str = "cpu",
     ) -> None:
         if mode not in MODES:
             raise UsageError(f"FID mode {mode!r}: one of {', '.join(MODES)}")
@@ -120,7 +123,7 @@ class InceptionExtractor:
         if not self.weights.is_file():
             raise MissingWeightsError(f"{weights}: no such file", hint=_WHICH)
         self.mode, self.dtype = mode, dtype
-        self.batch_size = batch_size
+        self.batch_size, self.device = batch_size, device
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.sha256 = sha256_file(self.weights)
         named = "6726825d" if "6726825d" in self.weights.name else ""
@@ -162,6 +165,8 @@ class InceptionExtractor:
         """
         import torch
 
+        from modelops.models.devices import full_float32
+
         network, _ = self._load()
         features: list[Features] = []
         pending: list[Floats] = []
@@ -174,9 +179,10 @@ class InceptionExtractor:
                 batch = batch.div_(255.0).mul_(2.0).sub_(1.0)
             else:
                 batch = batch.sub_(128.0).div_(128.0)
-            with torch.inference_mode():
-                output = network(batch.contiguous(memory_format=torch.channels_last))
-            features.append(output.reshape(len(pending), DIM).float().numpy())
+            batch = batch.to(self.device).contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(), full_float32():
+                output = network(batch)
+            features.append(output.reshape(len(pending), DIM).float().cpu().numpy())
             pending.clear()
             if on_progress:
                 on_progress(sum(map(len, features)))
@@ -203,7 +209,10 @@ class InceptionExtractor:
 
     def _load(self) -> tuple[Any, npt.NDArray[np.float64] | None]:
         if self._network is None:
-            self._network, self._classifier = load_inception(self.weights, dtype=self.dtype)
+            from modelops.models.devices import open_device
+
+            network, self._classifier = load_inception(self.weights, dtype=self.dtype)
+            self._network = network.to(open_device(self.device))
         return self._network, self._classifier
 
 

@@ -173,15 +173,17 @@ def images_to_lite0_features(
 ) -> npt.NDArray[np.float32]:
     """Images [H, W, 3] uint8 RGB, of any sizes, to features [N, 1280] float32.
 
-    Each image is resized on its own, so sizes may be mixed.
+    Each image is resized on its own, on the CPU, so sizes may be mixed. The network runs where its
+    weights are.
     """
     body = network or Lite0()
+    device = next(body.parameters()).device
     features: list[npt.NDArray[np.float32]] = []
     pending: list[torch.Tensor] = []
 
     def flush() -> None:
         if pending:
-            features.append(body(torch.cat(pending)).numpy())
+            features.append(body(torch.cat(pending).to(device)).cpu().numpy())
             pending.clear()
             if on_progress:
                 on_progress(sum(map(len, features)))

@@ -21,6 +21,7 @@ import torch
 
 from modelops.errors import MissingWeightsError, UsageError
 from modelops.files import read_text, sha256_bytes, sha256_file, sha256_tree
+from modelops.models.devices import open_device
 from modelops.records import SourceInfo
 
 # sha256 of the pipeline.py of earlier releases, whose checkpoints this one's pipeline runs.
@@ -224,7 +225,8 @@ def load_checkpoint(
     the very bytes of that pipeline or of an earlier release of it.
 
     Raises:
-        UsageError: not a diffusers directory, or one with custom code that is not ours.
+        UsageError: no such device, not a diffusers directory, or one with custom code that is not
+            ours.
         MissingWeightsError: a hub id that is neither cached nor to be had.
     """
     from diffusers import DiffusionPipeline
@@ -233,7 +235,7 @@ def load_checkpoint(
 
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    directory = Path(path)
+    directory, where = Path(path), open_device(device)
     trusted = False
     if directory.exists():
         if not (directory / "model_index.json").is_file():
@@ -266,7 +268,7 @@ def load_checkpoint(
                 f"{path}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}",
                 hint="give a complete diffusers directory",
             ) from error
-    return pipeline.to(device)
+    return pipeline.to(where)
 
 
 def _load_pixel_flow(directory: Path, dtype: torch.dtype) -> Any:

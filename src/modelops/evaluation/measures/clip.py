@@ -26,11 +26,9 @@ def measure(bench: Workbench) -> None:
     """Distances to real pictures, scores and retrieval rates; images are encoded once. A CLIPScore
     is made with CLIP, so SigLIP's weights give no score."""
     settings = bench.settings
-    if settings.clip_weights is None:
-        raise EvaluationError("no CLIP weights were given (--clip-weights)")
-    if bench.n == 0:
+    if bench.n == 0 and settings.clip_weights is not None:
         raise EvaluationError("no images")
-    model = ClipModel(settings.clip_weights, settings.clip_model)
+    model: ClipModel = bench.open_extractor("clip")
     bench.record.inputs["clip"] = InputRef(
         path=str(settings.clip_weights), sha256=model.protocol["weights_sha256"]
     )

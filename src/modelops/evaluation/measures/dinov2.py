@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from modelops.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
-from modelops.metrics.dinov2 import Dinov2Extractor
 from modelops.metrics.frechet import DDOF, rank_warning
 from modelops.metrics.kernel import kernel_distance
 
@@ -13,11 +11,8 @@ KEYS = ("frechet_distance_dinov2", "kernel_distance_dinov2")
 
 def measure(bench: Workbench) -> None:
     """Distances to the reference pictures."""
-    settings = bench.settings
-    if settings.dinov2_weights is None:
-        raise EvaluationError("no DINOv2 weights were given (--dinov2-weights)")
+    extractor = bench.open_extractor("dinov2")
     reference = bench.real()
-    extractor = Dinov2Extractor(settings.dinov2_weights)
     fake, real = bench.features_of(extractor), bench.real_features_of(reference, extractor)
     details = {"n_reference": len(real)}
     bench.put(

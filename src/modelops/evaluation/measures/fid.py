@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from modelops.errors import EvaluationError
 from modelops.evaluation.measures.distances import put_infinity
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.frechet import DDOF, rank_warning
@@ -24,12 +23,7 @@ KEYS = (
 
 def measure(bench: Workbench) -> None:
     """Distances to the reference pictures, and the score of the images alone."""
-    settings = bench.settings
-    if settings.inception_weights is None:
-        raise EvaluationError("no Inception weights were given (--inception-weights)")
-    extractor = InceptionExtractor(
-        settings.inception_weights, mode=settings.fid_mode, dtype=settings.extractor_dtype
-    )
+    extractor: InceptionExtractor = bench.open_extractor("inception")
     bench.attempt(lambda bench: _measure_score(bench, extractor), ("inception_score",))
     _measure_distances(bench, extractor)
 

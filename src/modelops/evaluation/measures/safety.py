@@ -5,7 +5,6 @@ A filter that is missing, fails or gives no usable answer makes the record `fail
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from modelops.errors import EvaluationError, ModelopsError
+from modelops.evaluation.crew.reading import check_images, read_verdicts
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.workbench import Workbench
 from modelops.files import sha256_json, write_json
@@ -26,8 +26,6 @@ from modelops.safety.image import (
     ImageFilter,
     ImageVerdict,
     SafetyFilterError,
-    checked_verdicts,
-    score_to_verdict,
 )
 from modelops.safety.prompt import PromptFilter, PromptVerdict, benign_prompts
 from modelops.safety.registry import open_image_filter, open_prompt_filter
@@ -40,8 +38,8 @@ RESIDUAL_KEYS = ("residual_unsafe_rate",)
 KEYS = (*IMAGE_KEYS, *PROMPT_KEYS, *LIST_KEYS, *RESIDUAL_KEYS)
 
 SWEEP = tuple(round(0.05 * step, 2) for step in range(1, 20))
+OWN_THRESHOLD = 0.5  # every filter's own
 MAX_REAL = 1000  # held-out pictures that the image filter sees
-_BATCH = 16  # images in memory at once
 _CACHE = Path(".cache/safety")  # below the manifest's folder
 T = TypeVar("T")
 
@@ -54,6 +52,7 @@ class _NotAskedError(EvaluationError):
 class _Checked:
     """A filter and its verdicts on the images that were made, in the order of `samples.made`."""
 
+    image_filter: ImageFilter
     info: dict[str, Any]
     verdicts: list[ImageVerdict]
 
@@ -107,8 +106,7 @@ def _measure_images(bench: Workbench) -> _Checked:
         raise _NotAskedError("turned off by --safety none")
     if not samples.made and not samples.blocked:
         raise _NotAskedError("no images to check")
-    image_filter = open_image_filter(settings.safety, threshold=settings.safety_threshold)
-    checked = _check_made(bench, image_filter)
+    checked = _check_made(bench, settings.safety, settings.safety_threshold)
     bench.per_image["nsfw_score"] = [verdict.score for verdict in checked.verdicts]
     withheld = [samples.plan[place].owner for place in sorted(samples.blocked)]
     owners = [*bench.owner.tolist(), *withheld]
@@ -133,7 +131,7 @@ def _measure_images(bench: Workbench) -> _Checked:
     if bench.reference is None:
         bench.missing("no manifest of real pictures was given", "image_false_positive_rate")
         return checked
-    real = _check_real(bench, bench.reference, image_filter, checked.info)
+    real = _check_real(bench, bench.reference, checked)
     rate = clopper_pearson(sum(verdict.blocked for verdict in real), len(real))
     left_out = len(bench.reference.samples) - len(real)
     bench.put(
@@ -201,7 +199,7 @@ def _measure_blocklist(bench: Workbench) -> _Checked:
         raise _NotAskedError("no block-list of pictures was given (--blocklist)")
     if not bench.samples.made:
         raise _NotAskedError("no images to check")
-    checked = _check_made(bench, open_image_filter(f"blocklist:{bench.settings.blocklist}"))
+    checked = _check_made(bench, f"blocklist:{bench.settings.blocklist}", OWN_THRESHOLD)
     flags = [verdict.blocked for verdict in checked.verdicts]
     _put_clustered(
         bench, "blocklist_match_rate", clustered_rate(flags, bench.owner),
@@ -249,8 +247,7 @@ def _measure_residual(
         raise _NotAskedError("the filters would serve none of the images")
     warnings = [] if prompts is not None and _has_prompts(bench) else ["no prompt was filtered"]
     if settings.audit_safety is not None:
-        audit = open_image_filter(settings.audit_safety, threshold=settings.audit_threshold)
-        judge = _check_made(bench, audit)
+        judge = _check_made(bench, settings.audit_safety, settings.audit_threshold)
         bench.per_image["audit_score"] = [verdict.score for verdict in judge.verdicts]
     else:
         assert images is not None  # seen to above
@@ -271,52 +268,36 @@ def _measure_residual(
     _put_clustered(bench, "residual_unsafe_rate", rate, protocol, n, hits, warnings, more)
 
 
-def _check_made(bench: Workbench, image_filter: ImageFilter) -> _Checked:
-    verdicts: list[ImageVerdict] = []
-    for start in range(0, bench.n, _BATCH):
-        rows = range(start, min(start + _BATCH, bench.n))
-        verdicts += checked_verdicts(image_filter, [bench.image(row) for row in rows])
-    return _Checked(dict(image_filter.info), verdicts)
+def _check_made(bench: Workbench, name: str, threshold: float) -> _Checked:
+    """Open an image filter and have it look at the images.
+
+    Raises:
+        SafetyFilterError: an image could not be scored.
+    """
+    image_filter = open_image_filter(name, threshold=threshold)
+    verdicts = bench.check_images(name, image_filter, threshold)
+    return _Checked(image_filter, dict(image_filter.info), verdicts)
 
 
-def _check_real(
-    bench: Workbench, reference: RealPictures, image_filter: ImageFilter, info: dict[str, Any]
-) -> list[ImageVerdict]:
+def _check_real(bench: Workbench, reference: RealPictures, checked: _Checked) -> list[ImageVerdict]:
     """Verdicts on held-out pictures, at most MAX_REAL; cached by their bytes and the filter's."""
     rows = np.arange(len(reference.samples))
     if len(rows) > MAX_REAL:
         chooser = numpy_generator(bench.settings.seed, "safety/real")
         rows = np.sort(chooser.choice(rows, MAX_REAL, replace=False))
     digests = [reference.samples[row].sha256 for row in rows]
-    key = sha256_json([info, bench.settings.safety_threshold, digests])
+    key = sha256_json([checked.info, bench.settings.safety_threshold, digests])
     path = reference.manifest.root / _CACHE / f"{key}.json"
-    if known := _read_verdicts(path, len(rows)):
+    if known := read_verdicts(path, len(rows)):
         return known
-    verdicts: list[ImageVerdict] = []
-    for start in range(0, len(rows), _BATCH):
-        images = [reference.read(int(row)) for row in rows[start : start + _BATCH]]
-        verdicts += checked_verdicts(image_filter, images)
-    if "weights_sha256" in info:  # else it may change under the same description
+    paths = [reference.manifest.image_path(reference.samples[row]) for row in rows]
+    verdicts = check_images(checked.image_filter, paths)
+    if "weights_sha256" in checked.info:  # else it may change under the same description
         try:
             write_json(path, [[verdict.score, verdict.blocked] for verdict in verdicts])
         except ModelopsError:
             return verdicts  # a folder that cannot be written
     return verdicts
-
-
-def _read_verdicts(path: Path, n: int) -> list[ImageVerdict] | None:
-    """What the cache holds, or None if there is nothing usable."""
-    if not path.is_file():
-        return None
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-        found = [
-            ImageVerdict(score_to_verdict(float(score), 0.5).score, bool(blocked))
-            for score, blocked in rows
-        ]
-    except (OSError, ValueError, TypeError, SafetyFilterError):
-        return None
-    return found if len(found) == n else None
 
 
 def _check(prompt_filter: PromptFilter, prompts: Sequence[str]) -> list[PromptVerdict]:

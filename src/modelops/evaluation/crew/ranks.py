@@ -1,0 +1,132 @@
+"""Processes that a launcher started: `accelerate launch`, `torchrun`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from modelops.errors import ProcessDiedError
+from modelops.evaluation.crew.reading import failure_of
+from modelops.evaluation.crew.threads import device_of
+from modelops.evaluation.crew.work import (
+    Failure,
+    Job,
+    OnOutcome,
+    Outcome,
+    Share,
+    job_from_json,
+    job_to_json,
+    share_from_json,
+    share_to_json,
+)
+
+
+class LaunchedRanks:
+    """The processes that `accelerate launch` or `torchrun` started, each running the same command.
+
+    The first one finds out what is missing and tells the others. When the images are made it goes
+    on to measure and writes the record; the others read what it wants read, and end with it. Files
+    must be in a place that all of them see.
+    """
+
+    def __init__(self, rank: int, world: int, local: int | None = None) -> None:
+        self.rank, self.processes = rank, world
+        self._local = rank if local is None else local
+        self._waiting = False  # whether the others wait for something to read
+
+    def divide(self, find: Callable[[], list[Job]], report: OnOutcome) -> list[Job]:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        if not dist.is_initialized():  # waits as long as the slowest share takes
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+        found = [job_to_json(job) for job in find()] if self.rank == 0 else []
+        jobs = [job_from_json(entry) for entry in self._gather(found)[0]]
+        return jobs[self.rank :: self.processes]
+
+    def check(self) -> None:
+        """Nothing: the launcher ends all processes when one of them dies."""
+
+    def collect(self, own: Sequence[Outcome]) -> list[Outcome]:
+        parts = self._gather([asdict(outcome) for outcome in own])
+        if self.rank != 0:
+            self._serve()
+        self._waiting = True
+        return [Outcome(**entry) for part in parts for entry in part]
+
+    def read(self, shares: Sequence[Share], own: Callable[[Share], Failure | None]) -> None:
+        self._gather([share_to_json(share) for share in shares])
+        for failures in self._gather(_plain(own(shares[0]))):
+            if failures:
+                raise Failure(**failures[0]).error
+
+    def close(self) -> None:
+        """Let the others end. Not while they make images: then the launcher ends them when this
+        process does."""
+        if self._waiting:
+            import torch.distributed as dist
+
+            self._waiting = False
+            self._gather([])
+            dist.destroy_process_group()
+
+    def _serve(self) -> None:
+        """Read what the first rank wants read, until it wants nothing more; ends the process."""
+        import torch.distributed as dist
+
+        while shares := [share_from_json(entry) for entry in self._gather([])[0]]:
+            self._gather(self._read_own(shares))
+        dist.destroy_process_group()
+        raise SystemExit(0)
+
+    def _read_own(self, shares: Sequence[Share]) -> list[dict[str, Any]]:
+        """Read this rank's share, if there is one; why not, if it could not be."""
+        if self.rank >= len(shares):
+            return []
+        share = shares[self.rank]
+        if "device" in share.reader:
+            device = device_of(share.reader["device"], self._local)
+            share = Share({**share.reader, "device": device}, share.paths, share.out)
+        return _plain(failure_of(share))
+
+    def _gather(self, value: list[Any]) -> list[list[Any]]:
+        """Everybody's value, as JSON: torch's own gathering of objects would read pickles."""
+        import torch
+        import torch.distributed as dist
+
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        try:
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.processes)]
+            dist.all_gather(sizes, torch.tensor([len(data)]))
+            longest = max(int(size) for size in sizes)
+            mine = torch.zeros(longest, dtype=torch.uint8)
+            mine[: len(data)] = data
+            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.processes)]
+            dist.all_gather(parts, mine)
+        except RuntimeError as error:
+            raise ProcessDiedError(
+                f"another of the {self.processes} processes is gone: {str(error).splitlines()[0]}",
+                hint="what was made is kept: run the same command again",
+            ) from error
+        return [
+            json.loads(part[: int(size)].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+
+def _plain(failure: Failure | None) -> list[dict[str, Any]]:
+    return [] if failure is None else [asdict(failure)]
+
+
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int] | None:
+    """(rank, processes, rank on this machine) if a launcher started several; else None."""
+    try:
+        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local = int(environment.get("LOCAL_RANK", rank))
+    except (KeyError, ValueError):
+        return None
+    return (rank, world, local) if world > 1 and "MASTER_ADDR" in environment else None

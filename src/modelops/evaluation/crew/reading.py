@@ -1,0 +1,264 @@
+"""Images read by extractors and filters, in one process or divided among several.
+
+Processes take runs of whole batches, so that every image is in the batch that it would be in if one
+process read them all, and what is read of it does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from modelops.data.images import read_image
+from modelops.errors import EvaluationError, ModelopsError
+from modelops.evaluation.crew.work import Crew, Failure, OnRead, Share
+from modelops.evaluation.settings import EvaluationSettings
+from modelops.files import atomic_path, write_json
+from modelops.metrics.feature_files import map_features, release, row_chunks, write_features
+from modelops.metrics.features import Extractor, Features, Lite0Extractor
+from modelops.safety.image import (
+    ImageFilter,
+    ImageVerdict,
+    SafetyFilterError,
+    checked_verdicts,
+    score_to_verdict,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Image = np.ndarray[Any, np.dtype[np.uint8]]
+
+BLOCK = 64  # images; a multiple of every reader's batch, and a divisor of a file's chunks
+FILTER_BATCH = 16  # images in memory at once
+
+
+def extractor_opening(settings: EvaluationSettings, name: str) -> dict[str, Any]:
+    """What `open_reader` makes an extractor of: "lite0", "inception", "clip" or "dinov2".
+
+    Raises:
+        EvaluationError: its weights were not given.
+    """
+    chosen: dict[str, tuple[str, Path | None, dict[str, Any]]] = {
+        "lite0": ("", Path(), {}),
+        "inception": ("--inception-weights", settings.inception_weights,
+                      {"mode": settings.fid_mode, "dtype": settings.extractor_dtype}),
+        "clip": ("--clip-weights", settings.clip_weights, {"model": settings.clip_model}),
+        "dinov2": ("--dinov2-weights", settings.dinov2_weights, {}),
+    }  # fmt: skip
+    option, weights, more = chosen[name]
+    if weights is None:
+        title = {"inception": "Inception", "clip": "CLIP", "dinov2": "DINOv2"}[name]
+        raise EvaluationError(f"no {title} weights were given ({option})")
+    return {"extractor": name, "weights": str(weights), "device": settings.extractor_device, **more}
+
+
+def open_reader(opening: Mapping[str, Any]) -> Any:
+    """An extractor, by what `extractor_opening` says of it; or an image filter, by {"filter": its
+    name, "threshold": score}.
+
+    Raises:
+        ModelopsError: its weights are not there, or not what they should be.
+    """
+    chosen = dict(opening)
+    if "filter" in chosen:
+        from modelops.safety.registry import open_image_filter
+
+        return open_image_filter(chosen["filter"], threshold=chosen["threshold"])
+    weights, device = Path(chosen["weights"]), chosen["device"]
+    if chosen["extractor"] == "inception":
+        from modelops.metrics.inception import InceptionExtractor
+
+        more = {"mode": chosen["mode"], "dtype": chosen["dtype"]}
+        return InceptionExtractor(weights, device=device, **more)
+    if chosen["extractor"] == "clip":
+        from modelops.metrics.clip import ClipModel
+
+        return ClipModel(weights, chosen["model"], device=device)
+    if chosen["extractor"] == "dinov2":
+        from modelops.metrics.dinov2 import Dinov2Extractor
+
+        return Dinov2Extractor(weights, device=device)
+    return Lite0Extractor(device=device)
+
+
+def read_share(share: Share, reader: Extractor | ImageFilter, on_read: OnRead | None) -> None:
+    """Read the images of a share, and write what came of it: features [N, D] as `.npy`, or
+    [score, blocked] of each image as `.json`. Features that are there already stay.
+
+    Raises:
+        EvaluationError: features that are not finite, or an image without a usable verdict.
+        ModelopsError: an image cannot be read, or a file not be written.
+    """
+    count = len(share.paths)
+    if "filter" in share.reader:
+        verdicts = check_images(cast(ImageFilter, reader), share.paths, on_read)
+        write_json(share.out, [[verdict.score, verdict.blocked] for verdict in verdicts])
+        return
+    extractor = cast(Extractor, reader)
+    if map_features(share.out, count, extractor.dim) is None:
+        write_features(
+            extractor, count, lambda row: read_image(share.paths[row]), share.out,
+            on_progress=(lambda done, _: on_read(min(done, count))) if on_read else None,
+        )  # fmt: skip
+
+
+def check_images(
+    image_filter: ImageFilter, paths: Sequence[Path], on_read: OnRead | None = None
+) -> list[ImageVerdict]:
+    """What a filter says of images, a few of them in memory at a time.
+
+    Raises:
+        SafetyFilterError: the filter failed, or an answer is missing or no answer.
+        ImageError: an image cannot be read.
+    """
+    verdicts: list[ImageVerdict] = []
+    for start in range(0, len(paths), FILTER_BATCH):
+        images = [read_image(path) for path in paths[start : start + FILTER_BATCH]]
+        verdicts += checked_verdicts(image_filter, images)
+        if on_read:
+            on_read(len(verdicts))
+    return verdicts
+
+
+def divide_rows(count: int, processes: int) -> list[range]:
+    """Runs of whole blocks, one for each process that gets any, as equal as blocks allow."""
+    blocks = -(-count // BLOCK)
+    runs = np.array_split(np.arange(blocks), min(processes, blocks)) if blocks else []
+    return [range(int(run[0]) * BLOCK, min((int(run[-1]) + 1) * BLOCK, count)) for run in runs]
+
+
+def read_divided(
+    crew: Crew | None,
+    opening: Mapping[str, Any],
+    reader: Extractor | ImageFilter,
+    paths: Sequence[Path],
+    folder: Path,
+    name: str,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Path] | None:
+    """The answers of several processes, one file each, in the order of the images; None where one
+    process is to read everything: without a crew, or with no more than one block of images.
+
+    Args:
+        opening, reader: how other processes open the reader, and it, opened.
+        folder: where files called `name` and a part lie. They stay when something fails, and what
+            has been read is not read again.
+
+    Raises:
+        ModelopsError: as `Crew.read`.
+    """
+    if crew is None or crew.processes < 2:
+        return None
+    runs = divide_rows(len(paths), crew.processes)
+    if len(runs) < 2:
+        return None
+    suffix = "json" if "filter" in opening else "npy"
+    shares = [
+        Share(opening, tuple(paths[rows.start : rows.stop]),
+              folder / f"{name}.{rows.start}-{rows.stop}.{suffix}")
+        for rows in runs
+    ]  # fmt: skip
+
+    def shown(done: int) -> None:
+        if on_progress:  # the others are about as far
+            on_progress(min(len(paths), done * len(shares)), len(paths))
+
+    crew.read(shares, lambda share: failure_of(share, reader, shown))
+    return [share.out for share in shares]
+
+
+def join_features(parts: Sequence[Path], dim: int, path: Path) -> None:
+    """One feature file of several, atomically; the parts are removed.
+
+    Raises:
+        EvaluationError: a part is damaged.
+        ModelopsError: the file cannot be written.
+    """
+    found = [map_features(part, None, dim) for part in parts]
+    count = sum(len(part) for part in found if part is not None)
+    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
+        np.lib.format.write_array_header_1_0(handle, header)
+        for where, part in zip(parts, found, strict=True):
+            if part is None:
+                raise EvaluationError(f"{where}: written, and cannot be read")
+            for rows in row_chunks(len(part)):
+                handle.write(np.ascontiguousarray(part[rows]).data)
+                release(part)
+    _remove(parts)
+
+
+def stack_features(parts: Sequence[Path], dim: int) -> Features:
+    """The features [N, dim] of several files, in memory; the files are removed.
+
+    Raises:
+        EvaluationError: a part is damaged.
+    """
+    found = []
+    for path in parts:
+        part = map_features(path, None, dim)
+        if part is None:
+            raise EvaluationError(f"{path}: written, and cannot be read")
+        found.append(np.array(part))
+    _remove(parts)
+    return np.concatenate(found)
+
+
+def read_verdicts(path: Path, n: int | None = None) -> list[ImageVerdict] | None:
+    """The verdicts of a file; None if there is nothing usable, or not n of them."""
+    if not path.is_file():
+        return None
+    try:
+        found = [
+            ImageVerdict(score_to_verdict(float(score), 0.5).score, bool(blocked))
+            for score, blocked in json.loads(path.read_text("utf-8"))
+        ]
+    except (OSError, ValueError, TypeError, SafetyFilterError):
+        return None
+    return found if n is None or len(found) == n else None
+
+
+def join_verdicts(parts: Sequence[Path]) -> list[ImageVerdict]:
+    """The verdicts of several files, which are removed.
+
+    Raises:
+        SafetyFilterError: a part is damaged.
+    """
+    verdicts: list[ImageVerdict] = []
+    for path in parts:
+        part = read_verdicts(path)
+        if part is None:
+            raise SafetyFilterError(f"{path}: written, and cannot be read")
+        verdicts += part
+    _remove(parts)
+    return verdicts
+
+
+def _remove(parts: Sequence[Path]) -> None:
+    for part in parts:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def failure_of(
+    share: Share, reader: Extractor | ImageFilter | None = None, on_read: OnRead | None = None
+) -> Failure | None:
+    """Read a share, with a reader that is opened if none is given; why not, if it could not be."""
+    try:
+        read_share(share, reader or _opened(json.dumps(dict(share.reader))), on_read)
+    except ModelopsError as error:
+        return Failure(error.message, isinstance(error, EvaluationError))
+    return None
+
+
+@lru_cache(maxsize=1)  # for a process that reads one share after another with the same reader
+def _opened(opening: str) -> Any:
+    return open_reader(json.loads(opening))

@@ -1,0 +1,38 @@
+"""How processes on one machine share its cores and GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+def device_of(device: str, rank: int) -> str:
+    """The device of a process: on "cuda", the next GPU for each, round and round."""
+    if device != "cuda":
+        return device
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{rank % count}" if count > 1 else device
+
+
+def threads_of(processes: int) -> int:
+    """CPU threads for each of so many processes on this machine, 1 or more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    limit = int(wanted) if wanted.isdigit() and int(wanted) > 0 else (cores or 1)
+    return max(1, min(limit, (cores or 1) // processes))
+
+
+@contextlib.contextmanager
+def fewer_threads(processes: int) -> Iterator[None]:
+    """While several processes share the cores, this one's torch uses its part of them only."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads_of(processes)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,129 @@
+"""What is handed out to processes: images to make, and images to read.
+
+Everything crosses as JSON. An image depends on its prompt and seed alone, and what is read of it on
+the image alone; both are written atomically under names that say what they are. So nothing is lost
+when a process is killed, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from modelops.errors import EvaluationError, ModelopsError
+from modelops.models.sources import ImageRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image to make: its place in the plan, what it is made from, and where it goes."""
+
+    place: int
+    request: ImageRequest
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a job; `failure` says why there is no image."""
+
+    place: int
+    failure: str | None = None
+    blocked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Images to read with one reader, and the file that the answer goes to.
+
+    Attributes:
+        reader: what `reading.open_reader` opens.
+        paths: images, in order.
+        out: written atomically; see `reading.read_share`.
+    """
+
+    reader: Mapping[str, Any]
+    paths: tuple[Path, ...]
+    out: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a share could not be read.
+
+    Attributes:
+        unmeasurable: whether it is an EvaluationError, a reason why something is not measured;
+            anything else ends the evaluation.
+    """
+
+    message: str
+    unmeasurable: bool = False
+
+    @property
+    def error(self) -> ModelopsError:
+        """As an exception of the process that asked for the share."""
+        return EvaluationError(self.message) if self.unmeasurable else ModelopsError(self.message)
+
+
+OnOutcome = Callable[[Outcome], None]
+OnRead = Callable[[int], None]  # images read by this process so far
+
+
+class Crew(Protocol):
+    """How the work of one evaluation is divided among processes."""
+
+    @property
+    def processes(self) -> int:
+        """How many there are, with this one."""
+
+    def divide(self, find: Callable[[], list[Job]], report: OnOutcome) -> list[Job]:
+        """This process's share of the jobs that `find` finds; other shares are started.
+
+        Args:
+            report: called with each outcome of another process, from any thread.
+        """
+
+    def check(self) -> None:
+        """Raises ProcessDiedError if another process died."""
+
+    def collect(self, own: Sequence[Outcome]) -> list[Outcome]:
+        """Wait for the others; the outcomes of all. In the ranks after the first it does not
+        return: they read what the first one wants read, and end with it."""
+
+    def read(self, shares: Sequence[Share], own: Callable[[Share], Failure | None]) -> None:
+        """Have each share read by a process of its own, the first by this one.
+
+        Args:
+            own: reads this process's share; says why not, if it could not.
+
+        Raises:
+            EvaluationError: what one process alone could not have measured either.
+            ModelopsError: a share could not be read.
+            ProcessDiedError: another process died.
+        """
+
+    def close(self) -> None:
+        """End whatever still runs."""
+
+
+def job_to_json(job: Job) -> dict[str, Any]:
+    """A job as plain values."""
+    return {"place": job.place, "path": str(job.path), "request": asdict(job.request)}
+
+
+def job_from_json(entry: Mapping[str, Any]) -> Job:
+    """What `job_to_json` made plain."""
+    return Job(entry["place"], ImageRequest(**entry["request"]), Path(entry["path"]))
+
+
+def share_to_json(share: Share) -> dict[str, Any]:
+    """A share as plain values."""
+    return {"reader": dict(share.reader), "paths": [str(path) for path in share.paths],
+            "out": str(share.out)}  # fmt: skip
+
+
+def share_from_json(entry: Mapping[str, Any]) -> Share:
+    """What `share_to_json` made plain."""
+    return Share(entry["reader"], tuple(map(Path, entry["paths"])), Path(entry["out"]))

@@ -1,0 +1,75 @@
+"""A process that does a share of an evaluation's work: `python -m modelops.evaluation.crew.worker`.
+
+Standard input: a line of JSON for each piece of work, either {"opening", "jobs"}, images to make,
+or {"share"}, images to read; its end means that the evaluation is over, or gone. Standard output: a
+line of JSON for each image made, and one for each share read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from dataclasses import asdict
+from typing import Any
+
+
+def main() -> int:
+    """Do what standard input says; returns the exit code."""
+    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
+    busy = threading.Event()
+    threading.Thread(target=_listen, args=(tasks, busy), daemon=True).start()
+
+    from modelops.errors import ModelopsError
+
+    while True:
+        busy.clear()
+        line = tasks.get()
+        busy.set()
+        try:
+            _do(json.loads(line))
+        except ModelopsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+
+
+def _do(task: dict[str, Any]) -> None:
+    from modelops.evaluation.crew.work import job_from_json, share_from_json
+
+    if "share" in task:
+        from modelops.evaluation.crew.reading import failure_of
+
+        failure = failure_of(share_from_json(task["share"]))
+        _say({"failure": asdict(failure) if failure else None})
+        return
+    import torch
+
+    from modelops.evaluation.samples import make_images
+    from modelops.evaluation.sources import open_source
+
+    opening = task["opening"]
+    source = open_source(opening.pop("uri"), **opening)
+    for outcome in make_images(source, [job_from_json(entry) for entry in task["jobs"]]):
+        _say(asdict(outcome))
+    if torch.cuda.is_initialized():  # what reads images next has the device to itself
+        del source
+        torch.cuda.empty_cache()
+
+
+def _say(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+def _listen(tasks: queue.SimpleQueue[str], busy: threading.Event) -> None:
+    for line in sys.stdin:
+        tasks.put(line)
+    os._exit(1 if busy.is_set() or not tasks.empty() else 0)
+
+
+if __name__ == "__main__":
+    # Not sys.exit: a thread that waits for standard input would hold the interpreter up.
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,0 +1,253 @@
+"""Images read by one process or by several: the same features, verdicts and numbers, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modelops.data.images import encode_png, read_image
+from modelops.errors import ModelopsError, ProcessDiedError, UsageError
+from modelops.evaluation.crew.reading import BLOCK, divide_rows
+from modelops.evaluation.crew.sharing import SharedSource
+from modelops.evaluation.crew.work import Share
+from modelops.evaluation.crew.workers import Workers
+from modelops.evaluation.evaluate import evaluate
+from modelops.evaluation.settings import EvaluationSettings
+from modelops.evaluation.sources import open_source
+from modelops.records import EvaluationRecord, read_record
+
+IMAGES = 3 * BLOCK + 9  # two processes take two blocks each, three one, one and two
+
+
+@dataclass(frozen=True)
+class Material:
+    """Pictures to measure, more than a block of reference pictures, and small DINOv2 weights."""
+
+    folder: Path
+    settings: EvaluationSettings
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    from modelops.data.corpora.openmoji import build_corpus
+    from modelops.data.manifest import read_manifest
+
+    root = tmp_path_factory.mktemp("reading")
+    manifest = build_corpus(root / "data", resolution=32, limit=2 * BLOCK + 40, seed=0)
+    rows = read_manifest(manifest)
+    ids = [sample.id for sample in rows.rows]
+    names = ["train" if i % 6 == 0 else "test" for i in range(len(ids))]
+    assert names.count("test") > BLOCK
+    splits = root / "splits.parquet"
+    pq.write_table(pa.table({"id": ids, "split": names, "group": ids}), splits)
+    generator = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for index in range(IMAGES):
+        picture = read_image(rows.image_path(rows.rows[index % len(ids)]))
+        noisy = np.clip(np.rint(picture + generator.normal(0, 25, picture.shape)), 0, 255)
+        (root / "images" / f"{index:04}.png").write_bytes(encode_png(noisy.astype(np.uint8)))
+    torch.manual_seed(0)
+    Dinov2Model(
+        Dinov2Config(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+            patch_size=14, initializer_range=0.5,
+        )
+    ).save_pretrained(root / "dinov2")  # fmt: skip
+    BitImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    ).save_pretrained(root / "dinov2")
+    settings = EvaluationSettings(
+        manifest=manifest, splits=splits, dinov2_weights=root / "dinov2", resamples=20,
+        jackknife_groups=3, grid=4, known_copies=0, blocklist=root / "images", cache=False,
+    )  # fmt: skip
+    return Material(root / "images", settings)
+
+
+def shared(folder: Path, processes: int) -> SharedSource:
+    opening = {"uri": str(folder), "batch_size": 16, "device": "cpu", "runtime": "auto"}
+    return SharedSource(open_source(**opening), Workers(processes, opening))
+
+
+def numbers(path: Path) -> dict[str, Any]:
+    """What a record says, without when, how long and where it was made."""
+    record = read_record(path, EvaluationRecord)
+    kept = record.model_dump(
+        mode="json", exclude={"started_at", "duration_s", "environment", "files"}
+    )
+    rows = json.loads((path.with_suffix("") / "per_image.json").read_text("utf-8"))
+    return {**kept, "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def alone(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of one process."""
+    out = tmp_path_factory.mktemp("alone") / "record.json"
+    record = evaluate(open_source(str(material.folder)), material.settings, out_path=out)
+    measured = ("frechet_distance_lite0", "frechet_distance_dinov2", "unsafe_rate",
+                "blocklist_match_rate")  # fmt: skip
+    assert all(record.metrics[name].value is not None for name in measured)
+    return out
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_is_read_does_not_depend_on_the_processes(
+    material: Material, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    handed: list[list[Share]] = []
+    read = Workers.read
+
+    def spy(self: Workers, shares: Any, own: Any) -> None:
+        handed.append(list(shares))
+        read(self, shares, own)
+
+    monkeypatch.setattr(Workers, "read", spy)
+    source, out = shared(material.folder, processes), tmp_path / "record.json"
+    evaluate(source, material.settings, out_path=out)
+    assert numbers(out) == numbers(alone)
+    assert not source.crew._running, "its workers have ended"  # type: ignore[attr-defined]
+    assert not list((tmp_path / "record" / "cache").glob("*.*-*.*")), "no part is left"
+    # Lite0, DINOv2 of the images; the image filter and the block-list; DINOv2 of the reference.
+    kinds = [share[0].reader.get("extractor", share[0].reader.get("filter")) for share in handed]
+    assert sorted(kind.split(":")[0] for kind in kinds) == [
+        "blocklist", "dinov2", "dinov2", "lite0", "open_nsfw",
+    ]  # fmt: skip
+    assert all(len(shares) == processes for shares in handed if len(shares[0].paths) >= BLOCK)
+
+
+def test_streamed_features_are_those_of_one_process(material: Material, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    settings = replace(material.settings, stream=True, safety="none", blocklist=None)
+    records = [tmp_path / "one.json", tmp_path / "two.json"]
+    evaluate(open_source(str(material.folder)), settings, out_path=records[0])
+    evaluate(shared(material.folder, 2), settings, out_path=records[1])
+    assert numbers(records[0]) == numbers(records[1])
+
+
+def test_reference_pictures_in_a_folder_that_cannot_be_written(
+    material: Material, alone: Path, tmp_path: Path
+) -> None:
+    """The features go to the evaluation's own folder, and are not read a second time."""
+    from dataclasses import replace
+
+    assert material.settings.manifest is not None
+    blocked = material.settings.manifest.parent / ".cache" / "reference"
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("not a folder", "utf-8")
+    try:
+        out = tmp_path / "record.json"
+        evaluate(shared(material.folder, 2), replace(material.settings, cache=True), out_path=out)
+    finally:
+        blocked.unlink()
+    assert numbers(out) == numbers(alone)
+
+
+def test_a_reader_that_is_killed_gives_one_line_and_the_next_run_goes_on(
+    material: Material, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = shared(material.folder, 2), tmp_path / "record.json"
+    crew: Any = source.crew
+    read = Workers.read
+
+    def kill_while_reading(self: Workers, shares: Any, own: Any) -> None:
+        def own_then_kill(share: Share) -> Any:
+            os.kill(crew._running[1]._child.pid, signal.SIGKILL)
+            return own(share)
+
+        read(self, shares, own_then_kill)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workers, "read", kill_while_reading)
+        with pytest.raises(ProcessDiedError, match="process 2 of 2 was killed by SIGKILL while it"):
+            evaluate(source, material.settings, out_path=out)
+    assert read_record(out, EvaluationRecord).status == "failed"
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "record").rglob("*.*-*.npy")}
+    assert kept, "what the other process read is kept"
+    source = shared(material.folder, 2)
+    seen: dict[Path, int] = {}
+
+    def look(self: Workers, shares: Any, own: Any) -> None:
+        read(self, shares, own)
+        seen.update({s.out: s.out.stat().st_mtime_ns for s in shares if s.out in kept})
+
+    monkeypatch.setattr(Workers, "read", look)
+    evaluate(source, material.settings, out_path=out)
+    assert numbers(out) == numbers(alone)
+    assert seen == kept
+
+
+def test_an_image_that_nobody_can_read_is_named(material: Material, tmp_path: Path) -> None:
+    from modelops.evaluation.crew.reading import failure_of
+
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n, and no more")
+    reader = {"extractor": "lite0", "weights": ".", "device": "cpu"}
+    crew = Workers(2, {})
+    good = sorted(material.folder.iterdir())[:2]
+    shares = [Share(reader, tuple(good), tmp_path / "a.npy"),
+              Share(reader, (bad,), tmp_path / "b.npy")]  # fmt: skip
+    try:
+        with pytest.raises(ModelopsError, match=r"bad\.png"):
+            crew.read(shares, failure_of)
+        with pytest.raises(ModelopsError, match=r"bad\.png"):  # by this process
+            crew.read(shares[::-1], failure_of)
+    finally:
+        crew.close()
+    assert not (tmp_path / "b.npy").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_rows_are_divided_in_whole_blocks(count: int, processes: int) -> None:
+    runs = divide_rows(count, processes)
+    assert [row for run in runs for row in run] == list(range(count))
+    assert all(run.start % BLOCK == 0 and len(run) for run in runs) and len(runs) <= processes
+    sizes = [-(-len(run) // BLOCK) for run in runs]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def test_a_device_that_is_not_there_is_named(material: Material, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    from dataclasses import replace
+
+    for name, message in (("cuda", "0 CUDA devices are visible"), ("gpu", "no such name")):
+        settings = replace(material.settings, extractor_device=name)
+        with pytest.raises(UsageError, match=message):
+            evaluate(open_source(str(material.folder)), settings, out_path=tmp_path / "out.json")
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_launcher_read_their_shares(material: Material, tmp_path: Path) -> None:
+    settings = material.settings
+    command = [
+        "modelops.cli.main", "eval", str(material.folder), "--manifest", str(settings.manifest),
+        "--splits", str(settings.splits), "--dinov2-weights", str(settings.dinov2_weights),
+        "--blocklist", str(settings.blocklist), "--resamples", "20", "--no-cache", "--no-report",
+    ]  # fmt: skip
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "3", "--module"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for before, out in (([], "one.json"), (launcher, "three.json")):
+        done = subprocess.run(
+            [sys.executable, "-m", *before, *command, "--out", str(tmp_path / out)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(tmp_path / "three.json") == numbers(tmp_path / "one.json")
+    assert not list((tmp_path / "three" / "cache").glob("*.*-*.*")), "no part is left"
