@@ -17,7 +17,6 @@ if "prometheus_client" not in sys.modules:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 from modelops.errors import ModelopsError
-from modelops.release import verify_release
 from modelops.serving.http.app import create_app
 from modelops.serving.http.connections import limit_connections
 from modelops.serving.http.peers import Peers
@@ -28,7 +27,6 @@ from modelops.serving.telemetry.tracing import configure_tracing, flush_tracing
 from modelops.serving.workers import (
     WorkerField,
     end_with_parent,
-    prepare_workers,
     this_worker,
     worker_count,
 )
@@ -122,20 +120,10 @@ class ImageGenerator:
     def check_the_start() -> None:
         """Runs once before any worker starts, so that a bad release, key or setting ends the
         command; a worker that cannot start is started again for ever."""
-        from modelops.safety.registry import check_image_filter, check_prompt_filter
-        from modelops.serving.moderation.quarantine import check_quarantine
-        from modelops.serving.provenance.signing import open_signing_key
-        from modelops.serving.provenance.watermark import open_watermark
+        from modelops.serving.start import check_the_start
 
         try:
-            check_prompt_filter(settings.prompt_filter)
-            check_image_filter(settings.image_filter)
-            check_quarantine(settings)
-            if settings.watermark_key:
-                open_watermark(settings.watermark_key)
-            verify_release(release_from_environment())
-            open_signing_key(settings.signing_key, settings.signing_chain)
-            prepare_workers()
+            check_the_start(settings)
         except ModelopsError as error:
             raise SystemExit(f"error: {error}") from error
 

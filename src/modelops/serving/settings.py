@@ -111,6 +111,11 @@ class NodeSettings:
             raise _refused("drift_sample", self.drift_sample, "must be above 0 and at most 1")
 
     @classmethod
+    def variables(cls) -> list[str]:
+        """The variables that `from_environment` reads."""
+        return [_variable(entry.name) for entry in fields(cls)]
+
+    @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
         """Settings from environment variables.
 

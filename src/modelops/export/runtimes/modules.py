@@ -60,6 +60,19 @@ class ExportedModule:
         """As the autoencoder's."""
         return self._run("decode", args, kwargs)
 
+    def memory(self, **arguments: Any) -> dict[str, torch.Tensor] | None:
+        """Where the graph reads such arguments of `forward` from, by input name: what is written
+        there need not be copied by the call. None where it has no such place.
+
+        The memory is the graph's, and every call with other arguments of these shapes writes it;
+        the graph counts those (`overwritten`).
+        """
+        graph, signature = self.parts["forward"]
+        if self.device.type != "cpu" or not hasattr(graph, "bind"):
+            return None
+        feed = {name: value.numpy() for name, value in signature.flatten(arguments).items()}
+        return {name: torch.from_numpy(array) for name, array in graph.bind(feed)[0].items()}
+
     def to(self, *args: Any, **kwargs: Any) -> ExportedModule:
         """Itself: a graph stays in its runtime."""
         return self

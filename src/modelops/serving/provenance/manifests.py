@@ -81,6 +81,7 @@ class Marker:
         self.key = key
         self._software = {"name": software[0], "version": software[1]}
         self._c2pa = _library()
+        self._made = threading.local()
         self._probe()
 
     def embed(self, encoded: bytes, output_format: str, generation: Mapping[str, Any]) -> bytes:
@@ -128,15 +129,20 @@ class Marker:
                 {"label": ASSERTION, "data": said, "created": True},
             ],
         }
-        info = c2pa.C2paSignerInfo(
-            c2pa.C2paSigningAlg.ES256, self.key.chain, self.key.key_pem, None
-        )
-        with (
-            c2pa.Signer.from_info(info) as signer,
-            c2pa.Builder(json.dumps(manifest), _context()) as builder,
-        ):
-            builder.sign(signer, mime_type, io.BytesIO(encoded), out)
+        with c2pa.Builder(json.dumps(manifest), _context()) as builder:
+            builder.sign(self._signer(), mime_type, io.BytesIO(encoded), out)
         return out.getvalue()
+
+    def _signer(self) -> Any:
+        """This thread's signer, with its key read once: that took a fifth of an embedding."""
+        if getattr(self._made, "key", None) is not self.key:
+            c2pa, self._made.key = self._c2pa, self.key
+            self._made.signer = c2pa.Signer.from_info(
+                c2pa.C2paSignerInfo(
+                    c2pa.C2paSigningAlg.ES256, self.key.chain, self.key.key_pem, None
+                )
+            )
+        return self._made.signer
 
     def _probe(self) -> None:
         """A key or a chain that C2PA does not accept is said at start, not at the first request."""

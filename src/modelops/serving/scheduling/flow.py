@@ -24,6 +24,7 @@ from modelops.serving.scheduling.stepping import Schedule, Stepper, guide
 Text = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _TEXTS = 256  # prompts whose embeddings are kept
 _WARM_TEXTS = 4  # prompts at once that are worth preparing for
+_INPUTS = 32  # widths and sizes whose memory is kept
 
 
 @dataclass(slots=True)
@@ -55,10 +56,58 @@ class FlowTrack:
         return self.job.step >= len(self.schedule.timesteps)
 
     @property
-    def timestep(self) -> torch.Tensor:
-        """Of its next step, 1000 sigma."""
-        timestep: torch.Tensor = self.schedule.timesteps[self.job.step]
-        return timestep
+    def level(self) -> float:
+        """Of its next step, sigma."""
+        return self.schedule.levels[self.job.step]
+
+
+class NetworkInputs:
+    """What the network is called with, in memory that is used again at every step; where it is a
+    graph on the CPU, in the graph's own, so that nothing is copied there. A row's text is written
+    when another one was there before.
+
+    Args:
+        width: rows, of which the last may be there only because the network wants so many.
+        latents: [1, C, h, w], and
+        text: of a row, as all of them are.
+    """
+
+    def __init__(self, pipeline: Any, width: int, latents: torch.Tensor, text: Text) -> None:
+        self.width = width
+        self._latents = latents.repeat(width, 1, 1, 1)
+        self._parts = [part.repeat(width, *[1] * (part.ndim - 1)) for part in text]
+        self._graph: Any = None
+        memory = getattr(pipeline.unet, "memory", None)
+        if memory is not None:
+            times = torch.ones(width, dtype=latents.dtype)
+            found = memory(**pipeline.unet_arguments(self._latents, times, *self._parts)) or {}
+            names = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
+            self._latents = found.get("sample", self._latents)
+            self._parts = [
+                found.get(name, part) for name, part in zip(names, self._parts, strict=True)
+            ]
+            self._graph = pipeline.unet.graph if found else None
+        self._written: list[Text | None] = [None] * width
+        self._overwritten = -1
+
+    def put_latents(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Write at most `width` rows [1, C, h, w]; returns all rows, [width, C, h, w]."""
+        torch.cat(list(rows), out=self._latents[: len(rows)])
+        return self._latents
+
+    def put_texts(self, texts: Sequence[Text]) -> list[torch.Tensor]:
+        """Write at most `width` texts, the last of them into what is left too; returns pooled,
+        tokens and mask of all rows."""
+        overwritten = getattr(self._graph, "overwritten", 0)
+        if overwritten != self._overwritten:  # by somebody else's call of the graph
+            self._written, self._overwritten = [None] * self.width, overwritten
+        for row in range(self.width):
+            text = texts[min(row, len(texts) - 1)]
+            if self._written[row] is not text:
+                self._written[row] = text
+                for part, given in zip(self._parts, text, strict=True):
+                    part[row] = given[0]
+        return self._parts
 
 
 class FlowModel:
@@ -84,6 +133,7 @@ class FlowModel:
         self.text_cache = text_cache
         self._tokenizer_lock = threading.Lock()  # fast tokenizers keep padding as mutable state
         self._stepper = Stepper(pipeline.scheduler, self._device, self._dtype)
+        self._inputs: OrderedDict[tuple[int, ...], NetworkInputs] = OrderedDict()
 
     def fill(self, request: ImageRequest) -> ImageRequest:
         config = self.pipeline.config
@@ -175,24 +225,41 @@ class FlowModel:
         rows = [*guided, *(track for track in tracks if track.negative is None)]
         texts = [row.text for row in rows] + [row.negative for row in guided if row.negative]
         everyone = [*rows, *guided]
-        latents = torch.cat([row.latents for row in everyone])
-        sigmas = torch.stack([row.timestep / 1000.0 for row in everyone]).to(latents.dtype)
-        pooled, tokens, mask = (torch.cat(parts) for parts in zip(*texts, strict=True))
+        inputs = self._inputs_for(len(everyone), everyone[0].latents, texts[0])
+        latents = inputs.put_latents([row.latents for row in everyone])
+        pooled, tokens, mask = inputs.put_texts(texts)
+        levels = [row.level for row in everyone]
+        sigmas = torch.tensor(levels + levels[-1:] * (inputs.width - len(levels)),
+                              dtype=self._dtype, device=self._device)  # fmt: skip
         velocity = self.pipeline.predict_velocity(latents, sigmas, pooled, tokens, mask)
-        own, latents = velocity[: len(rows)], latents[: len(rows)]
+        velocity = velocity[: len(everyone)]
+        own = velocity[: len(rows)]
         if guided:
             scales = [row.job.request.guidance or 1.0 for row in guided]
             toward = guide(own[: len(guided)], velocity[len(rows) :], scales)
             own = torch.cat([toward, own[len(guided) :]])
         after = self._stepper.step(
-            [row.schedule for row in rows], [row.job.step for row in rows], own, latents
-        )
+            [row.schedule for row in rows], [row.job.step for row in rows], own,
+            torch.cat([row.latents for row in rows]),  # not `latents`: a scheduler may keep them
+        )  # fmt: skip
         for index, row in enumerate(rows):
             row.estimate = None
             if row.job.step + 1 in row.job.preview_at:
                 row.estimate = row.latents - sigmas[index] * own[index]
             row.latents = after[index : index + 1]
         return [None] * len(tracks)
+
+    def _inputs_for(self, rows: int, latents: torch.Tensor, text: Text) -> NetworkInputs:
+        """Inputs for a call of so many rows like these, or of as many as the network makes it."""
+        filled = getattr(getattr(self.pipeline.unet, "graph", None), "filled", None)
+        width = filled(rows) if filled else rows
+        key = (width, *latents.shape[1:])
+        if key not in self._inputs:
+            self._inputs[key] = NetworkInputs(self.pipeline, width, latents, text)
+            if len(self._inputs) > _INPUTS:
+                self._inputs.popitem(last=False)
+        self._inputs.move_to_end(key)
+        return self._inputs[key]
 
     def preview(self, track: FlowTrack) -> npt.NDArray[np.uint8]:
         assert track.estimate is not None

@@ -25,12 +25,14 @@ class Schedule:
 
     Attributes:
         timesteps: [S], 1000 sigma, on the device.
-        deltas: [S] float32, next sigma minus sigma; None where `scheduler` does the steps.
+        levels: S of them, sigma: the timesteps over 1000, in their precision.
+        deltas: S of them in float32, next sigma minus sigma; none where `scheduler` does the steps.
         scheduler: a copy for this trajectory alone, or None.
     """
 
     timesteps: torch.Tensor
-    deltas: torch.Tensor | None
+    levels: list[float]
+    deltas: list[float]
     scheduler: Any
 
 
@@ -67,10 +69,12 @@ class Stepper:
             return self._known[steps]
         scheduler = copy.deepcopy(self._scheduler)
         scheduler.set_timesteps(steps, device=self._device)
+        timesteps = scheduler.timesteps
+        levels = (timesteps / 1000.0).tolist()
         if not self.together:
-            return Schedule(scheduler.timesteps, None, scheduler)
-        sigmas = scheduler.sigmas.to(self._device)
-        found = Schedule(scheduler.timesteps, sigmas[1:] - sigmas[:-1], None)
+            return Schedule(timesteps, levels, [], scheduler)
+        sigmas = scheduler.sigmas
+        found = Schedule(timesteps, levels, (sigmas[1:] - sigmas[:-1]).tolist(), None)
         self._known[steps] = found
         if len(self._known) > _KEPT:
             self._known.popitem(last=False)
@@ -92,11 +96,10 @@ class Stepper:
         """
         if self.together:
             moves = [
-                schedule.deltas[place]
-                for schedule, place in zip(schedules, places, strict=True)
-                if schedule.deltas is not None
+                schedule.deltas[place] for schedule, place in zip(schedules, places, strict=True)
             ]
-            return latents + torch.stack(moves).view(-1, 1, 1, 1) * velocity
+            sizes = torch.tensor(moves, dtype=torch.float32, device=latents.device)
+            return latents + sizes.view(-1, 1, 1, 1) * velocity
         rows = [
             schedule.scheduler.step(
                 velocity[row : row + 1], schedule.timesteps[place], latents[row : row + 1],

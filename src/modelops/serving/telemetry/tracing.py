@@ -7,7 +7,7 @@ Spans are made where opentelemetry is installed and something exports them: a pr
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import logging
 import re
 import time
@@ -28,6 +28,8 @@ log = logging.getLogger("modelops.requests")
 
 SCOPE_KEY = "modelops.trace"  # where the ASGI middleware keeps a request's trace
 EXPORTER_VARIABLE = "OTEL_TRACES_EXPORTER"
+_SDK = "opentelemetry.sdk.trace"
+_OTLP = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # a package of its own
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -161,6 +163,34 @@ class RequestTrace:
         return int((moment + self._offset_s) * 1e9)
 
 
+def check_tracing(environment: Mapping[str, str]) -> str:
+    """The exporter that OTEL_TRACES_EXPORTER names: "otlp", "console" or "none".
+
+    Raises:
+        UsageError: it is unknown or not installed.
+    """
+    wanted = environment.get(EXPORTER_VARIABLE, "none").strip().lower() or "none"
+    if wanted not in ("otlp", "console", "none"):
+        raise UsageError(
+            f"{EXPORTER_VARIABLE}={wanted}: unknown exporter", hint="otlp, console or none"
+        )
+    for module in {"otlp": (_SDK, _OTLP), "console": (_SDK,), "none": ()}[wanted]:
+        try:
+            found = importlib.util.find_spec(module)
+        except ImportError:  # a package above it is missing
+            found = None
+        if found is None:
+            raise _not_installed(wanted, module)
+    return wanted
+
+
+def _not_installed(wanted: str, module: str) -> UsageError:
+    return UsageError(
+        f"{EXPORTER_VARIABLE}={wanted}: {module} is not installed",
+        hint="pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+    )
+
+
 def configure_tracing(environment: Mapping[str, str]) -> bool:
     """Export spans as OTEL_TRACES_EXPORTER says; False when it asks for nothing.
 
@@ -169,7 +199,7 @@ def configure_tracing(environment: Mapping[str, str]) -> bool:
     Raises:
         UsageError: the exporter is unknown or not installed.
     """
-    wanted = environment.get(EXPORTER_VARIABLE, "none").strip().lower() or "none"
+    wanted = check_tracing(environment)
     if wanted == "none":
         return False
     try:
@@ -182,18 +212,10 @@ def configure_tracing(environment: Mapping[str, str]) -> bool:
             import sys
 
             exporter = ConsoleSpanExporter(out=sys.stderr)
-        elif wanted == "otlp":
-            module = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # a package of its own
-            exporter = importlib.import_module(module).OTLPSpanExporter()
         else:
-            raise UsageError(
-                f"{EXPORTER_VARIABLE}={wanted}: unknown exporter", hint="otlp, console or none"
-            )
+            exporter = importlib.import_module(_OTLP).OTLPSpanExporter()
     except ImportError as error:
-        raise UsageError(
-            f"{EXPORTER_VARIABLE}={wanted}: {error.name or error} is not installed",
-            hint="pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
-        ) from error
+        raise _not_installed(wanted, error.name or str(error)) from error
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return True
     name = environment.get("OTEL_SERVICE_NAME", "modelops")
