@@ -1,6 +1,6 @@
 """The node under load, beside stock BentoML services and the offline limit; issue 5's goals.
 
-    python bench/bench_serving.py --release release --checkpoint runs/pilot/checkpoints/step-1164 \
+    python bench/bench_serving.py --release release --checkpoint runs/pilot/checkpoints/step-1193 \
         --manifest data/manifest.parquet
     python bench/bench_serving.py ... --only overload --rounds 5
     python bench/bench_serving.py ... --quick          (two minutes; the figures mean nothing)
