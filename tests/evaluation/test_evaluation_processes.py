@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hostile_service import serve
 from modelops.errors import ProcessDiedError, UsageError
 from modelops.evaluation.crew.ranks import launched_ranks
 from modelops.evaluation.crew.sharing import SharedSource, open_shared
@@ -136,8 +137,8 @@ def test_a_command_that_is_killed_leaves_no_worker_and_goes_on(
 def test_endpoints_are_not_divided_and_launchers_are_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="endpoint is not divided"):
-        SharedSource(EndpointSource("http://127.0.0.1:9"), Workers(2, {}))
+    with serve() as service, pytest.raises(UsageError, match="endpoint is not divided"):
+        SharedSource(EndpointSource(service.url), Workers(2, {}))
     assert launched_ranks({}) is None
     assert launched_ranks({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}) is None
     several = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
