@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from modelops.data.images import read_image
-from modelops.evaluation.crew.sharing import open_shared
+from modelops.evaluation.crew.sharing import crew_of, open_shared
 from modelops.evaluation.prompts import PlannedImage, PromptSet, image_name, plan_images
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.sources import open_source
@@ -105,6 +105,8 @@ def compare(checkpoint: Path, root: Path, *, images: int, steps: int) -> int:
             opened = open_shared(opening, processes) or open_source(**opening)
             early = draw(opened, plan, request, cache, stop_after=images // 3)
             found = draw(opened, plan, request, cache)
+            if crew := crew_of(opened):
+                crew.close()
             same = sum(found.get(name) == digest for name, digest in expected.items())
             different += images - same
             print(

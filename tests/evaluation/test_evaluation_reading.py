@@ -210,6 +210,54 @@ def test_an_image_that_nobody_can_read_is_named(material: Material, tmp_path: Pa
     assert not (tmp_path / "b.npy").exists()
 
 
+def test_a_filter_whose_process_dies_ends_the_evaluation(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shared(material.folder, 2)
+    crew: Any = source.crew
+    read = Workers.read
+
+    def kill_the_filter(self: Workers, shares: Any, own: Any) -> None:
+        def own_then_kill(share: Share) -> Any:
+            if "filter" in share.reader:
+                os.kill(crew._running[1]._child.pid, signal.SIGKILL)
+            return own(share)
+
+        read(self, shares, own_then_kill)
+
+    monkeypatch.setattr(Workers, "read", kill_the_filter)
+    with pytest.raises(ProcessDiedError, match="was killed by SIGKILL while it read images"):
+        evaluate(source, material.settings, out_path=tmp_path / "record.json")
+
+
+def test_threads_do_not_change_what_is_read(
+    material: Material, alone: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if before == 1 else 1)
+    try:
+        evaluate(
+            open_source(str(material.folder)), material.settings, out_path=tmp_path / "record.json"
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert numbers(tmp_path / "record.json") == numbers(alone)
+
+
+def test_other_weights_on_another_machine_are_not_mixed_in(
+    material: Material, tmp_path: Path
+) -> None:
+    from modelops.evaluation.crew.reading import failure_of
+
+    reader = {"extractor": "lite0", "weights": ".", "device": "cpu", "protocol": "0" * 12}
+    share = Share(reader, tuple(sorted(material.folder.iterdir())[:2]), tmp_path / "a.npy")
+    failure = failure_of(share)
+    assert failure and "other weights" in failure.message and failure.kind == "IntegrityError"
+    assert not share.out.exists()
+
+
 @pytest.mark.parametrize("count", [0, 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 def test_rows_are_divided_in_whole_blocks(count: int, processes: int) -> None:
@@ -229,8 +277,10 @@ def test_a_device_that_is_not_there_is_named(material: Material, tmp_path: Path)
 
     for name, message in (("cuda", "0 CUDA devices are visible"), ("gpu", "no such name")):
         settings = replace(material.settings, extractor_device=name)
-        with pytest.raises(UsageError, match=message):
-            evaluate(open_source(str(material.folder)), settings, out_path=tmp_path / "out.json")
+        for source in (open_source(str(material.folder)), shared(material.folder, 2)):
+            with pytest.raises(UsageError, match=message) as caught:
+                evaluate(source, settings, out_path=tmp_path / "out.json")
+            assert caught.value.hint
 
 
 @pytest.mark.slow

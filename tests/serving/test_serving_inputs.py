@@ -72,13 +72,16 @@ def test_pictures_are_the_pipelines_while_rows_come_and_go(pipeline: Any) -> Non
     assert levels_apart(drive(model, [REQUESTS[1]]), [expected[1]]) == 0
 
 
-def test_another_call_of_the_graph_between_two_steps_changes_nothing(pipeline: Any) -> None:
-    """It writes other texts into the very memory, in every width that the requests take."""
+@pytest.mark.parametrize("widths", [(1, 2, 3, 4, 6, 8), (5, 7)])  # the latter are filled up
+def test_another_call_of_the_graph_between_two_steps_changes_nothing(
+    pipeline: Any, widths: tuple[int, ...]
+) -> None:
+    """It writes other texts into the very memory that the requests' are in."""
     model = FlowModel(pipeline)
     expected = drive(model, REQUESTS)
 
     def disturb() -> None:
-        for rows in range(1, 9):
+        for rows in widths:
             model.evaluate(rows)
             latents = torch.full((rows, *pipeline.latent_shape(32, 32)), 9.0)
             texts = pipeline.encode_prompt(["something else"] * rows)
@@ -86,6 +89,19 @@ def test_another_call_of_the_graph_between_two_steps_changes_nothing(pipeline: A
 
     made = drive(model, REQUESTS, between=disturb)
     assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def test_two_engines_models_of_one_pipeline_do_not_take_the_others_texts(pipeline: Any) -> None:
+    first, second = FlowModel(pipeline), FlowModel(pipeline)
+    expected = [drive(first, REQUESTS[:1])[0], drive(second, REQUESTS[2:3])[0]]
+    made: list[Any] = []
+
+    def other() -> None:
+        made.extend(drive(second, REQUESTS[2:3]))
+
+    mine = drive(first, REQUESTS[:1], between=other)
+    assert np.array_equal(mine[0], expected[0])
+    assert all(np.array_equal(picture, expected[1]) for picture in made) and made
 
 
 def test_the_graph_copies_no_text_while_the_batch_stays_the_same(

@@ -78,7 +78,8 @@ def evaluate(
             else f"{type(error).__name__}: {error}"
         )
         record.duration_s = time.monotonic() - clock
-        record.write(out)
+        if not getattr(crew_of(source), "rank", 0):  # the first of a launcher's processes writes it
+            record.write(out)
         raise
     finally:
         if crew := crew_of(source):

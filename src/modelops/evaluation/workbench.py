@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -108,7 +109,8 @@ class Workbench:
         """
         opening = extractor_opening(self.settings, name)
         extractor = open_reader(opening)
-        self._openings[protocol_id(extractor.protocol)] = opening
+        identity = protocol_id(extractor.protocol)
+        self._openings[identity] = {**opening, "protocol": identity}
         return extractor
 
     @property
@@ -228,6 +230,8 @@ class Workbench:
         places = [shared.folder / name, own] if shared.folder else [own]
         for path in places:
             if (found := map_features(path, n, dim)) is not None:
+                with suppress(OSError):  # the cache forgets what was used longest ago
+                    os.utime(path)
                 return found
         parts = self._divide(extractor, pictures.paths, pictures.digests)
         if parts is None:

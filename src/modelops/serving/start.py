@@ -54,16 +54,22 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     check_prompt_filter(settings.prompt_filter)
     check_image_filter(settings.image_filter)
     check_tracing(environment)
-    if settings.device.partition(":")[0] == "cuda":
-        from modelops.models.devices import open_device
-
-        open_device(settings.device)
     if settings.releases and not Path(settings.releases).is_dir():
         raise UsageError(f"{RELEASES_VARIABLE}={settings.releases}: no such folder")
     check_quarantine(settings)
     if settings.watermark_key:
         open_watermark(settings.watermark_key)
-    verify_release(release_from_environment())
+    root = release_from_environment()
+    record = verify_release(root)
+    if (
+        settings.device.partition(":")[0] == "cuda"
+        and not (
+            root / record.model / "artifact.json"  # whose runtime has devices of its own
+        ).is_file()
+    ):
+        from modelops.models.devices import open_device
+
+        open_device(settings.device)
     open_signing_key(settings.signing_key, settings.signing_chain)
     prepare_workers()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,12 @@ class LaunchedRanks:
 
     def read(self, shares: Sequence[Share], own: Callable[[Share], Failure | None]) -> None:
         self._gather([share_to_json(share) for share in shares])
-        for failures in self._gather(_plain(own(shares[0]))):
+        try:
+            mine = _plain(own(shares[0]))
+        except Exception:
+            self._gather([])  # the others are to hear of what comes next, not of this
+            raise
+        for failures in self._gather(mine):
             if failures:
                 raise Failure(**failures[0]).error
 
@@ -71,7 +77,8 @@ class LaunchedRanks:
             import torch.distributed as dist
 
             self._waiting = False
-            self._gather([])
+            with contextlib.suppress(ProcessDiedError):  # nothing is wanted of it any more
+                self._gather([])
             dist.destroy_process_group()
 
     def _serve(self) -> None:
@@ -88,10 +95,14 @@ class LaunchedRanks:
         if self.rank >= len(shares):
             return []
         share = shares[self.rank]
-        if "device" in share.reader:
-            device = device_of(share.reader["device"], self._local)
-            share = Share({**share.reader, "device": device}, share.paths, share.out)
-        return _plain(failure_of(share))
+        try:
+            if "device" in share.reader:
+                device = device_of(share.reader["device"], self._local)
+                share = Share({**share.reader, "device": device}, share.paths, share.out)
+            return _plain(failure_of(share))
+        except Exception as error:  # all ranks must gather, whatever happens
+            why = str(error).splitlines()[0] if str(error) else "no reason"
+            return _plain(Failure(f"process {self.rank + 1}: {type(error).__name__}: {why}"))
 
     def _gather(self, value: list[Any]) -> list[list[Any]]:
         """Everybody's value, as JSON: torch's own gathering of objects would read pickles."""

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from modelops.data.images import read_image
-from modelops.errors import EvaluationError, ModelopsError
+from modelops.errors import EvaluationError, IntegrityError, ModelopsError
 from modelops.evaluation.crew.work import Crew, Failure, OnRead, Share
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.files import atomic_path, write_json
+from modelops.files import atomic_path, remove_leftovers, write_json
 from modelops.metrics.feature_files import map_features, release, row_chunks, write_features
 from modelops.metrics.features import Extractor, Features, Lite0Extractor
+from modelops.metrics.protocol import protocol_id
 from modelops.safety.image import (
     ImageFilter,
     ImageVerdict,
@@ -149,8 +150,8 @@ def read_divided(
 
     Args:
         opening, reader: how other processes open the reader, and it, opened.
-        folder: where files called `name` and a part lie. They stay when something fails, and what
-            has been read is not read again.
+        folder: where files called `name` and a part lie. They stay when something fails, and
+            features that were read are not read again by as many processes.
 
     Raises:
         ModelopsError: as `Crew.read`.
@@ -166,6 +167,10 @@ def read_divided(
               folder / f"{name}.{rows.start}-{rows.stop}.{suffix}")
         for rows in runs
     ]  # fmt: skip
+
+    remove_leftovers(folder)  # of a process that was killed
+    wanted = {share.out for share in shares}
+    _remove([part for part in folder.glob(f"{name}.*-*.{suffix}") if part not in wanted])
 
     def shown(done: int) -> None:
         if on_progress:  # the others are about as far
@@ -255,10 +260,17 @@ def failure_of(
     try:
         read_share(share, reader or _opened(json.dumps(dict(share.reader))), on_read)
     except ModelopsError as error:
-        return Failure(error.message, isinstance(error, EvaluationError))
+        return Failure.of(error)
     return None
 
 
 @lru_cache(maxsize=1)  # for a process that reads one share after another with the same reader
 def _opened(opening: str) -> Any:
-    return open_reader(json.loads(opening))
+    chosen = json.loads(opening)
+    reader = open_reader(chosen)
+    if "protocol" in chosen and protocol_id(reader.protocol) != chosen["protocol"]:
+        raise IntegrityError(
+            f"{chosen['weights']}: other weights than those of the process that asked",
+            hint="give all machines the same files",
+        )
+    return reader

@@ -12,8 +12,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from modelops.errors import EvaluationError, ModelopsError
+from modelops.errors import (
+    EvaluationError,
+    ImageError,
+    IntegrityError,
+    MissingExtraError,
+    MissingWeightsError,
+    ModelopsError,
+    UsageError,
+)
 from modelops.models.sources import ImageRequest
+
+_KINDS: dict[str, type[ModelopsError]] = {
+    kind.__name__: kind
+    for kind in (EvaluationError, ImageError, IntegrityError, MissingExtraError,
+                 MissingWeightsError, UsageError)
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +68,23 @@ class Failure:
     """Why a share could not be read.
 
     Attributes:
-        unmeasurable: whether it is an EvaluationError, a reason why something is not measured;
-            anything else ends the evaluation.
+        kind: name of the exception's class, if it is one of `_KINDS`.
     """
 
     message: str
-    unmeasurable: bool = False
+    kind: str = ""
+    hint: str | None = None
+
+    @classmethod
+    def of(cls, error: ModelopsError) -> Failure:
+        """What an exception says, for another process."""
+        kinds = (each.__name__ for each in type(error).__mro__ if each.__name__ in _KINDS)
+        return cls(error.message, next(kinds, ""), error.hint)
 
     @property
     def error(self) -> ModelopsError:
         """As an exception of the process that asked for the share."""
-        return EvaluationError(self.message) if self.unmeasurable else ModelopsError(self.message)
+        return _KINDS.get(self.kind, ModelopsError)(self.message, hint=self.hint)
 
 
 OnOutcome = Callable[[Outcome], None]

@@ -13,11 +13,14 @@ import queue
 import sys
 import threading
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TextIO
 
 
 def main() -> int:
     """Do what standard input says; returns the exit code."""
+    # What a library prints goes to standard error, and answers alone to standard output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
     busy = threading.Event()
     threading.Thread(target=_listen, args=(tasks, busy), daemon=True).start()
@@ -29,20 +32,20 @@ def main() -> int:
         line = tasks.get()
         busy.set()
         try:
-            _do(json.loads(line))
+            _do(json.loads(line), answers)
         except ModelopsError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
 
 
-def _do(task: dict[str, Any]) -> None:
+def _do(task: dict[str, Any], answers: TextIO) -> None:
     from modelops.evaluation.crew.work import job_from_json, share_from_json
 
     if "share" in task:
         from modelops.evaluation.crew.reading import failure_of
 
         failure = failure_of(share_from_json(task["share"]))
-        _say({"failure": asdict(failure) if failure else None})
+        _say({"failure": asdict(failure) if failure else None}, answers)
         return
     import torch
 
@@ -52,14 +55,14 @@ def _do(task: dict[str, Any]) -> None:
     opening = task["opening"]
     source = open_source(opening.pop("uri"), **opening)
     for outcome in make_images(source, [job_from_json(entry) for entry in task["jobs"]]):
-        _say(asdict(outcome))
+        _say(asdict(outcome), answers)
     if torch.cuda.is_initialized():  # what reads images next has the device to itself
         del source
         torch.cuda.empty_cache()
 
 
-def _say(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
+def _say(answer: dict[str, Any], answers: TextIO) -> None:
+    print(json.dumps(answer), file=answers, flush=True)
 
 
 def _listen(tasks: queue.SimpleQueue[str], busy: threading.Event) -> None:
@@ -71,5 +74,5 @@ def _listen(tasks: queue.SimpleQueue[str], busy: threading.Event) -> None:
 if __name__ == "__main__":
     # Not sys.exit: a thread that waits for standard input would hold the interpreter up.
     code = main()
-    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)

@@ -176,15 +176,12 @@ class _Worker:
 
     def _hear(self) -> None:
         for line in self._child.stdout or ():
-            try:
-                answer = json.loads(line)
-                if "place" in answer and self._report:
-                    self._done += 1
-                    self._report(Outcome(**answer))
-                elif "failure" not in answer:
-                    continue
-            except (ValueError, TypeError):
-                continue  # not ours: some library printed to standard output
+            answer = json.loads(line)
+            if "place" in answer:
+                self._done += 1
+                with contextlib.suppress(Exception):  # who listens must not keep the answer away
+                    if self._report:
+                        self._report(Outcome(**answer))
             self._answers.put(answer)
         self._answers.put(None)
 

@@ -11,6 +11,8 @@ KEYS = ("frechet_distance_dinov2", "kernel_distance_dinov2")
 
 def measure(bench: Workbench) -> None:
     """Distances to the reference pictures."""
+    if bench.settings.dinov2_weights is not None:
+        bench.real()  # without it there is no need to open them
     extractor = bench.open_extractor("dinov2")
     reference = bench.real()
     fake, real = bench.features_of(extractor), bench.real_features_of(reference, extractor)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modelops.errors import EvaluationError, ModelopsError
+from modelops.errors import EvaluationError, ModelopsError, ProcessDiedError
 from modelops.evaluation.crew.reading import check_images, read_verdicts
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.workbench import Workbench
@@ -86,6 +86,8 @@ def _part(
         return part(bench)
     except _NotAskedError as error:
         reason = error.message
+    except ProcessDiedError:
+        raise
     except ModelopsError as error:
         reason = f"{failed}: {error.message}"
     absent = [key for key in keys if key not in bench.record.metrics]

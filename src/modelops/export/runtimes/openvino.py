@@ -142,6 +142,7 @@ class OpenVinoGraph:
             return [view.copy() for view in outputs]
         rows = self.axes.rows(feed)
         padded = self.axes.pad(feed, batch_bucket(rows or 1))
+        self.overwritten += 1
         shapes = {name: array.shape for name, array in padded.items()}
         self.compiled(shapes)
         request = self._requests[tuple(sorted(shapes.items()))]

@@ -136,12 +136,13 @@ class Marker:
     def _signer(self) -> Any:
         """This thread's signer, with its key read once: that took a fifth of an embedding."""
         if getattr(self._made, "key", None) is not self.key:
-            c2pa, self._made.key = self._c2pa, self.key
+            c2pa = self._c2pa
             self._made.signer = c2pa.Signer.from_info(
                 c2pa.C2paSignerInfo(
                     c2pa.C2paSigningAlg.ES256, self.key.chain, self.key.key_pem, None
                 )
             )
+            self._made.key = self.key
         return self._made.signer
 
     def _probe(self) -> None:

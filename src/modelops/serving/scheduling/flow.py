@@ -101,12 +101,16 @@ class NetworkInputs:
         overwritten = getattr(self._graph, "overwritten", 0)
         if overwritten != self._overwritten:  # by somebody else's call of the graph
             self._written, self._overwritten = [None] * self.width, overwritten
+        changed = False
         for row in range(self.width):
             text = texts[min(row, len(texts) - 1)]
             if self._written[row] is not text:
-                self._written[row] = text
+                self._written[row], changed = text, True
                 for part, given in zip(self._parts, text, strict=True):
                     part[row] = given[0]
+        if changed and self._graph is not None:  # for others that write there
+            self._graph.overwritten += 1
+            self._overwritten = self._graph.overwritten
         return self._parts
 
 
