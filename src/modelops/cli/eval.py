@@ -95,7 +95,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Images per call; does not change them.",
 )
 @click.option("--processes", type=click.IntRange(1), default=1, metavar="N", show_default=True,
-              help="Make and read the images in N processes; changes no number.")  # fmt: skip
+              help="Make and read the images in N processes: the same images, and numbers but for "
+              "rounding.")  # fmt: skip
 @click.option(
     "--device",
     default="cpu",
