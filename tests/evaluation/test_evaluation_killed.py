@@ -4,7 +4,6 @@ images to the byte, and the same numbers in the record."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from modelops.files import sha256_file
-from modelops.records import EvaluationRecord, read_record
+from record_numbers import numbers
 
 pytestmark = pytest.mark.slow
 IMAGES = 20
@@ -43,16 +42,6 @@ def run(command: list[str]) -> None:
 def images(record: Path) -> dict[str, str]:
     found = (record.with_suffix("") / "samples").rglob("*.png")
     return {path.name: sha256_file(path) for path in found}
-
-
-def numbers(path: Path) -> dict[str, Any]:
-    """What a record says, without when, how long and where it was made."""
-    record = read_record(path, EvaluationRecord)
-    kept = record.model_dump(
-        mode="json", exclude={"started_at", "duration_s", "environment", "files"}
-    )
-    rows = json.loads((path.with_suffix("") / "per_image.json").read_text("utf-8"))
-    return {**kept, "rows": rows}
 
 
 @pytest.fixture(scope="module")

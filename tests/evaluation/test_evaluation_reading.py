@@ -3,7 +3,6 @@ where each has as many threads."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
 from modelops.records import EvaluationRecord, read_record
+from record_numbers import numbers
 
 IMAGES = 3 * BLOCK + 9  # two processes take two blocks each, three one, one and two
 
@@ -82,16 +82,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 def shared(folder: Path, processes: int) -> SharedSource:
     opening = {"uri": str(folder), "batch_size": 16, "device": "cpu", "runtime": "auto"}
     return SharedSource(open_source(**opening), Workers(processes, opening))
-
-
-def numbers(path: Path) -> dict[str, Any]:
-    """What a record says, without when, how long and where it was made."""
-    record = read_record(path, EvaluationRecord)
-    kept = record.model_dump(
-        mode="json", exclude={"started_at", "duration_s", "environment", "files"}
-    )
-    rows = json.loads((path.with_suffix("") / "per_image.json").read_text("utf-8"))
-    return {**kept, "rows": rows}
 
 
 @pytest.fixture(scope="module")
