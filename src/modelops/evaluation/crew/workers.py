@@ -176,7 +176,10 @@ class _Worker:
 
     def _hear(self) -> None:
         for line in self._child.stdout or ():
-            answer = json.loads(line)
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                continue  # cut off: it was killed while it wrote
             if "place" in answer:
                 self._done += 1
                 with contextlib.suppress(Exception):  # who listens must not keep the answer away
