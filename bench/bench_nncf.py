@@ -25,6 +25,7 @@ import openvino
 from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
 from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.ranges import Calibration
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import process_cores
 from modelops.export.runtimes.openvino import openvino_has_bfloat16
@@ -104,7 +105,7 @@ def measure(denoiser: Denoiser, folder: Path, options: argparse.Namespace) -> li
     fp32 = denoiser.write_onnx(folder / "fp32" / "model.onnx")
     ours, theirs = folder / "ours.onnx", folder / "theirs.xml"
     quantize_graph(
-        fp32, ours, rows=rows, table=folder / "ranges.json", method=options.method,
+        fp32, ours, Calibration(rows, folder / "ranges.json", options.method),
         keep_fp32=options.keep_fp32,
     )  # fmt: skip
     version = quantize_with_nncf(denoiser, fp32, rows.feeds, theirs, options.nncf_python)

@@ -26,6 +26,7 @@ from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.ranges import Calibration
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Graph, available_runtimes, open_graph, process_cores
 from modelops.export.runtimes.openvino import openvino_has_bfloat16
@@ -138,7 +139,7 @@ def quantized(
         path.parent.mkdir()
         try:
             quantize_graph(
-                fp32, path, rows=rows, table=folder / "ranges.json", method=options.method,
+                fp32, path, Calibration(rows, folder / "ranges.json", options.method),
                 keep_fp32=options.keep_fp32, scheme=scheme,
             )  # fmt: skip
         except Exception as error:

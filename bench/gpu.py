@@ -202,6 +202,7 @@ def write_graphs(
     """fp32, fp16 and INT8 graphs of the module; a conversion that fails is left out."""
     from modelops.errors import ModelopsError
     from modelops.export.int8.quantize import quantize_graph
+    from modelops.export.int8.ranges import Calibration
     from modelops.export.onnx.precision import convert_precision
     from modelops.export.onnx.writer import write_graph
 
@@ -213,8 +214,8 @@ def write_graphs(
             convert_precision, paths["fp32"], paths["fp16"], "float16", feeds=feeds
         ),
         "int8": partial(
-            quantize_graph, paths["fp32"], paths["int8"], rows=network.rows,
-            table=work / "ranges.json",
+            quantize_graph, paths["fp32"], paths["int8"],
+            Calibration(network.rows, work / "ranges.json"),
         ),
     }  # fmt: skip
     if int8 is not None:

@@ -20,6 +20,7 @@ from modelops.export.int8.export import Int8Options, export_int8
 from modelops.export.int8.gates import require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import Decision, GroupCost
 from modelops.export.parity import BOUNDS, psnr_db, require_parity
 from modelops.export.runtime import denoiser_of, open_artifact
@@ -156,8 +157,8 @@ def test_int8_that_no_runtime_here_runs_is_refused(
 def test_what_onnxruntime_opens_is_what_was_compared_in_it(
     onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def keep_it(variants: Any, target: Path, *, rows: Any, table: Path, **more: Any) -> Any:
-        ortcpu.write_ort_cpu(variants.source, target, rows=rows, table=table)
+    def keep_it(variants: Any, target: Path, calibration: Calibration, **more: Any) -> Any:
+        ortcpu.write_ort_cpu(variants.source, target, calibration)
         return {"kept": "conv+matmul", "why": "kept whatever it costs", "kinds": {}}
 
     monkeypatch.setattr(int8, "available_runtimes", lambda: ["onnxruntime"])
@@ -240,7 +241,7 @@ def test_calibration_rows_depend_on_the_seed_alone(
     # the same rows give the same graph, byte for byte, with and without the table at hand
     source, table = onnx_artifact / "unet" / GRAPH, tmp_path / "table.json"
     for name in ("a.onnx", "b.onnx"):
-        quantize_graph(source, tmp_path / name, rows=first, table=table)
+        quantize_graph(source, tmp_path / name, Calibration(first, table))
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 

@@ -17,8 +17,10 @@ from modelops.export.int8.lint import lint_ort_cpu, lint_qdq
 from modelops.export.int8.ortcpu import choose_kind, judge_ort_cpu, write_ort_cpu
 from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
 from modelops.export.int8.qdq import QdqWriter, round_weights
-from modelops.export.int8.quantize import METHODS, measure_sensitivity, quantize_graph
+from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import (
+    METHODS,
+    Calibration,
     Range,
     entropy_bin,
     measure_ranges,
@@ -160,15 +162,13 @@ def test_every_method_gives_a_close_graph(transformer: Path, tmp_path: Path, met
     quantize_graph(
         transformer,
         target,
-        rows=rows,
-        table=tmp_path / "table.json",
-        method=method,  # type: ignore[arg-type]
+        Calibration(rows, tmp_path / "table.json", method),  # type: ignore[arg-type]
     )
     assert lint_qdq(target) == []
     assert 1e-4 < _error(transformer, target, held_out.take(range(8)), "onnxruntime") < 0.06
     other = next(name for name in METHODS if name != method)
     with pytest.raises(ExportError, match="another graph or method"):
-        quantize_graph(transformer, target, rows=rows, table=tmp_path / "table.json", method=other)
+        quantize_graph(transformer, target, Calibration(rows, tmp_path / "table.json", other))
 
 
 def test_the_symmetric_graph_equals_that_of_onnxruntimes_quantiser(
@@ -202,7 +202,7 @@ def test_the_symmetric_graph_equals_that_of_onnxruntimes_quantiser(
             "OpTypesToExcludeOutputQuantization": ["Conv"],
         },
     )  # fmt: skip
-    quantize_graph(convnet, ours, rows=rows, table=tmp_path / "table.json", keep_fp32=keep)
+    quantize_graph(convnet, ours, Calibration(rows, tmp_path / "table.json"), keep_fp32=keep)
     feed = rows.take(range(8))
     first, second = OrtGraph(theirs).run(feed), OrtGraph(ours).run(feed)
     assert relative_errors(first, second).max() < 1e-5
@@ -211,7 +211,7 @@ def test_the_symmetric_graph_equals_that_of_onnxruntimes_quantiser(
 
 def test_only_quantised_layers_read_rounded_tensors(convnet: Path, tmp_path: Path) -> None:
     rows = random_rows(ConvNet(), 8, 0)
-    quantize_graph(convnet, tmp_path / "int8.onnx", rows=rows, table=tmp_path / "table.json")
+    quantize_graph(convnet, tmp_path / "int8.onnx", Calibration(rows, tmp_path / "table.json"))
     model = onnx.load(str(tmp_path / "int8.onnx"))
     rounded = {o for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
     readers = {n.op_type for n in model.graph.node if set(n.input) & rounded}
@@ -229,8 +229,8 @@ def test_every_quantised_layer_runs_in_int8(
     )
     rows = random_rows(network, 16, 0)
     feed, table = rows.take(range(8)), tmp_path / "table.json"
-    quantize_graph(source, tmp_path / "sym.onnx", rows=rows, table=table)
-    write_ort_cpu(source, tmp_path / "ort.onnx", rows=rows, table=table)
+    quantize_graph(source, tmp_path / "sym.onnx", Calibration(rows, table))
+    write_ort_cpu(source, tmp_path / "ort.onnx", Calibration(rows, table))
     assert lint_ort_cpu(tmp_path / "ort.onnx") == []
     assert lint_ort_cpu(tmp_path / "sym.onnx") != []
     assert lint_qdq(tmp_path / "ort.onnx") != []
@@ -254,9 +254,9 @@ def test_every_quantised_layer_runs_in_int8(
 def test_the_second_graph_is_kept_only_where_it_pays(convnet: Path, tmp_path: Path) -> None:
     rows, held_out = (random_rows(ConvNet(), 8, seed) for seed in (0, 1))
     table = tmp_path / "table.json"
-    variants = Variants(convnet, tmp_path, rows=rows, held_out=held_out, table=table)
+    variants = Variants(convnet, tmp_path, Calibration(rows, table), held_out=held_out)
     target = tmp_path / "ort.onnx"
-    report = judge_ort_cpu(variants, target, rows=rows, table=table, rounds=3, error_bound=0.0)
+    report = judge_ort_cpu(variants, target, Calibration(rows, table), rounds=3, error_bound=0.0)
     assert report["kept"] is None
     assert "is above 0" in report["why"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.json"]
@@ -268,7 +268,7 @@ def test_the_second_graph_is_kept_only_where_it_pays(convnet: Path, tmp_path: Pa
     }
     assert choose_kind(rows_of, "8")[0] == "b"
     with pytest.raises(UsageError, match="unknown kind"):
-        write_ort_cpu(convnet, target, rows=rows, table=table, kind="guess")
+        write_ort_cpu(convnet, target, Calibration(rows, table), kind="guess")
 
 
 @pytest.fixture(scope="module")
@@ -439,7 +439,7 @@ def test_a_value_that_is_not_finite_is_refused(transformer: Path, tmp_path: Path
     rows = random_rows(Transformer(), 8, 0)
     rows.feeds["hidden_states"][3, 0, 0] = np.nan
     with pytest.raises(ExportError, match="not finite on a calibration row"):
-        quantize_graph(transformer, tmp_path / "q.onnx", rows=rows, table=tmp_path / "table.json")
+        quantize_graph(transformer, tmp_path / "q.onnx", Calibration(rows, tmp_path / "table.json"))
     model = onnx.load(str(transformer))
     weight = next(i for i in model.graph.initializer if len(i.dims) == 2)
     broken = np.full(list(weight.dims), np.inf, np.float32)
@@ -451,15 +451,3 @@ def test_a_value_that_is_not_finite_is_refused(transformer: Path, tmp_path: Path
         writer.write(tmp_path / "q.onnx", ranges, list(writer.nodes))
     with pytest.raises(ExportError, match="no layer is left"):
         writer.write(tmp_path / "q.onnx", ranges, [])
-
-
-def test_sensitivity_judges_cheap_roles_and_orders_the_rest(convnet: Path, tmp_path: Path) -> None:
-    rows, held_out = (random_rows(ConvNet(), 8, seed) for seed in (0, 1))
-    result = measure_sensitivity(
-        convnet, tmp_path, rows=rows, held_out=held_out, table=tmp_path / "t.json",
-        method="minmax",
-    )  # fmt: skip
-    assert set(result.without) >= set(result.keep_fp32)
-    assert 0 < len(result.keep_fp32) < len(result.nodes)
-    assert len(result.give_up_order) == len(result.nodes) - len(result.keep_fp32) - 1
-    assert min(result.without[group] for group in result.keep_fp32) < result.full

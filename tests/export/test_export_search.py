@@ -10,6 +10,7 @@ import pytest
 from small_graphs import Transformer, random_rows, shared_network
 
 from modelops.errors import ExportError, UsageError
+from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import GroupCost, choose_groups, search_groups
 from modelops.export.int8.sensitivity import plot_sensitivity, scan_groups
 from modelops.export.int8.variants import Variants
@@ -88,8 +89,8 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
     folder = tmp_path_factory.mktemp("search")
     source = shared_network(Transformer(), tmp_path_factory)
     return Variants(
-        source, folder, rows=random_rows(Transformer(), 16, 0),
-        held_out=random_rows(Transformer(), 16, 1), table=folder / "table.json", max_groups=7,
+        source, folder, Calibration(random_rows(Transformer(), 16, 0), folder / "table.json"),
+        held_out=random_rows(Transformer(), 16, 1), max_groups=7,
     )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ from modelops.export.exporting import Stage, about_files, about_source, carry_pa
 from modelops.export.int8.gates import require_budget, require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
-from modelops.export.int8.quantize import METHODS, Method, quantize_graph
+from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.ranges import METHODS, Calibration, Method
 from modelops.export.int8.search import Decision, SearchResult, search_groups
 from modelops.export.int8.sensitivity import plot_sensitivity, scan_groups
 from modelops.export.int8.smoothquant import choose_smoothing, smoothable_tensors
@@ -214,7 +215,7 @@ def export_int8(
             error_by_noise=errors_by_noise(denoiser, job.graph(), job.final),
             calibration={
                 "method": options.method,
-                **job.rows.record,
+                **job.calibration.rows.record,
                 "table": InputRef(path=TABLE, sha256=sha256_path(root / TABLE)).model_dump(),
                 "keep_fp32": keep,
                 "error": error,
@@ -238,7 +239,7 @@ def export_int8(
 class _Job:
     """One export: where everything lies, and what the stages hand on to each other."""
 
-    rows: TrajectoryRows  # calibrate
+    calibration: Calibration
     held_out: TrajectoryRows  # choose by
     final: TrajectoryRows  # judge by
 
@@ -288,7 +289,11 @@ class _Job:
                 steps=steps, rows=count, size=self.source.size,
             )  # fmt: skip
 
-        self.rows = rows(self.seed, "calibration", options.steps, options.rows)
+        self.calibration = Calibration(
+            rows(self.seed, "calibration", options.steps, options.rows),
+            self.root / TABLE,
+            options.method,
+        )
         self.held_out = rows(self.seed + 1, "search", 8, 32)
         self.final = rows(self.seed + 2, "parity", 8, 32)
 
@@ -298,7 +303,7 @@ class _Job:
             return None
         target = self.scratch / "smoothed.onnx"
         found = choose_smoothing(
-            self.wide, target, self.scratch, rows=self.rows, held_out=self.held_out,
+            self.wide, target, self.scratch, rows=self.calibration.rows, held_out=self.held_out,
             method=self.options.method,
         )  # fmt: skip
         if found.alpha is not None:
@@ -309,9 +314,8 @@ class _Job:
         """The fastest set of groups within the budget, and where rounding hurts."""
         precision = default_precision("int8", self.runtime)
         self.variants = Variants(
-            self.wide, self.scratch, rows=self.rows, held_out=self.held_out,
-            table=self.root / TABLE, method=self.options.method, runtime=self.runtime,
-            precision=precision,
+            self.wide, self.scratch, self.calibration, held_out=self.held_out,
+            runtime=self.runtime, precision=precision,
         )  # fmt: skip
         budget = self.options.error_budget
         if budget is None:
@@ -332,10 +336,7 @@ class _Job:
         keep = list(search.keep_fp32)
         spare = _give_up_order(search.table)
         while True:
-            quantize_graph(
-                self.wide, self.folder / GRAPH, rows=self.rows, table=self.root / TABLE,
-                method=self.options.method, keep_fp32=keep,
-            )  # fmt: skip
+            quantize_graph(self.wide, self.folder / GRAPH, self.calibration, keep_fp32=keep)
             store_rest_in_half(self.folder / GRAPH)
             checks = self.compare(self.runtime)
             if all(check.passed for check in checks) or not spare:
@@ -398,8 +399,8 @@ class _Job:
         from modelops.export.int8.ortcpu import judge_ort_cpu
 
         return judge_ort_cpu(
-            self.variants, self.folder / ORT_CPU_GRAPH, rows=self.rows, table=self.root / TABLE,
-            method=self.options.method, keep_fp32=keep, error_bound=BOUNDS["int8"].relative,
+            self.variants, self.folder / ORT_CPU_GRAPH, self.calibration, keep_fp32=keep,
+            error_bound=BOUNDS["int8"].relative,
         )  # fmt: skip
 
     def measure_speed(self) -> dict[str, Measurement]:

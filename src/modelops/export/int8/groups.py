@@ -9,6 +9,7 @@ still gets a group by its block.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,12 @@ from modelops.export.onnx.external import load_structure
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
 MAX_GROUPS = 16  # a scan makes and runs a graph for each
 
-# A role's layers stay fp32 if that takes at least this share off the squared error (of a role in
-# several groups, each has its part of the share). In this order, each judged with the earlier ones
-# decided. Layers at the edge and those that see one row a picture cost next to nothing in fp32,
-# attention's projections more; what is not listed holds almost all of the work.
 # "concat_inputs" are convolutions that read a skip connection's Concat. OpenVINO 2026.4 gets them
 # wrong by 0.2 to 0.5 unless a Clip stands before their rounding (see `qdq`); a group of their own
 # catches it if that comes back.
-# "attention_products" are queries times keys and weights times values. Left in float they were most
-# of what NNCF's graph of a wide UNet was faster by; rounded they nearly doubled the error there.
-KEEP_FP32_GAIN = {
-    "concat_inputs": 0.25,
-    "conv_in": 0.02,
-    "conv_out": 0.02,
-    "embeddings": 0.02,
-    "modulation": 0.02,
-    "attention_qkv": 0.25,
-    "attention_out": 0.25,
-    "attention_products": 0.25,
-}
-
+_CONCAT_INPUTS = "concat_inputs"
+# Queries times keys and weights times values. Left in float they were most of what NNCF's graph of
+# a wide UNet was faster by; rounded they nearly doubled the error there.
 _PRODUCTS = "attention_products"
 _STAGED = ("attention_qkv", "attention_out", _PRODUCTS, "feed_forward", "resnets", "layers")
 # What may stand between the scores and their Softmax, and between that and the values.
@@ -85,8 +72,9 @@ def stage_of(path: str) -> str:
 
 
 def role_of(path: str) -> str:
-    """What a layer is for: a key of KEEP_FP32_GAIN, "feed_forward", "resnets", "resampling",
-    "shortcuts", "layers" (of a block, unknown) or "other"."""
+    """What a layer is for: "conv_in", "conv_out", "embeddings", "modulation", "attention_qkv",
+    "attention_out", "feed_forward", "resnets", "resampling", "shortcuts", "layers" (of a block,
+    unknown) or "other"."""
     words, inside = path.split("."), bool(stage_of(path))
     for role, pattern in _INSIDE:
         if any(pattern.search(word) for word in words):
@@ -140,7 +128,7 @@ def group_nodes(model: Any, *, max_groups: int = MAX_GROUPS) -> dict[str, list[s
     groups: dict[str, list[str]] = {}
     for node in weighted_nodes(model):
         if producers.get(node.input[0]) == "Concat" and node.op_type == "Conv":
-            group = "concat_inputs"
+            group = _CONCAT_INPUTS
         else:
             group = group_of(_scopes(node))
         groups.setdefault(group, []).append(node.name)
@@ -148,6 +136,11 @@ def group_nodes(model: Any, *, max_groups: int = MAX_GROUPS) -> dict[str, list[s
         stage = stage_of(module_path(_scopes(node)))
         groups.setdefault(f"{_PRODUCTS}/{stage}" if stage else _PRODUCTS, []).append(node.name)
     return _merge(groups, max_groups)
+
+
+def included_nodes(groups: dict[str, list[str]], keep_fp32: Collection[str]) -> list[str]:
+    """Names of the nodes that are not in a group to keep."""
+    return [name for group, names in groups.items() if group not in keep_fp32 for name in names]
 
 
 def weighted_nodes(model: Any) -> list[Any]:

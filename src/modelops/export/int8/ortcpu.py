@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from modelops.errors import UsageError
-from modelops.export.calibration import TrajectoryRows
+from modelops.export.int8.groups import included_nodes
 from modelops.export.int8.lint import lint_ort_cpu
 from modelops.export.int8.proof import onnxruntime_execution
 from modelops.export.int8.qdq import QdqWriter
-from modelops.export.int8.quantize import calibrated_ranges, included_nodes
-from modelops.export.int8.ranges import Method, Range
+from modelops.export.int8.ranges import Calibration, Range
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.onnx.external import remove_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
@@ -36,10 +35,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 def write_ort_cpu(
     source: Path,
     target: Path,
+    calibration: Calibration,
     *,
-    rows: TrajectoryRows,
-    table: Path,
-    method: Method = "minmax",
     keep_fp32: Collection[str] = (),
     kind: str = "conv+matmul",
 ) -> None:
@@ -48,9 +45,7 @@ def write_ort_cpu(
     Args:
         source: the fp32 model.onnx.
         target: where it goes.
-        rows: calibration inputs.
-        table: ranges of the tensors; the symmetric graph's own.
-        method: of that table.
+        calibration: the symmetric graph's own.
         keep_fp32: groups that are not quantised.
         kind: a key of KINDS.
 
@@ -61,7 +56,7 @@ def write_ort_cpu(
     if kind not in KINDS:
         raise UsageError(f"unknown kind {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
     writer = QdqWriter(source)
-    ranges = calibrated_ranges(writer, rows, table, method)
+    ranges = writer.ranges(calibration)
     _write_kind(writer, ranges, included_nodes(writer.groups(), keep_fp32), kind, target)
 
 
@@ -76,10 +71,8 @@ def _write_kind(
 def judge_ort_cpu(
     variants: Variants,
     target: Path,
+    calibration: Calibration,
     *,
-    rows: TrajectoryRows,
-    table: Path,
-    method: Method = "minmax",
     keep_fp32: Collection[str] = (),
     error_bound: float = 0.2,
     batches: tuple[int, ...] = (1, 8),
@@ -94,7 +87,7 @@ def judge_ort_cpu(
     Args:
         variants: of the graph; its held-out rows and groups are used.
         target: where the graph goes if it is kept; nothing is left there otherwise.
-        rows, table, method, keep_fp32: see `write_ort_cpu`.
+        calibration, keep_fp32: see `write_ort_cpu`.
         error_bound: relative error allowed (root mean square over held-out rows).
         batches: rows of the timed calls.
         rounds: interleaved calls of each.
@@ -105,7 +98,7 @@ def judge_ort_cpu(
     """
     fp32 = OrtGraph(variants.source)
     writer = QdqWriter(variants.source)
-    ranges = calibrated_ranges(writer, rows, table, method)
+    ranges = writer.ranges(calibration)
     kinds: dict[str, Any] = {}
     paths: dict[str, Path] = {}
     included = included_nodes(variants.groups, keep_fp32)

@@ -14,7 +14,7 @@ import numpy as np
 from modelops.errors import ExportError
 from modelops.export.int8.columns import split_columns
 from modelops.export.int8.groups import MAX_GROUPS, group_nodes, product_nodes, weighted_nodes
-from modelops.export.int8.ranges import Range
+from modelops.export.int8.ranges import Calibration, Range
 from modelops.export.onnx.external import load_graph, save_graph
 from modelops.export.runtimes.graphs import Array
 
@@ -76,6 +76,10 @@ class QdqWriter:
         names += [node.input[1] for node in self.products.values()]
         names += [node.output[0] for node in self.nodes.values() if node.op_type == "Conv"]
         return list(dict.fromkeys(names))
+
+    def ranges(self, calibration: Calibration) -> dict[str, Range]:
+        """Of every tensor that a quantised variant may ask for."""
+        return calibration.ranges(self.source, self.calibrated_tensors())
 
     def write(
         self,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from modelops.errors import ExportError
+from modelops.export.calibration import TrajectoryRows
 from modelops.export.onnx.external import EXTERNAL_BYTES, data_path, load_graph
 from modelops.export.runtimes.graphs import Array, process_cores
 from modelops.files import read_json, sha256_file, sha256_json, write_json
@@ -25,6 +26,7 @@ PERCENTILE = 99.999  # of the magnitudes
 _BINS = 2048  # of the magnitudes
 _LEVELS = 128  # of int8's magnitudes
 _MEMORY_BYTES = 512 * 2**20  # tensors that are looked at in one go
+_BATCH = 8
 _SAMPLES = 2**20  # values of a tensor that enter its histogram, of every run
 Feed = dict[str, Array]
 Visitor = Callable[[str, Array], None]
@@ -42,44 +44,53 @@ class Range:
         return max(-self.low, self.high)
 
 
-def load_or_measure_ranges(
-    source: Path,
-    tensors: Sequence[str],
-    feeds: Sequence[Feed],
-    *,
-    table: Path,
-    method: Method = "minmax",
-) -> dict[str, Range]:
-    """The ranges in `table` if it is there, else measured and written to it.
+@dataclass(frozen=True)
+class Calibration:
+    """What a graph's tensors get their ranges from.
 
-    Raises:
-        ExportError: the table is of another graph or method, or a tensor is not finite.
+    Attributes:
+        rows: inputs that the graph is run on.
+        table: the ranges as JSON; read if it is there, else measured and written.
+        method: how a range is taken from the values seen.
     """
-    digest = _digest(source)
-    if table.exists():
-        record = read_json(table)
-        if record.get("graph_sha256") != digest or record.get("method") != method:
-            raise ExportError(
-                f"{table}: the calibration of another graph or method than {source}, {method}",
-                hint="remove it, or give another path",
-            )
-        ranges = {name: Range(*bounds) for name, bounds in record["tensors"].items()}
-        missing = sorted(set(tensors) - set(ranges))
-        if missing:
-            raise ExportError(f"{table}: has no range of {missing[0]}", hint="remove it")
+
+    rows: TrajectoryRows
+    table: Path
+    method: Method = "minmax"
+
+    def ranges(self, source: Path, tensors: Sequence[str]) -> dict[str, Range]:
+        """The ranges of these tensors of a graph.
+
+        Raises:
+            ExportError: the table is of another graph or method, or a tensor is not finite.
+        """
+        digest = _digest(source)
+        if self.table.exists():
+            record = read_json(self.table)
+            if record.get("graph_sha256") != digest or record.get("method") != self.method:
+                raise ExportError(
+                    f"{self.table}: the calibration of another graph or method than {source}, "
+                    f"{self.method}",
+                    hint="remove it, or give another path",
+                )
+            ranges = {name: Range(*bounds) for name, bounds in record["tensors"].items()}
+            missing = sorted(set(tensors) - set(ranges))
+            if missing:
+                raise ExportError(f"{self.table}: has no range of {missing[0]}", hint="remove it")
+            return ranges
+        feeds = self.rows.batches(min(_BATCH, len(self.rows)))
+        ranges = measure_ranges(source, tensors, feeds, self.method)
+        write_json(
+            self.table,
+            {
+                "schema_version": 1,
+                "graph_sha256": digest,
+                "method": self.method,
+                "rows": sum(_rows(feed) for feed in feeds),
+                "tensors": {name: [item.low, item.high] for name, item in sorted(ranges.items())},
+            },
+        )
         return ranges
-    ranges = measure_ranges(source, tensors, feeds, method)
-    write_json(
-        table,
-        {
-            "schema_version": 1,
-            "graph_sha256": digest,
-            "method": method,
-            "rows": sum(_rows(feed) for feed in feeds),
-            "tensors": {name: [item.low, item.high] for name, item in sorted(ranges.items())},
-        },
-    )
-    return ranges
 
 
 def measure_ranges(

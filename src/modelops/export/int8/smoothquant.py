@@ -1,14 +1,19 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations to weights.
+"""SmoothQuant with shifts: what is hard to round moves from activations to weights and biases.
 
 A transformer's activations have a few channels that are far larger than the rest, and one scale for
 the tensor must hold them. Dividing channel j of X by s_j and multiplying row j of W by it leaves
-X W as it was and both easier to round: s_j = max|X_j|^a / max|W_j|^(1-a).
+X W as it was and both easier to round: s_j = max|X_j|^a / max|W_j|^(1-a) (Xiao et al. 2022,
+arXiv:2211.10438).
+
+Symmetric INT8 also wastes half of its levels on a channel with one sign, as they are behind a GELU.
+Subtracting the middle c_j of a channel's range and adding c W to the bias leaves X W + b as it was
+and up to halves the range (Wei et al. 2023, arXiv:2304.09145).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,15 @@ import numpy as np
 
 from modelops.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.int8.groups import MAX_GROUPS, group_nodes, role_of_group, weighted_nodes
+from modelops.export.int8.groups import (
+    MAX_GROUPS,
+    group_nodes,
+    included_nodes,
+    role_of_group,
+    weighted_nodes,
+)
 from modelops.export.int8.qdq import QdqWriter
-from modelops.export.int8.quantize import calibrated_ranges, included_nodes
-from modelops.export.int8.ranges import Feed, Method, visit_tensors
+from modelops.export.int8.ranges import Calibration, Feed, Method, visit_tensors
 from modelops.export.onnx.external import load_graph, load_structure, remove_graph, save_graph
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Array, RuntimeName, open_graph
@@ -28,6 +38,41 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8)
 _DEFAULT_ALPHA = 0.5  # the paper's
 SMOOTHED_ROLES = ("attention_qkv", "attention_out", "feed_forward", "layers", "conv_out")
 _FLOOR = 1e-5  # of maxima, as in the paper's code: a silent channel is not scaled
+_LEAST_SHIFT = 0.05  # share of a tensor's range that a shift must take off it
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Values of each channel (last axis) of a tensor, float32 [channels]."""
+
+    low: Array
+    high: Array
+
+    @property
+    def middle(self) -> Array:
+        """What a shift subtracts."""
+        result: Array = (self.low + self.high) / np.float32(2.0)
+        return result
+
+    def largest(self, shift: Array) -> Array:
+        """The largest magnitude once the shift is subtracted."""
+        result: Array = np.maximum(self.high - shift, shift - self.low)
+        return result
+
+
+@dataclass(frozen=True)
+class SmoothedTensors:
+    """How many activations `smooth_graph` changed.
+
+    Attributes:
+        tensors: all of them.
+        folded: of those, how many needed no node on all rows.
+        shifted: of those, from how many the middle is subtracted, too.
+    """
+
+    tensors: int = 0
+    folded: int = 0
+    shifted: int = 0
 
 
 @dataclass
@@ -38,15 +83,13 @@ class Smoothing:
         alpha: the one that is kept, or None: nothing lowered the error.
         error_before: relative error (root mean square over held-out rows) without smoothing.
         errors: alpha to the error with it.
-        tensors: activations that are scaled.
-        folded: of those, how many needed no node of their own.
+        counts: of the one that is kept.
     """
 
     alpha: float | None = None
     error_before: float = 0.0
     errors: dict[float, float] = field(default_factory=dict)
-    tensors: int = 0
-    folded: int = 0
+    counts: SmoothedTensors = SmoothedTensors()
 
     def as_record(self) -> dict[str, Any]:
         """For artifact.json."""
@@ -54,20 +97,24 @@ class Smoothing:
             "alpha": self.alpha,
             "error_before": self.error_before,
             "errors": {f"{alpha:g}": error for alpha, error in self.errors.items()},
-            "tensors": self.tensors,
-            "folded": self.folded,
+            **asdict(self.counts),
         }
 
 
-def channel_maxima(source: Path, tensors: Sequence[str], feeds: Sequence[Feed]) -> dict[str, Array]:
-    """Largest magnitude of each channel (last axis) of tensors, float32 [channels]."""
-    found: dict[str, Array] = {}
+def channel_bounds(
+    source: Path, tensors: Sequence[str], feeds: Sequence[Feed]
+) -> dict[str, Channels]:
+    """Least and largest value of each channel of tensors, over all rows of the feeds."""
+    found: dict[str, Channels] = {}
 
-    def largest(name: str, array: Array) -> None:
-        top = np.abs(array).reshape(-1, array.shape[-1]).max(axis=0)
-        found[name] = np.maximum(found[name], top) if name in found else top
+    def widen(name: str, array: Array) -> None:
+        values = array.reshape(-1, array.shape[-1])
+        low, high = values.min(axis=0), values.max(axis=0)
+        if name in found:
+            low, high = np.minimum(low, found[name].low), np.maximum(high, found[name].high)
+        found[name] = Channels(low, high)
 
-    visit_tensors(source, tensors, feeds, largest)
+    visit_tensors(source, tensors, feeds, widen)
     return found
 
 
@@ -99,43 +146,61 @@ def smoothable_tensors(source: Path, groups: Collection[str] | None = None) -> d
 
 
 def smooth_graph(
-    source: Path, target: Path, maxima: dict[str, Array], *, alpha: float = 0.5
-) -> tuple[int, int]:
+    source: Path,
+    target: Path,
+    bounds: dict[str, Channels],
+    *,
+    alpha: float = 0.5,
+    shift: bool = True,
+) -> SmoothedTensors:
     """Write an fp32 graph that computes the same with smoothed activations.
 
-    The division goes into the scale and bias of a LayerNormalization before it where nobody else
+    Factor and shift go into the scale and bias of a LayerNormalization before it where nobody else
     reads its output; into the factor and the summand of an adaptive norm where those are one row
-    for each picture; else it is one Mul that all consumers share.
+    for each picture; else they are a Mul and an Add that all consumers share. A tensor whose range
+    a shift makes smaller by less than a twentieth is not shifted.
 
     Args:
         source: fp32 model.onnx.
         target: where the smoothed one goes; same inputs, outputs and node names.
-        maxima: `channel_maxima` of the tensors to smooth (keys of `smoothable_tensors`).
+        bounds: `channel_bounds` of the tensors to smooth (keys of `smoothable_tensors`).
         alpha: see `smoothing_scales`.
-
-    Returns:
-        How many activations were smoothed, and how many of them without a node on all rows.
+        shift: whether the middle of each channel is subtracted.
 
     Raises:
-        ExportError: alpha outside [0, 1], or a maximum is not finite.
+        ExportError: alpha outside [0, 1], or a bound is not finite.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ExportError(f"alpha must be in [0, 1], got {alpha}")
     model = load_graph(source)
     editor = _Editor(model, _one_row_tensors(load_structure(source)))
-    folded = smoothed = 0
-    for tensor, nodes in _targets(model, None, names=set(maxima)).items():
-        if not np.isfinite(maxima[tensor]).all():
+    folded = smoothed = shifted = 0
+    for tensor, nodes in _targets(model, None, names=set(bounds)).items():
+        channels = bounds[tensor]
+        if not np.isfinite(channels.low + channels.high).all():
             raise ExportError(f"{source}: {tensor} is not finite on a calibration row")
-        rows = [editor.row_maxima(node) for node in nodes]
-        scales = smoothing_scales(maxima[tensor], np.max(rows, axis=0), alpha)
+        weights = np.max([editor.row_maxima(node) for node in nodes], axis=0)
+
+        def scaled(offset: Array, channels: Channels = channels, w: Array = weights) -> Any:
+            scales = smoothing_scales(channels.largest(offset), w, alpha)
+            return scales, float((channels.largest(offset) / scales).max())
+
+        middle = np.zeros_like(channels.low)
+        scales, reach = scaled(middle)
+        if shift and all(editor.takes_bias(node) for node in nodes):
+            closer, shorter = scaled(channels.middle)
+            if shorter <= (1.0 - _LEAST_SHIFT) * reach:
+                middle, scales = channels.middle, closer
+                shifted += 1
+                for node in nodes:
+                    editor.add_product_to_bias(node, middle)
         for node in nodes:
             editor.scale_rows(node, scales)
         smoothed += 1
-        folded += editor.divide(tensor, nodes, scales)
+        folded += editor.transform(tensor, nodes, middle, scales)
     editor.finish()
     save_graph(model, target)
-    return smoothed, folded
+    return SmoothedTensors(smoothed, folded, shifted)
 
 
 def choose_smoothing(
@@ -178,7 +243,7 @@ def choose_smoothing(
     def error_of(graph: Path, name: str) -> float:
         on_step()
         writer = QdqWriter(graph)
-        ranges = calibrated_ranges(writer, rows, folder / f"{name}.json", method)
+        ranges = writer.ranges(Calibration(rows, folder / f"{name}.json", method))
         path = folder / f"{name}.int8.onnx"
         writer.write(path, ranges, included_nodes(writer.groups(), keep_fp32))
         running = open_graph(path, runtime)
@@ -189,22 +254,21 @@ def choose_smoothing(
     result.error_before = error_of(source, "unsmoothed")
     if not targets:
         return result
-    maxima = channel_maxima(source, list(targets), rows.batches(min(8, len(rows))))
-    counts: dict[float, tuple[int, int]] = {}
+    bounds = channel_bounds(source, list(targets), rows.batches(min(8, len(rows))))
+    counts: dict[float, SmoothedTensors] = {}
 
     def error_with(alpha: float) -> float:
         if alpha not in result.errors:
             candidate = folder / f"alpha-{alpha:g}.onnx"
-            counts[alpha] = smooth_graph(source, candidate, maxima, alpha=alpha)
+            counts[alpha] = smooth_graph(source, candidate, bounds, alpha=alpha)
             result.errors[alpha] = error_of(candidate, candidate.stem)
             remove_graph(candidate)
         return result.errors[alpha]
 
     best = _descend(sorted(set(alphas)), error_with)
     if result.errors[best] <= result.error_before * (1.0 - least_gain):
-        result.alpha = best
-        result.tensors, result.folded = counts[best]
-        smooth_graph(source, target, maxima, alpha=best)
+        result.alpha, result.counts = best, counts[best]
+        smooth_graph(source, target, bounds, alpha=best)
     return result
 
 
@@ -254,6 +318,7 @@ class _Editor:
         self._outputs = {value.name for value in model.graph.output}
         self._one_row = one_row
         self._before: dict[int, list[Any]] = {}
+        self._after: dict[str, list[Any]] = {}
         self._serial = 0
 
     def row_maxima(self, node: Any) -> Array:
@@ -267,29 +332,86 @@ class _Editor:
         column = scales[None, :] if _transposed(node) else scales[:, None]
         node.input[1] = self._add(f"{node.input[1]}_smooth", stored * column)
 
-    def divide(self, tensor: str, nodes: list[Any], scales: Array) -> bool:
-        """Divide a tensor by the scales for these readers. True if that cost no node on all
-        rows."""
-        inverse = (1.0 / scales.astype(np.float64)).astype(np.float32)
+    def takes_bias(self, node: Any) -> bool:
+        """Whether a constant can be added to what a node makes."""
+        plain = all(a.f == 1.0 for a in node.attribute if a.name in ("alpha", "beta"))
+        bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+        return (
+            plain and node.output[0] not in self._outputs and (not bias or bias in self._constants)
+        )
+
+    def add_product_to_bias(self, node: Any, row: Array) -> None:
+        """Add `row` [input channels] times a node's weights to its bias, which it may not have
+        yet."""
+        product = row.astype(np.float64) @ self._weights(node)
+        holder, index = self._bias_of(node, len(product))
+        if holder is None:
+            output = node.output[0]
+            node.output[0] = f"{output}_unshifted"
+            name = self._add(f"{output}_shift", product)
+            self._after.setdefault(node.output[0], []).append(
+                self._onnx.helper.make_node("Add", [node.output[0], name], [output], name)
+            )
+            return
+        if index == len(holder.input):
+            holder.input.append(self._add(f"{node.output[0]}_shift", product))
+            return
+        stored = self._array(holder.input[index])
+        holder.input[index] = self._add(
+            f"{holder.input[index]}_shift", stored + product.reshape(stored.shape)
+        )
+
+    def _bias_of(self, node: Any, width: int) -> tuple[Any | None, int]:
+        """The node that adds a constant row to a product, and where that is among its inputs."""
+        if node.op_type == "Gemm":
+            has = len(node.input) > 2 and list(self._constants[node.input[2]].dims) != [width]
+            return (None, 0) if has else (node, 2)
+        readers = self._readers.get(node.output[0], [])
+        if len(readers) == 1 and readers[0].op_type == "Add":
+            for index, name in enumerate(readers[0].input):
+                if name in self._constants and list(self._constants[name].dims) == [width]:
+                    return readers[0], index
+        return None, 0
+
+    def transform(self, tensor: str, nodes: list[Any], middle: Array, scales: Array) -> bool:
+        """Subtract `middle` from a tensor and divide by `scales` for these readers. True if that
+        cost no node on all rows."""
+        inverse = 1.0 / scales.astype(np.float64)
+        factor, offset = inverse.astype(np.float32), (-middle * inverse).astype(np.float32)
         alone = tensor not in self._outputs and len(self._readers[tensor]) == len(nodes)
         producer = self._producers.get(tensor)
-        if alone and producer is not None and self._fold(producer, inverse):
+        if alone and producer is not None and self._fold(producer, factor, offset):
             return True
-        output = f"{tensor}_smoothed"
-        name = self._add(f"{tensor}_smooth_inverse", inverse)
-        multiply = self._onnx.helper.make_node("Mul", [tensor, name], [output], name=output)
-        self._insert(nodes[0], multiply)
+        output = self._moved(nodes[0], tensor, f"{tensor}_smoothed", factor, offset)
         for node in nodes:
             node.input[0] = output
         return False
 
-    def _fold(self, producer: Any, inverse: Array) -> bool:
+    def _moved(
+        self, before: Any, tensor: str, output: str, factor: Array, offset: Array | None
+    ) -> str:
+        """New nodes that make `tensor` times a factor plus an offset; returns what they make."""
+        steps = [("Mul", factor)]
+        if offset is not None and offset.any():
+            steps.append(("Add", offset))
+        for place, (kind, values) in enumerate(steps):
+            made = output if place + 1 == len(steps) else f"{output}_{kind}"
+            name = self._add(f"{made}_by", values)
+            self._insert(before, self._onnx.helper.make_node(kind, [tensor, name], [made], made))
+            tensor = made
+        return tensor
+
+    def _fold(self, producer: Any, factor: Array, offset: Array) -> bool:
         if producer.op_type == "LayerNormalization":
             parameters = [name for name in producer.input[1:3] if name]
             if not all(name in self._constants for name in parameters):
                 return False
-            for index, name in enumerate(parameters, start=1):
-                producer.input[index] = self._add(f"{name}_smooth", self._array(name) * inverse)
+            weight, *bias = (self._array(name) * factor for name in parameters)
+            del producer.input[1:]
+            producer.input.append(self._add(f"{parameters[0]}_smooth", weight))
+            if bias or offset.any():
+                both = offset + bias[0] if bias else offset
+                producer.input.append(self._add(f"{parameters[-1]}_smooth_bias", both))
             return True
         if producer.op_type != "Add":
             return False
@@ -297,11 +419,13 @@ class _Editor:
         product, shift = self._split(producer)
         if product is None:
             return False
-        factor = next((i for i in (0, 1) if product.input[i] in self._one_row), None)
-        if factor is None or len(self._readers[product.output[0]]) != 1:
+        scale = next((i for i in (0, 1) if product.input[i] in self._one_row), None)
+        if scale is None or len(self._readers[product.output[0]]) != 1:
             return False
-        for node, index in ((product, factor), (producer, shift)):
-            node.input[index] = self._scaled(node, node.input[index], inverse)
+        for node, index, added in ((product, scale, None), (producer, shift, offset)):
+            self._serial += 1
+            output = f"{node.input[index]}_smoothed_{self._serial}"
+            node.input[index] = self._moved(node, node.input[index], output, factor, added)
         return True
 
     def _split(self, add: Any) -> tuple[Any, int]:
@@ -313,14 +437,6 @@ class _Editor:
                 return product, shift
         return None, 0
 
-    def _scaled(self, reader: Any, tensor: str, inverse: Array) -> str:
-        self._serial += 1
-        output = f"{tensor}_smoothed_{self._serial}"
-        name = self._add(f"{output}_inverse", inverse)
-        node = self._onnx.helper.make_node("Mul", [tensor, name], [output], name=output)
-        self._insert(reader, node)
-        return output
-
     def _insert(self, before: Any, node: Any) -> None:
         position = next(i for i, known in enumerate(self._graph.node) if known is before)
         self._before.setdefault(position, []).append(node)
@@ -328,7 +444,11 @@ class _Editor:
     def finish(self) -> None:
         """Put the new nodes in their places and drop the weights that nobody reads."""
         nodes = list(self._graph.node)
-        ordered = [n for i, node in enumerate(nodes) for n in (*self._before.get(i, []), node)]
+        ordered = [
+            new
+            for i, node in enumerate(nodes)
+            for new in (*self._before.get(i, []), node, *self._after.get(node.output[0], []))
+        ]
         del self._graph.node[:]
         self._graph.node.extend(ordered)
         used = {name for node in ordered for name in node.input} | self._outputs

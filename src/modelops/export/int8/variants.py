@@ -10,10 +10,9 @@ import numpy as np
 
 from modelops.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.int8.groups import MAX_GROUPS
+from modelops.export.int8.groups import MAX_GROUPS, included_nodes
 from modelops.export.int8.qdq import QdqWriter, Scheme
-from modelops.export.int8.quantize import calibrated_ranges, included_nodes
-from modelops.export.int8.ranges import Feed, Method
+from modelops.export.int8.ranges import Calibration, Feed
 from modelops.export.onnx.external import remove_graph
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Array, Graph, RuntimeName, open_graph
@@ -28,10 +27,8 @@ class Variants:
     Args:
         source: fp32 model.onnx.
         folder: where the variant at hand is written; nothing is left there.
-        rows: calibration inputs.
+        calibration: of that graph.
         held_out: rows for the error, in the order of their noise level.
-        table: ranges as JSON; read if it is there, else measured and written.
-        method: how ranges are taken.
         runtime: that will serve the graph. Errors of groups are measured in onnxruntime, where
             nothing but INT8 is rounded; times, and the error of a choice, in this one.
         precision: of what is not INT8 in it, see `open_graph`.
@@ -45,11 +42,9 @@ class Variants:
         self,
         source: Path,
         folder: Path,
+        calibration: Calibration,
         *,
-        rows: TrajectoryRows,
         held_out: TrajectoryRows,
-        table: Path,
-        method: Method = "minmax",
         runtime: RuntimeName = "onnxruntime",
         precision: str = "float32",
         max_groups: int = MAX_GROUPS,
@@ -61,7 +56,7 @@ class Variants:
         self.groups = self._writer.groups(max_groups)
         if not self.groups:
             raise ExportError(f"{source}: no layer with constant weights to quantise")
-        self._ranges = calibrated_ranges(self._writer, rows, table, method)
+        self._ranges = self._writer.ranges(calibration)
         size = min(_BATCH, len(held_out))
         self._feeds = [
             held_out.take(range(start, start + size))
