@@ -26,6 +26,7 @@ from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
+from modelops.export.int8.smoothquant import Smoothing, choose_smoothing, smoothable_tensors
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import process_cores
 from modelops.export.runtimes.openvino import openvino_has_bfloat16
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=process_cores())
     parser.add_argument("--method", default="minmax", choices=["minmax", "percentile", "entropy"])
     parser.add_argument("--keep-fp32", nargs="*", default=[], metavar="GROUP")
+    parser.add_argument("--smooth", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--nncf-python", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--layers", type=int, default=15, help="lines of a layer table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -104,12 +106,19 @@ def measure(denoiser: Denoiser, folder: Path, options: argparse.Namespace) -> li
     held_out = denoiser.make_rows(8, 1)
     fp32 = denoiser.write_onnx(folder / "fp32" / "model.onnx")
     ours, theirs = folder / "ours.onnx", folder / "theirs.xml"
-    quantize_graph(
-        fp32, ours, Calibration(rows, folder / "ranges.json", options.method),
-        keep_fp32=options.keep_fp32,
-    )  # fmt: skip
+    smoothed = folder / "smoothed.onnx"
+    smoothing = Smoothing()
+    if options.smooth and smoothable_tensors(fp32):
+        smoothing = choose_smoothing(
+            fp32, smoothed, folder, rows=rows, held_out=denoiser.make_rows(8, 2),
+            method=options.method, keep_fp32=options.keep_fp32,
+        )  # fmt: skip
+    source = fp32 if smoothing.alpha is None else smoothed
+    calibration = Calibration(rows, folder / "ranges.json", options.method)
+    quantize_graph(source, ours, calibration, keep_fp32=options.keep_fp32)
     version = quantize_with_nncf(denoiser, fp32, rows.feeds, theirs, options.nncf_python)
     print(f"\n{denoiser.name}: {denoiser.about}; {version}, {len(rows)} calibration rows")
+    print(f"  smoothing: {smoothing.as_record()}")
     paths = {"ours": ours, "nncf": theirs}
     singles = [held_out.take([index]) for index in range(len(held_out))]
     results = []

@@ -7,6 +7,7 @@ ones: speeds carry over, errors of INT8 only from one method to another on the s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,9 +219,12 @@ def _caught_rows(pipeline: Any, rows: int, seed: int) -> TrajectoryRows:
     caught: list[dict[str, Array]] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = (args[0], args[1], kwargs["class_labels"])
-        named = zip(("sample", "timestep", "text"), values, strict=True)
-        caught.append({name: value.detach().float().numpy().copy() for name, value in named})
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        names = {"sample": "sample", "timestep": "timestep", "text": "class_labels"}
+        caught.append({
+            name: given[parameter].detach().float().numpy().copy()
+            for name, parameter in names.items()
+        })  # fmt: skip
 
     pipeline.set_progress_bar_config(disable=True)
     handle = pipeline.unet.register_forward_pre_hook(keep, with_kwargs=True)

@@ -46,6 +46,25 @@ def test_the_choice_from_numbers(budget: float, fp32: list[str]) -> None:
     assert all(row.why for row in table)
 
 
+@pytest.mark.parametrize(
+    ("squared", "ms", "spread", "given_up"),
+    [
+        (0.0010, 0.02, 0.1, True),
+        (0.0001, 0.02, 0.1, False),  # its error is too little to matter
+        (0.0010, 0.02, 0.01, False),  # little, but surely faster
+        (0.0010, 0.2, 0.3, False),  # perhaps worth something
+    ],
+)
+def test_what_saves_nothing_does_not_add_an_error(
+    squared: float, ms: float, spread: float, given_up: bool
+) -> None:
+    costs = [_cost("heavy", 0.001, 20.0), _cost("embeddings", squared, ms, spread)]
+    table = choose_groups(costs, squared_error=0.01, budget=0.2, least_ms=0.05)
+    assert [row.int8 for row in table] == [True, not given_up]
+    alone = choose_groups(costs[1:], squared_error=0.01, budget=0.2, least_ms=0.05)
+    assert alone[0].int8  # the last one stays: a graph without any is the caller's to refuse
+
+
 def test_the_choice_does_not_depend_on_the_order_of_the_table() -> None:
     expected = {row.cost.group: row.int8
                 for row in choose_groups(TABLE, squared_error=0.006, budget=0.05)}  # fmt: skip

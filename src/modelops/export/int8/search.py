@@ -26,6 +26,8 @@ from modelops.seeding import numpy_generator
 
 _RESAMPLES = 1000
 _TRIES = 6
+_WORTH_KEEPING = 0.02  # share of the squared error that a group must add to be given up for nothing
+_LEAST_SHARE = 0.005  # of a call's time: a saving below it is nothing
 
 
 @dataclass(frozen=True)
@@ -118,20 +120,22 @@ class SearchResult:
 
 
 def choose_groups(
-    costs: Sequence[GroupCost], *, squared_error: float, budget: float
+    costs: Sequence[GroupCost], *, squared_error: float, budget: float, least_ms: float = 0.0
 ) -> list[Decision]:
     """Choose from measured numbers alone; the same numbers give the same choice.
 
     First the groups whose INT8 surely does not pay (the whole interval of `ms_saved` at or below 0)
-    stay fp32. Then, while the error predicted is above the budget, the group that brings most error
-    per millisecond saved is given up (a saving below the timing's resolution counts as that
-    resolution). A group that adds no error is not given up for the budget. The last
+    stay fp32, and those that save at most `least_ms`, perhaps nothing, but add a fiftieth of the
+    squared error or more. Then, while the error predicted is above the budget, the group that
+    brings most error per millisecond saved is given up (a saving below the timing's resolution
+    counts as that resolution). A group that adds no error is not given up for the budget. The last
     group in INT8 is kept: whether it is worth having is for the caller's gates.
 
     Args:
         costs: one for each group.
         squared_error: of the output with all groups in INT8 (relative error, squared).
         budget: relative error allowed; not negative.
+        least_ms: a saving that is not worth an error.
 
     Raises:
         UsageError: a group twice, or a budget that is not a number of at least 0.
@@ -155,6 +159,16 @@ def choose_groups(
     for cost in sorted(slow, key=lambda c: (c.ms_saved or 0.0, c.group)):
         if len(open_costs) > 1:
             give_up(cost, "INT8 is not faster than fp32 here")
+    idle = [
+        cost
+        for cost in open_costs
+        if cost.ms_saved is not None and cost.ms_saved <= least_ms
+        and cost.ms_low is not None and cost.ms_low <= 0
+        and cost.squared_error >= _WORTH_KEEPING * squared_error > 0
+    ]  # fmt: skip
+    for cost in sorted(idle, key=lambda c: (-c.squared_error, c.group)):
+        if len(open_costs) > 1:
+            give_up(cost, "adds error and saves nothing that can be told from 0")
     while predicted > budget**2 and len(open_costs) > 1:
         harmful = [cost for cost in open_costs if cost.squared_error > 0]
         if not harmful:
@@ -206,6 +220,7 @@ def search_groups(
     with variants.written() as path:
         full = variants.serve(path)
     measured: dict[str, GroupCost] = {}
+    full_ms: list[float] = []
     order = sorted(variants.groups, key=lambda group: -len(variants.groups[group]))
     for done, group in enumerate(order):
         on_step(done, total)
@@ -217,6 +232,7 @@ def search_groups(
         runs = {"without": partial(graph.run, feed), "full": partial(full.run, feed)}
         seconds = interleaved_seconds(runs, rounds=rounds)
         del graph, runs
+        full_ms.append(float(np.median(seconds["full"])) * 1e3)
         saved, low, high = _milliseconds_saved(seconds["without"], seconds["full"])
         measured[group] = GroupCost(
             group, len(variants.groups[group]), rounding**2 - error**2, saved, low, high
@@ -231,12 +247,13 @@ def search_groups(
         what = f"{variants.runtime} in {variants.precision}"
         result.why = f"without INT8 {what} is off by {floor:.3g}, the budget is {budget:.3g}"
     allowed = math.inf if result.why else budget  # nothing that is given up would help
+    least_ms = _LEAST_SHARE * float(np.median(full_ms)) if full_ms else 0.0
     chosen: Graph = full
     while result.tries < _TRIES:
         on_step(len(order), total)
         result.tries += 1
         both = floor**2 + rounding**2
-        result.table = choose_groups(costs, squared_error=both, budget=allowed)
+        result.table = choose_groups(costs, squared_error=both, budget=allowed, least_ms=least_ms)
         keep = [row.cost.group for row in result.table if not row.int8]
         if keep != result.keep_fp32 or result.tries == 1:
             result.keep_fp32 = keep
