@@ -62,11 +62,11 @@ def main() -> None:
             if number:
                 seconds[name].append(took)
     usual = np.asarray(seconds["one by one"])
-    for name, took in seconds.items():
-        ratios = usual / np.asarray(took)
+    for name, times in seconds.items():
+        ratios = usual / np.asarray(times)
         apart = max(int(np.abs(a.astype(int) - b).max())
                     for a, b in zip(made[name], made["one by one"], strict=True))  # fmt: skip
-        print(f"{name:13} {options.images / np.median(took):7.2f} images/s, "
+        print(f"{name:13} {options.images / np.median(times):7.2f} images/s, "
               f"{np.median(ratios):.2f} x one by one ({ratios.min():.2f} to {ratios.max():.2f}), "
               f"pictures at most {apart} levels of 255 apart")  # fmt: skip
 

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,14 @@ def main() -> None:
                 encoded = encode_image(pixels, name, {"seed": "1"})
                 marked = marker.embed(encoded, name, said)
                 few = max(3, repeats // 6) if size == 1024 else repeats
-                encode = milliseconds(
-                    lambda p=pixels, n=name: encode_image(p, n, {"seed": "1"}), few
-                )
-                mark = milliseconds(
-                    lambda e=encoded, n=name, s=said: marker.embed(e, n, s), repeats
-                )
-                read = milliseconds(lambda m=marked, n=name: read_mark(m, n), repeats)
-                receipt = milliseconds(
-                    lambda p=pixels: log.write(sign_receipt(content(p), key)), repeats
-                )
+
+                def write_receipt(pixels: Any = pixels) -> None:
+                    log.write(sign_receipt(content(pixels), key))
+
+                encode = milliseconds(partial(encode_image, pixels, name, {"seed": "1"}), few)
+                mark = milliseconds(partial(marker.embed, encoded, name, said), repeats)
+                read = milliseconds(partial(read_mark, marked, name), repeats)
+                receipt = milliseconds(write_receipt, repeats)
                 added = 100 * (mark + receipt) / encode
                 print(
                     f"{size:>5} {name:>6} {encode:>8.2f} {mark:>7.2f} {read:>10.2f} "

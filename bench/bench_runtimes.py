@@ -211,7 +211,8 @@ def goals(network: str, table: list[dict[str, Any]], sizes: dict[str, int]) -> l
 
     def add(text: str, bound: float, figures: list[float] | None) -> None:
         if figures is not None:
-            found.append(Goal(text, bound, *figures))
+            value, low, high = figures
+            found.append(Goal(text, bound, value, low, high))
 
     for batch in sorted({line["batch"] for line in table}):
         ort = next(r for r in table if r["runtime"] == ORT and r["batch"] == batch)

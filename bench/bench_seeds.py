@@ -98,7 +98,7 @@ def compare(checkpoint: Path, root: Path, *, images: int, steps: int) -> int:
     different = 0
     for processes in (1, 2):
         for batch in BATCHES:
-            opening = {
+            opening: dict[str, Any] = {
                 "uri": str(checkpoint), "batch_size": batch, "device": "cpu", "runtime": "auto",
             }  # fmt: skip
             cache = root / f"{processes}-{batch}"

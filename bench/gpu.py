@@ -250,7 +250,7 @@ def open_runs(
     from modelops.export.tensorrt.profiles import limits_of_shapes, make_profile
 
     runs: dict[str, Run] = {"torch eager fp32": partial(run_torch, module)}
-    modules = {"fp32": (module, None)}
+    modules: dict[str, tuple[Any, Any]] = {"fp32": (module, None)}
     if options.device == "cuda":
         modules["fp16"] = (copy.deepcopy(module).half(), torch.float16)
         runs["torch eager fp16"] = partial(run_torch, modules["fp16"][0], dtype=torch.float16)
@@ -268,7 +268,9 @@ def open_runs(
     cache.mkdir(exist_ok=True)
 
     def ort(kind: str, provider: str) -> Run:
-        extra = {"cache_dir": cache, "profiles": profiles} if provider == "tensorrt" else {}
+        extra: dict[str, Any] = {}
+        if provider == "tensorrt":
+            extra = {"cache_dir": cache, "profiles": profiles}
         return OrtGraph(graphs[kind], provider=provider, **extra).run_device
 
     def engine(kind: str) -> Run:
