@@ -143,7 +143,7 @@ def _size(
     "--smooth/--no-smooth",
     default=True,
     show_default=True,
-    help="For int8: try SmoothQuant on transformers.",
+    help="For int8: try SmoothQuant and shifts on transformers.",
 )
 @click.option(
     "--ort-cpu/--no-ort-cpu",

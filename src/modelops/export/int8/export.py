@@ -86,7 +86,7 @@ class Int8Options:
         error_budget: relative error allowed (root mean square over held-out rows); when None,
             ERROR_BUDGET, or 1.5 times what the serving precision rounds without INT8.
         search_seconds: for measuring groups of layers; a scan by noise level takes as long at most.
-        smooth: try SmoothQuant on transformers.
+        smooth: try SmoothQuant and shifts on transformers.
         ort_cpu: try a graph for onnxruntime's CPU provider; when None, where OpenVINO is missing.
         speed_rounds: rounds of the timing; 0 leaves it out, which only `allow` lets pass.
     """
@@ -298,7 +298,7 @@ class _Job:
         self.final = rows(self.seed + 2, "parity", 8, 32)
 
     def smooth(self) -> dict[str, Any] | None:
-        """SmoothQuant, if the network has anything to smooth and it lowers the error."""
+        """SmoothQuant and shifts, if the network has anything to smooth and it lowers the error."""
         if not self.options.smooth or not smoothable_tensors(self.wide):
             return None
         target = self.scratch / "smoothed.onnx"
