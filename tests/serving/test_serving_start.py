@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import modelops
 from modelops.errors import UsageError
+from modelops.serving.settings import NodeSettings
 from modelops.serving.start import check_names
 
 
@@ -33,6 +37,21 @@ def test_variables_of_others_are_left_alone() -> None:
         "MODELOPS_NAME": "/web/modelops", "MODELOPS_DEVICE": "cpu", "MODELOPS_RELEASE": "release",
         "MODELOPS_API_KEY": "x", "MODELOPS_ADMIN_KEY": "y", "MODELOPS_CACHE": "/tmp",
     })  # fmt: skip
+
+
+def test_every_variable_that_the_package_names_is_known() -> None:
+    """Each on its own, so that the nearest other one would be found in its place."""
+    package = Path(modelops.__file__).parent
+    text = "".join(path.read_text() for path in package.rglob("*.py"))
+    names = set(re.findall(r'"(MODELOPS_[A-Z][A-Z0-9_]*)"', text)) | set(NodeSettings.variables())
+    assert len(names) > 30
+    for name in names:
+        check_names({name: "1"})
+    unlike = [
+        name for name in names
+        if not difflib.get_close_matches(name, names - {name}, n=1, cutoff=0.9)
+    ]  # fmt: skip
+    assert len(unlike) < len(names)  # some would be refused, were they not known
 
 
 @pytest.mark.slow
