@@ -101,13 +101,14 @@ def test_an_alpha_outside_its_range_is_refused(outlying: Path, tmp_path: Path) -
 
 def _one_signed(path: Path) -> dict[str, np.ndarray]:
     """|x| to three products with a bias of three kinds: none, an Add's, a Gemm's own; and one whose
-    output is the graph's."""
+    output is the graph's; and to one with a stack of matrices, which is left alone."""
     generator = np.random.default_rng(0)
     helper, constant = onnx.helper, onnx.numpy_helper.from_array
     weights = [
         constant(generator.normal(size=(8, 5)).astype(np.float32), f"w{i}") for i in range(4)
     ]
     rows = [constant(generator.normal(size=5).astype(np.float32), name) for name in ("b1", "b2")]
+    rows.append(constant(generator.normal(size=(2, 8, 5)).astype(np.float32), "w4"))
     nodes = [
         helper.make_node("Abs", ["x"], ["y"]),
         helper.make_node("MatMul", ["y", "w0"], ["bare"], name="bare"),
@@ -116,6 +117,7 @@ def _one_signed(path: Path) -> dict[str, np.ndarray]:
         helper.make_node("Gemm", ["y", "w2", "b2"], ["own"], name="own"),
         helper.make_node("Relu", ["y"], ["z"]),
         helper.make_node("MatMul", ["z", "w3"], ["last"], name="last"),
+        helper.make_node("MatMul", ["y", "w4"], ["stack"], name="stack"),
         helper.make_node("Concat", ["bare", "sum", "own"], ["out"], axis=1),
     ]
     for node in nodes:
@@ -124,7 +126,8 @@ def _one_signed(path: Path) -> dict[str, np.ndarray]:
     row = onnx.helper.make_tensor_value_info
     graph = helper.make_graph(
         nodes, "one_signed", [row("x", 1, ["n", 8])],
-        [row("out", 1, ["n", 15]), row("last", 1, ["n", 5])], [*weights, *rows],
+        [row("out", 1, ["n", 15]), row("last", 1, ["n", 5]), row("stack", 1, [2, "n", 5])],
+        [*weights, *rows],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)

@@ -287,12 +287,13 @@ def _descend(alphas: Sequence[float], error_with: Callable[[float], float]) -> f
 def _targets(
     model: Any, groups: Collection[str] | None, names: Collection[str] | None = None
 ) -> dict[str, list[Any]]:
-    """Activation to MatMul and Gemm nodes; every node that reads it and has weights counts."""
+    """Activation to the MatMul and Gemm nodes that read it and have a matrix of weights."""
     grouped = group_nodes(model, max_groups=MAX_GROUPS)
     group_by_node = {node: group for group, members in grouped.items() for node in members}
+    matrices = {item.name for item in model.graph.initializer if len(item.dims) == 2}
     found: dict[str, list[Any]] = {}
     for node in weighted_nodes(model):
-        if node.op_type == "Conv" or any(a.name == "transA" and a.i for a in node.attribute):
+        if node.input[1] not in matrices or any(a.name == "transA" and a.i for a in node.attribute):
             continue
         group = group_by_node[node.name]
         wanted = group in groups if groups is not None else role_of_group(group) in SMOOTHED_ROLES
@@ -309,7 +310,6 @@ class _Editor:
 
         self._graph, self._onnx = model.graph, onnx
         self._constants = {item.name: item for item in model.graph.initializer}
-        self._values: dict[str, Array] = {}
         self._producers = {name: node for node in model.graph.node for name in node.output}
         self._readers: dict[str, list[Any]] = {}
         for node in model.graph.node:
@@ -459,11 +459,9 @@ class _Editor:
     def _weights(self, node: Any) -> Array:
         """[input channels, outputs]."""
         stored = self._array(node.input[1])
-        return stored.T if _transposed(node) else stored.reshape(-1, stored.shape[-1])
+        return stored.T if _transposed(node) else stored
 
     def _array(self, name: str) -> Array:
-        if name in self._values:
-            return self._values[name]
         values: Array = self._onnx.numpy_helper.to_array(self._constants[name])
         return values
 
