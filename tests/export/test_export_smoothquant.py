@@ -50,6 +50,12 @@ def test_the_smoothed_graph_computes_the_same_and_evens_the_channels(
     feed = random_rows(Transformer(), 8, 1).take(range(8))
     errors = relative_errors(OrtGraph(outlying).run(feed), OrtGraph(tmp_path / "s.onnx").run(feed))
     assert 0 < errors.max() < 1e-5
+    shifted = smooth_graph(outlying, tmp_path / "shifted.onnx", bounds, alpha=0.5)
+    assert (shifted.tensors, shifted.folded) == (9, 4)
+    assert shifted.shifted >= 4  # into both kinds of norm, and behind GELU
+    onnx.checker.check_model(str(tmp_path / "shifted.onnx"), full_check=True)
+    got = OrtGraph(tmp_path / "shifted.onnx").run(feed)
+    assert 0 < relative_errors(OrtGraph(outlying).run(feed), got).max() < 1e-5
     # a norm that is folded into keeps its output's name, so the same tensor can be looked at
     graph = onnx.load(str(outlying)).graph
     norm = next(n.output[0] for n in graph.node

@@ -74,6 +74,11 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     prepare_workers()
 
 
+def known_variables() -> set[str]:
+    """Every MODELOPS_ variable that something reads."""
+    return {*NodeSettings.variables(), *_OTHERS}
+
+
 def check_names(environment: Mapping[str, str]) -> None:
     """No variable is nearly one that a node reads, for then that one would be left as it is.
 
@@ -83,7 +88,7 @@ def check_names(environment: Mapping[str, str]) -> None:
     Raises:
         UsageError: there is one.
     """
-    known = {*NodeSettings.variables(), *_OTHERS}
+    known = known_variables()
     for name in sorted(environment):
         if not name.startswith("MODELOPS_") or name in known:
             continue
