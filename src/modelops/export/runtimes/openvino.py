@@ -10,6 +10,7 @@ from typing import Any
 from modelops.errors import ExportError, UsageError
 from modelops.export.onnx.axes import read_axes
 from modelops.export.runtimes.graphs import Array, RuntimeName, process_cores
+from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
 from modelops.export.signatures import TIMESTEP_NAMES
 from modelops.extras import has_module, require_module
 
@@ -28,7 +29,8 @@ class OpenVinoGraph:
     Args:
         path: model.onnx, with float32, float16, bfloat16 or INT8 weights.
         precision: what float nodes run in, whatever their weights are: "float32"; "bfloat16", which
-            goes for what a mixed graph keeps in float32 too; or "float16" where the CPU has it.
+            goes for what a mixed graph keeps in float32 too, but not for sines and their angles;
+            or "float16" where the CPU has it.
         threads: CPU threads; all cores of this process when not given.
 
     Raises:
@@ -83,6 +85,8 @@ class OpenVinoGraph:
         model = self._model.clone()
         try:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
+            if self.precision != "float32":
+                keep_sinusoids_in_float32(self._core, model)
             compiled = self._core.compile_model(model, "CPU", self._options)
         except RuntimeError as error:
             raise ExportError(
