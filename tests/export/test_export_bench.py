@@ -26,6 +26,7 @@ from modelops.export.bench import (
     find_checkpoint,
     make_contenders,
 )
+from modelops.export.timing import interleaved_seconds
 from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, PipelineSource, open_checkpoint
 from modelops.records import ArtifactRecord, Environment, InputRef, SourceInfo
@@ -96,6 +97,16 @@ def test_a_batch_is_one_call_of_so_many_rows_on_so_many_threads(unconditional: P
         assert row.speedup is None
         assert row.p50_s <= row.p95_s
         assert row.images_per_second == pytest.approx(row.batch_size / row.p50_s)
+
+
+def test_rounds_are_as_many_as_fit_but_not_too_few() -> None:
+    calls: list[int] = []
+    runs = {"a": lambda: calls.append(0), "b": lambda: calls.append(1)}
+    seconds = interleaved_seconds(runs, rounds=9, warmup=0, limit_s=0.0, least_rounds=4)
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4}
+    assert (calls.count(0), calls.count(1)) == (4, 4)
+    assert len(interleaved_seconds(runs, rounds=3, limit_s=0.0)["a"]) == 3
+    assert len(interleaved_seconds(runs, rounds=6)["a"]) == 6
 
 
 def test_every_round_has_its_own_seeds() -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from onnx import helper
 from small_graphs import Transformer, random_rows, shared_network
+from torch import nn
 
 from modelops.errors import ExportError, UsageError
+from modelops.export.calibration import TrajectoryRows
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import GroupCost, choose_groups, search_groups
-from modelops.export.int8.sensitivity import plot_sensitivity, scan_groups
-from modelops.export.int8.variants import Variants
+from modelops.export.int8.sensitivity import order_of_interest, plot_sensitivity, scan_groups
+from modelops.export.int8.variants import Variants, multiply_adds
+from modelops.export.onnx.writer import Example, write_graph
 from modelops.seeding import numpy_generator
 
 
@@ -91,6 +97,59 @@ def test_the_greedy_choice_is_close_to_the_best_of_all_sets() -> None:
         assert times[kept].sum() >= 0.75 * best
 
 
+def test_a_light_group_adds_no_error_whatever_its_timing_says() -> None:
+    light = [replace(_cost(name, error, 5.0), light=True) for name, error in
+             (("edge", 0.0010), ("exact", 0.0001))]  # fmt: skip
+    table = choose_groups([*light, _cost("heavy", 0.0050, 9.0)], squared_error=0.0061, budget=1.0)
+    assert [(row.cost.group, row.int8) for row in table] == [
+        ("edge", False), ("exact", True), ("heavy", True)
+    ]  # fmt: skip
+    assert "next to nothing of the work" in table[0].why
+
+
+def test_light_groups_are_those_with_little_work_and_few_weights(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    class Timed(nn.Module):
+        """x [N, 200, 64] at timestep [N]: two layers for every token, and small and large ones for
+        each row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.time_embedding, self.modulation = nn.Linear(1, 16), nn.Linear(16, 2048)
+            self.blocks = nn.ModuleList([nn.Linear(64, 256), nn.Linear(256, 64)])
+            self.proj_out = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            condition = self.modulation(torch.relu(self.time_embedding(timestep[:, None])))
+            x = self.blocks[1](torch.relu(self.blocks[0](x))) + condition[:, None, :64]
+            result: torch.Tensor = self.proj_out(x) + condition.sum()
+            return result
+
+    folder = tmp_path_factory.mktemp("light")
+    example: Example = {
+        "x": (torch.randn(2, 200, 64), {0: "batch"}), "timestep": (torch.rand(2), {0: "batch"})
+    }  # fmt: skip
+    write_graph(Timed().eval(), example, folder / "model.onnx", opset=20, outputs={"out": {}})
+    feeds = {name: tensor.numpy() for name, (tensor, _) in example.items()}
+    rows = TrajectoryRows(feeds, np.array([0.2, 0.8]), {})
+    found = Variants(
+        folder / "model.onnx", folder, Calibration(rows, folder / "table.json"), held_out=rows
+    )
+    assert found.light == {"embeddings"}  # the modulation has too many weights
+    assert {"embeddings", "modulation"} < set(found.groups)
+
+
+def test_multiply_adds_of_layers() -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=[2, 2])
+    assert multiply_adds(node, (2, 8, 6, 10), 16 * 8 * 9) == 2 * 3 * 5 * 16 * 8 * 9
+    grouped = helper.make_node("Conv", ["x", "w"], ["y"])
+    assert multiply_adds(grouped, (1, 8, 6, 10), 8 * 1 * 9) == 60 * 8 * 9
+    assert multiply_adds(helper.make_node("MatMul", ["x", "w"], ["y"]), (2, 7, 5), 15) == 14 * 15
+    turned = helper.make_node("Gemm", ["x", "w"], ["y"], transA=1)
+    assert multiply_adds(turned, (5, 7), 15) == 7 * 15
+
+
 def test_what_was_not_timed_goes_last_and_bad_tables_are_refused() -> None:
     unknown = GroupCost("unknown", 3, 0.001)
     table = choose_groups([unknown, _cost("known", 0.001, 9.0)], squared_error=0.002, budget=0.04)
@@ -103,14 +162,57 @@ def test_what_was_not_timed_goes_last_and_bad_tables_are_refused() -> None:
             choose_groups(TABLE, squared_error=0.006, budget=budget)
 
 
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
+def make_variants(tmp_path_factory: pytest.TempPathFactory, *, rows: int = 16) -> Variants:
     folder = tmp_path_factory.mktemp("search")
     source = shared_network(Transformer(), tmp_path_factory)
     return Variants(
         source, folder, Calibration(random_rows(Transformer(), 16, 0), folder / "table.json"),
-        held_out=random_rows(Transformer(), 16, 1), max_groups=7,
+        held_out=random_rows(Transformer(), rows, 1), max_groups=7,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
+    return make_variants(tmp_path_factory)
+
+
+def test_errors_of_a_slow_network_are_measured_on_fewer_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    variants = make_variants(tmp_path_factory, rows=37)
+    assert variants.n_rows == 32  # the last batch is not full
+    every, sigmas = variants.rounding_errors(), variants.held_out.sigmas
+    variants.limit_rows(1e6)
+    np.testing.assert_array_equal(variants.rounding_errors(), every)
+    variants.limit_rows(0.0)
+    assert variants.n_rows == 8
+    picks = np.searchsorted(sigmas, variants.held_out.sigmas)
+    assert picks[0] == 0 and picks[-1] == 31 and (np.diff(picks) >= 4).all()
+    np.testing.assert_allclose(variants.rounding_errors(), every[picks], rtol=1e-3)
+    scan = scan_groups(variants)
+    assert [band["rows"] for band in scan["bands"]] == [2, 2, 2, 2]
+
+
+def test_edges_are_measured_first_then_the_largest_groups() -> None:
+    sizes = {"conv_in": 1, "middle": 8, "large": 24, "time": 4, "small": 5, "conv_out": 1}
+    order = order_of_interest({name: ["node"] * size for name, size in sizes.items()})
+    assert order == ["time", "conv_in", "conv_out", "large", "middle", "small"]
+
+
+def test_a_search_short_of_time_times_less_and_takes_errors_from_the_scan(
+    variants: Variants,
+) -> None:
+    assert 0 < len(variants.light) < len(variants.groups)
+    short = search_groups(variants, budget=1.0, batch=8, rounds=9, time_limit_s=1e-9)
+    assert (short.batch, short.rounds, short.rows) == (1, 5, 16)
+    assert {row.cost.ms_saved for row in short.table} == {None}
+    equal = {row.cost.squared_error for row in short.table}
+    assert len(equal) == 1
+    errors = {group: 0.01 * number for number, group in enumerate(variants.groups, 1)}
+    known = search_groups(variants, budget=1.0, rounds=3, time_limit_s=1e-9, alone=errors)
+    for row in known.table:
+        assert row.cost.squared_error == pytest.approx(errors[row.cost.group] ** 2)
+    assert known.rounds == 3
 
 
 def test_the_scan_of_groups_and_bands(variants: Variants) -> None:

@@ -134,7 +134,7 @@ def _size(
 @click.option(
     "--search-seconds",
     type=click.FloatRange(min=0),
-    default=120.0,
+    default=300.0,
     show_default=True,
     metavar="S",
     help="For int8: time for measuring groups of layers.",

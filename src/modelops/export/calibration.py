@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,17 @@ class TrajectoryRows:
         """A feed of the given rows."""
         chosen = np.asarray(rows)
         return {name: array[chosen] for name, array in self.feeds.items()} | self.shared
+
+    def subset(self, rows: Sequence[int] | Array) -> TrajectoryRows:
+        """The given rows alone, with the record of all."""
+        chosen = np.asarray(rows)
+        feeds = {name: array[chosen] for name, array in self.feeds.items()}
+        return replace(self, feeds=feeds, sigmas=self.sigmas[chosen])
+
+    def spread(self, count: int) -> Array:
+        """Numbers of `count` rows evenly over all noise levels; repeated where there are fewer."""
+        picks: Array = np.linspace(0, len(self) - 1, num=count).round().astype(int)
+        return picks
 
     def batches(self, size: int) -> list[dict[str, Array]]:
         """All rows in feeds of `size` rows, each across all noise levels; a rest is left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,16 @@ from modelops.seeding import numpy_generator
 
 _RESAMPLES = 2000
 _SETTLE_S = 0.02
+WARMUP = 2  # calls of each run before it is timed
 
 
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = WARMUP,
+    limit_s: float = math.inf,
+    least_rounds: int = 5,
 ) -> dict[str, list[float]]:
     """Wall time of each run in each round; a round runs all of them one after the other.
 
@@ -25,6 +32,8 @@ def interleaved_seconds(
     each round, and there is a pause before each run: worker threads of the run before (OpenMP's, of
     eager torch) spin for some milliseconds on the cores that the next one is timed on. In a fixed
     order the graph that came after eager torch measured a third slower than it is.
+
+    After `limit_s` seconds no further round begins, but `least_rounds` are made.
     """
     for _ in range(warmup):
         for run in runs.values():
@@ -32,7 +41,10 @@ def interleaved_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     generator = numpy_generator(0, "timing order")
-    for _ in range(rounds):
+    started = time.monotonic()
+    for done in range(rounds):
+        if done >= least_rounds and time.monotonic() - started > limit_s:
+            break
         for index in generator.permutation(len(names)):
             name = names[index]
             time.sleep(_SETTLE_S)

@@ -86,6 +86,8 @@ class Int8Options:
         error_budget: relative error allowed (root mean square over held-out rows); when None,
             ERROR_BUDGET, or 1.5 times what the serving precision rounds without INT8.
         search_seconds: for measuring groups of layers; a scan by noise level takes as long at most.
+            Where it is short for a large network, errors are measured on fewer rows (eight at
+            least) and times on fewer rows and rounds (one and five).
         smooth: try SmoothQuant and shifts on transformers.
         ort_cpu: try a graph for onnxruntime's CPU provider; when None, where OpenVINO is missing.
         speed_rounds: rounds of the timing; 0 leaves it out, which only `allow` lets pass.
@@ -95,7 +97,7 @@ class Int8Options:
     steps: int = 16
     rows: int = 128
     error_budget: float | None = None
-    search_seconds: float = 120.0
+    search_seconds: float = 300.0
     smooth: bool = True
     ort_cpu: bool | None = None
     speed_rounds: int = 15
@@ -317,15 +319,19 @@ class _Job:
             self.wide, self.scratch, self.calibration, held_out=self.held_out,
             runtime=self.runtime, precision=precision,
         )  # fmt: skip
+        limit = self.options.search_seconds
+        if limit:
+            self.variants.limit_rows(limit / (2 * len(self.variants.groups)))
         budget = self.options.error_budget
         if budget is None:
             floor = root_mean_square(self.variants.row_errors(self.variants.serve(self.wide)))
             budget = max(ERROR_BUDGET, _FLOOR_MARGIN * floor)
-        limit = self.options.search_seconds
         scan = scan_groups(self.variants, time_limit_s=limit)
         if scan["groups"]:  # without time for any there is nothing to see
             write_bytes(self.root / PLOT, plot_sensitivity(scan))
-        return search_groups(self.variants, budget=budget, time_limit_s=limit), scan
+        alone = {group: row["error"] for group, row in scan["groups"].items()}
+        search = search_groups(self.variants, budget=budget, time_limit_s=limit, alone=alone)
+        return search, scan
 
     def quantise_within_bounds(self, search: SearchResult) -> tuple[list[str], list[ParityCheck]]:
         """Write the graph; give up groups until outputs and pictures are within bounds.

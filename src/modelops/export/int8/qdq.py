@@ -5,6 +5,7 @@ The graph is read and its weights are rounded once; a scan then writes many vari
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +77,10 @@ class QdqWriter:
         names += [node.input[1] for node in self.products.values()]
         names += [node.output[0] for node in self.nodes.values() if node.op_type == "Conv"]
         return list(dict.fromkeys(names))
+
+    def weights_of(self, node: str) -> int:
+        """How many weights a node has that is not one of attention's products."""
+        return math.prod(self._arrays[self.nodes[node].input[1]].dims)
 
     def ranges(self, calibration: Calibration) -> dict[str, Range]:
         """Of every tensor that a quantised variant may ask for."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -18,15 +18,19 @@ from typing import Any
 import numpy as np
 
 from modelops.errors import UsageError
+from modelops.export.int8.sensitivity import order_of_interest
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.runtimes.graphs import Graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
-from modelops.export.timing import interleaved_seconds
+from modelops.export.timing import WARMUP, interleaved_seconds
 from modelops.seeding import numpy_generator
 
 _RESAMPLES = 1000
 _TRIES = 6
+_LEAST_ROUNDS = 5  # of a timing, unless fewer are asked for
 _WORTH_KEEPING = 0.02  # share of the squared error that a group must add to be given up for nothing
+_WHY_LIGHT = "adds error and does next to nothing of the work"
+_WHY_IDLE = "adds error and saves nothing that can be told from 0"
 _LEAST_SHARE = 0.005  # of a call's time: a saving below it is nothing
 
 
@@ -41,6 +45,8 @@ class GroupCost:
         ms_saved: what INT8 saves a call, median; None if it was not timed.
         ms_low: lower end of the 95 % interval.
         ms_high: upper end.
+        light: it does next to nothing of the work, so that INT8 saves nothing; False where its
+            error is not known either.
     """
 
     group: str
@@ -49,6 +55,7 @@ class GroupCost:
     ms_saved: float | None = None
     ms_low: float | None = None
     ms_high: float | None = None
+    light: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class SearchResult:
         within_budget: whether `error` is.
         ms: milliseconds a call of the graph unquantised in the serving precision, all in INT8, and
             the chosen set, in one interleaved run.
-        runtime, precision, batch: what was timed.
+        runtime, precision, batch, rounds: what was timed, and how often.
+        rows: that errors were measured on.
         tries: how often a set was chosen and measured.
         why: why there is no set within the budget; empty if there is one.
     """
@@ -109,6 +117,8 @@ class SearchResult:
     runtime: str = ""
     precision: str = ""
     batch: int = 0
+    rounds: int = 0
+    rows: int = 0
     tries: int = 0
     why: str = ""
 
@@ -125,11 +135,12 @@ def choose_groups(
     """Choose from measured numbers alone; the same numbers give the same choice.
 
     First the groups whose INT8 surely does not pay (the whole interval of `ms_saved` at or below 0)
-    stay fp32, and those that save at most `least_ms`, perhaps nothing, but add a fiftieth of the
-    squared error or more. Then, while the error predicted is above the budget, the group that
-    brings most error per millisecond saved is given up (a saving below the timing's resolution
-    counts as that resolution). A group that adds no error is not given up for the budget. The last
-    group in INT8 is kept: whether it is worth having is for the caller's gates.
+    stay fp32, and of those that are light, or save at most `least_ms` and perhaps nothing, the ones
+    that add a fiftieth of the squared error or more. Then, while the error predicted is above the
+    budget, the group that brings most error per millisecond saved is given up (a saving below the
+    timing's resolution counts as that resolution). A group that adds no error is not given up for
+    the budget. The last group in INT8 is kept: whether it is worth having is for the caller's
+    gates.
 
     Args:
         costs: one for each group.
@@ -159,16 +170,10 @@ def choose_groups(
     for cost in sorted(slow, key=lambda c: (c.ms_saved or 0.0, c.group)):
         if len(open_costs) > 1:
             give_up(cost, "INT8 is not faster than fp32 here")
-    idle = [
-        cost
-        for cost in open_costs
-        if cost.ms_saved is not None and cost.ms_saved <= least_ms
-        and cost.ms_low is not None and cost.ms_low <= 0
-        and cost.squared_error >= _WORTH_KEEPING * squared_error > 0
-    ]  # fmt: skip
-    for cost in sorted(idle, key=lambda c: (-c.squared_error, c.group)):
-        if len(open_costs) > 1:
-            give_up(cost, "adds error and saves nothing that can be told from 0")
+    adding = [c for c in open_costs if c.squared_error >= _WORTH_KEEPING * squared_error > 0]
+    for cost in sorted(adding, key=lambda c: (-c.squared_error, c.group)):
+        if len(open_costs) > 1 and (cost.light or _saves_nothing(cost, least_ms)):
+            give_up(cost, _WHY_LIGHT if cost.light else _WHY_IDLE)
     while predicted > budget**2 and len(open_costs) > 1:
         harmful = [cost for cost in open_costs if cost.squared_error > 0]
         if not harmful:
@@ -187,21 +192,24 @@ def search_groups(
     batch: int = 8,
     rounds: int = 9,
     time_limit_s: float = 300.0,
+    alone: Mapping[str, float] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> SearchResult:
     """Measure every group's error and time, choose, and measure the choice.
 
     Each group is left out of an otherwise quantised graph, which runs interleaved with the graph
-    that has all groups in INT8. Three graphs and the reference are in memory at a time. After
-    `time_limit_s` the groups that are left are taken as adding an equal share of the error that is
-    not accounted for, and are not timed; their rows say so.
+    that has all groups in INT8. Three graphs and the reference are in memory at a time. Where half
+    of a group's part of `time_limit_s` is not enough for the timing, there are fewer rounds and
+    then fewer rows. After `time_limit_s` the groups that are left are not timed, and are taken as
+    adding what they do alone, or else an equal share of the error that is not accounted for.
 
     Args:
         variants: of the graph, in the runtime and precision that will serve it.
         budget: relative error of the output (root mean square over held-out rows).
-        batch: rows of a timed call.
-        rounds: interleaved calls of each graph.
+        batch: rows of a timed call at most.
+        rounds: interleaved calls of each graph at most.
         time_limit_s: for the groups; the choice itself is always measured.
+        alone: relative error of groups that alone are in INT8, see `scan_groups`.
         on_step: called with (steps done, steps).
 
     Raises:
@@ -213,15 +221,20 @@ def search_groups(
         raise UsageError(f"rounds must be at least 3 and batch positive, got {rounds} and {batch}")
     started = time.monotonic()
     total = len(variants.groups) + 2
-    feed = variants.timing_feed(batch)
     floor_graph = variants.serve(variants.source)
     floor = root_mean_square(variants.row_errors(floor_graph))
     rounding = root_mean_square(variants.rounding_errors())
     with variants.written() as path:
         full = variants.serve(path)
+    if time_limit_s:
+        share = time_limit_s / len(variants.groups)
+        batch, rounds = _pace(variants, full, batch, rounds, share / 2)
+    feed = variants.timing_feed(batch)
     measured: dict[str, GroupCost] = {}
     full_ms: list[float] = []
-    order = sorted(variants.groups, key=lambda group: -len(variants.groups[group]))
+    order = order_of_interest(variants.groups)
+    if alone:  # first what nothing is known of, then what adds most: it may be given up
+        order.sort(key=lambda group: -alone.get(group, math.inf))
     for done, group in enumerate(order):
         on_step(done, total)
         if len(order) == 1 or time.monotonic() - started > time_limit_s:
@@ -235,12 +248,13 @@ def search_groups(
         full_ms.append(float(np.median(seconds["full"])) * 1e3)
         saved, low, high = _milliseconds_saved(seconds["without"], seconds["full"])
         measured[group] = GroupCost(
-            group, len(variants.groups[group]), rounding**2 - error**2, saved, low, high
-        )
-    costs = _with_unmeasured(variants.groups, measured, rounding**2)
+            group, len(variants.groups[group]), rounding**2 - error**2, saved, low, high,
+            light=group in variants.light,
+        )  # fmt: skip
+    costs = _with_unmeasured(variants, measured, rounding**2, alone or {})
     result = SearchResult(
         budget=budget, error_floor=floor, runtime=variants.runtime,
-        precision=variants.precision, batch=batch,
+        precision=variants.precision, batch=batch, rounds=rounds, rows=variants.n_rows,
     )  # fmt: skip
     result.error_all_int8 = root_mean_square(variants.row_errors(full))
     if floor >= budget:
@@ -276,13 +290,52 @@ def search_groups(
 
 
 def _with_unmeasured(
-    groups: dict[str, list[str]], measured: dict[str, GroupCost], squared_error: float
+    variants: Variants,
+    measured: dict[str, GroupCost],
+    squared_error: float,
+    alone: Mapping[str, float],
 ) -> list[GroupCost]:
-    """The measured costs, and for the rest an equal share of what they leave."""
-    missing = [group for group in groups if group not in measured]
-    rest = squared_error - sum(cost.squared_error for cost in measured.values())
-    share = max(rest, 0.0) / max(1, len(missing))
-    return [measured.get(group) or GroupCost(group, len(groups[group]), share) for group in groups]
+    """The measured costs; for the rest what they add alone, or an equal share of what is left."""
+    groups = variants.groups
+    guessed = {g: alone[g] ** 2 for g in groups if g not in measured and g in alone}
+    known = guessed | {group: cost.squared_error for group, cost in measured.items()}
+    share = max(squared_error - sum(known.values()), 0.0) / max(1, len(groups) - len(known))
+    return [
+        measured.get(group)
+        or GroupCost(
+            group,
+            len(groups[group]),
+            guessed.get(group, share),
+            light=group in guessed and group in variants.light,
+        )
+        for group in groups
+    ]
+
+
+def _pace(
+    variants: Variants, graph: Graph, batch: int, rounds: int, seconds: float
+) -> tuple[int, int]:
+    """Rows (at most `batch`) and rounds with which two graphs of this speed are timed in about so
+    many seconds; found from one row upwards, as a full batch may take all the time there is."""
+    least, chosen = min(rounds, _LEAST_ROUNDS), (1, min(rounds, _LEAST_ROUNDS))
+    size = 1
+    while True:
+        run = {"call": partial(graph.run, variants.timing_feed(size))}
+        call = min(interleaved_seconds(run, rounds=2, warmup=1)["call"])
+        fits = int(seconds / (2 * call)) - WARMUP
+        if fits < least:
+            return chosen
+        chosen = size, min(rounds, fits)
+        if size == batch:
+            return chosen
+        size = min(2 * size, batch)
+
+
+def _saves_nothing(cost: GroupCost, least_ms: float) -> bool:
+    """A saving that is too little to matter, and may be none."""
+    if cost.ms_saved is None or cost.ms_low is None:
+        return False
+    return cost.ms_saved <= least_ms and cost.ms_low <= 0
 
 
 def _error_per_ms(cost: GroupCost) -> float:

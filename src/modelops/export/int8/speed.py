@@ -14,6 +14,7 @@ from modelops.export.timing import interleaved_seconds, speed_ratio
 from modelops.records import Measurement
 
 SPEED_BATCHES = (1, 8)
+_LIMIT_S = 180.0  # for a batch size, after which there are fewer rounds
 
 
 def measure_speed(
@@ -26,7 +27,8 @@ def measure_speed(
         fp32_graph: the fp32 model.onnx.
         denoiser: the torch network.
         rows: real inputs.
-        rounds: interleaved calls of each.
+        rounds: interleaved calls of each; fewer, but five at least, of networks so large that they
+            would take more than three minutes.
 
     Returns:
         "denoiser_batchN_over_BASELINE" to how many times as fast INT8 is.
@@ -44,7 +46,7 @@ def measure_speed(
             key: partial(graph.run, feed) for key, graph in graphs.items()
         }
         runs["torch eager"] = partial(denoiser.run, feed)
-        seconds = interleaved_seconds(runs, rounds=rounds)
+        seconds = interleaved_seconds(runs, rounds=rounds, limit_s=_LIMIT_S)
         shapes = ", ".join("x".join(map(str, feed[key].shape)) for key in denoiser.rows_in[:1])
         protocol = {"batch": batch, "shape": shapes, "rest": int8.precision}
         for key in runs:

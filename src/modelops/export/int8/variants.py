@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +15,15 @@ from modelops.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.int8.groups import MAX_GROUPS, included_nodes
 from modelops.export.int8.qdq import QdqWriter, Scheme
-from modelops.export.int8.ranges import Calibration, Feed
+from modelops.export.int8.ranges import Calibration, Feed, visit_tensors
 from modelops.export.onnx.external import remove_graph
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Array, Graph, RuntimeName, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
 
 _BATCH = 8
+_LIGHT_WORK = 0.005  # share of the multiply-adds of all layers with weights
+_LIGHT_WEIGHTS = 0.05  # share of their weights: more would be missed in the graph's size
 
 
 class Variants:
@@ -28,7 +33,8 @@ class Variants:
         source: fp32 model.onnx.
         folder: where the variant at hand is written; nothing is left there.
         calibration: of that graph.
-        held_out: rows for the error, in the order of their noise level.
+        held_out: rows for the error, in the order of their noise level; a last batch that is not
+            full is left out.
         runtime: that will serve the graph. Errors of groups are measured in onnxruntime, where
             nothing but INT8 is rounded; times, and the error of a choice, in this one.
         precision: of what is not INT8 in it, see `open_graph`.
@@ -49,7 +55,7 @@ class Variants:
         precision: str = "float32",
         max_groups: int = MAX_GROUPS,
     ) -> None:
-        self.source, self.held_out = source, held_out
+        self.source = source
         self.runtime, self.precision = runtime, precision
         self._path = folder / "variant.onnx"
         self._writer = QdqWriter(source)
@@ -57,14 +63,34 @@ class Variants:
         if not self.groups:
             raise ExportError(f"{source}: no layer with constant weights to quantise")
         self._ranges = self._writer.ranges(calibration)
-        size = min(_BATCH, len(held_out))
-        self._feeds = [
-            held_out.take(range(start, start + size))
-            for start in range(0, len(held_out) - size + 1, size)
-        ]
-        self.n_rows = size * len(self._feeds)
+        self.light = self._light_groups(calibration.rows.take([0]))
+        self._size = min(_BATCH, len(held_out))
+        self.held_out = held_out.subset(range(len(held_out) // self._size * self._size))
         reference = OrtGraph(source)
-        self._expected = [reference.run(feed) for feed in self._feeds]
+        started = time.monotonic()
+        self._expected = [reference.run(feed) for feed in self._feeds()]
+        self._row_seconds = (time.monotonic() - started) / self.n_rows
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that errors are measured on."""
+        return len(self.held_out)
+
+    def limit_rows(self, seconds: float) -> None:
+        """Measure errors on fewer rows, evenly spread over the noise levels, so that a pass takes
+        about so long; on one batch at least."""
+        most, size = self.n_rows // self._size, self._size
+        batches = min(most, max(1, int(seconds / (size * self._row_seconds))))
+        if batches < most:
+            picks = self.held_out.spread(batches * size)
+            expected = np.concatenate(self._expected)[picks]
+            self._expected = list(expected.reshape(batches, size, *expected.shape[1:]))
+            self.held_out = self.held_out.subset(picks)
+
+    def _feeds(self) -> Iterator[Feed]:
+        """The rows in batches, in the order of their noise level."""
+        for start in range(0, self.n_rows, self._size):
+            yield self.held_out.take(range(start, start + self._size))
 
     @contextmanager
     def written(self, keep_fp32: Collection[str] = (), *, scheme: Scheme = "sym") -> Iterator[Path]:
@@ -75,6 +101,31 @@ class Variants:
             yield self._path
         finally:
             remove_graph(self._path)
+
+    def _light_groups(self, row: Feed) -> set[str]:
+        """Groups with next to nothing of the network's multiply-adds, and few of its weights: what
+        is computed once a picture, or with few channels. INT8 saves nothing there, whatever a
+        timing says. None where a layer reads a Softmax, of which only the largest value is seen."""
+        nodes, products = self._writer.nodes, self._writer.products
+        shapes: dict[str, tuple[int, ...]] = {}
+        inputs = list({node.input[0] for name, node in nodes.items() if name not in products})
+        visit_tensors(
+            self.source, inputs, [row], lambda name, array: shapes.update({name: array.shape})
+        )
+        if not all(shapes.values()):
+            return set()
+        weights = {name: self._writer.weights_of(name) for name in nodes if name not in products}
+        work = {
+            name: multiply_adds(nodes[name], shapes[nodes[name].input[0]], size)
+            for name, size in weights.items()
+        }
+        return {
+            group
+            for group, members in self.groups.items()
+            if not any(name in products for name in members)
+            and sum(work[name] for name in members) < _LIGHT_WORK * sum(work.values())
+            and sum(weights[name] for name in members) < _LIGHT_WEIGHTS * sum(weights.values())
+        }
 
     def op_type(self, node: str) -> str:
         """Conv, Gemm or MatMul, of a node with weights; "product" of attention's others."""
@@ -95,15 +146,25 @@ class Variants:
         """||output - reference|| / ||reference|| of each held-out row [n_rows]."""
         errors = [
             relative_errors(expected, graph.run(feed))
-            for expected, feed in zip(self._expected, self._feeds, strict=True)
+            for expected, feed in zip(self._expected, self._feeds(), strict=True)
         ]
         result: Array = np.concatenate(errors)
         return result
 
     def timing_feed(self, batch: int) -> Feed:
         """`batch` held-out rows, spread over the noise levels."""
-        picks = np.linspace(0, len(self.held_out) - 1, num=batch).astype(int)
-        return self.held_out.take(picks)
+        return self.held_out.take(self.held_out.spread(batch))
+
+
+def multiply_adds(node: Any, shape: Sequence[int], weights: int) -> float:
+    """Of a Conv, Gemm or MatMul with so many constant weights on an input of this shape. Padding is
+    not counted, and a stack of matrices as if each row met all of them."""
+    values, attributes = math.prod(shape), {item.name: item for item in node.attribute}
+    if node.op_type != "Conv":
+        turned = "transA" in attributes and attributes["transA"].i
+        return values / shape[0 if turned else -1] * weights
+    strides = attributes["strides"].ints if "strides" in attributes else ()
+    return values / shape[1] * weights / math.prod(strides)
 
 
 def root_mean_square(errors: Array) -> float:
