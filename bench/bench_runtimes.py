@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
@@ -34,6 +35,7 @@ from modelops.export.timing import interleaved_seconds, speed_ratio
 from modelops.records import Measurement
 
 EAGER, ORT = "torch eager", "onnxruntime fp32"
+PRODUCT, SIDE = "matrix product", 2048  # what this processor does at best in fp32
 ROUNDS = {"pilot": 20, "unet": 6, "transformer": 6}
 CALIBRATION_ROWS = {"pilot": 64, "unet": 24, "transformer": 24}
 HELD_OUT_ROWS = 8
@@ -114,18 +116,40 @@ def measure(denoiser: Denoiser, folder: Path, options: argparse.Namespace) -> di
                 del runs["torch.compile"]
             compile_s += time.perf_counter() - started
         bound = {name: partial(run, feed) for name, run in runs.items()}
+        square = torch.ones(SIDE, SIDE)
+        bound[PRODUCT] = partial(torch.matmul, square, square)
         seconds = interleaved_seconds(bound, rounds=rounds, warmup=1)
         table += [row(seconds, name, batch, denoiser.name) for name in runs]
+        notes.append(ceiling(denoiser, feed, seconds))
     if compile_s:
         notes.append(f"torch.compile compiled for {compile_s:.0f} s, outside the timing")
-    errors = {name: error_of(denoiser, run, held_out) for name, run in runs.items()}
+    reference = [denoiser.torch(held_out.take([index])) for index in range(len(held_out))]
+    errors = {name: error_of(run, held_out, reference) for name, run in runs.items()}
     for line in table:
         line["relative_error"] = errors.get(line["runtime"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = error_of(denoiser.torch, held_out, reference)
+    notes.append(f"torch's own bf16 (autocast) is off by {own:.1e}")
     return {
         "name": denoiser.name, "about": denoiser.about, "parameters": denoiser.weight_bytes // 4,
         "rounds": rounds, "sizes": sizes, "rows": table, "notes": notes,
         "goals": goals(denoiser.name, table, sizes),
     }  # fmt: skip
+
+
+def ceiling(denoiser: Denoiser, feed: dict[str, Any], seconds: dict[str, list[float]]) -> str:
+    """How fast a runtime would be that did nothing but the network's products and convolutions
+    (directly), at the rate of a large product of matrices."""
+    rate = 2e-9 * SIDE**3 / float(np.median(seconds[PRODUCT]))
+    with FlopCounterMode(display=False) as counter:
+        denoiser.torch(feed)
+    work = counter.get_total_flops() / 1e9
+    eager = float(np.median(seconds[EAGER]))
+    return (
+        f"batch {len(feed['timestep'])}: {work:.0f} GFlop, {rate:.0f} GFlop/s in a product of "
+        f"{SIDE}: fp32 can be {eager * rate / work:.2f} times eager torch, which does "
+        f"{work / eager:.0f} GFlop/s"
+    )
 
 
 def quantized(
@@ -175,10 +199,12 @@ def graph_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.parent.iterdir())
 
 
-def error_of(denoiser: Denoiser, run: Callable[..., Any], rows: TrajectoryRows) -> float:
+def error_of(run: Callable[..., Any], rows: TrajectoryRows, reference: list[Any]) -> float:
     """Relative error against eager torch, root mean square over held-out rows."""
-    feeds = [rows.take([index]) for index in range(len(rows))]
-    errors = [relative_errors(denoiser.torch(feed), run(feed)) for feed in feeds]
+    errors = [
+        relative_errors(expected, run(rows.take([index])))
+        for index, expected in enumerate(reference)
+    ]
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
