@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,9 +15,14 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores, not threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["MODELOPS_CACHE"] = tempfile.mkdtemp(prefix="modelops-cache-")  # nobody's own
+_CACHE = tempfile.mkdtemp(prefix="modelops-cache-")  # nobody's own
+os.environ["MODELOPS_CACHE"] = _CACHE
 
 import pytest
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
