@@ -15,14 +15,13 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores, not threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-_CACHE = tempfile.mkdtemp(prefix="modelops-cache-")  # nobody's own
-os.environ["MODELOPS_CACHE"] = _CACHE
+os.environ["MODELOPS_CACHE"] = tempfile.mkdtemp(prefix="modelops-cache-")  # nobody's own
 
 import pytest
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    shutil.rmtree(os.environ["MODELOPS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

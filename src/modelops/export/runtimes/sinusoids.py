@@ -43,6 +43,7 @@ def keep_sinusoids_in_float32(core: Any, model: Any) -> int:
         RuntimeError: OpenVINO cannot write or read the part.
         OSError: no room for a file of a few kilobytes.
     """
+    _fix_shapes(model)
     _as_reshapes(_angles(model))
     nodes = _angles(model)
     if not nodes:
@@ -63,18 +64,31 @@ def keep_sinusoids_in_float32(core: Any, model: Any) -> int:
     return len(nodes)
 
 
+def _fix_shapes(model: Any) -> None:
+    """Put constants in the place of shapes that are known: a part that is cut out without the
+    tensors they belong to would not know them."""
+    from openvino import opset8 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "ShapeOf":
+            continue
+        shape = node.input_value(0).get_partial_shape()
+        if shape.is_static and len(shape):  # OpenVINO makes no constant of nothing
+            kind = node.get_output_element_type(0).to_dtype()
+            sizes = ops.constant(np.array([size.get_length() for size in shape], kind))
+            node.output(0).replace(sizes.output(0))
+
+
 def _angles(model: Any) -> dict[str, Any]:
-    """Sines and cosines and the float nodes that lead to them, by unique name."""
+    """Sines and cosines and the nodes that lead to them, by unique name."""
     found: dict[str, Any] = {}
     waiting = [n for n in model.get_ordered_ops() if n.get_type_name() in _TRIGONOMETRIC]
     while waiting:
         node = waiting.pop()
         name, kind = node.get_name(), node.get_type_name()
-        if name in found or kind in ("Parameter", "Constant"):
+        if name in found or kind in ("Parameter", "Constant", "ShapeOf"):
             continue
         if kind in _HEAVY and not _is_outer_product(node):
-            continue
-        if not node.get_output_element_type(0).is_real():  # a shape, or an integer timestep
             continue
         found[name] = node
         waiting += [value.get_node() for value in node.input_values()]
@@ -100,7 +114,9 @@ def _as_reshapes(nodes: dict[str, Any]) -> None:
 
     for node in nodes.values():
         shape = node.output(0).get_partial_shape()
-        if node.get_type_name() not in ("Squeeze", "Unsqueeze") or not shape.is_static:
+        if node.get_type_name() not in ("Squeeze", "Unsqueeze"):
+            continue
+        if not (shape.is_static and len(shape) and node.get_output_element_type(0).is_real()):
             continue
         target = ops.constant(np.array([int(size.get_length()) for size in shape], np.int64))
         reshape = ops.reshape(node.input_value(0), target, False)
@@ -139,11 +155,16 @@ def _marked(core: Any, outputs: list[Any], parameters: list[Any]) -> Any:
     """A copy of a part of a model, each of its nodes marked."""
     import openvino
     from openvino import opset8 as ops
+    from openvino.passes import ConstantFolding, Manager
 
     part = openvino.Model([ops.result(output) for output in outputs], parameters, "sinusoids")
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(part)
     # What OpenVINO would fuse when it compiles, constant factors say, is fused before: the fused
-    # node would have no mark. This is no public module; without it such angles are rounded.
-    with contextlib.suppress(ImportError):
+    # node would have no mark. This is no public module, and its fusions may meet a part they cannot
+    # take; without them such angles are rounded.
+    with contextlib.suppress(ImportError, RuntimeError):
         from openvino._offline_transformations import apply_moc_transformations
 
         apply_moc_transformations(part, cf=False)
