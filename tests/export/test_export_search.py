@@ -16,7 +16,12 @@ from torch import nn
 from modelops.errors import ExportError, UsageError
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.int8.ranges import Calibration
-from modelops.export.int8.search import GroupCost, choose_groups, search_groups
+from modelops.export.int8.search import (
+    GroupCost,
+    choose_groups,
+    order_of_measuring,
+    search_groups,
+)
 from modelops.export.int8.sensitivity import order_of_interest, plot_sensitivity, scan_groups
 from modelops.export.int8.variants import Variants, multiply_adds
 from modelops.export.onnx.writer import Example, write_graph
@@ -197,6 +202,13 @@ def test_edges_are_measured_first_then_the_largest_groups() -> None:
     sizes = {"conv_in": 1, "middle": 8, "large": 24, "time": 4, "small": 5, "conv_out": 1}
     order = order_of_interest({name: ["node"] * size for name, size in sizes.items()})
     assert order == ["time", "conv_in", "conv_out", "large", "middle", "small"]
+
+
+def test_groups_that_add_much_alone_are_measured_before_the_rest() -> None:
+    groups = {name: ["node"] * size for name, size in {"a": 3, "b": 9, "conv_in": 1}.items()}
+    assert order_of_measuring(groups, {}) == order_of_interest(groups) == ["conv_in", "b", "a"]
+    assert order_of_measuring(groups, {"a": 0.2, "b": 0.1, "conv_in": 0.1})[0] == "a"
+    assert order_of_measuring(groups, {"conv_in": 0.1, "a": 0.2}) == ["b", "a", "conv_in"]
 
 
 def test_a_search_short_of_time_times_less_and_takes_errors_from_the_scan(

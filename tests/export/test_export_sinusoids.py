@@ -12,6 +12,7 @@ from torch import nn
 import tiny_pipelines
 from modelops.export.artifact import GRAPH
 from modelops.export.components import find_components
+from modelops.export.int8.proof import openvino_execution
 from modelops.export.onnx.export import write_component
 from modelops.export.onnx.writer import Example, write_graph
 from modelops.export.parity import relative_errors
@@ -177,3 +178,42 @@ def test_a_denoiser_is_as_right_as_in_torchs_own_bfloat16(family: str, tmp_path:
     feed = {name: tensor.numpy() for name, (tensor, _) in denoiser.example.items()}
     graph = OpenVinoGraph(tmp_path / GRAPH, precision="bfloat16")
     assert relative_errors(expected, graph.run(feed)).max() < 2 * own
+
+
+class Wave(nn.Module):
+    """x [N, 4] to its sine and, beside it, the sine's product with x."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sine = (x * 700).sin()
+        return sine, sine * x
+
+
+@bfloat16
+def test_a_sine_may_be_what_a_model_returns(tmp_path: Path) -> None:
+    x = random(3, 4)
+    path = tmp_path / "model.onnx"
+    batch = {0: "batch"}
+    write_graph(Wave(), {"x": (x, batch)}, path, opset=20, outputs={"sine": batch, "both": batch})
+    sine, both = OpenVinoGraph(path, precision="bfloat16").run_all({"x": x.numpy()})
+    expected, product = Wave()(x)
+    np.testing.assert_allclose(sine, expected.numpy(), atol=1e-3)
+    np.testing.assert_allclose(both, product.numpy(), atol=0.02)
+
+
+@bfloat16
+def test_a_quantised_graph_runs_what_it_ran_in_int8(
+    int8_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = int8_artifact / "unet" / GRAPH
+    feed = {
+        "sample": random(2, 12, 16, 16).numpy(), "timestep": TIMES[:2],
+        "class_labels": random(2, 384).numpy(),
+    }  # fmt: skip
+
+    def execution() -> dict[str, object]:
+        return openvino_execution(OpenVinoGraph(path, precision="bfloat16"), feed)
+
+    found = execution()
+    assert found["int8_layers"]
+    monkeypatch.setattr(runtime, "keep_sinusoids_in_float32", lambda core, model: 0)
+    assert execution() == found

@@ -232,9 +232,7 @@ def search_groups(
     feed = variants.timing_feed(batch)
     measured: dict[str, GroupCost] = {}
     full_ms: list[float] = []
-    order = order_of_interest(variants.groups)
-    if alone:  # first what nothing is known of, then what adds most: it may be given up
-        order.sort(key=lambda group: -alone.get(group, math.inf))
+    order = order_of_measuring(variants.groups, alone or {})
     for done, group in enumerate(order):
         on_step(done, total)
         if len(order) == 1 or time.monotonic() - started > time_limit_s:
@@ -287,6 +285,13 @@ def search_groups(
     result.ms = {name: float(np.median(values) * 1e3) for name, values in seconds.items()}
     on_step(total, total)
     return result
+
+
+def order_of_measuring(
+    groups: Mapping[str, Sequence[str]], alone: Mapping[str, float]
+) -> list[str]:
+    """First what nothing is known of, then what adds most alone: it may be given up."""
+    return sorted(order_of_interest(groups), key=lambda group: -alone.get(group, math.inf))
 
 
 def _with_unmeasured(
