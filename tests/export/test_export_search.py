@@ -205,7 +205,7 @@ def test_edges_are_measured_first_then_the_largest_groups() -> None:
 
 
 def test_groups_that_add_much_alone_are_measured_before_the_rest() -> None:
-    groups = {name: ["node"] * size for name, size in {"a": 3, "b": 9, "conv_in": 1}.items()}
+    groups = {name: ["node"] * size for name, size in {"a": 8, "b": 9, "conv_in": 1}.items()}
     assert order_of_measuring(groups, {}) == order_of_interest(groups) == ["conv_in", "b", "a"]
     assert order_of_measuring(groups, {"a": 0.2, "b": 0.1, "conv_in": 0.1})[0] == "a"
     assert order_of_measuring(groups, {"conv_in": 0.1, "a": 0.2}) == ["b", "a", "conv_in"]
