@@ -148,3 +148,24 @@ def test_progress_of_something_short_draws_nothing(monkeypatch: pytest.MonkeyPat
     with output.progress("opening") as shown:
         shown(1, 2)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "LINE_EVERY", 0.02)
+    said = ""
+    with output.progress("opening", quiet=quiet) as shown:
+        shown.stage("sampling", 1, 9)
+        shown(3, 12)
+        for _ in range(10 if quiet else 1000):
+            said += capsys.readouterr().err
+            if "12" in said:
+                break
+            time.sleep(0.02)
+    assert ("\n1/9 sampling: 3 of 12, 0 min so far\n" in f"\n{said}") is not quiet
+    assert quiet is (said == "")
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""  # it ended with the command

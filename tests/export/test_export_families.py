@@ -15,6 +15,7 @@ import tiny_pipelines
 from modelops.errors import ExportError, UsageError
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import Component, find_components
+from modelops.export.exporting import Stages
 from modelops.export.int8.export import Int8Options, export_int8
 from modelops.export.onnx.export import export_onnx
 from modelops.export.runtime import open_artifact
@@ -68,7 +69,11 @@ def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
 )
 def test_a_family_exports_and_matches(family: str, tmp_path: Path) -> None:
     checkpoint = saved(family, tmp_path)
-    record = exported(family, checkpoint, tmp_path / "onnx")
+    begun: list[tuple[str, int, int]] = []
+    record = exported(
+        family, checkpoint, tmp_path / "onnx", on_stage=lambda *stage: begun.append(stage)
+    )
+    assert [(number, total) for _, number, total in begun] == [(n, 5) for n in range(1, 6)]
     assert {item.name for item in record.components} == FAMILIES[family]
     assert all(check.passed for check in record.parity)
     relative = [c.value for c in record.parity if c.measure == "max_relative_error"]
@@ -85,10 +90,13 @@ def test_a_family_is_quantised(family: str, tmp_path: Path) -> None:
     checkpoint = saved(family, tmp_path)
     exported(family, checkpoint, tmp_path / "onnx")
     options = Int8Options(steps=4, rows=16, search_seconds=3, speed_rounds=3)
+    begun: list[tuple[str, int, int]] = []
     record = export_int8(
         tmp_path / "onnx", checkpoint, tmp_path / "int8", prompts=PROMPTS, options=options,
         allow=True,  # so small a network is not faster
+        on_stage=lambda *stage: begun.append(stage),
     )  # fmt: skip
+    assert [(number, total) for _, number, total in begun] == [(n, 8) for n in range(1, 9)]
     assert all(check.passed for check in record.parity)
     assert record.calibration["error"] <= record.calibration["search"]["budget"]
     served = record.execution[record.runtime]
@@ -96,6 +104,28 @@ def test_a_family_is_quantised(family: str, tmp_path: Path) -> None:
     denoiser = next(item for item in record.components if item.role == "denoiser")
     assert denoiser.quantized_nodes > 5
     assert (tmp_path / "int8" / "sensitivity.png").is_file()
+
+
+def test_a_count_is_of_stages_where_nobody_asks_for_their_names() -> None:
+    told: list[tuple[object, ...]] = []
+
+    def tell(*what: object) -> None:
+        told.append(what)
+
+    def run(stages: Stages) -> list[tuple[object, ...]]:
+        told.clear()
+        stages.begin("one")
+        stages.count(1, 7)
+        stages.rename("one, still")
+        stages.begin("two")
+        stages.end()
+        return list(told)
+
+    assert run(Stages(2, on_stage=None, on_progress=None)) == []
+    assert run(Stages(2, on_stage=None, on_progress=tell)) == [(0, 2), (1, 2), (2, 2)]
+    assert run(Stages(2, on_stage=tell, on_progress=tell)) == [
+        ("one", 1, 2), (1, 7), ("one, still", 1, 2), ("two", 2, 2),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

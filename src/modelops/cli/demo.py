@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, stderr_console, table
+from modelops.cli.output import dry_run_option, emit, json_option, progress, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,45 +88,17 @@ def demo(
 
 def _run(chain: Chain, force: tuple[str, ...], *, quiet: bool) -> Iterator[StepResult]:
     """Run the chain with a bar for the running step and a line for each finished one."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        SpinnerColumn,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = stderr_console()
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
     total = len(chain.steps)
     numbers = {step.name: index for index, step in enumerate(chain.steps, 1)}
+    with progress("starting", quiet=quiet) as shown:
 
-    def on_start(step: Step) -> OnProgress:
-        for task in bar.task_ids:
-            bar.remove_task(task)
-        task = bar.add_task(f"[{numbers[step.name]}/{total}] {step.title}", total=None)
-        return lambda done, whole: bar.update(task, completed=done, total=whole)
+        def on_start(step: Step) -> OnProgress:
+            shown.stage(step.title, numbers[step.name], total)
+            return shown
 
-    with bar:
-        result: StepResult
         for result in chain.run(force=force, on_start=on_start):
             if not quiet:
-                console.print(
-                    f"{numbers[result.name]:>3}/{total} {result.title}: {result.summary}"
-                    + (f" ({result.seconds:.1f} s)" if result.state == "done" else " (fresh)"),
-                    markup=False,
-                    soft_wrap=True,
-                )
+                took = f"({result.seconds:.1f} s)" if result.state == "done" else "(fresh)"
+                number = numbers[result.name]
+                shown.line(f"{number:>3}/{total} {result.title}: {result.summary} {took}")
             yield result

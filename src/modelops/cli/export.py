@@ -276,20 +276,20 @@ def _run(
     common: dict[str, Any],
     on_progress: output.Progress,
 ) -> ArtifactRecord:
+    shown: dict[str, Any] = {"on_progress": on_progress, "on_stage": on_progress.stage}
     if target == "onnx":
         from modelops.export.onnx.export import export_onnx
 
         return export_onnx(
             checkpoint, out_dir, precision=_PRECISIONS[options["precision"]], size=options["size"],
-            lora=_lora(options), on_progress=on_progress, **common,
+            lora=_lora(options), **shown, **common,
         )  # fmt: skip
     if target == "torchscript":
         from modelops.export.programs import export_torchscript
 
         return export_torchscript(
-            checkpoint, out_dir, size=options["size"], lora=_lora(options),
-            on_progress=on_progress, **common,
-        )  # fmt: skip
+            checkpoint, out_dir, size=options["size"], lora=_lora(options), **shown, **common
+        )
     if target == "int8":
         from modelops.export.int8.export import Int8Options, export_int8
 
@@ -299,9 +299,8 @@ def _run(
             ort_cpu=options["ort_cpu"],
         )  # fmt: skip
         return export_int8(
-            start, checkpoint, out_dir, seed=options["seed"], options=how, on_progress=on_progress,
-            **common,
-        )  # fmt: skip
+            start, checkpoint, out_dir, seed=options["seed"], options=how, **shown, **common
+        )
     from modelops.export.tensorrt.export import DEFAULT_PROFILES, export_tensorrt
     from modelops.export.tensorrt.fingerprint import EngineFlags
 
@@ -313,13 +312,9 @@ def _run(
     }
     flags = EngineFlags(**{name: value for name, value in given.items() if value is not None})
 
-    def tell(phase: str, done: int, total: int) -> None:
-        on_progress.stage(phase)
-        on_progress(done, total)
-
     return export_tensorrt(
         start, checkpoint, out_dir, profiles=options["profiles"] or DEFAULT_PROFILES, flags=flags,
-        device=options["device"], timing_cache=options["timing_cache"], on_progress=tell, **common,
+        device=options["device"], timing_cache=options["timing_cache"], **shown, **common,
     )  # fmt: skip
 
 

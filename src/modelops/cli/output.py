@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 DRAWN_AFTER = 2.0  # seconds until a progress bar appears
+LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 
 
 def json_option(command: F) -> F:
@@ -75,7 +77,10 @@ def table(
 
 
 class Progress:
-    """Progress of a command: call it with (done, total), and `stage` when something else begins."""
+    """Progress of a command: call it with (done, total), and `stage` when something else begins.
+
+    Its text is where the command is: "3/8 searching: 5 of 16".
+    """
 
     def __init__(self, bar: RichProgress | None, description: str) -> None:
         self._bar = bar
@@ -83,28 +88,46 @@ class Progress:
         self.stage(description)
 
     def __call__(self, done: int, total: int) -> None:
+        self._count = f": {done} of {total}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
 
+    def __str__(self) -> str:
+        return self._label + self._count
+
+    def line(self, text: str) -> None:
+        """A remark for a person on stderr, above the bar if there is one."""
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar.console.print(text, markup=False, soft_wrap=True)
+
     def stage(self, name: str, number: int = 0, stages: int = 0) -> None:
         """What follows is stage `number` of `stages`, with its own count and its own time left."""
+        self._label = f"{number}/{stages} {name}" if stages else name
+        self._count = ""
         if self._bar is None:
             return
         if self._task is not None:
             self._bar.remove_task(self._task)
-        label = f"{number}/{stages} {name}" if stages else name
-        self._task = self._bar.add_task(label, total=None)
+        self._task = self._bar.add_task(self._label, total=None)
 
 
 @contextmanager
 def progress(description: str, *, quiet: bool = False) -> Iterator[Progress]:
     """A progress bar on stderr with the time left; call what it yields with (done, total).
 
-    It appears after two seconds. Without a terminal, or with `quiet`, nothing is drawn.
+    It appears after two seconds. Without a terminal it is a line a minute, which tells the log of a
+    pipeline that something is still going on. With `quiet` there is nothing.
     """
     console = stderr_console()
-    if quiet or not console.is_terminal:
+    if quiet:
         yield Progress(None, description)
+        return
+    if not console.is_terminal:
+        shown = Progress(None, description)
+        with _lines_of(shown):
+            yield shown
         return
     from threading import Timer
 
@@ -138,3 +161,24 @@ def progress(description: str, *, quiet: bool = False) -> Iterator[Progress]:
         timer.cancel()
         timer.join()
         bar.stop()
+
+
+@contextmanager
+def _lines_of(shown: Progress) -> Iterator[None]:
+    """Says on stderr every minute where a command is, and how many minutes it took so far."""
+    from threading import Event, Thread
+
+    ended = Event()
+    started = time.monotonic()
+
+    def lines() -> None:
+        while not ended.wait(LINE_EVERY):
+            say(f"{shown}, {(time.monotonic() - started) / 60:.0f} min so far")
+
+    thread = Thread(target=lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -36,7 +36,48 @@ from modelops.records import ExportedComponent, InputRef, ParityCheck
 from modelops.seeding import image_seed
 
 PARITY_SEED = 20
-Stage = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
+OnStage = Callable[[str, int, int], None]  # name, number from 1, how many
+
+
+class Stages:
+    """Where an export is.
+
+    Args:
+        total: how many stages there are.
+        on_stage: called with a stage's name, its number and the total when it begins.
+        on_progress: called with (done, of how many) within a stage; without `on_stage`, with
+            (stages done, stages).
+    """
+
+    def __init__(
+        self, total: int, *, on_stage: OnStage | None, on_progress: OnProgress | None
+    ) -> None:
+        self._total, self._done = total, -1
+        self._on_stage, self._on_progress = on_stage, on_progress
+
+    def begin(self, name: str) -> None:
+        """The stage before, if any, has ended."""
+        self._done += 1
+        if self._on_stage:
+            self._on_stage(name, self._done + 1, self._total)
+        elif self._on_progress:
+            self._on_progress(self._done, self._total)
+
+    def rename(self, name: str) -> None:
+        """The stage goes on, with something else."""
+        if self._on_stage:
+            self._on_stage(name, self._done + 1, self._total)
+
+    def count(self, done: int, total: int) -> None:
+        """How far the stage is."""
+        if self._on_stage and self._on_progress:
+            self._on_progress(done, total)
+
+    def end(self) -> None:
+        """All stages have ended."""
+        if self._on_progress and not self._on_stage:
+            self._on_progress(self._total, self._total)
 
 
 @dataclass
@@ -83,7 +124,7 @@ def prove(
     calls: Calls,
     bounds: Bounds,
     prompts: Sequence[str],
-    tick: Callable[[], None] = lambda: None,
+    stages: Stages,
 ) -> tuple[list[ParityCheck], list[dict[str, float]]]:
     """Compare every network and the pictures with their source; write the denoiser's probe.
 
@@ -91,19 +132,20 @@ def prove(
         The checks, some of which may have failed, and the denoiser's error by noise level.
     """
     checks: list[ParityCheck] = []
-    for component in components:
+    stages.begin("comparing networks")
+    for done, component in enumerate(components):
+        stages.count(done, len(components))
         feeds = calls.feeds[component.name]
         checks += component_parity(component, graphs[component.name], feeds, bounds)
-        tick()
     name, rows = next(iter(calls.rows.items()))
     denoiser = next(component for component in components if component.name == name)
     errors = errors_by_noise(denoiser, graphs[name], rows)
     write_probe(root / name, denoiser, rows)
+    stages.begin("comparing pictures")
     checks += image_parity(
         source.pipeline, assemble(root, graphs), name=f"images/{graphs[name].runtime}",
         prompts=prompts[:4], seed=PARITY_SEED, bounds=bounds, size=source.size,
     )  # fmt: skip
-    tick()
     return checks, errors
 
 
@@ -192,16 +234,3 @@ def config_of(module: Any) -> dict[str, Any]:
     config = module.config
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {k: v for k, v in plain.items() if k != "_name_or_path"}
-
-
-def ticker(on_progress: Stage | None, total: int) -> Callable[[], None]:
-    """Counts stages for a progress bar."""
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_progress:
-            on_progress(done, total)
-
-    return tick

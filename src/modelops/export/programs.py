@@ -18,14 +18,15 @@ from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import (
     PARITY_SEED,
-    Stage,
+    OnProgress,
+    OnStage,
+    Stages,
     about_files,
     about_source,
     carry_parts,
     catch_calls,
     config_of,
     prove,
-    ticker,
 )
 from modelops.export.parity import BOUNDS, component_parity, require_parity
 from modelops.export.runtime import SIGNATURE
@@ -51,7 +52,8 @@ def export_torchscript(
     lora: Lora | None = None,
     allow: bool = False,
     overwrite: bool = False,
-    on_progress: Stage | None = None,
+    on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> ArtifactRecord:
     """Export a checkpoint's networks for plain torch, in float32; as `onnx.export_onnx` otherwise.
 
@@ -60,15 +62,19 @@ def export_torchscript(
     texts = check_prompts(prompts)
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
+    stages = Stages(5, on_stage=on_stage, on_progress=on_progress)
+    stages.begin("watching the pipeline")
     source = load_source(checkpoint, size=size, lora=lora)
     check_writable(Path(out_dir).parent, need_bytes=3 * source.bytes_total)
-    components = find_components(source.pipeline, size=both_sides(source.size))
-    tick = ticker(on_progress, 2 * len(components) + 3)
-    tick()
+    components = find_components(
+        source.pipeline, size=both_sides(source.size), on_progress=stages.count
+    )
     with atomic_directory(out_dir) as root:
         axes: dict[str, list[str]] = {}
         programs: dict[str, str] = {}
-        for component in components:
+        stages.begin("writing programs")
+        for done, component in enumerate(components):
+            stages.count(done, len(components))
             folder = root / component.name
             folder.mkdir()
             axes[component.name] = write_torchscript(
@@ -79,12 +85,12 @@ def export_torchscript(
             write_json(folder / SIGNATURE, component.signature.model_dump(mode="json"))
             config = config_of(getattr(source.pipeline, component.attribute))
             write_json(folder / "config.json", config)
-            tick()
         carry_parts(source, root)
+        stages.begin("drawing with the source")
         calls = catch_calls(source, components, texts)
         graphs = {c.name: TorchGraph(root / c.name / SCRIPT) for c in components}
         checks, error_by_noise = prove(
-            source, root, components, graphs, calls, BOUNDS["float32"], texts, tick
+            source, root, components, graphs, calls, BOUNDS["float32"], texts, stages
         )
         for component in components:
             path = root / component.name / PROGRAM
@@ -108,7 +114,7 @@ def export_torchscript(
             **about_files(root, described),
         )
         record.write(root / RECORD)
-        tick()
+    stages.end()
     return record
 
 

@@ -27,7 +27,14 @@ from modelops.export.calibration import (
     collect_rows,
 )
 from modelops.export.components import Component
-from modelops.export.exporting import Stage, about_files, about_source, carry_parts, ticker
+from modelops.export.exporting import (
+    OnProgress,
+    OnStage,
+    Stages,
+    about_files,
+    about_source,
+    carry_parts,
+)
 from modelops.export.int8.gates import require_budget, require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
@@ -125,7 +132,8 @@ def export_int8(
     options: Int8Options | None = None,
     allow: bool = False,
     overwrite: bool = False,
-    on_progress: Stage | None = None,
+    on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> ArtifactRecord:
     """Quantise the denoiser of an fp32 artifact to symmetric INT8 (S8S8 QDQ).
 
@@ -142,7 +150,8 @@ def export_int8(
         options: how; Int8Options() when not given.
         allow: keep an export that is outside its bounds or not faster, and record the waiver.
         overwrite: replace an artifact that is there.
-        on_progress: called with (stages done, stages).
+        on_progress: called with (done, of how many), see `Stages`.
+        on_stage: called with (name, number from 1, stages) when a stage begins.
 
     Returns:
         The record that is also in the directory as artifact.json.
@@ -156,6 +165,7 @@ def export_int8(
     """
     texts = check_prompts(prompts)
     options = options or Int8Options()
+    stages = Stages(8, on_stage=on_stage, on_progress=on_progress)
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
     fp32, fp32_sha256 = verify_artifact(onnx_dir)
@@ -165,6 +175,7 @@ def export_int8(
             hint="name the float32 onnx artifact",
         )
     lora = lora_of(fp32)
+    stages.begin("opening")
     source = load_source(checkpoint, size=both_sides(size_of(fp32)), lora=lora)
     if fp32.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(
@@ -173,19 +184,19 @@ def export_int8(
     check_writable(Path(out_dir).parent, need_bytes=2 * fp32.bytes_total)
     # Candidates and the smoothed graph; what they take is only known while they are written.
     check_writable(tempfile.gettempdir(), need_bytes=3 * denoiser_of(fp32).bytes)
-    tick = ticker(on_progress, 8)
     with atomic_directory(out_dir) as root, tempfile.TemporaryDirectory() as scratch:
         job = _Job(source, Path(onnx_dir), root, Path(scratch), fp32, texts, seed, options)
         job.carry()
-        tick()
-        job.calibrate()
-        tick()
+        stages.begin("calibrating")
+        job.calibrate(stages.count)
+        stages.begin("smoothing")
         smoothing = job.smooth()
-        tick()
-        search, scan = job.search()
-        tick()
+        stages.begin("measuring what rounding each group changes")
+        scan = job.scan(stages.count)
+        stages.begin("searching the groups to quantise")
+        search = job.search(scan, stages.count)
+        stages.begin("quantising and comparing")
         keep, checks = job.quantise_within_bounds(search)
-        tick()
         ort_cpu = job.try_ort_cpu(keep)
         if ort_cpu and ort_cpu["kept"]:  # what onnxruntime will run is what is compared in it
             checks = [check for check in checks if not check.name.endswith("/onnxruntime")]
@@ -195,11 +206,11 @@ def export_int8(
             require_parity(checks, allow=allow),
             require_budget(error, search, allow=allow),
         ]
+        stages.begin("proving that INT8 runs")
         execution = job.prove()
-        tick()
+        stages.begin("measuring speed")
         speed = job.measure_speed()
         waived.append(require_faster(speed, search.table, allow=allow))
-        tick()
         denoiser = job.denoiser
         write_probe(job.folder, denoiser, job.final)
         components = [
@@ -234,7 +245,7 @@ def export_int8(
         )
         record.inputs["onnx"] = InputRef(path=portable_path(onnx_dir), sha256=fp32_sha256)
         record.write(root / RECORD)
-        tick()
+    stages.end()
     return record
 
 
@@ -280,7 +291,7 @@ class _Job:
                 if path.suffix == ".json":
                     shutil.copyfile(path, target / path.name)
 
-    def calibrate(self) -> None:
+    def calibrate(self, on_progress: OnProgress) -> None:
         """Catch rows to calibrate with, to choose by and to judge by."""
         options = self.options
 
@@ -288,7 +299,7 @@ class _Job:
             texts = self.prompts if purpose == "calibration" else self.prompts[:8]
             return collect_rows(
                 self.source.pipeline, self.denoiser, prompts=texts, seed=seed, purpose=purpose,
-                steps=steps, rows=count, size=self.source.size,
+                steps=steps, rows=count, size=self.source.size, on_progress=on_progress,
             )  # fmt: skip
 
         self.calibration = Calibration(
@@ -312,8 +323,8 @@ class _Job:
             self.wide = target
         return found.as_record()
 
-    def search(self) -> tuple[SearchResult, dict[str, Any]]:
-        """The fastest set of groups within the budget, and where rounding hurts."""
+    def scan(self, on_progress: OnProgress) -> dict[str, Any]:
+        """Where rounding hurts: every group alone in INT8, and a picture of it."""
         precision = default_precision("int8", self.runtime)
         self.variants = Variants(
             self.wide, self.scratch, self.calibration, held_out=self.held_out,
@@ -322,16 +333,22 @@ class _Job:
         limit = self.options.search_seconds
         if limit:
             self.variants.limit_rows(limit / (2 * len(self.variants.groups)))
+        scan = scan_groups(self.variants, time_limit_s=limit, on_step=on_progress)
+        if scan["groups"]:  # without time for any there is nothing to see
+            write_bytes(self.root / PLOT, plot_sensitivity(scan))
+        return scan
+
+    def search(self, scan: dict[str, Any], on_progress: OnProgress) -> SearchResult:
+        """The fastest set of groups within the budget."""
         budget = self.options.error_budget
         if budget is None:
             floor = root_mean_square(self.variants.row_errors(self.variants.serve(self.wide)))
             budget = max(ERROR_BUDGET, _FLOOR_MARGIN * floor)
-        scan = scan_groups(self.variants, time_limit_s=limit)
-        if scan["groups"]:  # without time for any there is nothing to see
-            write_bytes(self.root / PLOT, plot_sensitivity(scan))
-        alone = {group: row["error"] for group, row in scan["groups"].items()}
-        search = search_groups(self.variants, budget=budget, time_limit_s=limit, alone=alone)
-        return search, scan
+        return search_groups(
+            self.variants, budget=budget, time_limit_s=self.options.search_seconds,
+            alone={group: row["error"] for group, row in scan["groups"].items()},
+            on_step=on_progress,
+        )  # fmt: skip
 
     def quantise_within_bounds(self, search: SearchResult) -> tuple[list[str], list[ParityCheck]]:
         """Write the graph; give up groups until outputs and pictures are within bounds.

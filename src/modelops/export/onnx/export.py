@@ -23,7 +23,9 @@ from modelops.export.components import Component, find_components
 from modelops.export.exporting import (
     PARITY_SEED,
     Calls,
-    Stage,
+    OnProgress,
+    OnStage,
+    Stages,
     about_files,
     about_source,
     carry_parts,
@@ -31,7 +33,6 @@ from modelops.export.exporting import (
     config_of,
     describe_components,
     prove,
-    ticker,
 )
 from modelops.export.onnx.writer import FixedAxesError, write_graph
 from modelops.export.parity import (
@@ -58,7 +59,8 @@ def export_onnx(
     lora: Lora | None = None,
     allow: bool = False,
     overwrite: bool = False,
-    on_progress: Stage | None = None,
+    on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> ArtifactRecord:
     """Export a checkpoint's networks and compare them with their source.
 
@@ -75,7 +77,8 @@ def export_onnx(
         lora: low-rank weights to export with.
         allow: keep an export that is outside its parity bounds and record the waiver.
         overwrite: replace an artifact that is there.
-        on_progress: called with (stages done, stages).
+        on_progress: called with (done, of how many), see `Stages`.
+        on_stage: called with (name, number from 1, stages) when a stage begins.
 
     Returns:
         The record that is also in the directory as artifact.json.
@@ -93,28 +96,33 @@ def export_onnx(
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
     runtime = _runtime_for(precision)
+    total = 5 if precision == "float32" else 6
+    stages = Stages(total, on_stage=on_stage, on_progress=on_progress)
+    stages.begin("watching the pipeline")
     source = load_source(checkpoint, size=size, lora=lora)
     check_writable(Path(out_dir).parent, need_bytes=2 * source.bytes_total)
-    components = find_components(source.pipeline, size=both_sides(source.size))
-    tick = ticker(on_progress, 2 * len(components) + 3)
-    tick()
+    components = find_components(
+        source.pipeline, size=both_sides(source.size), on_progress=stages.count
+    )
     with atomic_directory(out_dir) as root:
         wide = root if precision == "float32" else root / ".float32"
-        for component in components:
+        stages.begin("writing graphs")
+        for done, component in enumerate(components):
+            stages.count(done, len(components))
             write_component(source.pipeline, component, wide / component.name, opset=opset)
-            tick()
         carry_parts(source, root)
+        stages.begin("drawing with the source")
         calls = catch_calls(source, components, texts)
         conversion = {}
         if wide != root:
+            stages.begin(f"converting to {precision}")
             conversion = _narrow(wide, root, components, calls, precision)
             shutil.rmtree(wide)
         graphs = {c.name: open_graph(root / c.name / GRAPH, runtime) for c in components}
         checks, error_by_noise = prove(
-            source, root, components, graphs, calls, BOUNDS[precision], texts, tick
+            source, root, components, graphs, calls, BOUNDS[precision], texts, stages
         )
         waiver = require_parity(checks, allow=allow)
-        tick()
         described = describe_components(root, components, precision=precision)
         record = ArtifactRecord(
             format="onnx",
@@ -131,7 +139,7 @@ def export_onnx(
             **about_files(root, described),
         )
         record.write(root / RECORD)
-        tick()
+    stages.end()
     return record
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from modelops.errors import IntegrityError, UsageError
@@ -20,7 +21,16 @@ from modelops.export.artifact import (
     verify_artifact,
 )
 from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
-from modelops.export.exporting import PARITY_SEED, about_files, about_source, catch_calls, prove
+from modelops.export.exporting import (
+    PARITY_SEED,
+    OnProgress,
+    OnStage,
+    Stages,
+    about_files,
+    about_source,
+    catch_calls,
+    prove,
+)
 from modelops.export.onnx.axes import GraphAxes, read_axes
 from modelops.export.parity import BOUNDS, require_parity
 from modelops.export.runtimes.graphs import ENGINE, open_graph
@@ -90,7 +100,8 @@ def export_tensorrt(
     timing_cache: str | Path | None = None,
     allow: bool = False,
     overwrite: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
 ) -> ArtifactRecord:
     """Build an engine for every graph of an artifact and compare it with the checkpoint.
 
@@ -105,7 +116,8 @@ def export_tensorrt(
         timing_cache: a folder that keeps kernel timings between builds.
         allow: keep an export that is outside its parity bounds and record the waiver.
         overwrite: replace an artifact that is there.
-        on_progress: called with (network and phase, steps done, steps).
+        on_progress: called with (done, of how many), see `Stages`.
+        on_stage: called with (name, number from 1, stages) when a stage or a phase of it begins.
 
     Raises:
         UsageError: not such an artifact, a profile that does not fit, out_dir is taken.
@@ -127,6 +139,8 @@ def export_tensorrt(
         check_build(folder / item.file, Path(out_dir) / ENGINE, ranges[item.name], flags)
     require_tensorrt("exporting to TensorRT")
     require_gpu(device)
+    stages = Stages(len(origin.components) + 4, on_stage=on_stage, on_progress=on_progress)
+    stages.begin("opening")
     lora = lora_of(origin)
     source = load_source(checkpoint, size=both_sides(size_of(origin)), lora=lora)
     if origin.inputs["checkpoint"].sha256 != source.sha256:
@@ -140,14 +154,10 @@ def export_tensorrt(
         layers = {}
         for item in origin.components:
             path = root / item.file
-
-            def tell(phase: str, done: int, total: int, name: str = item.name) -> None:
-                if on_progress:
-                    on_progress(f"{name}: {phase}", done, total)
-
+            stages.begin(f"building {item.name}")
             fingerprint = ensure_engine(
                 path, path.with_name(ENGINE), ranges[item.name], flags, device=device,
-                timing_cache=timing_cache, on_progress=tell,
+                timing_cache=timing_cache, on_progress=partial(_tell, stages, item.name),
             )  # fmt: skip
             layers[item.name] = fingerprint.layers
         components = [
@@ -157,9 +167,12 @@ def export_tensorrt(
             item.name: open_graph(root / item.file, "tensorrt", device_id=device)
             for item in origin.components
         }
+        stages.begin("drawing with the source")
         calls = catch_calls(source, components, texts)
         bounds = BOUNDS["int8" if origin.format == "int8" else origin.precision]
-        checks, error_by_noise = prove(source, root, components, graphs, calls, bounds, texts)
+        checks, error_by_noise = prove(
+            source, root, components, graphs, calls, bounds, texts, stages
+        )
         record = ArtifactRecord(
             format="tensorrt",
             precision=origin.precision,
@@ -178,4 +191,11 @@ def export_tensorrt(
         )
         record.inputs[origin.format] = InputRef(path=portable_path(onnx_dir), sha256=origin_sha256)
         record.write(root / RECORD)
+    stages.end()
     return record
+
+
+def _tell(stages: Stages, name: str, phase: str, done: int, total: int) -> None:
+    """What TensorRT says of a build: its phases lie in each other, with a count each."""
+    stages.rename(f"building {name}: {phase}")
+    stages.count(done, total)
