@@ -25,6 +25,7 @@ from modelops.export.int8.search import (
 from modelops.export.int8.sensitivity import order_of_interest, plot_sensitivity, scan_groups
 from modelops.export.int8.variants import Variants, multiply_adds
 from modelops.export.onnx.writer import Example, write_graph
+from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.seeding import numpy_generator
 
 
@@ -185,15 +186,20 @@ def test_errors_of_a_slow_network_are_measured_on_fewer_rows(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     variants = make_variants(tmp_path_factory, rows=37)
-    assert variants.n_rows == 32  # the last batch is not full
+    assert len(variants.held_out) == len(variants.few) == 32  # the last batch is not full
     every, sigmas = variants.rounding_errors(), variants.held_out.sigmas
     variants.limit_rows(1e6)
     np.testing.assert_array_equal(variants.rounding_errors(), every)
     variants.limit_rows(0.0)
-    assert variants.n_rows == 8
-    picks = np.searchsorted(sigmas, variants.held_out.sigmas)
+    assert len(variants.few) == 8
+    with variants.written() as path:
+        np.testing.assert_array_equal(variants.row_errors(OrtGraph(path)), every)
+    picks = np.searchsorted(sigmas, variants.few.sigmas)
     assert picks[0] == 0 and picks[-1] == 31 and (np.diff(picks) >= 4).all()
     np.testing.assert_allclose(variants.rounding_errors(), every[picks], rtol=1e-3)
+    search = search_groups(variants, budget=1.0, time_limit_s=1e-9)
+    assert (search.rows, search.group_rows) == (32, 8)
+    assert search.error_all_int8 == pytest.approx(np.sqrt(np.mean(every**2)))
     scan = scan_groups(variants)
     assert [band["rows"] for band in scan["bands"]] == [2, 2, 2, 2]
 

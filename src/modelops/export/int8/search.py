@@ -101,7 +101,8 @@ class SearchResult:
         ms: milliseconds a call of the graph unquantised in the serving precision, all in INT8, and
             the chosen set, in one interleaved run.
         runtime, precision, batch, rounds: what was timed, and how often.
-        rows: that errors were measured on.
+        rows: that the errors above were measured on.
+        group_rows: of them, those that the groups' errors were measured on.
         tries: how often a set was chosen and measured.
         why: why there is no set within the budget; empty if there is one.
     """
@@ -119,6 +120,7 @@ class SearchResult:
     batch: int = 0
     rounds: int = 0
     rows: int = 0
+    group_rows: int = 0
     tries: int = 0
     why: str = ""
 
@@ -200,8 +202,9 @@ def search_groups(
     Each group is left out of an otherwise quantised graph, which runs interleaved with the graph
     that has all groups in INT8. Three graphs and the reference are in memory at a time. Where half
     of a group's part of `time_limit_s` is not enough for the timing, there are fewer rounds and
-    then fewer rows. After `time_limit_s` the groups that are left are not timed, and are taken as
-    adding what they do alone, or else an equal share of the error that is not accounted for.
+    then fewer rows in a call. After `time_limit_s` the groups that are left are not timed, and are
+    taken as adding what they do alone, or else an equal share of the error that is not accounted
+    for. Groups are measured on the variants' few rows, what is chosen on all held-out ones.
 
     Args:
         variants: of the graph, in the runtime and precision that will serve it.
@@ -238,7 +241,7 @@ def search_groups(
         if len(order) == 1 or time.monotonic() - started > time_limit_s:
             continue
         with variants.written([group]) as path:
-            error = root_mean_square(variants.row_errors(OrtGraph(path)))
+            error = root_mean_square(variants.row_errors(OrtGraph(path), few=True))
             graph = variants.serve(path)
         runs = {"without": partial(graph.run, feed), "full": partial(full.run, feed)}
         seconds = interleaved_seconds(runs, rounds=rounds)
@@ -252,7 +255,8 @@ def search_groups(
     costs = _with_unmeasured(variants, measured, rounding**2, alone or {})
     result = SearchResult(
         budget=budget, error_floor=floor, runtime=variants.runtime,
-        precision=variants.precision, batch=batch, rounds=rounds, rows=variants.n_rows,
+        precision=variants.precision, batch=batch, rounds=rounds,
+        rows=len(variants.held_out), group_rows=len(variants.few),
     )  # fmt: skip
     result.error_all_int8 = root_mean_square(variants.row_errors(full))
     if floor >= budget:

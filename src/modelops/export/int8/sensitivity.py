@@ -55,8 +55,8 @@ def scan_groups(
     if bands < 1:
         raise UsageError(f"bands must be positive, got {bands}")
     started = time.monotonic()
-    parts = [part for part in np.array_split(np.arange(variants.n_rows), bands) if len(part)]
-    sigmas = variants.held_out.sigmas
+    parts = [part for part in np.array_split(np.arange(len(variants.few)), bands) if len(part)]
+    sigmas = variants.few.sigmas
 
     def summary(errors: Array) -> dict[str, Any]:
         return {
@@ -67,7 +67,7 @@ def scan_groups(
     record: dict[str, Any] = {
         "mode": mode,
         "runtime": "onnxruntime",
-        "rows": variants.n_rows,
+        "rows": len(variants.few),
         "bands": [
             {
                 "sigma_low": float(sigmas[part[0]]),

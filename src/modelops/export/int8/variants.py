@@ -34,7 +34,8 @@ class Variants:
         folder: where the variant at hand is written; nothing is left there.
         calibration: of that graph.
         held_out: rows for the error, in the order of their noise level; a last batch that is not
-            full is left out.
+            full is left out. Groups are measured on `few` of them, which are all until
+            `limit_rows`.
         runtime: that will serve the graph. Errors of groups are measured in onnxruntime, where
             nothing but INT8 is rounded; times, and the error of a choice, in this one.
         precision: of what is not INT8 in it, see `open_graph`.
@@ -68,29 +69,25 @@ class Variants:
         self.held_out = held_out.subset(range(len(held_out) // self._size * self._size))
         reference = OrtGraph(source)
         started = time.monotonic()
-        self._expected = [reference.run(feed) for feed in self._feeds()]
-        self._row_seconds = (time.monotonic() - started) / self.n_rows
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that errors are measured on."""
-        return len(self.held_out)
+        self._expected = [reference.run(feed) for feed in self._feeds(self.held_out)]
+        self._row_seconds = (time.monotonic() - started) / len(self.held_out)
+        self.few, self._expected_of_few = self.held_out, self._expected
 
     def limit_rows(self, seconds: float) -> None:
-        """Measure errors on fewer rows, evenly spread over the noise levels, so that a pass takes
+        """Measure groups on fewer rows, evenly spread over the noise levels, so that a pass takes
         about so long; on one batch at least."""
-        most, size = self.n_rows // self._size, self._size
+        most, size = len(self.held_out) // self._size, self._size
         batches = min(most, max(1, int(seconds / (size * self._row_seconds))))
         if batches < most:
             picks = self.held_out.spread(batches * size)
             expected = np.concatenate(self._expected)[picks]
-            self._expected = list(expected.reshape(batches, size, *expected.shape[1:]))
-            self.held_out = self.held_out.subset(picks)
+            self._expected_of_few = list(expected.reshape(batches, size, *expected.shape[1:]))
+            self.few = self.held_out.subset(picks)
 
-    def _feeds(self) -> Iterator[Feed]:
-        """The rows in batches, in the order of their noise level."""
-        for start in range(0, self.n_rows, self._size):
-            yield self.held_out.take(range(start, start + self._size))
+    def _feeds(self, rows: TrajectoryRows) -> Iterator[Feed]:
+        """Rows in batches, in the order of their noise level."""
+        for start in range(0, len(rows), self._size):
+            yield rows.take(range(start, start + self._size))
 
     @contextmanager
     def written(self, keep_fp32: Collection[str] = (), *, scheme: Scheme = "sym") -> Iterator[Path]:
@@ -138,15 +135,19 @@ class Variants:
         return open_graph(path, self.runtime, precision=self.precision)
 
     def rounding_errors(self, keep_fp32: Collection[str] = ()) -> Array:
-        """Errors of INT8 alone for each held-out row [n_rows], these groups left in fp32."""
+        """Errors of INT8 alone for each of the few rows [len(few)], these groups left in fp32."""
         with self.written(keep_fp32) as path:
-            return self.row_errors(OrtGraph(path))
+            return self.row_errors(OrtGraph(path), few=True)
 
-    def row_errors(self, graph: Graph) -> Array:
-        """||output - reference|| / ||reference|| of each held-out row [n_rows]."""
+    def row_errors(self, graph: Graph, *, few: bool = False) -> Array:
+        """||output - reference|| / ||reference|| of each held-out row [len(held_out)], or of each
+        of the few."""
+        rows, reference = (
+            (self.few, self._expected_of_few) if few else (self.held_out, self._expected)
+        )
         errors = [
             relative_errors(expected, graph.run(feed))
-            for expected, feed in zip(self._expected, self._feeds(), strict=True)
+            for expected, feed in zip(reference, self._feeds(rows), strict=True)
         ]
         result: Array = np.concatenate(errors)
         return result
