@@ -22,6 +22,7 @@ from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import Decision, GroupCost
+from modelops.export.layers import searched_layers
 from modelops.export.parity import BOUNDS, psnr_db, require_parity
 from modelops.export.runtime import denoiser_of, open_artifact
 from modelops.export.runtimes.graphs import available_runtimes
@@ -37,6 +38,24 @@ def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
     component = next(c for c in read_artifact(int8_artifact).components if c.name == "unet")
     assert component.quantized_nodes > 10
     assert component.precision == "int8"
+
+
+def test_a_table_says_what_each_layer_runs_in(int8_artifact: Path) -> None:
+    record = read_artifact(int8_artifact)
+    search, kept = record.calibration["search"], record.calibration["keep_fp32"]
+    rows = searched_layers(record)
+    rest = {"float32": "fp32", "bfloat16": "bf16"}[search["precision"]]
+    assert [row["group"] for row in rows] == [row["group"] for row in search["table"]]
+    assert [row["group"] for row in rows if row["runs_in"] == rest] == kept
+    assert {row["runs_in"] for row in rows} <= {"int8", rest}
+    late = next(row["group"] for row in rows if row["runs_in"] == "int8")
+    calibration = {**record.calibration, "keep_fp32": [*kept, late]}
+    given_up = searched_layers(record.model_copy(update={"calibration": calibration}))
+    changed = [(one, other) for one, other in zip(rows, given_up, strict=True) if one != other]
+    assert [(one["group"], other["runs_in"], other["why"]) for one, other in changed] == [
+        (late, rest, "given up for parity")
+    ]
+    assert searched_layers(record.model_copy(update={"calibration": {}})) == []
 
 
 def test_weights_are_stored_in_a_byte(int8_artifact: Path, onnx_artifact: Path) -> None:

@@ -23,6 +23,7 @@ from modelops.cards.numbers import (
 from modelops.cards.sources import CardSources
 from modelops.errors import UsageError
 from modelops.evaluation.words import words_of
+from modelops.export.layers import searched_layers
 from modelops.files import read_json
 from modelops.records import (
     ArtifactRecord,
@@ -241,26 +242,18 @@ def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, An
 
 
 def _layers(record: ArtifactRecord) -> dict[str, Any] | None:
-    """Which groups of layers run in INT8, and why; None if that was not searched."""
+    """What each group of layers runs in, and why; None if that was not searched."""
     search = record.calibration.get("search")
     if not search:
         return None
-    given_up = set(record.calibration.get("keep_fp32", ()))
-    rows = []
-    for row in search["table"]:
-        runs_in = "fp32" if row["group"] in given_up else "int8"
-        late = runs_in != row["decision"]
-        saved = row["ms_saved"]
-        rows.append(
-            {
-                "group": row["group"],
-                "nodes": row["nodes"],
-                "error": number(max(row["error"], 0.0)),
-                "saved": "not timed" if saved is None else number(saved),
-                "runs_in": runs_in,
-                "why": "given up for parity" if late else row["why"],
-            }
-        )
+    rows = [
+        {
+            **row,
+            "error": number(max(row["error"], 0.0)),
+            "saved": "not timed" if row["ms_saved"] is None else number(row["ms_saved"]),
+        }
+        for row in searched_layers(record)
+    ]
     return {"rows": rows, "error": number(search["error"]), "budget": number(search["budget"])}
 
 

@@ -329,6 +329,8 @@ def _lora(options: dict[str, Any]) -> Lora | None:
 
 
 def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
+    from modelops.export.layers import searched_layers
+
     output.table(
         ("component", "precision", "MB", "nodes", "int8 nodes", "dynamic axes"),
         [
@@ -360,9 +362,9 @@ def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
                 (
                     row["group"], str(row["nodes"]), f"{row['error']:.4f}",
                     "" if row["ms_saved"] is None else f"{row['ms_saved']:.2f}",
-                    row["decision"], row["why"],
+                    row["runs_in"], row["why"],
                 )
-                for row in search["table"]
+                for row in searched_layers(record)
             ],
             title=f"error {search['error']:.3f}, budget {search['budget']:.3f}",
         )  # fmt: skip

@@ -80,7 +80,9 @@ class Decision:
         return {
             **asdict(self.cost),
             "error": root,
-            "decision": "int8" if self.int8 else "fp32",
+            "decision": "int8"
+            if self.int8
+            else "fp32",  # as stored; runtimes may run it in 16 bits
             "why": self.why,
             "order": self.order,
         }
@@ -171,7 +173,7 @@ def choose_groups(
     slow = [cost for cost in costs if cost.ms_high is not None and cost.ms_high <= 0]
     for cost in sorted(slow, key=lambda c: (c.ms_saved or 0.0, c.group)):
         if len(open_costs) > 1:
-            give_up(cost, "INT8 is not faster than fp32 here")
+            give_up(cost, "INT8 is not faster here")
     adding = [c for c in open_costs if c.squared_error >= _WORTH_KEEPING * squared_error > 0]
     for cost in sorted(adding, key=lambda c: (-c.squared_error, c.group)):
         if len(open_costs) > 1 and (cost.light or _saves_nothing(cost, least_ms)):
@@ -360,8 +362,8 @@ def _why_int8(cost: GroupCost) -> str:
     if cost.ms_saved is None:
         return "not measured: out of time"
     if cost.ms_low is not None and cost.ms_low > 0:
-        return "faster than fp32"
-    return "not surely slower than fp32"
+        return "faster than without INT8"
+    return "not surely slower than without INT8"
 
 
 def _milliseconds_saved(
