@@ -5,7 +5,8 @@
 
 Each network is exported in fp32 and fed what its pipeline feeds it while it draws; what comes out
 is compared with eager torch in fp32. The hint alone is OpenVINO's precision hint without
-`keep_sinusoids_in_float32`, which is what its users get otherwise. The families' networks are tiny
+`keep_sinusoids_in_float32`, which is what its users get otherwise; time is what a call of two rows
+takes with it over without, interleaved: median and middle half. The families' networks are tiny
 and have random weights.
 """
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,10 +31,12 @@ from modelops.export.onnx.export import write_component
 from modelops.export.parity import relative_errors
 from modelops.export.runtimes import openvino as runtime
 from modelops.export.runtimes.openvino import OpenVinoGraph, openvino_has_bfloat16
+from modelops.export.timing import interleaved_seconds
 from modelops.models.sources import load_checkpoint
 
 FAMILY_PROMPTS = ["a red heart", "the green dog", "a blue house with the sun", "cat of the flag"]
 FAMILY_SIZE = (32, 32)
+ROUNDS = 31
 Feed = dict[str, Any]
 Size = tuple[int, int] | None
 
@@ -49,26 +53,27 @@ def main() -> None:
     import tiny_pipelines
 
     families = tiny_pipelines.FAMILIES if options.family is None else options.family
-    print("| network | rows | torch's bf16 | OpenVINO's | by the hint alone | OpenVINO's fp32 |")
-    print("|---|---|---|---|---|---|")
+    print("| network | rows | torch's bf16 | OpenVINO's | by the hint alone | its fp32 | time |")
+    print("|---|---|---|---|---|---|---|")
     for name in families:
         show(name, tiny_pipelines.make(name), FAMILY_PROMPTS, FAMILY_SIZE, options.rows)
     for path in options.checkpoint:
-        show(path.name, load_checkpoint(path), DEFAULT_PROMPTS, None, options.rows)
+        show(path.name, load_checkpoint(path), DEFAULT_PROMPTS[:4], None, options.rows)
 
 
 def show(name: str, pipeline: Any, prompts: Sequence[str], size: Size, count: int) -> None:
     """A row of the table."""
-    rows, errors = compare(pipeline, prompts, size, count)
-    print(
-        f"| {name} | {rows} | " + " | ".join(f"{error:.1e}" for error in errors) + " |", flush=True
-    )
+    rows, errors, times = compare(pipeline, prompts, size, count)
+    figures = " | ".join(f"{error:.1e}" for error in errors)
+    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75])
+    print(f"| {name} | {rows} | {figures} | {middle:.3f} ({low:.3f} to {high:.3f}) |", flush=True)
 
 
 def compare(
     pipeline: Any, prompts: Sequence[str], size: Size, count: int
-) -> tuple[int, list[float]]:
-    """Rows, and root mean squares of relative errors in the order of the table."""
+) -> tuple[int, list[float], Any]:
+    """Rows, root mean squares of relative errors in the order of the table, and how many times the
+    hint's time each of some calls of two rows takes."""
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -84,16 +89,18 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         write_component(pipeline, denoiser, Path(folder), opset=20)
 
-        def served(precision: str) -> float:
+        def served(precision: str) -> Callable[[], Any]:
             graph = OpenVinoGraph(Path(folder) / GRAPH, precision=precision)
-            return error_of([graph.run(feed) for feed in feeds], expected)
+            errors.append(error_of([graph.run(feed) for feed in feeds], expected))
+            return partial(graph.run, feeds[0])
 
         errors = [error_of([in_bfloat16(denoiser, feed) for feed in feeds], expected)]
-        errors.append(served("bfloat16"))
+        runs = {"ours": served("bfloat16")}
         with patch.object(runtime, "keep_sinusoids_in_float32", lambda core, model: 0):
-            errors.append(served("bfloat16"))
-        errors.append(served("float32"))
-    return len(rows), errors
+            runs["hint"] = served("bfloat16")
+        served("float32")
+        seconds = interleaved_seconds(runs, rounds=ROUNDS)
+    return len(rows), errors, np.divide(seconds["ours"], seconds["hint"])
 
 
 def in_bfloat16(denoiser: Component, feed: Feed) -> Any:
