@@ -100,6 +100,8 @@ def _is_outer_product(node: Any) -> bool:
     if node.get_type_name() != "MatMul":
         return False
     shape = node.input_value(0).get_partial_shape()
+    if shape.rank.is_dynamic:
+        return False
     axis = -2 if node.get_attributes().get("transpose_a") else -1
     return len(shape) >= -axis and shape[axis].is_static and shape[axis].get_length() == 1
 
