@@ -299,15 +299,18 @@ class _Job:
             texts = self.prompts if purpose == "calibration" else self.prompts[:8]
             return collect_rows(
                 self.source.pipeline, self.denoiser, prompts=texts, seed=seed, purpose=purpose,
-                steps=steps, rows=count, size=self.source.size, on_progress=on_progress,
+                steps=steps, rows=count, size=self.source.size,
             )  # fmt: skip
 
+        on_progress(0, 3)
         self.calibration = Calibration(
             rows(self.seed, "calibration", options.steps, options.rows),
             self.root / TABLE,
             options.method,
         )
+        on_progress(1, 3)
         self.held_out = rows(self.seed + 1, "search", 8, 32)
+        on_progress(2, 3)
         self.final = rows(self.seed + 2, "parity", 8, 32)
 
     def smooth(self) -> dict[str, Any] | None:
