@@ -93,8 +93,8 @@ class Int8Options:
         error_budget: relative error allowed (root mean square over held-out rows); when None,
             ERROR_BUDGET, or 1.5 times what the serving precision rounds without INT8.
         search_seconds: for measuring groups of layers; a scan by noise level takes as long at most.
-            Where it is short for a large network, errors are measured on fewer rows (eight at
-            least) and times on fewer rows and rounds (one and five).
+            Where it is short for a large network, groups' errors are measured on fewer rows (eight
+            at least) and times on fewer rows and rounds (one and five).
         smooth: try SmoothQuant and shifts on transformers.
         ort_cpu: try a graph for onnxruntime's CPU provider; when None, where OpenVINO is missing.
         speed_rounds: rounds of the timing; 0 leaves it out, which only `allow` lets pass.

@@ -80,9 +80,7 @@ class Decision:
         return {
             **asdict(self.cost),
             "error": root,
-            "decision": "int8"
-            if self.int8
-            else "fp32",  # as stored; runtimes may run it in 16 bits
+            "decision": "int8" if self.int8 else "fp32",
             "why": self.why,
             "order": self.order,
         }
