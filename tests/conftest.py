@@ -1,13 +1,20 @@
-"""Fixtures shared by every area: real pictures and a small real checkpoint."""
+"""What every area shares: options of a run, a small real checkpoint and its artifact."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -17,42 +24,103 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes share the cores, not thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MODELOPS_CACHE"] = tempfile.mkdtemp(prefix="modelops-cache-")  # nobody's own
 
-import pytest
+# glibc gives large freed blocks back to the kernel at once, and a network on a CPU asks for them
+# again with its next layer: half of Lite0's time is page faults. Here they are kept.
+_KEPT = 1 << 30
+if sys.platform == "linux":
+    for _variable in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(_variable, str(_KEPT))  # of processes that this one starts
+    with contextlib.suppress(AttributeError):  # another C library
+        for _option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(_option, _KEPT)
+
+NOT_STARTED = "not started: --no-new-test-after had passed"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-new-test-after", type=float, metavar="UNIX_SECONDS",
+        help="Time after which no test is started; the tests left out are named at the end",
+    )  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test, before any of its fixtures, that would start too late."""
+    limit = item.config.getoption("--no-new-test-after")
+    if limit is not None and time.time() > limit:
+        pytest.skip(NOT_STARTED)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    left = sorted(report.nodeid for report in skipped if NOT_STARTED in str(report.longrepr))
+    if left:
+        limit = terminalreporter.config.getoption("--no-new-test-after")
+        clock = datetime.fromtimestamp(limit, UTC).strftime("%H:%M:%S UTC")
+        terminalreporter.section(f"{len(left)} tests were not started: it was after {clock}")
+        for name in left:
+            terminalreporter.write_line(name)
 
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["MODELOPS_CACHE"], ignore_errors=True)
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return the folder `name` of this test run, which the first process that asks for it makes.
+
+    Args:
+        make: fills the new folder that it is given; if it raises, the next process tries again.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the one of all workers
+    folder = root / name
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            part = root / f"{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory: a small random UNet at 32x32 around the real MiniLM. Read only."""
-    import torch
 
-    from modelops.models.checkpoints import save_pipeline
-    from modelops.models.encoders import load_text_encoder
-    from modelops.models.networks import make_pipeline, make_unet
+    def make(folder: Path) -> None:
+        import torch
 
-    torch.manual_seed(0)
-    unet = make_unet(
-        resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,)
-    )
-    tokenizer, text_encoder = load_text_encoder()
-    pipeline = make_pipeline(unet, tokenizer, text_encoder, patch_size=2, default_steps=4)
-    directory = tmp_path_factory.mktemp("checkpoint") / "step-0"
-    directory.mkdir()
-    save_pipeline(pipeline, directory)
-    return directory
+        from modelops.models.checkpoints import save_pipeline
+        from modelops.models.encoders import load_text_encoder
+        from modelops.models.networks import make_pipeline, make_unet
+
+        torch.manual_seed(0)
+        unet = make_unet(
+            resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,)
+        )
+        tokenizer, text_encoder = load_text_encoder()
+        pipeline = make_pipeline(unet, tokenizer, text_encoder, patch_size=2, default_steps=4)
+        (folder / "step-0").mkdir()
+        save_pipeline(pipeline, folder / "step-0")
+
+    return made_once(tmp_path_factory, "checkpoint", make) / "step-0"
 
 
 @pytest.fixture(scope="session")
 def onnx_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fp32 artifact of the tiny checkpoint. Read only."""
-    from modelops.export.onnx.export import export_onnx
 
-    out = tmp_path_factory.mktemp("artifacts") / "onnx"
-    export_onnx(tiny_checkpoint, out)
-    return out
+    def make(folder: Path) -> None:
+        from modelops.export.onnx.export import export_onnx
+
+        export_onnx(tiny_checkpoint, folder / "onnx")
+
+    return made_once(tmp_path_factory, "artifact", make) / "onnx"
 
 
 class _Stack(ctypes.Structure):
