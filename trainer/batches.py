@@ -166,5 +166,5 @@ def latent_shape(config: TrainConfig) -> tuple[int, int, int]:
 def group_weights(groups: list[str], power: float = 0.5) -> npt.NDArray[np.float64]:
     """1 / (size of its group)^power for each sample."""
     _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    weights: npt.NDArray[np.float64] = 1.0 / counts[inverse] ** power
+    weights: npt.NDArray[np.float64] = (1.0 / counts[inverse] ** power).astype(np.float64)
     return weights

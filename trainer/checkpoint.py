@@ -33,21 +33,29 @@ from modelops.models.checkpoints import save_pipeline
 from modelops.models.sources import TRAINING_STATE
 from modelops.records import CheckpointRef
 
+from .plan import Plan
+
 _NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is; saved with every checkpoint.
+    """Progress of a run; saved with every checkpoint.
 
     Attributes:
         step: optimizer steps done.
         images_seen: samples trained on.
         total_steps: steps planned.
+        warmup_steps, anchor_step, anchor_phase: of the plan; see `plan.Plan`.
         early_step: the step whose checkpoint is kept for comparison; 0 for none.
+        costs: seconds of each kind of work, as last measured.
+        precision: fp32, bf16 or fp16: what the run began with.
+        precision_reason: why.
+        precision_rates: images per second of each precision that was measured for the choice.
         effective_batch: samples per step.
         microbatch: samples per forward pass and process, after any out-of-memory remedy.
-        training_seconds: time spent in steps, over all sessions.
+        training_seconds: from fitting the batch and planning on, over all sessions.
+        setup_seconds: before that: reading data, embedding captions, loading networks.
         sessions: how many processes have worked on the run.
         skipped_steps: steps that fp16's loss scaling left out.
         checkpoints: [step, images_seen, tree digest] of those written so far.
@@ -57,14 +65,32 @@ class Progress:
     step: int = 0
     images_seen: int = 0
     total_steps: int = 0
+    warmup_steps: int | None = None
+    anchor_step: int = 0
+    anchor_phase: float = 0.0
     early_step: int = 0
+    costs: dict[str, float] = field(default_factory=dict)
+    precision: str = ""
+    precision_reason: str = ""
+    precision_rates: dict[str, float | None] = field(default_factory=dict)
     effective_batch: int = 0
     microbatch: int = 0
     training_seconds: float = 0.0
+    setup_seconds: float = 0.0
     sessions: int = 1
     skipped_steps: int = 0
     checkpoints: list[tuple[int, int, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        """The steps and the shape of the learning rate."""
+        return Plan(self.total_steps, self.warmup_steps or 0, self.anchor_step, self.anchor_phase)
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.total_steps, self.warmup_steps = plan.total, plan.warmup
+        self.anchor_step, self.anchor_phase = plan.anchor_step, plan.anchor_phase
 
 
 def save_checkpoint(

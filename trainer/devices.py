@@ -1,4 +1,4 @@
-"""Devices, precision and processes of a run, as its launcher set them up."""
+"""Devices and processes of a run, as its launcher set them up."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ from typing import Any
 
 import torch
 
-from modelops.config import TrainConfig
 from modelops.errors import TrainingError
 
 
-def make_accelerator(config: TrainConfig) -> Any:
-    """Devices, precision and processes, as the launcher set them up.
+def make_accelerator() -> Any:
+    """Devices and processes, as the launcher set them up. Precision is the stepper's business: it
+    is chosen only after some steps were measured.
 
     Raises:
-        TrainingError: this machine cannot train in the config's precision.
+        TrainingError: the launcher shards the model.
     """
     from accelerate import Accelerator
 
-    precision = config.training.precision
-    has_cuda = torch.cuda.is_available()
-    if precision == "fp16" and not has_cuda:
-        raise TrainingError("precision fp16 needs a GPU", hint="set training.precision: bf16 or no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=not has_cuda)
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     if accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise TrainingError(
             f"{accelerator.distributed_type.value}: sharded training is not supported",
@@ -32,7 +28,7 @@ def make_accelerator(config: TrainConfig) -> Any:
 
 
 def device_name(device: torch.device) -> str:
-    """What the run trains on, for the record."""
+    """Name of the device that the run trains on, for the record."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"

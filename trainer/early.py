@@ -30,7 +30,6 @@ from modelops.metrics.overfitting import Overfitting, find_overfitting, rows_to_
 
 from .grids import prompts_to_images
 from .pictures import Pictures, PictureSet
-from .plan import is_due
 from .stats import event, warn
 
 PROMPTS = 8  # training captions, and as many held-out ones
@@ -77,14 +76,29 @@ class EarlyChecks:
         if self.broken or step < 1:
             return False
         if every is not None:
-            return is_due(step, every)
-        expected = self.last
-        if expected is None:
-            made = sum(map(len, self.prompts))
-            passes = 2 / 3 * self.steps * made  # guided, forward only, in trained pictures
-            expected = LOADING_S + passes * training_seconds / max(1, images)
-            expected += PICTURE_S * (made + len(self.training) + len(self.heldout))
+            return step % every == 0
+        expected = self.expected(training_seconds / max(1, images))
         return validated and self.spent + expected <= SHARE * training_seconds
+
+    def expected(self, per_image: float) -> float:
+        """Seconds of the next check.
+
+        Args:
+            per_image: seconds of training on one image, from which those of a first are guessed.
+        """
+        if self.last is not None:
+            return self.last
+        made = sum(map(len, self.prompts))
+        passes = 2 / 3 * self.steps * made  # guided, forward only, in trained images
+        pictures = made + len(self.training) + len(self.heldout)
+        return LOADING_S + passes * per_image + PICTURE_S * pictures
+
+    def reserve(self, limit: float, per_image: float) -> float:
+        """Seconds that checks at their own pace may still take in a run of `limit` seconds."""
+        if self.broken or self.config.training.early_check_every_steps is not None:
+            return 0.0
+        left = SHARE * limit - self.spent
+        return left if left >= self.expected(per_image) else 0.0
 
     def measure(self) -> tuple[dict[str, float], CopyingVerdict | None]:
         """(numbers for stats.jsonl, verdict); neither, and a line why, if it cannot be done."""

@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from modelops.errors import TrainingError
 
@@ -22,6 +23,37 @@ class Interrupted(Exception):  # noqa: N818  not an error
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+class Signals:
+    """SIGINT and SIGTERM of this process.
+
+    Attributes:
+        wait: a signal only sets `number`, and the step that is running is finished; a second SIGINT
+            raises Interrupted as every signal does before.
+        number: of the signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.wait = False
+        self.number = 0
+
+    @contextlib.contextmanager
+    def caught(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Catch them; `say` gets a line about one that waits."""
+
+        def on_signal(signum: int, _frame: Any) -> None:
+            if not self.wait or self.number == signum == signal.SIGINT:
+                raise Interrupted(signum)
+            self.number = signum
+            say(f"{signal.Signals(signum).name}: saving a checkpoint after this step")
+
+        old = {name: signal.signal(name, on_signal) for name in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for name, handler in old.items():
+                signal.signal(name, handler)
 
 
 class LockedError(TrainingError):

@@ -72,15 +72,18 @@ def _text(
         f"| images seen | {record.images_seen} ({_epochs(record)}) |",
         f"| effective batch | {record.effective_batch} on {record.processes} process(es) |",
         f"| parameters | {record.parameters / 1e6:.2f} M |",
-        f"| training time | {minutes:.1f} min, {_number(record.images_per_second)} images/s "
-        f"on {record.device}, {record.precision} |",
+        f"| training time | {minutes:.1f} min{_limit(record)} |",
+        f"| before it: data, captions, networks | {_number(record.setup_seconds)} s |",
+        f"| speed | {_number(record.images_per_second)} images/s on {record.device} |",
+        f"| precision | {record.precision}: {record.precision_reason} |",
+        f"| measured before the first step | {_rates(record)} |",
         f"| peak memory | {_number(record.peak_memory_gb)} GB |",
         f"| loss | {_number(record.final_train_loss)}, trend {record.loss_trend} |",
         f"| held-out loss | {_number(record.final_validation_loss)} |",
         f"| same measure on training pictures | {_number(_last(curves['train_probe_loss']))} |",
         f"| nearest training picture: samples minus held-out pictures | "
         f"{_number(_last(curves['early_nearest_train_gap']))} |",
-        f"| left out | {len(record.quarantined)} picture(s) |",
+        f"| left out | {len(record.quarantined)} image(s) |",
         "",
     ]
     lines += [f"- {warning}" for warning in record.warnings]
@@ -132,6 +135,18 @@ def _last(curve: list[tuple[int, float]]) -> float | None:
 
 def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
+
+
+def _limit(record: TrainRecord) -> str:
+    if record.time_limit_seconds is None:
+        return ""
+    return f" ({record.training_seconds:.0f} s of a limit of {record.time_limit_seconds:.0f} s)"
+
+
+def _rates(record: TrainRecord) -> str:
+    rates = record.precision_images_per_second
+    found = [f"{name} {_number(rate)} images/s" for name, rate in rates.items()]
+    return ", ".join(found) or _number(None)
 
 
 def _epochs(record: TrainRecord) -> str:

@@ -40,7 +40,7 @@ class StatsWriter:
         config: dict[str, Any],
     ) -> None:
         self.path = run_dir / "stats.jsonl"
-        kept = [row for row in read_stats(self.path) if row["step"] <= step]
+        kept = [row for row in read_stats(self.path) if row["step"] <= step] if step else []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board: Any = None

@@ -39,9 +39,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _no(value: Any) -> Any:
-    """YAML 1.1 reads a bare `no` as false."""
-    return "no" if value is False else value
+def _precision(value: Any) -> Any:
+    """YAML 1.1 reads a bare `no` as false; fp32 is another name of it."""
+    return "no" if value is False or value == "fp32" else value
 
 
 Real = Annotated[float, BeforeValidator(_number)]
@@ -162,16 +162,21 @@ class TrainingSection(_Section):
     total_steps: Whole = Field(default=1000, gt=0)
     """Optimizer steps."""
     time_limit_seconds: Real | None = Field(default=None, gt=0)
-    """Plan fewer steps than total_steps if they would take longer than this. The plan is made from
-    measured steps, corrected while the learning rate is constant, and kept in the checkpoints."""
+    """Make fewer steps than total_steps if they would take longer than this, from the measuring of
+    the precision to the end of the last checkpoint. The plan is made from measured steps,
+    validations, grids and checkpoints, corrected on the way and kept in the checkpoints; the
+    learning rate ends near 0 all the same."""
     save_every_steps: Whole = Field(default=500, gt=0)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: Whole | None = Field(default=3, gt=0)
     """How many of the newest checkpoints to keep, beside the early one; null keeps all."""
     early_checkpoint: Real | None = Field(default=0.05, gt=0, lt=1)
     """Fraction of the steps after which one checkpoint is saved and kept for comparison."""
-    precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
-    """Mixed precision: bf16, fp16 (with dynamic loss scaling, on a GPU) or no."""
+    precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_precision)] = (
+        "auto"
+    )
+    """auto: the fastest of fp32, bf16 and fp16 here, by a few measured steps; fp32 unless another
+    gains a tenth. Or bf16, fp16 (with dynamic loss scaling, on a GPU), or no, which is fp32."""
     seed: Whole = Field(default=0, ge=0, lt=2**53)
     """Every random stream is derived from it."""
     warmup_steps: Whole | None = Field(default=None, ge=0)
@@ -191,14 +196,16 @@ class TrainingSection(_Section):
     channels_last: bool = False
     """Keep activations as NHWC in memory."""
     validate_every_steps: Whole | None = Field(default=None, gt=0)
-    """Steps between validations; by default a twentieth of the steps."""
+    """Steps between validations; by default a twentieth of the steps, or more where validations
+    would take over a tenth of a time limit."""
     validation_samples: Whole = Field(default=256, gt=0)
     """At most this many held-out pictures are validated on, with fixed times and noise."""
     early_check_every_steps: Whole | None = Field(default=None, ge=0)
     """Steps between checks of a few samples against their nearest training pictures; 0 makes none.
     By default they are made at validations, as often as 3 % of the training time allows."""
     sample_every_steps: Whole | None = Field(default=None, gt=0)
-    """Steps between sample grids; by default one at each checkpoint."""
+    """Steps between sample grids; by default one at each checkpoint, unless they would take over a
+    tenth of a time limit: then one at the end, or none."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of the grid; by default 16 held-out captions."""
     sample_steps: Whole = Field(default=24, gt=0)
@@ -233,7 +240,7 @@ class LoggingSection(_Section):
     wandb_project: str | None = None
     """Also log to this Weights & Biases project, if wandb is installed."""
     log_every_steps: Whole = Field(default=50, gt=0)
-    """Steps between lines of stats.jsonl."""
+    """Steps between lines of stats.jsonl; fewer in a short run, for 40 lines if it has 40 steps."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
 

@@ -200,7 +200,9 @@ class TrainRecord(Record):
     final_train_probe_loss: float | None = None  # of the same weights, on training pictures
     overfitting_since_step: int | None = None
     loss_trend: Literal["down", "flat", "up", "unknown"] = "unknown"
-    training_seconds: float
+    training_seconds: float  # from planning to the last checkpoint, over all sessions
+    setup_seconds: float | None = None  # before that: data, captions, networks
+    time_limit_seconds: float | None = None
     checkpoints: list[CheckpointRef] = []
     config_sha256: str
     planned_steps: int | None = None
@@ -209,6 +211,8 @@ class TrainRecord(Record):
     processes: int = 1
     device: str = ""
     precision: str = ""
+    precision_reason: str = ""
+    precision_images_per_second: dict[str, float | None] = {}  # of a few steps before the first
     images_per_second: float | None = None
     peak_memory_gb: float | None = None
     n_train_images: int | None = None
@@ -492,6 +496,19 @@ class ParityCheck(_Model):
     n: int
 
 
+class ReproductionCheck(_Model):
+    """Whether a runtime gives an artifact's numbers on a kind of processor."""
+
+    processor: str
+    runtime: str
+    precision: str  # of what is not INT8
+    off: float  # largest relative error of a row, beside the answers that the artifact carries
+    bound: float
+    passed: bool
+    n: int  # rows
+    imitated_by: str = ""  # the variable that narrowed another processor to this kind
+
+
 class ArtifactRecord(Record):
     """artifact.json: a checkpoint exported for a runtime."""
 
@@ -513,6 +530,7 @@ class ArtifactRecord(Record):
     conversion: dict[str, Any] = {}  # half precision: what stays in float32, and why
     execution: dict[str, Any] = {}  # which precision each runtime was seen to run the nodes in
     files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it
+    reproduced: list[ReproductionCheck] = []  # where an INT8 artifact gives the same numbers
 
 
 class Criterion(_Model):
@@ -549,6 +567,18 @@ class SignOff(Record):
     statement: str
 
 
+class PreflightRecord(Record):
+    """How far a model is from its own numbers on one machine; `modelops serve preflight`."""
+
+    kind: Literal["preflight"] = "preflight"
+    model_sha256: str
+    processor: str
+    runtime: str = ""  # that would serve it here; "" where none gives its numbers
+    reason: str = ""
+    reproduced: list[ReproductionCheck] = []
+    fallback: bool = False  # the release's other artifact would be served here
+
+
 class ReleaseFile(_Model):
     sha256: str
     bytes: int
@@ -562,6 +592,9 @@ class ReleaseRecord(Record):
     version: str
     model: str
     model_sha256: str
+    fallback: str | None = None  # folder of an artifact for processors that the model is wrong on
+    fallback_sha256: str | None = None
+    reproduced: list[ReproductionCheck] = []  # kinds of processor, and how far off the model is
     verdict_sha256: str
     verdict_answer: Answer = "pass"
     allowed_without_pass: bool = False
@@ -583,6 +616,7 @@ RECORD_KINDS: dict[str, type[Record]] = {
     "abtest": AbTestRecord,
     "artifact": ArtifactRecord,
     "verdict": Verdict,
+    "preflight": PreflightRecord,
     "release": ReleaseRecord,
     "signoff": SignOff,
 }

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
         "lr": 2e-3, "microbatch": 8, "total_steps": 8, "save_every_steps": 4, "warmup_steps": 2,
         "keep_checkpoints": None, "early_checkpoint": None, "validate_every_steps": 4,
         "validation_samples": 8, "sample_steps": 2, "sample_prompts": ["red heart"],
+        "precision": "no",
     },
     "logging": {"log_every_steps": 1, "tensorboard": False},
 }  # fmt: skip

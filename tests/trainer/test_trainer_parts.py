@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from modelops.config import EmaSection, TrainConfig, TrainingSection
+from modelops.config import EmaSection, TrainConfig
 from modelops.models.networks import make_pipeline, make_unet
 from modelops.trainer.batches import TrainingBatches, group_weights
 from modelops.trainer.ema import Ema, effective_decay, power_exponent
@@ -21,7 +21,6 @@ from modelops.trainer.objective import (
     stratified_sigmas,
 )
 from modelops.trainer.pictures import PictureSet
-from modelops.trainer.plan import corrected_total, lr_factor, steps_in_time
 from modelops.trainer.report import loss_trend
 
 
@@ -172,26 +171,6 @@ def test_balance_draws_small_groups_more_often() -> None:
     drawn = np.concatenate([batches.step_to_indices(step) for step in range(30)])
     share = (drawn < 64).mean()
     assert share == pytest.approx(8 / 24, abs=0.02)  # 64 / 8 against 16 x 1
-
-
-def test_learning_rate_warms_up_stays_and_decays() -> None:
-    section = TrainingSection(lr_schedule="linear_decay", lr_decay_fraction=0.3)
-    factors = [lr_factor(step, 1000, 50, section) for step in range(1000)]
-    assert factors[0] == pytest.approx(1 / 51)
-    assert factors[50] == factors[699] == 1.0
-    assert factors[850] == pytest.approx(0.5)
-    assert factors[-1] == pytest.approx(1 / 300)
-    assert all(factor > 0 for factor in factors)
-
-
-def test_the_plan_is_corrected_only_where_the_rate_is_constant() -> None:
-    section = TrainingSection(total_steps=10_000, time_limit_seconds=100)
-    assert steps_in_time(section, 0, 100, 7.5) == 750
-    assert steps_in_time(section, 0, 1e9, 7.5) == 10_000
-    assert corrected_total(section, 300, 750, 50, 50, 5.0) == 550
-    assert corrected_total(section, 300, 750, 50, 50, 9.0) == 750  # the same plan
-    assert corrected_total(section, 600, 750, 50, 5, 5.0) == 750  # already decaying
-    assert corrected_total(section, 500, 750, 50, 10, 5.0) == 750  # would be decaying
 
 
 @pytest.mark.parametrize(
