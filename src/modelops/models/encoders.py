@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ LITE0_NAME = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_DIM = 1280
 LITE0_SIZE = 224  # pixels
+# Images of a call on a CPU. The layers of more do not fit into its caches, and glibc asks the
+# kernel for their memory anew each time: with 64 an image took 1.5 to 2 times as long.
+CPU_ROWS = 4
 MINILM_NAME = "all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_DIM = 384
+TEXT_ROWS = 64  # texts of a call
 
 
 class Lite0(torch.nn.Module):
@@ -37,21 +42,14 @@ class Lite0(torch.nn.Module):
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
-        import timm
-
-        path = weights or lite0_weights_path()
-        verify_weights(path, LITE0_SHA256)
-        self.body = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        ours = self.body.state_dict()
-        if len(ours) != len(state):
-            raise IntegrityError(f"{path}: {len(state)} tensors, the network has {len(ours)}")
-        # The package's names are those of another implementation; the order is the same.
-        self.body.load_state_dict(dict(zip(ours, state.values(), strict=True)))
+        self.body = load_lite0_body(weights)
+        fold_norms(self.body)  # 0.75 of the CPU time, and agrees to 2e-6 (measured)
         # Channels last takes 0.57 of the CPU time and agrees to 1e-5 (measured, batch 32, AVX512).
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.device.type == "cpu" and len(images) > CPU_ROWS:
+            return torch.cat([self.forward(rows) for rows in images.split(CPU_ROWS)])
         size = (LITE0_SIZE, LITE0_SIZE)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
@@ -59,6 +57,52 @@ class Lite0(torch.nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         features = self.body.forward_head(self.body.forward_features(images), pre_logits=True)
         return features.float()
+
+
+def load_lite0_body(weights: Path | None = None) -> Any:
+    """The timm network of Lite0 with its weights as the package ships them, in eval mode.
+
+    Raises:
+        MissingExtraError, MissingWeightsError: the package or its file is not there.
+        IntegrityError: other weights than the pinned ones.
+    """
+    import timm
+
+    path = weights or lite0_weights_path()
+    verify_weights(path, LITE0_SHA256)
+    body = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    ours = body.state_dict()
+    if len(ours) != len(state):
+        raise IntegrityError(f"{path}: {len(state)} tensors, the network has {len(ours)}")
+    # The package's names are those of another implementation; the order is the same.
+    body.load_state_dict(dict(zip(ours, state.values(), strict=True)))
+    return body.eval()
+
+
+@torch.no_grad()
+def fold_norms(network: torch.nn.Module) -> None:
+    """Put each batch norm that follows a convolution into its weights, in place.
+
+    For timm's networks in eval mode, where a norm is the convolution's next sibling and carries the
+    activation. Computed in float64, rounded once.
+    """
+    from timm.layers import BatchNormAct2d
+
+    children = list(network.named_children())
+    for (_, layer), (name, norm) in itertools.pairwise(children):
+        if not (isinstance(layer, torch.nn.Conv2d) and isinstance(norm, BatchNormAct2d)):
+            continue
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        shift = norm.bias.double() - norm.running_mean.double() * scale
+        if layer.bias is not None:
+            shift += layer.bias.double() * scale
+        dtype = layer.weight.dtype
+        layer.weight.copy_((layer.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype))
+        layer.bias = torch.nn.Parameter(shift.to(dtype), requires_grad=False)
+        setattr(network, name, torch.nn.Sequential(norm.drop, norm.act))
+    for _, child in children:
+        fold_norms(child)
 
 
 def lite0_weights_path() -> Path:
@@ -127,40 +171,60 @@ def load_text_encoder(name_or_path: str | Path | None = None) -> tuple[Any, Any]
     return tokenizer, model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def texts_to_embeddings(
     texts: Sequence[str],
     tokenizer: Any,
     model: Any,
     *,
     max_tokens: int = 32,
-    batch_size: int = 256,
+    batch_size: int = TEXT_ROWS,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Texts to (pooled [N, D] of length sqrt(D), tokens [N, L, D], mask [N, L]), L = max_tokens.
 
-    The same definition as `PixelFlowPipeline.encode_prompt`.
+    The same definition as `PixelFlowPipeline.encode_prompt`; tokens are 0 where the mask is.
     """
-    pooled, tokens, masks = [], [], []
-    for start in range(0, len(texts), batch_size):
-        encoded = tokenizer(
-            list(texts[start : start + batch_size]),
-            padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt",
-        )  # fmt: skip
-        mask = encoded["attention_mask"]
-        hidden = model(input_ids=encoded["input_ids"], attention_mask=mask)[0]
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weights).sum(1) / weights.sum(1)
-        pooled.append((F.normalize(mean, dim=-1) * mean.shape[-1] ** 0.5).numpy())
-        tokens.append(hidden.numpy())
-        masks.append(mask.numpy())
-    if not pooled:
-        empty = np.zeros((0, max_tokens), np.int64)
-        return (
-            np.zeros((0, MINILM_DIM), np.float32),
-            np.zeros((0, max_tokens, MINILM_DIM), np.float32),
-            empty,
-        )
-    return np.concatenate(pooled), np.concatenate(tokens), np.concatenate(masks)
+    width = int(model.config.hidden_size)
+    pooled = np.zeros((len(texts), width), np.float32)
+    tokens = np.zeros((len(texts), max_tokens, width), np.float32)
+    masks = np.zeros((len(texts), max_tokens), np.int64)
+    for rows, hidden in encode_by_length(
+        texts, tokenizer, model, max_tokens=max_tokens, batch_size=batch_size
+    ):
+        length = hidden.shape[1]
+        pooled[rows] = (F.normalize(hidden.mean(1), dim=-1) * width**0.5).numpy()
+        tokens[rows, :length] = hidden.numpy()
+        masks[rows, :length] = 1
+    return pooled, tokens, masks
+
+
+@torch.no_grad()
+def encode_by_length(
+    texts: Sequence[str],
+    tokenizer: Any,
+    model: Any,
+    *,
+    max_tokens: int,
+    batch_size: int = TEXT_ROWS,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Pairs of (rows of `texts`, last hidden states [n, length, D]), each of one length in tokens.
+
+    Nothing is padded, which takes a third of the time of padding captions to 32 tokens, and agrees
+    with it to 1e-6.
+
+    Args:
+        max_tokens: longer texts are cut there.
+    """
+    if not texts:
+        return
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    of_length: dict[int, list[int]] = {}
+    for row, ids in enumerate(encoded):
+        of_length.setdefault(len(ids), []).append(row)
+    for _, rows in sorted(of_length.items()):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            ids = torch.tensor([encoded[row] for row in part])
+            yield part, model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
 
 
 @torch.no_grad()

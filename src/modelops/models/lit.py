@@ -32,7 +32,14 @@ import torch.nn.functional as F
 
 from modelops.errors import IntegrityError, MissingWeightsError, UsageError
 from modelops.files import read_json, sha256_file
-from modelops.models.encoders import LITE0_SIZE, Lite0, load_text_encoder, minilm_directory
+from modelops.models.encoders import (
+    LITE0_SIZE,
+    MINILM_DIM,
+    encode_by_length,
+    load_lite0_body,
+    load_text_encoder,
+    minilm_directory,
+)
 from modelops.seeding import derive_seed
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -123,21 +130,14 @@ class LitModel:
         return np.concatenate(found) if found else np.zeros((0, self.embed_dim), np.float32)
 
 
-@torch.no_grad()
-def texts_to_tower_features(texts: Sequence[str], *, batch_size: int = 256) -> Floats:
+def texts_to_tower_features(texts: Sequence[str]) -> Floats:
     """Texts to what the text tower gives its head: mean-pooled hidden states [N, 384]."""
     tokenizer, model = load_text_encoder()
-    found = []
-    for start in range(0, len(texts), batch_size):
-        encoded = tokenizer(
-            [" ".join(text.split()) for text in texts[start : start + batch_size]],
-            padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt",
-        )  # fmt: skip
-        mask = encoded["attention_mask"]
-        hidden = model(input_ids=encoded["input_ids"], attention_mask=mask)[0]
-        weights = mask.unsqueeze(-1)
-        found.append(((hidden * weights).sum(1) / weights.sum(1)).numpy())
-    return np.concatenate(found) if found else np.zeros((0, 384), np.float32)
+    found = np.zeros((len(texts), MINILM_DIM), np.float32)
+    plain = [" ".join(text.split()) for text in texts]
+    for rows, hidden in encode_by_length(plain, tokenizer, model, max_tokens=CONTEXT_LENGTH):
+        found[rows] = hidden.mean(1).numpy()
+    return found
 
 
 def fit_heads(
@@ -223,7 +223,7 @@ def save_lit(
             shutil.copyfile(source / name, directory / name)
     model = _build_model({**config, "text_cfg": {**config["text_cfg"],
                                                  "hf_model_name": str(directory)}})  # fmt: skip
-    model.visual.trunk.load_state_dict(_trunk_state(Lite0()))
+    model.visual.trunk.load_state_dict(_trunk_state(load_lite0_body()))
     model.text.transformer.load_state_dict(_text_state(model), strict=True)
     model.visual.head.load_state_dict(image_head.state_dict())
     model.text.proj.load_state_dict(text_head.state_dict())
@@ -333,9 +333,9 @@ def _make_heads(settings: HeadSettings) -> tuple[torch.nn.Module, torch.nn.Modul
     return torch.nn.Sequential(layers), text
 
 
-def _trunk_state(network: Lite0) -> dict[str, torch.Tensor]:
+def _trunk_state(body: Any) -> dict[str, torch.Tensor]:
     """Lite0's weights without its classifier, which open_clip's tower does not have."""
-    state: dict[str, torch.Tensor] = network.body.state_dict()
+    state: dict[str, torch.Tensor] = body.state_dict()
     return {name: value for name, value in state.items() if not name.startswith("classifier.")}
 
 
