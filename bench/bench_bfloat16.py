@@ -28,9 +28,9 @@ from modelops.export.artifact import GRAPH
 from modelops.export.calibration import DEFAULT_PROMPTS, collect_rows
 from modelops.export.components import Component, find_components
 from modelops.export.onnx.export import write_component
-from modelops.export.parity import relative_errors
 from modelops.export.runtimes import openvino as runtime
 from modelops.export.runtimes.openvino import OpenVinoGraph, openvino_has_bfloat16
+from modelops.export.runtimes.probe import relative_errors
 from modelops.export.timing import interleaved_seconds
 from modelops.models.sources import load_checkpoint
 

@@ -35,10 +35,10 @@ from modelops.export.int8.search import search_groups
 from modelops.export.int8.sensitivity import scan_groups
 from modelops.export.int8.smoothquant import Smoothing, choose_smoothing, smoothable_tensors
 from modelops.export.int8.variants import Variants
-from modelops.export.parity import relative_errors
 from modelops.export.runtime import default_precision
 from modelops.export.runtimes.graphs import process_cores
 from modelops.export.runtimes.openvino import openvino_has_bfloat16
+from modelops.export.runtimes.probe import relative_errors
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
 from modelops.export.timing import interleaved_seconds, speed_ratio
 

@@ -28,9 +28,9 @@ from modelops.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
-from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Graph, available_runtimes, open_graph, process_cores
 from modelops.export.runtimes.openvino import openvino_has_bfloat16
+from modelops.export.runtimes.probe import relative_errors
 from modelops.export.timing import interleaved_seconds, speed_ratio
 from modelops.records import Measurement
 

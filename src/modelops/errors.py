@@ -12,6 +12,7 @@ ModelopsError                exit 1  a known failure
 ├── EvaluationError          exit 1  a measurement that could not be made
 ├── ProcessDiedError         exit 1  one of several processes is gone
 ├── ExportError              exit 1  an export that failed or is not equal to its source
+│   └── NotReproducedError   exit 1  no runtime here gives an artifact's numbers
 ├── ServingError             exit 1  a server that cannot start (port in use, bad release)
 ├── GateFailedError          exit 3  the gate says no
 └── GateUndecidedError       exit 4  the gate cannot decide
@@ -85,6 +86,10 @@ class ProcessDiedError(ModelopsError):
 
 class ExportError(ModelopsError):
     """A component cannot be exported, or its export differs from its source."""
+
+
+class NotReproducedError(ExportError):
+    """No runtime on this machine gives the numbers that an artifact was gated with."""
 
 
 class ServingError(ModelopsError):

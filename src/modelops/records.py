@@ -502,8 +502,8 @@ class ReproductionCheck(_Model):
     processor: str
     runtime: str
     precision: str  # of what is not INT8
-    off: float  # largest relative error of a row, beside the answers that the artifact carries
-    bound: float
+    error: float  # relative, beside torch; of INT8 the root mean square over the rows
+    bound: float  # INT8: 1.1 times the error of exact sums
     passed: bool
     n: int  # rows
     imitated_by: str = ""  # the variable that narrowed another processor to this kind

@@ -3,6 +3,7 @@
 release/
   release.json   ReleaseRecord: every other file by sha256 and size
   model/         the checkpoint (without training_state/) or the exported artifact
+  fallback/      another artifact of the same checkpoint, for processors that model/ is wrong on
   verdict.json   what the gate answered, and policy.yaml, what it was asked
   records/       evaluations and whatever else the verdict and the cards cite
   cards/         model card, dataset card and their pictures
@@ -37,17 +38,20 @@ from modelops.files import (
     write_text,
 )
 from modelops.records import (
+    ArtifactRecord,
     EvaluationRecord,
     InputRef,
+    PreflightRecord,
     ReleaseFile,
     ReleaseRecord,
+    ReproductionCheck,
     Verdict,
     read_any_record,
     read_record,
 )
 
 RECORD_FILE = "release.json"
-MODEL_FOLDER = "model"
+MODEL_FOLDER, FALLBACK_FOLDER = "model", "fallback"
 CARD_SIDECARS = (".sources.json", ".statistics.json")
 _TRAINING_STATE = "training_state"  # as in modelops.models.sources, which imports torch
 _PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]*\ssrc=[\"']([^\"']+)")
@@ -66,6 +70,8 @@ def build_release(
     policy: str | Path | None = None,
     notice: str = "",
     extra_files: Mapping[str, str | Path] | None = None,
+    fallback: str | Path | None = None,
+    preflights: Iterable[str | Path] = (),
     allow: bool = False,
 ) -> ReleaseRecord:
     """Copy everything a release consists of into `out_dir` and write release.json.
@@ -81,6 +87,9 @@ def build_release(
         policy: policy.yaml the verdict was made by; must have the digest the verdict names.
         notice: attribution text for pictures and weights, written to NOTICE.
         extra_files: {name in the release: file}.
+        fallback: an artifact of the same checkpoint that equals it without INT8; a node on whose
+            processor no runtime gives the model's numbers serves it instead, and says so.
+        preflights: what `modelops serve preflight` wrote about this very model on other machines.
         allow: build although the verdict is not `pass`; the record says so.
 
     Raises:
@@ -96,6 +105,9 @@ def build_release(
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_release(out))):
         raise UsageError(f"{out}: exists and is not a release", hint="choose another directory")
 
+    if fallback is not None:
+        check_fallback(fallback, model)
+    reproduced = known_reproductions(model, model_sha256, preflights)
     with atomic_directory(out) as folder:
         _copy_tree(model, folder / MODEL_FOLDER, exclude=[_TRAINING_STATE])
         _copy(verdict_path, folder / "verdict.json")
@@ -104,6 +116,8 @@ def build_release(
         for path in map(Path, records):
             read_any_record(path)
             _copy(path, _free_name(folder / "records", path))
+        if fallback is not None:
+            _copy_tree(Path(fallback), folder / FALLBACK_FOLDER, exclude=())
         for card in map(Path, cards):
             for relative, source in _card_files(card).items():
                 _copy(source, folder / "cards" / relative)
@@ -119,6 +133,9 @@ def build_release(
             version=version,
             model=MODEL_FOLDER,
             model_sha256=model_sha256,
+            fallback=FALLBACK_FOLDER if fallback is not None else None,
+            fallback_sha256=None if fallback is None else sha256_tree(folder / FALLBACK_FOLDER),
+            reproduced=reproduced,
             verdict_sha256=sha256_file(folder / "verdict.json"),
             verdict_answer=answer.answer,
             allowed_without_pass=answer.answer != "pass",
@@ -138,6 +155,57 @@ def build_release(
             raise IntegrityError(f"{model}: changed while it was copied", hint="try again")
         record.write(folder / RECORD_FILE)
     return record
+
+
+def check_fallback(fallback: str | Path, model_dir: str | Path) -> None:
+    """An artifact that may stand in for a release's model where that is not right.
+
+    Raises:
+        UsageError: it, or the model, is not an artifact, or it is INT8 itself.
+        IntegrityError: it was made from another checkpoint, or was kept although not equal to it.
+    """
+    other = read_record(Path(fallback) / "artifact.json", ArtifactRecord)
+    model = read_record(Path(model_dir) / "artifact.json", ArtifactRecord)
+    if other.format != "onnx":
+        raise UsageError(f"{fallback}: {other.format} is no fallback", hint="name an onnx artifact")
+    if other.inputs.get("checkpoint") is None or model.inputs.get("checkpoint") is None:
+        raise IntegrityError(f"{fallback}: does not say which checkpoint it was made from")
+    if other.inputs["checkpoint"].sha256 != model.inputs["checkpoint"].sha256:
+        raise IntegrityError(
+            f"{fallback}: was not made from the checkpoint of {model_dir}",
+            hint="export the checkpoint to onnx again",
+        )
+    failed = [check for check in other.parity if not check.passed]
+    if failed or other.error or not other.parity:
+        raise IntegrityError(
+            f"{fallback}: is not equal to its checkpoint "
+            f"({other.error or (failed[0].name if failed else 'it was not compared')})",
+            hint="export it again without --allow",
+        )
+
+
+def known_reproductions(
+    model_dir: str | Path, model_sha256: str, preflights: Iterable[str | Path] = ()
+) -> list[ReproductionCheck]:
+    """On which kinds of processor a model was found to give its numbers: what its own artifact
+    says, and preflights on other machines.
+
+    Raises:
+        IntegrityError: a preflight is about another model.
+    """
+    found: list[ReproductionCheck] = []
+    if (Path(model_dir) / "artifact.json").is_file():
+        found += read_record(Path(model_dir) / "artifact.json", ArtifactRecord).reproduced
+    for path in preflights:
+        record = read_record(path, PreflightRecord)
+        if record.model_sha256 != model_sha256:
+            raise IntegrityError(
+                f"{path}: is about {_short(record.model_sha256)}, "
+                f"but {model_dir} is {_short(model_sha256)}",
+                hint="run `modelops serve preflight` on the model that is to be released",
+            )
+        found += record.reproduced
+    return [one for index, one in enumerate(found) if one not in found[:index]]
 
 
 def check_verdict(
@@ -218,6 +286,11 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
         raise IntegrityError(f"{verdict}: answers {answer.answer}", hint=_REBUILD)
     if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
         raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
+    if record.fallback is not None:
+        fallback = safe_join(root, record.fallback)
+        if sha256_tree(fallback) != record.fallback_sha256:
+            raise IntegrityError(f"{fallback}: not the fallback that was released", hint=_REBUILD)
+        check_fallback(fallback, safe_join(root, record.model))
     return record
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.onnx.writer import write_graph
+from modelops.export.runtimes.graphs import Array
 from modelops.seeding import numpy_generator, torch_generator
 
 WIDTH, TOKENS = 32, 6
@@ -140,3 +142,81 @@ def random_rows(network: nn.Module, count: int, seed: int) -> TrajectoryRows:
     noise = generator.standard_normal((count, *shape)).astype(np.float32)
     feeds = {name: noise, "timestep": sigmas * 1000}
     return TrajectoryRows(feeds, sigmas, {})
+
+
+def write_joint_attention(path: Path) -> Path:
+    """Keys and values of two streams, joined; positions times frequencies make a sine."""
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    generator = np.random.default_rng(0)
+    arrays = {
+        "weights": generator.standard_normal((16, 16)) / 4.0, "factor": np.array(0.5),
+        "other_factor": np.array(0.5),
+    }  # fmt: skip
+    nodes = [
+        node("MatMul", ["positions", "frequencies"], ["angles"], "angles"),
+        node("Sin", ["angles"], ["sines"]),
+        node("Add", ["image", "sines"], ["placed"]),
+        node("MatMul", ["placed", "weights"], ["query"], "to_q"),
+        node("Concat", ["placed", "text"], ["joined"], axis=1),
+        node("Transpose", ["joined"], ["keys"], perm=[0, 2, 1]),
+        node("Mul", ["query", "factor"], ["scaled_query"]),
+        node("Mul", ["keys", "other_factor"], ["scaled_keys"]),
+        node("MatMul", ["scaled_query", "scaled_keys"], ["scores"], "scores"),
+        node("Softmax", ["scores"], ["attention"], axis=-1),
+        node("MatMul", ["attention", "joined"], ["out"], "values"),
+    ]
+    shapes = {
+        "image": ["batch", 12, 16], "text": ["batch", 5, 16], "positions": ["batch", 12, 1],
+        "frequencies": ["batch", 1, 16],
+    }  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes, "joint", [value(n, onnx.TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [value("out", onnx.TensorProto.FLOAT, ["batch", 12, 16])],
+        [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
+    )  # fmt: skip
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), str(path))
+    return path
+
+
+def joint_feed() -> dict[str, Array]:
+    """Four rows for it."""
+    generator = np.random.default_rng(1)
+    shapes = {"image": (4, 12, 16), "text": (4, 5, 16), "positions": (4, 12, 1),
+              "frequencies": (4, 1, 16)}  # fmt: skip
+    return {k: generator.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+
+
+def write_gated(
+    path: Path, *, axis: int = 2, sizes: bool = False, read_twice: bool = False
+) -> Path:
+    """x [batch, 6, 8] times [8, 6] plus a bias, cut in two that are multiplied. With sizes, in
+    parts of 2 and 4. Along axis 1 tokens are cut, which is no matter of columns."""
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    generator = np.random.default_rng(0)
+    arrays = {
+        "weights": generator.standard_normal((8, 6)).astype(np.float32),
+        "bias": generator.standard_normal(6).astype(np.float32),
+        "sizes": np.array([2, 4]),
+        "tail": np.ones((4, 2), np.float32),
+    }
+    cut = ["whole", "sizes"] if sizes else ["whole"]
+    joined = [node("MatMul", ["right", "tail"], ["narrow"], "tail")] if sizes else []
+    nodes = [
+        node("MatMul", ["x", "weights"], ["product"], "linear"),
+        node("Add", ["product", "bias"], ["whole"], "linear_bias"),
+        node("Split", cut, ["left", "right"], "cut", axis=axis,
+             **({} if sizes else {"num_outputs": 2})),
+        *joined,
+        node("Mul", ["left", "narrow" if sizes else "right"], ["out"]),
+    ]  # fmt: skip
+    outputs = [value("out", onnx.TensorProto.FLOAT, ["batch", "height", "width"])]
+    if read_twice:
+        outputs.append(value("whole", onnx.TensorProto.FLOAT, ["batch", 6, 6]))
+    graph = onnx.helper.make_graph(
+        nodes, "gated", [value("x", onnx.TensorProto.FLOAT, ["batch", 6, 8])], outputs,
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )  # fmt: skip
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), str(path))
+    return path

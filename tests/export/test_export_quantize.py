@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from small_graphs import ConvNet, Transformer, random_rows, shared_network
+from small_graphs import (
+    ConvNet,
+    Transformer,
+    joint_feed,
+    random_rows,
+    shared_network,
+    write_gated,
+    write_joint_attention,
+)
 
 from modelops.errors import ExportError, UsageError
 from modelops.export.int8.columns import split_columns
@@ -28,9 +36,9 @@ from modelops.export.int8.ranges import (
     visit_tensors,
 )
 from modelops.export.int8.variants import Variants
-from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Array, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.probe import relative_errors
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +237,7 @@ def test_every_quantised_layer_runs_in_int8(
     )
     rows = random_rows(network, 16, 0)
     feed, table = rows.take(range(8)), tmp_path / "table.json"
-    quantize_graph(source, tmp_path / "sym.onnx", Calibration(rows, table))
+    quantize_graph(source, tmp_path / "sym.onnx", Calibration(rows, table), weight_range="reduced")
     write_ort_cpu(source, tmp_path / "ort.onnx", Calibration(rows, table))
     assert lint_ort_cpu(tmp_path / "ort.onnx") == []
     assert lint_ort_cpu(tmp_path / "sym.onnx") != []
@@ -248,7 +256,7 @@ def test_every_quantised_layer_runs_in_int8(
     assert execution["rest"] == "f32"
     float_run = openvino_execution(open_graph(source, "openvino"), feed)  # type: ignore[arg-type]
     assert float_run["int8_layers"] == 0
-    assert _error(source, tmp_path / "sym.onnx", feed, "openvino") < 0.05
+    assert _error(source, tmp_path / "sym.onnx", feed, "openvino") < 0.06
 
 
 def test_the_second_graph_is_kept_only_where_it_pays(convnet: Path, tmp_path: Path) -> None:
@@ -273,46 +281,7 @@ def test_the_second_graph_is_kept_only_where_it_pays(convnet: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def joint_attention(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keys and values of two streams, joined; positions times frequencies make a sine."""
-    path = tmp_path_factory.mktemp("joint") / "model.onnx"
-    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
-    generator = np.random.default_rng(0)
-    arrays = {
-        "weights": generator.standard_normal((16, 16)) / 4.0, "factor": np.array(0.5),
-        "other_factor": np.array(0.5),
-    }  # fmt: skip
-    nodes = [
-        node("MatMul", ["positions", "frequencies"], ["angles"], "angles"),
-        node("Sin", ["angles"], ["sines"]),
-        node("Add", ["image", "sines"], ["placed"]),
-        node("MatMul", ["placed", "weights"], ["query"], "to_q"),
-        node("Concat", ["placed", "text"], ["joined"], axis=1),
-        node("Transpose", ["joined"], ["keys"], perm=[0, 2, 1]),
-        node("Mul", ["query", "factor"], ["scaled_query"]),
-        node("Mul", ["keys", "other_factor"], ["scaled_keys"]),
-        node("MatMul", ["scaled_query", "scaled_keys"], ["scores"], "scores"),
-        node("Softmax", ["scores"], ["attention"], axis=-1),
-        node("MatMul", ["attention", "joined"], ["out"], "values"),
-    ]
-    shapes = {
-        "image": ["batch", 12, 16], "text": ["batch", 5, 16], "positions": ["batch", 12, 1],
-        "frequencies": ["batch", 1, 16],
-    }  # fmt: skip
-    graph = onnx.helper.make_graph(
-        nodes, "joint", [value(n, onnx.TensorProto.FLOAT, s) for n, s in shapes.items()],
-        [value("out", onnx.TensorProto.FLOAT, ["batch", 12, 16])],
-        [onnx.numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
-    )  # fmt: skip
-    opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), str(path))
-    return path
-
-
-def _joint_feed() -> dict[str, Array]:
-    generator = np.random.default_rng(1)
-    shapes = {"image": (4, 12, 16), "text": (4, 5, 16), "positions": (4, 12, 1),
-              "frequencies": (4, 1, 16)}  # fmt: skip
-    return {k: generator.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+    return write_joint_attention(tmp_path_factory.mktemp("joint") / "model.onnx")
 
 
 def test_attentions_products_are_a_group_and_other_products_are_none(
@@ -325,27 +294,35 @@ def test_attentions_products_are_a_group_and_other_products_are_none(
     assert "angles" not in QdqWriter(joint_attention).nodes
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+# OpenVINO's sums of 8-bit weights are exact with VNNI only, see test_export_saturation.py.
+@pytest.mark.parametrize(
+    ("runtime", "weight_range", "rounded"),
+    [
+        ("onnxruntime", "full",
+         {"scaled_query", "scaled_keys_clipped", "attention", "joined_clipped"}),
+        ("openvino", "reduced",
+         {"scaled_query", "scaled_keys_64_clipped", "attention", "joined_64_clipped"}),
+    ],
+)  # fmt: skip
 def test_products_of_what_was_joined_are_right_in_both_runtimes(
-    joint_attention: Path, tmp_path: Path, runtime: str
+    joint_attention: Path, tmp_path: Path, runtime: str, weight_range: Any, rounded: set[str]
 ) -> None:
     if runtime == "openvino":
         pytest.importorskip("openvino")
-    writer, feed = QdqWriter(joint_attention), _joint_feed()
+    writer, feed = QdqWriter(joint_attention), joint_feed()
     ranges = measure_ranges(joint_attention, writer.calibrated_tensors(), [feed])
     target = tmp_path / "products.onnx"
-    writer.write(target, ranges, list(writer.products))
+    writer.write(target, ranges, list(writer.products), weight_range=weight_range)
     assert lint_qdq(target) == []
     assert 1e-4 < _error(joint_attention, target, feed, runtime) < 0.03
-    rounded = {n.input[0] for n in onnx.load(str(target)).graph.node
-               if n.op_type == "QuantizeLinear"}  # fmt: skip
-    assert rounded == {"scaled_query", "scaled_keys_clipped", "attention", "joined_clipped"}
+    nodes = onnx.load(str(target)).graph.node
+    assert {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"} == rounded
 
 
 def test_a_product_with_one_rounded_operand_is_a_fault(
     joint_attention: Path, tmp_path: Path
 ) -> None:
-    writer, feed = QdqWriter(joint_attention), _joint_feed()
+    writer, feed = QdqWriter(joint_attention), joint_feed()
     ranges = measure_ranges(joint_attention, writer.calibrated_tensors(), [feed])
     target = tmp_path / "products.onnx"
     writer.write(target, ranges, ["scores"])
@@ -361,7 +338,7 @@ def test_a_product_with_one_rounded_operand_is_a_fault(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_of_attentions_weights_the_largest_is_the_range(joint_attention: Path, method: str) -> None:
-    feed = _joint_feed()
+    feed = joint_feed()
     seen: list[Array] = []
     visit_tensors(joint_attention, ["attention"], [feed], lambda _, array: seen.append(array))
     assert [array.shape for array in seen] == [()]
@@ -370,44 +347,11 @@ def test_of_attentions_weights_the_largest_is_the_range(joint_attention: Path, m
     assert 1 / 17 < bounds.high <= 1.0
 
 
-def _gated(path: Path, *, axis: int = 2, sizes: bool = False, read_twice: bool = False) -> Path:
-    """x [batch, 6, 8] times [8, 6] plus a bias, cut in two that are multiplied. With sizes, in
-    parts of 2 and 4. Along axis 1 tokens are cut, which is no matter of columns."""
-    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
-    generator = np.random.default_rng(0)
-    arrays = {
-        "weights": generator.standard_normal((8, 6)).astype(np.float32),
-        "bias": generator.standard_normal(6).astype(np.float32),
-        "sizes": np.array([2, 4]),
-        "tail": np.ones((4, 2), np.float32),
-    }
-    cut = ["whole", "sizes"] if sizes else ["whole"]
-    joined = [node("MatMul", ["right", "tail"], ["narrow"], "tail")] if sizes else []
-    nodes = [
-        node("MatMul", ["x", "weights"], ["product"], "linear"),
-        node("Add", ["product", "bias"], ["whole"], "linear_bias"),
-        node("Split", cut, ["left", "right"], "cut", axis=axis,
-             **({} if sizes else {"num_outputs": 2})),
-        *joined,
-        node("Mul", ["left", "narrow" if sizes else "right"], ["out"]),
-    ]  # fmt: skip
-    outputs = [value("out", onnx.TensorProto.FLOAT, ["batch", "height", "width"])]
-    if read_twice:
-        outputs.append(value("whole", onnx.TensorProto.FLOAT, ["batch", 6, 6]))
-    graph = onnx.helper.make_graph(
-        nodes, "gated", [value("x", onnx.TensorProto.FLOAT, ["batch", 6, 8])], outputs,
-        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )  # fmt: skip
-    opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), str(path))
-    return path
-
-
 @pytest.mark.parametrize(("axis", "sizes"), [(2, False), (-1, False), (2, True)])
 def test_cut_columns_are_two_products_with_the_same_values(
     tmp_path: Path, axis: int, sizes: bool
 ) -> None:
-    source = _gated(tmp_path / "model.onnx", axis=axis, sizes=sizes)
+    source = write_gated(tmp_path / "model.onnx", axis=axis, sizes=sizes)
     model = onnx.load(str(source))
     assert split_columns(model, source) == ["linear"]
     assert "Split" not in {node.op_type for node in model.graph.node}
@@ -428,7 +372,7 @@ def test_cut_columns_are_two_products_with_the_same_values(
 
 @pytest.mark.parametrize("what", [{"axis": 1}, {"read_twice": True}])
 def test_other_cuts_stay(tmp_path: Path, what: dict[str, Any]) -> None:
-    source = _gated(tmp_path / "model.onnx", **what)
+    source = write_gated(tmp_path / "model.onnx", **what)
     model = onnx.load(str(source))
     before = model.SerializeToString(deterministic=True)
     assert split_columns(model, source) == []

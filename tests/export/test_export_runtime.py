@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
+from modelops.errors import (
+    ExportError,
+    IntegrityError,
+    MissingExtraError,
+    NotReproducedError,
+    UsageError,
+)
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import find_components
 from modelops.export.onnx.export import export_onnx, write_component
@@ -22,6 +28,7 @@ from modelops.export.runtimes.choice import choose_runtime
 from modelops.export.runtimes.graphs import available_runtimes, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.openvino import batch_bucket
+from modelops.export.runtimes.probe import PROBE
 from modelops.export.source import load_source
 from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, open_checkpoint
@@ -255,12 +262,13 @@ def test_auto_takes_a_runtime_that_gives_the_numbers_here_and_stays_with_it(
 ) -> None:
     monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
     record = read_artifact(onnx_artifact)
-    runtime, reason = choose_runtime(onnx_artifact, record, "digest")
-    assert runtime in available_runtimes()
-    assert "parity" in reason
+    chosen = choose_runtime(onnx_artifact, record, "digest")
+    assert chosen.runtime in available_runtimes()
+    assert "parity" in chosen.reason
+    assert chosen.error <= chosen.bound
     assert len(list((tmp_path / "cache/runtimes").iterdir())) == 1
     monkeypatch.setattr(choice, "_measure", lambda *a: pytest.fail("measured again"))
-    assert choose_runtime(onnx_artifact, record, "digest") == (runtime, reason)
+    assert choose_runtime(onnx_artifact, record, "digest") == chosen
     machine = choice.current_environment().model_copy(update={"accelerators": ["a new GPU"]})
     monkeypatch.setattr(choice, "current_environment", lambda: machine)
     with pytest.raises(pytest.fail.Exception, match="measured again"):  # another machine now
@@ -272,10 +280,10 @@ def test_auto_refuses_when_no_runtime_gives_the_numbers(
 ) -> None:
     monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
     artifact = copy_of(onnx_artifact, tmp_path / "artifact")
-    feed, expected = choice.read_probe(artifact / "unet")
-    arrays = {f"input:{name}": array for name, array in feed.items()}
-    save_file({**arrays, "output": expected * 1.01}, artifact / "unet" / choice.PROBE)
-    with pytest.raises(ExportError, match=r"off by 0\.0099"):
+    path = artifact / "unet" / PROBE
+    arrays = load_file(path)
+    save_file({**arrays, "output": arrays["output"] * 1.01}, path)
+    with pytest.raises(NotReproducedError, match=r"off by 0\.0099"):
         choose_runtime(artifact, read_artifact(artifact), "other digest")
 
 

@@ -15,9 +15,9 @@ from modelops.export.components import find_components
 from modelops.export.int8.proof import openvino_execution
 from modelops.export.onnx.export import write_component
 from modelops.export.onnx.writer import Example, write_graph
-from modelops.export.parity import relative_errors
 from modelops.export.runtimes import openvino as runtime
 from modelops.export.runtimes.openvino import OpenVinoGraph, openvino_has_bfloat16
+from modelops.export.runtimes.probe import relative_errors
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
 from modelops.seeding import torch_generator
 from tiny_pipelines import FAMILIES

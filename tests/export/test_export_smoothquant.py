@@ -20,8 +20,8 @@ from modelops.export.int8.smoothquant import (
     smoothable_tensors,
     smoothing_scales,
 )
-from modelops.export.parity import relative_errors
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.probe import relative_errors
 
 
 @pytest.fixture(scope="module")

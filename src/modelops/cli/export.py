@@ -20,7 +20,11 @@ _SCOPES = {
     "size": ("onnx", "torchscript"),
     **dict.fromkeys(("lora_path", "lora_mode", "lora_scale"), ("onnx", "torchscript")),
     **dict.fromkeys(
-        ("seed", "method", "error_budget", "search_seconds", "smooth", "ort_cpu"), ("int8",)
+        (
+            "seed", "method", "error_budget", "search_seconds", "smooth", "weight_range",
+            "ort_cpu",
+        ),
+        ("int8",),
     ),
     **dict.fromkeys(
         (
@@ -138,6 +142,14 @@ def _size(
     show_default=True,
     metavar="S",
     help="For int8: time for measuring groups of layers.",
+)
+@click.option(
+    "--weight-range",
+    type=click.Choice(["auto", "full", "reduced"]),
+    default="auto",
+    show_default=True,
+    help="For int8: 8 bits (full), 7 bits that no processor's sums saturate with (reduced), or the "
+    "latter where they cost little more error.",
 )
 @click.option(
     "--smooth/--no-smooth",
@@ -296,7 +308,7 @@ def _run(
         how = Int8Options(
             method=options["method"], error_budget=options["error_budget"],
             search_seconds=options["search_seconds"], smooth=options["smooth"],
-            ort_cpu=options["ort_cpu"],
+            weight_range=options["weight_range"], ort_cpu=options["ort_cpu"],
         )  # fmt: skip
         return export_int8(
             start, checkpoint, out_dir, seed=options["seed"], options=how, **shown, **common
@@ -354,6 +366,21 @@ def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
             for check in record.parity
         ],
     )  # fmt: skip
+    chosen = record.calibration.get("weight_range")
+    if chosen:
+        output.say(f"weights: {chosen['chosen']} range, {chosen['why']}")
+    if record.reproduced:
+        output.table(
+            ("processor", "runtime", "error", "bound", ""),
+            [
+                (
+                    one.processor + (f" ({one.imitated_by})" if one.imitated_by else ""),
+                    one.runtime, f"{one.error:.3g}", f"{one.bound:.3g}",
+                    "the same numbers" if one.passed else "OTHER NUMBERS: not served there",
+                )
+                for one in record.reproduced
+            ],
+        )  # fmt: skip
     search = record.calibration.get("search")
     if search:
         output.table(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from modelops.cli.output import dry_run_option, emit, json_option, say
+
+if TYPE_CHECKING:
+    from modelops.records import ReleaseRecord
 
 
 @click.group()
@@ -44,6 +48,16 @@ def release() -> None:
     "--card", "cards", multiple=True, metavar="FILE",
     type=click.Path(exists=True, path_type=Path), help="A card to include with its pictures.",
 )  # fmt: skip
+@click.option(
+    "--fallback", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An onnx artifact of the same checkpoint, served on processors on which no runtime gives "
+    "the numbers that the model was gated with.",
+)  # fmt: skip
+@click.option(
+    "--preflight", "preflights", multiple=True, metavar="FILE",
+    type=click.Path(exists=True, path_type=Path),
+    help="What `modelops serve preflight` found on another machine; repeat it.",
+)  # fmt: skip
 @click.option("--name", required=True, help="Name of the release; the served model's id.")
 @click.option("--version", required=True, help="Version of the release.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps served by default.")
@@ -67,6 +81,8 @@ def build(
     policy: Path | None,
     records: tuple[Path, ...],
     cards: tuple[Path, ...],
+    fallback: Path | None,
+    preflights: tuple[Path, ...],
     name: str,
     version: str,
     steps: int | None,
@@ -91,7 +107,7 @@ def build(
 
     from modelops.files import read_text, sha256_tree
     from modelops.monitoring.reference import release_files
-    from modelops.release import build_release, check_verdict
+    from modelops.release import build_release, check_fallback, check_verdict
     from modelops.serving.scheduling.company import release_proofs
 
     if dry_run:
@@ -104,11 +120,15 @@ def build(
     usual = {"steps": steps, "guidance": guidance}
     defaults: dict[str, object] = {key: value for key, value in usual.items() if value is not None}
     check_verdict(verdict, model_dir, policy=policy, allow=allow)
+    if fallback is not None:
+        check_fallback(fallback, model_dir)
     with tempfile.TemporaryDirectory() as folder:
         extra: dict[str, Path] = {}
         if golden:
             say("making the golden picture, and the same pictures alone and in batches")
-            said, extra = release_proofs(model_dir, folder, steps=steps, guidance=guidance)
+            said, extra = release_proofs(
+                model_dir, folder, steps=steps, guidance=guidance, fallback=fallback
+            )
             defaults |= said
         model_sha256 = sha256_tree(model_dir, exclude=["training_state"])
         reference, remark = release_files(records, model_sha256=model_sha256, folder=folder)
@@ -124,6 +144,8 @@ def build(
             defaults=defaults,
             notice=read_text(notice) if notice else "",
             extra_files={**reference, **extra},
+            fallback=fallback,
+            preflights=preflights,
             allow=allow,
         )
     size = sum(entry.bytes for entry in record.files.values())
@@ -131,8 +153,20 @@ def build(
         record.model_dump(mode="json"),
         as_json=as_json,
         text=f"{directory}: {name} {version}, {len(record.files)} files, {size / 1e6:.1f} MB\n"
-        f"{remark}\nserve it: modelops serve {directory}",
+        f"{remark}\n{said_of_processors(record)}serve it: modelops serve {directory}",
     )
+
+
+def said_of_processors(record: ReleaseRecord) -> str:
+    """A line for each kind of processor on which the model was tried; "" of a checkpoint."""
+    lines = [
+        f"{'gives' if one.passed else 'does NOT give'} its numbers in {one.runtime} on "
+        f"{one.processor} (off by {one.error:.3g}, bound {one.bound:.3g})\n"
+        for one in record.reproduced
+    ]
+    if record.fallback:
+        lines.append("carries a fallback for other processors\n")
+    return "".join(lines)
 
 
 @release.command()
@@ -150,8 +184,10 @@ def verify(directory: Path, as_json: bool) -> None:
     record = verify_release(directory)
     emit(
         {"status": "ok", "name": record.name, "version": record.version,
-         "files": len(record.files), "model_sha256": record.model_sha256},
+         "files": len(record.files), "model_sha256": record.model_sha256,
+         "fallback_sha256": record.fallback_sha256,
+         "reproduced": [one.model_dump(mode="json") for one in record.reproduced]},
         as_json=as_json,
         text=f"{directory}: {record.name} {record.version}, {len(record.files)} files unchanged, "
-        f"gate {record.verdict_answer}",
+        f"gate {record.verdict_answer}\n{said_of_processors(record)}".rstrip(),
     )  # fmt: skip

@@ -31,6 +31,7 @@ def serve() -> None:
     \b
     Examples:
       modelops serve release --port 3000
+      modelops serve preflight release
       modelops serve key create alice
       modelops serve scaffold deploy
     """
@@ -204,6 +205,44 @@ def run(
     emit({"status": "stopped", "code": code}, as_json=as_json)
     if code:
         raise click.exceptions.Exit(code)
+
+
+@serve.command()
+@click.argument("model", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--runtime", default="auto", show_default=True, metavar="NAME",
+    help="The runtime that would serve it: onnxruntime, openvino, tensorrt, or auto.",
+)  # fmt: skip
+@click.option(
+    "--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the record here, for `modelops release build --preflight` on another machine.",
+)  # fmt: skip
+@json_option
+def preflight(model: Path, runtime: str, out: Path | None, as_json: bool) -> None:
+    """Say whether this machine gives the numbers that a release or an artifact was gated with.
+
+    INT8 sums saturate on processors without VNNI in some runtimes; a node refuses to serve such
+    numbers. Exit code 1 says that nothing of DIR can be served here.
+
+    \b
+    Examples:
+      modelops serve preflight release
+      modelops serve preflight artifacts/pilot/int8 --out preflight.json
+    """
+    from modelops.serving.preflight import run_preflight
+
+    record = run_preflight(model, runtime=runtime)
+    if out is not None:
+        record.write(out)
+    lines = [f"processor: {record.processor}"]
+    for one in record.reproduced:
+        verdict = "the same numbers" if one.passed else "OTHER NUMBERS"
+        lines.append(f"{one.runtime}: {verdict}, off by {one.error:.3g} (bound {one.bound:.3g})")
+    served = record.runtime or ("the fallback" if record.fallback else "nothing")
+    lines.append(f"served here: {served} ({record.reason})")
+    emit(record.model_dump(mode="json"), as_json=as_json, text="\n".join(lines))
+    if record.status != "ok":
+        raise click.exceptions.Exit(1)
 
 
 @serve.command()

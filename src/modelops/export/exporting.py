@@ -28,8 +28,8 @@ from modelops.export.parity import (
     image_parity,
 )
 from modelops.export.runtime import assemble
-from modelops.export.runtimes.choice import write_probe
 from modelops.export.runtimes.graphs import Graph
+from modelops.export.runtimes.probe import PROBE_ROWS, write_probe
 from modelops.export.source import ExportSource, Lora
 from modelops.files import sha256_path, tree_files
 from modelops.records import ExportedComponent, InputRef, ParityCheck
@@ -140,13 +140,29 @@ def prove(
     name, rows = next(iter(calls.rows.items()))
     denoiser = next(component for component in components if component.name == name)
     errors = errors_by_noise(denoiser, graphs[name], rows)
-    write_probe(root / name, denoiser, rows)
+    carry_probe(root / name, denoiser, graphs[name], rows)
     stages.begin("comparing pictures")
     checks += image_parity(
         source.pipeline, assemble(root, graphs), name=f"images/{graphs[name].runtime}",
         prompts=prompts[:4], seed=PARITY_SEED, bounds=bounds, size=source.size,
     )  # fmt: skip
     return checks, errors
+
+
+def carry_probe(
+    folder: Path,
+    denoiser: Component,
+    graph: Graph,
+    rows: TrajectoryRows,
+    *,
+    quantised: Path | None = None,
+    variant: Path | None = None,
+) -> None:
+    """Write rows spread over the noise levels, torch's answers and the graph's beside it; see
+    `runtimes.probe`."""
+    feed = rows.take(rows.spread(PROBE_ROWS))
+    expected, answer = denoiser.run(feed)[0], graph.run(feed)
+    write_probe(folder, feed, expected, answer, quantised=quantised, variant=variant)
 
 
 def about_source(

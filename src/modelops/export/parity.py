@@ -16,6 +16,7 @@ from modelops.export.calls import Probe, call_pipeline
 from modelops.export.components import Component
 from modelops.export.pictures import check_pictures
 from modelops.export.runtimes.graphs import Array, Graph
+from modelops.export.runtimes.probe import relative_errors
 from modelops.extras import has_module
 from modelops.metrics.images import SSIM_WINDOW, ssim
 from modelops.models.sources import floats_to_uint8
@@ -226,14 +227,6 @@ def psnr_db(first: Array, second: Array) -> float:
     if not math.isfinite(error):
         return 0.0
     return _PSNR_CAP if error == 0 else min(_PSNR_CAP, -10.0 * math.log10(error))
-
-
-def relative_errors(reference: Array, output: Array) -> Array:
-    """||output - reference|| / ||reference|| of each row [N], in L2."""
-    flat, other = (a.reshape(len(a), -1).astype(np.float64) for a in (reference, output))
-    scale = np.maximum(np.linalg.norm(flat, axis=1), 1e-12)
-    result: Array = np.linalg.norm(other - flat, axis=1) / scale
-    return result
 
 
 def require_parity(checks: Sequence[ParityCheck], *, allow: bool) -> str | None:

@@ -40,12 +40,13 @@ def open_artifact(
 
     Args:
         directory: what `modelops export` wrote.
-        runtime: one of RUNTIMES, or "auto": the fastest one here that passes parity here; see
-            `choice.choose_runtime`.
+        runtime: one of RUNTIMES, or "auto": the fastest one here that gives the numbers the
+            artifact was gated with here; see `choice.choose_runtime`. One that is named has to give
+            them, too.
         batch_size: images per call of the pipeline.
         threads: CPU threads; all cores of this process when not given.
-        precision: what nodes that are not INT8 run in: "float32", "bfloat16" (OpenVINO), or "auto":
-            bfloat16 for INT8 artifacts in OpenVINO on a processor that has it, else float32.
+        precision: what nodes that are not INT8 run in: "float32", "bfloat16" (OpenVINO), or "auto",
+            see `served_precision`.
         device_id: CUDA device, for a runtime that computes on one.
 
     Returns:
@@ -56,6 +57,7 @@ def open_artifact(
         UsageError: not a finished artifact; unknown runtime or precision; batch_size below 1.
         IntegrityError: a file differs from its digest.
         MissingExtraError: OpenVINO was asked for and is not installed.
+        NotReproducedError: no runtime here gives the artifact's numbers.
         ExportError: the runtime refuses the graph.
     """
     if batch_size < 1:
@@ -71,14 +73,15 @@ def open_artifact(
             hint=f"--runtime {' or '.join(RUNTIMES_OF[record.format])}",
         )
     root = Path(directory)
-    reason = "asked for"
-    if runtime == "auto":
-        from modelops.export.runtimes.choice import choose_runtime
+    if runtime == "onnxruntime" and precision not in ("auto", "float32"):
+        raise UsageError("onnxruntime computes as the graph says", hint="--runtime openvino")
+    from modelops.export.runtimes.choice import choose_runtime
 
-        runtime, reason = choose_runtime(root, record, digest, threads=threads, device_id=device_id)
-    chosen: Any = runtime
-    if precision == "auto":
-        precision = default_precision(record.format, chosen)
+    choice = choose_runtime(
+        root, record, digest, runtime=runtime, precision=precision, threads=threads,
+        device_id=device_id,
+    )  # fmt: skip
+    chosen, precision = choice.runtime, choice.precision
     pipeline = artifact_pipeline(
         root, record, chosen, precision=precision, threads=threads, device_id=device_id
     )
@@ -90,7 +93,7 @@ def open_artifact(
         sha256=digest,
         runtime=f"{chosen}-{denoiser.device.type}",
         precision=f"int8+{rest}" if record.format == "int8" else rest,
-        details={"format": record.format, "runtime": reason},
+        details={"format": record.format, **choice.details},
     )
     return PipelineSource(pipeline, info, batch_size=batch_size)
 
@@ -112,6 +115,13 @@ def default_precision(artifact_format: str, runtime: str) -> str:
     if artifact_format == "int8" and runtime == "openvino" and openvino_has_bfloat16():
         return "bfloat16"
     return "float32"
+
+
+def served_precision(record: ArtifactRecord, runtime: str) -> str:
+    """What nodes that are not INT8 run in where the artifact is opened: what it was gated in, or
+    float32 where the processor has no bfloat16 and would emulate it."""
+    gated_in_bfloat16 = record.precision == "int8+bfloat16"
+    return default_precision(record.format, runtime) if gated_in_bfloat16 else "float32"
 
 
 def artifact_pipeline(

@@ -15,7 +15,7 @@ from modelops.files import atomic_path, safe_join, sha256_bytes
 from modelops.models.sources import ImageRequest, PipelineSource
 from modelops.records import SourceInfo
 
-GOLDEN_FILE = "golden.png"
+GOLDEN_FILE, FALLBACK_FILE = "golden.png", "golden-fallback.png"
 DEFAULT_PROMPT = "red heart"
 DEFAULT_SEED = 7
 # Mean absolute difference in grey levels that another processor's rounding may make. Another model,
@@ -93,9 +93,13 @@ def golden_request(defaults: dict[str, Any]) -> ImageRequest:
 
 
 def check_golden(
-    pixels: npt.NDArray[np.uint8], release_dir: Path, defaults: dict[str, Any]
+    pixels: npt.NDArray[np.uint8],
+    release_dir: Path,
+    defaults: dict[str, Any],
+    *,
+    fallback: bool = False,
 ) -> GoldenCheck:
-    """Compare this start's golden image with the release's.
+    """Compare this start's golden image with the release's, or with that of its fallback.
 
     Raises:
         ServingError: further apart than rounding explains, or the image is one flat colour.
@@ -104,10 +108,10 @@ def check_golden(
     digest = pixels_sha256(pixels)
     if int(pixels.max()) == int(pixels.min()):
         raise ServingError("the golden image is one flat colour")
-    golden = defaults.get("golden") or {}
-    if "file" not in golden:
+    golden, key = defaults.get("golden") or {}, "fallback_file" if fallback else "file"
+    if key not in golden:
         return GoldenCheck(pixels_sha256=digest)
-    path = safe_join(release_dir, str(golden["file"]))
+    path = safe_join(release_dir, str(golden[key]))
     try:
         with Image.open(path) as picture:
             expected = np.asarray(picture.convert("RGB"))

@@ -38,7 +38,7 @@ from modelops.serving.golden import GoldenCheck, check_golden, golden_request
 from modelops.serving.http.schema import ApiError, ImageData, ImagesRequest, ImagesResponse
 from modelops.serving.moderation.guard import FilterGuard
 from modelops.serving.moderation.quarantine import Withheld, open_quarantine
-from modelops.serving.opening import image_filter_loader, open_model, prompt_filter_loader
+from modelops.serving.opening import image_filter_loader, open_released, prompt_filter_loader
 from modelops.serving.provenance.seal import Origin, Sealer
 from modelops.serving.scheduling.engine import StepEngine
 from modelops.serving.scheduling.jobs import EngineImage, Job, Preview, StepReport
@@ -109,21 +109,24 @@ class InferenceNode:
             evaluation_time(self.directory, self.release),
             every_days=evaluation_cadence(self.directory, self.settings),
         )
-        self.drift = open_drift_log(
-            self.settings, self.directory, self.release,
-            release_sha256=self.release_sha256, filters=names, registry=self.metrics.registry,
-        )  # fmt: skip
         limit = self.settings.filter_timeout_s
         self.prompt_guard = FilterGuard("prompt", prompt_filter, timeout_s=limit)
         self.image_guard = FilterGuard("image", image_filter, timeout_s=limit)
-        pipeline, source = open_model(
-            self.directory / self.release.model,
+        self.opened = open_released(
+            self.directory,
+            self.release,
             runtime=self.settings.runtime,
             device=self.settings.device,
             batch_size=self.settings.max_rows,
             threads=self.settings.threads,
             worker=worker,
         )
+        self.drift = open_drift_log(
+            self.settings, self.directory, self.release,
+            release_sha256=self.release_sha256, model_sha256=self.opened.sha256,
+            filters=names, registry=self.metrics.registry,
+        )  # fmt: skip
+        source = self.opened.source
         self.runtime = source.runtime
         if not self.runtime.startswith("torch"):
             # What is left to torch is too small to share out, and its idle threads spin on the
@@ -131,15 +134,15 @@ class InferenceNode:
             torch.set_num_threads(1)
         self.sealer = Sealer(
             Origin(
-                release=self.release, release_sha256=self.release_sha256, source=source,
-                filters=names,
+                release=self.release, release_sha256=self.release_sha256,
+                model_sha256=self.opened.sha256, source=source, filters=names,
             ),
             self.settings, self.metrics.registry,
         )  # fmt: skip
         self.on_step: Callable[[StepReport], None] | None = None  # hears of network evaluations
         self.quarantine = open_quarantine(self.settings, self.sealer.origin, self.metrics.registry)
         self.engine = StepEngine(
-            pipeline,
+            self.opened.pipeline,
             max_rows=self.settings.max_rows,
             queue_limit=self.settings.queue_limit,
             profile_s=self.settings.profile_s,
@@ -150,7 +153,7 @@ class InferenceNode:
         self.max_tokens = self.engine.model.max_tokens
         # Finished requests wait here for the image filter, while new ones are let in or refused.
         self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
-        self.metrics.serves(self.release, self.release_sha256, self.runtime)
+        self.metrics.serves(self.release, self.release_sha256, self.opened.sha256, self.runtime)
         stated = self.release.defaults
         self.defaults = self.engine.fill(
             ImageRequest(
@@ -174,7 +177,12 @@ class InferenceNode:
             job = self.engine.submit([golden_request(self.release.defaults)])[0]
             image = job.future.result(self.settings.deadline_s)
             self._golden_pixels = image.pixels
-            self.golden = check_golden(image.pixels, self.directory, self.release.defaults)
+            self.golden = check_golden(
+                image.pixels,
+                self.directory,
+                self.release.defaults,
+                fallback=bool(self.opened.fallback),
+            )
             self._golden_problem = None
             log.info("golden image: %s", self.golden)
         except (ModelopsError, TimeoutError) as error:

@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelops.errors import NotReproducedError
 from modelops.export.runtimes.graphs import process_cores
 from modelops.models.sources import load_checkpoint
-from modelops.records import SourceInfo
+from modelops.records import ReleaseRecord, SourceInfo
 from modelops.serving.workers import Worker, one_at_a_time
+
+log = logging.getLogger("modelops.serving")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """What a node serves of its release.
+
+    Attributes:
+        pipeline: with its networks in the runtime that was chosen.
+        source: says which one, and why.
+        sha256: digest of the artifact or checkpoint that was opened.
+        fallback: why the release's other artifact was opened in place of its model, or "".
+    """
+
+    pipeline: Any
+    source: SourceInfo
+    sha256: str
+    fallback: str = ""
+
+
+def open_released(
+    release_dir: Path, release: ReleaseRecord, *, fallback: bool | None = None, **how: Any
+) -> OpenedModel:
+    """Open a release's model, or the fallback that it carries for processors on which no runtime
+    gives the model's numbers.
+
+    Args:
+        release_dir: verified.
+        release: its record.
+        fallback: True opens the fallback, False only the model; None the model where it can be.
+        how: arguments of `open_model`.
+
+    Raises:
+        NotReproducedError: the model does not give its numbers here and there is no fallback.
+        ModelopsError: it cannot be opened for another reason.
+    """
+    why = "asked for"
+    if not fallback:
+        try:
+            pipeline, source = open_model(release_dir / release.model, **how)
+            return OpenedModel(pipeline, source, release.model_sha256)
+        except NotReproducedError as error:
+            if release.fallback is None or fallback is False:
+                raise
+            why = error.message
+    if release.fallback is None or release.fallback_sha256 is None:
+        raise NotReproducedError(f"{release_dir}: the release carries no fallback")
+    log.warning("serving the release's fallback: %s", why)
+    how["runtime"] = "auto"  # what was asked for was meant for the model
+    pipeline, source = open_model(release_dir / release.fallback, **how)
+    source = source.model_copy(update={"details": {**source.details, "fallback": why}})
+    return OpenedModel(pipeline, source, release.fallback_sha256, why)
 
 
 def open_model(

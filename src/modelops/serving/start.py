@@ -4,6 +4,7 @@ so whatever can be known beforehand is said here, in one line. Imports no torch 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
 from modelops.serving.http.limits import IMAGES_VARIABLE, REQUESTS_VARIABLE
 from modelops.serving.http.page import PAGE_VARIABLE
 from modelops.serving.moderation.quarantine import check_quarantine
+from modelops.serving.preflight import require_preflight
 from modelops.serving.provenance.signing import open_signing_key
 from modelops.serving.provenance.watermark import open_watermark
 from modelops.serving.settings import NodeSettings
@@ -42,6 +44,7 @@ _OTHERS = (
     "MODELOPS_ADMIN_KEY", "MODELOPS_API_KEY", "MODELOPS_CACHE", "MODELOPS_DEBUG",
 )  # fmt: skip
 _ALIKE = 0.9
+log = logging.getLogger("modelops.serving")
 
 
 def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.environ) -> None:
@@ -71,6 +74,8 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
 
         open_device(settings.device)
     open_signing_key(settings.signing_key, settings.signing_chain)
+    if (root / record.model / "artifact.json").is_file():
+        log.info("preflight: %s", require_preflight(root, runtime=settings.runtime))
     prepare_workers()
 
 

@@ -20,6 +20,7 @@ from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.ranges import Calibration, Range
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.onnx.external import remove_graph
+from modelops.export.onnx.weight_range import WeightRange
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.timing import interleaved_seconds, speed_ratio
 
@@ -39,6 +40,7 @@ def write_ort_cpu(
     *,
     keep_fp32: Collection[str] = (),
     kind: str = "conv+matmul",
+    weight_range: WeightRange = "full",
 ) -> None:
     """Write the graph for onnxruntime's CPU provider: U8 activations, S8 weights.
 
@@ -48,6 +50,7 @@ def write_ort_cpu(
         calibration: the symmetric graph's own.
         keep_fp32: groups that are not quantised.
         kind: a key of KINDS.
+        weight_range: see `QdqWriter.write`.
 
     Raises:
         UsageError: an unknown kind.
@@ -57,15 +60,21 @@ def write_ort_cpu(
         raise UsageError(f"unknown kind {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
     writer = QdqWriter(source)
     ranges = writer.ranges(calibration)
-    _write_kind(writer, ranges, included_nodes(writer.groups(), keep_fp32), kind, target)
+    included = included_nodes(writer.groups(), keep_fp32)
+    _write_kind(writer, ranges, included, kind, target, weight_range)
 
 
 def _write_kind(
-    writer: QdqWriter, ranges: dict[str, Range], names: Collection[str], kind: str, target: Path
+    writer: QdqWriter,
+    ranges: dict[str, Range],
+    names: Collection[str],
+    kind: str,
+    target: Path,
+    weight_range: WeightRange,
 ) -> None:
     """Write the graph with those of `names` quantised that are of the kind."""
     chosen = [name for name in names if writer.nodes[name].op_type in KINDS[kind]]
-    writer.write(target, ranges, chosen, scheme="ort-cpu")
+    writer.write(target, ranges, chosen, scheme="ort-cpu", weight_range=weight_range)
 
 
 def judge_ort_cpu(
@@ -110,7 +119,7 @@ def judge_ort_cpu(
             continue
         seen.add(used)
         path = target.with_name(f"{target.stem}.{kind.replace('+', '-')}{target.suffix}")
-        _write_kind(writer, ranges, included, kind, path)
+        _write_kind(writer, ranges, included, kind, path, variants.weight_range)
         paths[kind] = path
         graph = OrtGraph(path)
         speed = {}
@@ -131,7 +140,7 @@ def judge_ort_cpu(
     kept, why = choose_kind(kinds, str(max(batches)))
     for kind, path in paths.items():
         if kind == kept:
-            _write_kind(writer, ranges, included, kind, target)
+            _write_kind(writer, ranges, included, kind, target, variants.weight_range)
         remove_graph(path)
     return {"kept": kept, "why": why, "kinds": kinds}
 

@@ -17,6 +17,7 @@ from modelops.export.int8.columns import split_columns
 from modelops.export.int8.groups import MAX_GROUPS, group_nodes, product_nodes, weighted_nodes
 from modelops.export.int8.ranges import Calibration, Range
 from modelops.export.onnx.external import load_graph, save_graph
+from modelops.export.onnx.weight_range import WEIGHT_TOPS, WeightRange, write_weight_range
 from modelops.export.runtimes.graphs import Array
 
 Scheme = Literal["sym", "ort-cpu"]
@@ -56,7 +57,7 @@ class QdqWriter:
             raise ExportError(f"{source}: opset {opset} has no per-channel INT8", hint="opset 18")
         split_columns(self._model, source)
         self._arrays = {item.name: item for item in self._model.graph.initializer}
-        self._weights: dict[tuple[str, int], tuple[Array, Array]] = {}
+        self._weights: dict[tuple[str, int, int], tuple[Array, Array]] = {}
         self.products = {node.name: node for node in product_nodes(self._model)}
         self.nodes = {node.name: node for node in weighted_nodes(self._model)} | self.products
         producers = {name: node for node in self._model.graph.node for name in node.output}
@@ -93,8 +94,16 @@ class QdqWriter:
         included: Collection[str],
         *,
         scheme: Scheme = "sym",
+        weight_range: WeightRange = "full",
     ) -> None:
         """Write the graph with the nodes `included` in INT8.
+
+        Args:
+            target: where it goes.
+            ranges: of every tensor that the variant asks for, see `ranges`.
+            included: names of nodes.
+            scheme: see the class.
+            weight_range: "reduced" gives weights 7 bits, so that sums are exact on every processor.
 
         Raises:
             ExportError: no node is included, or the result is not a valid graph.
@@ -114,7 +123,8 @@ class QdqWriter:
             raise ExportError(f"{self.source}: no layer is left to quantise")
         model = onnx.ModelProto()
         model.CopyFrom(self._without_weights(chosen))
-        graph = _Rewriter(model.graph, ranges, scheme, self._clipped if scheme == "sym" else set())
+        clipped = self._clipped if scheme == "sym" else set()
+        graph, top = _Rewriter(model.graph, ranges, scheme, clipped), WEIGHT_TOPS[weight_range]
         nodes = list(self._model.graph.node)
         del model.graph.node[:]
         for original in nodes:
@@ -122,21 +132,21 @@ class QdqWriter:
             node.CopyFrom(original)
             quantised = node.name in chosen
             if quantised and node.name in self.products:
-                for index in (0, 1):
-                    node.input[index] = graph.rounded(node.input[index])
+                node.input[0] = graph.rounded(node.input[0])
+                node.input[1] = graph.rounded(node.input[1], top)
             elif quantised:
                 axis = output_axis(node, len(self._arrays[node.input[1]].dims))
                 activation = graph.rounded(node.input[0])
                 if scheme == "ort-cpu" and node.op_type == "Gemm" and len(node.input) > 2:
-                    self._round_bias(node, graph, self._weight(node, axis)[1])
-                node.input[1] = graph.weight(node.input[1], axis, self._weight(node, axis))
+                    self._round_bias(node, graph, self._weight(node, axis, top)[1])
+                node.input[1] = graph.weight(node.input[1], axis, self._weight(node, axis, top))
                 node.input[0] = activation
             for index, name in enumerate(node.input):
                 node.input[index] = graph.renamed.get(name, name)
             model.graph.node.append(node)
             if quantised and scheme == "ort-cpu" and node.op_type == "Conv":
                 graph.renamed[node.output[0]] = graph.rounded(node.output[0])
-        del model.metadata_props[:]
+        write_weight_range(model, weight_range)
         save_graph(model, target)
 
     def _round_bias(self, node: Any, graph: _Rewriter, scales: Array) -> None:
@@ -172,34 +182,35 @@ class QdqWriter:
         model.graph.initializer.extend(i for i in graph.initializer if i.name in kept)
         return model
 
-    def _weight(self, node: Any, axis: int) -> tuple[Array, Array]:
+    def _weight(self, node: Any, axis: int, top: int) -> tuple[Array, Array]:
         """(int8 weights, float32 scales [channels])."""
         import onnx
 
-        key = (node.input[1], axis)
+        key = (node.input[1], axis, top)
         if key not in self._weights:
             values = onnx.numpy_helper.to_array(self._arrays[key[0]]).astype(np.float32)
             if not np.isfinite(values).all():
                 raise ExportError(f"{self.source}: the weights of {node.name} are not finite")
-            self._weights[key] = round_weights(values, axis)
+            self._weights[key] = round_weights(values, axis, top)
         return self._weights[key]
 
 
-def round_weights(values: Array, axis: int) -> tuple[Array, Array]:
+def round_weights(values: Array, axis: int, top: int = 127) -> tuple[Array, Array]:
     """Symmetric int8 with one scale for each channel.
 
     Args:
         values: float32 weights.
         axis: of the output channels.
+        top: largest magnitude of the result.
 
     Returns:
-        int8 values in [-127, 127] of the same shape, and float32 scales [channels].
+        int8 values in [-top, top] of the same shape, and float32 scales [channels].
     """
     rest = tuple(index for index in range(values.ndim) if index != axis)
-    top = np.abs(values).max(axis=rest)
-    scales = np.where(top > _TINY * 127, top / 127.0, 1.0).astype(np.float32)
+    largest = np.abs(values).max(axis=rest)
+    scales = np.where(largest > _TINY * top, largest / top, 1.0).astype(np.float32)
     shape = [-1 if index == axis else 1 for index in range(values.ndim)]
-    rounded = np.clip(np.rint(values / scales.reshape(shape)), -127, 127).astype(np.int8)
+    rounded = np.clip(np.rint(values / scales.reshape(shape)), -top, top).astype(np.int8)
     return rounded, scales
 
 
@@ -227,33 +238,36 @@ class _Rewriter:
     ) -> None:
         self.graph, self._ranges, self._scheme, self._clipped = graph, ranges, scheme, clipped
         self.renamed: dict[str, str] = {}  # tensors that every later node reads rounded
-        self._pairs: dict[str, str] = {}
+        self._pairs: dict[tuple[str, int], str] = {}
         self._weights: dict[tuple[str, int], str] = {}
         self._biases: set[str] = set()
 
-    def rounded(self, name: str) -> str:
-        """The dequantised form of an activation."""
-        if name in self._pairs:
-            return self._pairs[name]
+    def rounded(self, name: str, top: int = 127) -> str:
+        """The dequantised form of an activation, within `top` steps of 0 in the scheme sym."""
+        key = (name, top)
+        if key in self._pairs:
+            return self._pairs[key]
         if name not in self._ranges:
             raise ExportError(f"the calibration table has no range of {name}")
-        scale, zero = _scale_and_zero(self._ranges[name], self._scheme)
-        self._constant(f"{name}_scale", np.array(scale, np.float32))
-        self._constant(f"{name}_zero_point", zero)
-        names = (f"{name}_quantized", f"{name}_dequantized")
-        inputs = (f"{name}_scale", f"{name}_zero_point")
+        scale, zero = _scale_and_zero(self._ranges[name], self._scheme, top)
+        stem = name if top == 127 else f"{name}_{top}"
+        self._constant(f"{stem}_scale", np.array(scale, np.float32))
+        self._constant(f"{stem}_zero_point", zero)
+        names = (f"{stem}_quantized", f"{stem}_dequantized")
+        inputs = (f"{stem}_scale", f"{stem}_zero_point")
         rounded_from = name
-        if name in self._clipped:
+        if name in self._clipped or top < 127:
             # Rounded directly, a Concat runs as u8 in OpenVINO 2026.4 and its reader is off by 0.3
             # where onnxruntime is right; the likely cause is a lost negative half. With a Clip to
-            # [-127, 127] the two agree; one to [-128, 127] did not help.
-            rounded_from = f"{name}_clipped"
-            self._constant(f"{name}_low", np.array(-127 * np.float32(scale), np.float32))
-            self._constant(f"{name}_high", np.array(127 * np.float32(scale), np.float32))
-            self._node("Clip", [name, f"{name}_low", f"{name}_high"], rounded_from)
+            # [-127, 127] the two agree; one to [-128, 127] did not help. And a reduced range holds
+            # only if what lies beyond the range that was calibrated is cut off.
+            rounded_from = f"{stem}_clipped"
+            self._constant(f"{stem}_low", np.array(-top * np.float32(scale), np.float32))
+            self._constant(f"{stem}_high", np.array(top * np.float32(scale), np.float32))
+            self._node("Clip", [name, f"{stem}_low", f"{stem}_high"], rounded_from)
         self._node("QuantizeLinear", [rounded_from, *inputs], names[0])
         self._node("DequantizeLinear", [names[0], *inputs], names[1])
-        self._pairs[name] = names[1]
+        self._pairs[key] = names[1]
         return names[1]
 
     def weight(self, name: str, axis: int, values: tuple[Array, Array]) -> str:
@@ -298,9 +312,9 @@ class _Rewriter:
         self.graph.node.append(node)
 
 
-def _scale_and_zero(bounds: Range, scheme: Scheme) -> tuple[float, Array]:
+def _scale_and_zero(bounds: Range, scheme: Scheme, top: int = 127) -> tuple[float, Array]:
     if scheme == "sym":
-        scale = bounds.magnitude / 127.0
+        scale = bounds.magnitude / top
         return (scale if scale > _TINY else 1.0), np.array(0, np.int8)
     scale = (bounds.high - bounds.low) / 255.0
     if scale <= _TINY:

@@ -31,8 +31,8 @@ from modelops.export.int8.groups import (
 from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.ranges import Calibration, Feed, Method, visit_tensors
 from modelops.export.onnx.external import load_graph, load_structure, remove_graph, save_graph
-from modelops.export.parity import relative_errors
 from modelops.export.runtimes.graphs import Array, RuntimeName, open_graph
+from modelops.export.runtimes.probe import relative_errors
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 _DEFAULT_ALPHA = 0.5  # the paper's

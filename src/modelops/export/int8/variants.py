@@ -17,9 +17,10 @@ from modelops.export.int8.groups import MAX_GROUPS, included_nodes
 from modelops.export.int8.qdq import QdqWriter, Scheme
 from modelops.export.int8.ranges import Calibration, Feed, visit_tensors
 from modelops.export.onnx.external import remove_graph
-from modelops.export.parity import relative_errors
+from modelops.export.onnx.weight_range import WeightRange
 from modelops.export.runtimes.graphs import Array, Graph, RuntimeName, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.probe import relative_errors
 
 _BATCH = 8
 _LIGHT_WORK = 0.005  # share of the multiply-adds of all layers with weights
@@ -40,6 +41,7 @@ class Variants:
             nothing but INT8 is rounded; times, and the error of a choice, in this one.
         precision: of what is not INT8 in it, see `open_graph`.
         max_groups: see `groups.node_groups`.
+        weight_range: of the variants that are written, see `QdqWriter.write`; may be set later.
 
     Raises:
         ExportError: no layer with constant weights.
@@ -55,8 +57,9 @@ class Variants:
         runtime: RuntimeName = "onnxruntime",
         precision: str = "float32",
         max_groups: int = MAX_GROUPS,
+        weight_range: WeightRange = "full",
     ) -> None:
-        self.source = source
+        self.source, self.weight_range = source, weight_range
         self.runtime, self.precision = runtime, precision
         self._path = folder / "variant.onnx"
         self._writer = QdqWriter(source)
@@ -93,7 +96,9 @@ class Variants:
     def written(self, keep_fp32: Collection[str] = (), *, scheme: Scheme = "sym") -> Iterator[Path]:
         """The file of the variant with these groups left in fp32, for as long as the block runs."""
         nodes = included_nodes(self.groups, keep_fp32)
-        self._writer.write(self._path, self._ranges, nodes, scheme=scheme)
+        self._writer.write(
+            self._path, self._ranges, nodes, scheme=scheme, weight_range=self.weight_range
+        )
         try:
             yield self._path
         finally:

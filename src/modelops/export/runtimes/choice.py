@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,50 +12,47 @@ from typing import Any
 import numpy as np
 
 from modelops.environment import current_environment
-from modelops.errors import ExportError, ModelopsError
-from modelops.export.calibration import Feed, TrajectoryRows
-from modelops.export.components import Component
-from modelops.export.runtimes.graphs import Array, RuntimeName, available_runtimes, open_graph
+from modelops.errors import ModelopsError, NotReproducedError
+from modelops.export.runtimes.graphs import RuntimeName, available_runtimes, open_graph
+from modelops.export.runtimes.probe import Reproduction, compare_with_probe, read_probe
 from modelops.export.timing import interleaved_seconds
 from modelops.files import cache_directory, read_json, sha256_json, write_json
+from modelops.processor import this_processor
 from modelops.records import ArtifactRecord
 
-PROBE = "probe.safetensors"
-_PROBE_ROWS = 8
 _ROUNDS = 5
 # A runtime other than the one the artifact was made and measured for must be clearly faster: what
 # was evaluated is then what is served, and a busy moment does not decide.
 _MARGIN = 1.15
 
 
-def write_probe(folder: Path, denoiser: Component, rows: TrajectoryRows) -> None:
-    """Write eight rows of the denoiser's real inputs and the torch outputs beside its graph."""
-    from safetensors.numpy import save
+@dataclass(frozen=True, slots=True)
+class RuntimeChoice:
+    """What an artifact runs in on this machine.
 
-    from modelops.files import write_bytes
-
-    picks = np.linspace(0, len(rows) - 1, num=_PROBE_ROWS).astype(int)
-    feed = rows.take(picks)
-    arrays = {f"input:{name}": np.ascontiguousarray(array) for name, array in feed.items()}
-    arrays["output"] = np.ascontiguousarray(denoiser.run(feed)[0])
-    write_bytes(folder / PROBE, save(arrays))
-
-
-def read_probe(folder: Path) -> tuple[Feed, Array]:
-    """The inputs and the expected first output that `write_probe` wrote.
-
-    Raises:
-        ExportError: there is no readable probe.
+    Attributes:
+        runtime: one of `graphs.RUNTIMES`.
+        precision: of what is not INT8.
+        reason: one line.
+        error: relative error of its outputs beside torch, see `probe.Reproduction`.
+        bound: the error up to which they are the numbers that the artifact was gated with.
+        processor: the kind of processor that this was found on.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
-    try:
-        arrays = load_file(folder / PROBE)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{folder / PROBE}: cannot be read", hint="export it again") from error
-    feed = {k.removeprefix("input:"): v for k, v in arrays.items() if k.startswith("input:")}
-    return feed, arrays["output"]
+    runtime: RuntimeName
+    precision: str
+    reason: str
+    error: float
+    bound: float
+    processor: str
+
+    @property
+    def details(self) -> dict[str, str | int | float | bool | None]:
+        """For `SourceInfo.details`."""
+        return {
+            "runtime": self.reason, "error": self.error, "error_bound": self.bound,
+            "processor": self.processor,
+        }  # fmt: skip
 
 
 def choose_runtime(
@@ -62,81 +60,144 @@ def choose_runtime(
     record: ArtifactRecord,
     digest: str,
     *,
+    runtime: str = "auto",
+    precision: str = "auto",
     threads: int | None = None,
     device_id: int = 0,
-) -> tuple[RuntimeName, str]:
-    """Run the denoiser's probe in every runtime that is installed here.
+) -> RuntimeChoice:
+    """Run the denoiser's probe in every runtime that is installed here, or in the one named.
 
     The answer is kept in the cache for this artifact on this machine (with its accelerators) with
     these versions, so that it does not change from one start to the next.
 
-    Returns:
-        The runtime, and one line that says why.
+    Args:
+        root: the artifact's directory, which was verified.
+        record: its record.
+        digest: of the directory.
+        runtime: "auto", or the only one to try.
+        precision: of what is not INT8; "auto" is `runtime.served_precision`.
+        threads, device_id: see `open_graph`.
 
     Raises:
-        ExportError: no runtime here gives the artifact's numbers.
+        NotReproducedError: no runtime that was tried gives the artifact's numbers.
     """
-    names = available_runtimes(record.format)
-    machine = current_environment()
+    names: list[Any] = available_runtimes(record.format) if runtime == "auto" else [runtime]
+    machine, processor = current_environment(), this_processor().kind
     packages = {*names, "onnxruntime-gpu", "torch"}
     identity = {
-        "artifact": digest, "cpu": machine.cpu, "cores": machine.cores, "threads": threads,
-        "accelerators": machine.accelerators, "device": device_id,
+        "artifact": digest, "cpu": machine.cpu, "processor": processor, "cores": machine.cores,
+        "threads": threads, "accelerators": machine.accelerators, "device": device_id,
+        "runtime": runtime, "precision": precision,
         "packages": {name: machine.packages.get(name) for name in sorted(packages)},
     }  # fmt: skip
     cached = cache_directory("runtimes") / f"{sha256_json(identity)}.json"
     try:
-        known = read_json(cached)
-        if known["runtime"] in names:
-            return known["runtime"], str(known["reason"])
-    except (ModelopsError, KeyError, TypeError):
+        known = RuntimeChoice(**read_json(cached))
+        if known.runtime in names:
+            return known
+    except (ModelopsError, TypeError):
         pass  # not chosen yet, or the file is damaged: choose again
-    runtime, reason = _measure(root, record, names, threads, device_id)
+    found, reason = _measure(root, record, names, precision, threads, device_id)
+    if runtime != "auto":
+        reason = "asked for, and gives the artifact's numbers here"
+    chosen: Any = found.runtime
+    choice = RuntimeChoice(chosen, found.precision, reason, found.error, found.bound, processor)
     with suppress(OSError, ModelopsError):  # without a cache the next start takes a second longer
         cached.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cached, {"runtime": runtime, "reason": reason})
-    return runtime, reason
+        write_json(cached, asdict(choice))
+    return choice
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A runtime that was tried: how far off it is, or why it does not run the graph."""
+
+    runtime: RuntimeName
+    found: Reproduction | None
+    fault: str = ""
+    run: Callable[[], object] | None = None
+
+    @property
+    def refusal(self) -> str:
+        """Why it is not taken; "" if it may be."""
+        if self.found is None:
+            return f"{self.runtime} does not run it ({self.fault})"
+        if not self.found.passed:
+            error, bound = self.found.error, self.found.bound
+            return f"{self.runtime} is off by {error:.2g} here (bound {bound:.2g})"
+        return ""
+
+
+def try_runtimes(
+    root: Path,
+    record: ArtifactRecord,
+    names: Sequence[RuntimeName],
+    *,
+    precision: str = "auto",
+    threads: int | None = None,
+    device_id: int = 0,
+) -> list[Tried]:
+    """Run the denoiser's probe in each of these runtimes; see `choose_runtime`.
+
+    Raises:
+        ModelopsError: the only one named cannot run the graph at all, or there is no probe.
+    """
+    from modelops.export.parity import BOUNDS
+    from modelops.export.runtime import denoiser_of, graph_file, served_precision
+
+    denoiser = denoiser_of(record)
+    probe = read_probe((root / denoiser.file).parent)
+    bound = BOUNDS["int8" if record.precision.startswith("int8") else record.precision].relative
+    if precision in BOUNDS:  # asked for
+        bound = max(bound, BOUNDS[precision].relative)
+    tried = []
+    for name in names:
+        path = graph_file(root, denoiser, name)
+        try:
+            graph = open_graph(
+                path, name, threads=threads, device_id=device_id,
+                precision=served_precision(record, name) if precision == "auto" else precision,
+            )  # fmt: skip
+            found = compare_with_probe(
+                probe, graph, file=path.name, quantised=record.format == "int8", bound=bound
+            )
+        except ModelopsError as fault:
+            if len(names) == 1:
+                raise
+            tried.append(Tried(name, None, fault.message))
+            continue
+        tried.append(Tried(name, found, run=partial(graph.run, probe.feed)))
+    return tried
 
 
 def _measure(
     root: Path,
     record: ArtifactRecord,
-    names: list[RuntimeName],
+    names: Sequence[RuntimeName],
+    precision: str,
     threads: int | None,
     device_id: int,
-) -> tuple[RuntimeName, str]:
-    from modelops.export.parity import BOUNDS, relative_errors
-    from modelops.export.runtime import default_precision, denoiser_of, graph_file
-
-    denoiser = denoiser_of(record)
-    feed, expected = read_probe((root / denoiser.file).parent)
-    bound = BOUNDS["int8" if record.precision.startswith("int8") else record.precision].relative
-    refused: list[str] = []
-    runs: dict[str, Callable[[], object]] = {}
-    for name in names:
-        try:
-            graph = open_graph(
-                graph_file(root, denoiser, name), name, threads=threads, device_id=device_id,
-                precision=default_precision(record.format, name),
-            )  # fmt: skip
-            error = float(relative_errors(expected, graph.run(feed)).max())
-        except ModelopsError as fault:
-            refused.append(f"{name} does not run it ({fault.message})")
-            continue
-        if not error <= bound:
-            refused.append(f"{name} is off by {error:.2g} here (bound {bound:.2g})")
-            continue
-        runs[name] = partial(graph.run, feed)
-    if not runs:
-        raise ExportError(
-            f"{root}: no runtime here gives the artifact's numbers: {'; '.join(refused)}",
-            hint="name one with --runtime, or export it again on this machine",
+) -> tuple[Reproduction, str]:
+    tried = try_runtimes(
+        root, record, names, precision=precision, threads=threads, device_id=device_id
+    )
+    refused = [one.refusal for one in tried if one.refusal]
+    good = {one.runtime: one for one in tried if not one.refusal}
+    if not good:
+        raise NotReproducedError(
+            f"{root.name}: does not give the numbers it was gated with on this processor "
+            f"({this_processor().kind}): {'; '.join(refused)}",
+            hint="serve an artifact that does, or export this one again here",
         )
-    return _fastest(runs, record.runtime, refused)
+    runs: dict[str, Any] = {name: one.run for name, one in good.items()}
+    best, reason = _fastest(runs, record.runtime, refused)
+    found = good[best].found
+    assert found is not None
+    return found, reason
 
 
 def _fastest(
-    runs: dict[str, Callable[[], object]], home: str, refused: list[str]
+    runs: Mapping[str, Callable[[], object]], home: str, refused: list[str]
 ) -> tuple[RuntimeName, str]:
     others = "".join(f"; {line}" for line in refused)
     if len(runs) == 1:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from modelops.errors import ExportError, MissingExtraError, UsageError
+from modelops.export.onnx.weight_range import read_weight_range
 from modelops.export.runtimes.graphs import Array, RuntimeName, process_cores
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class OrtGraph:
         path: model.onnx.
         threads: intra-op threads.
         optimized_path: also write the graph as onnxruntime rewrote it.
+        as_written: run every node as the graph has it, fusing nothing. INT8 layers are then float
+            products of rounded numbers: slow, exact up to float32's rounding, and the same on every
+            processor.
         provider: "cpu", "cuda", "tensorrt", or "auto": CUDA where its provider works, else the CPU.
             TensorRT is never taken unasked, since it builds engines for minutes.
         device_id: CUDA device.
@@ -63,6 +67,7 @@ class OrtGraph:
         *,
         threads: int | None = None,
         optimized_path: Path | None = None,
+        as_written: bool = False,
         provider: str = "auto",
         device_id: int = 0,
         cache_dir: Path | None = None,
@@ -85,6 +90,12 @@ class OrtGraph:
         options.intra_op_num_threads = threads or process_cores()
         if optimized_path is not None:
             options.optimized_model_filepath = str(optimized_path)
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        elif read_weight_range(path) == "full":
+            # Without VNNI its sums of products of an unsigned and a signed byte saturate; it then
+            # takes two unsigned ones, which is slower. With VNNI nothing changes.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         available = onnxruntime.get_available_providers()
         wanted = _wanted(provider, available)
         self._device_id = device_id

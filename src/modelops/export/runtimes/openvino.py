@@ -13,6 +13,7 @@ from modelops.export.runtimes.graphs import Array, RuntimeName, process_cores
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
 from modelops.export.signatures import TIMESTEP_NAMES
 from modelops.extras import has_module, require_module
+from modelops.processor import this_processor
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _MAX_COMPILED = 12  # shapes that are kept compiled; each holds its own packed weights
@@ -174,7 +175,7 @@ def _same_memory(first: Array, second: Array) -> bool:
 
 def openvino_has_bfloat16() -> bool:
     """Whether OpenVINO would run bfloat16 in hardware here."""
-    if not has_module("openvino"):
+    if not has_module("openvino") or not this_processor().has_bfloat16:
         return False
     import openvino
 

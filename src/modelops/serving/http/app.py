@@ -203,12 +203,16 @@ def _model_entry(role: str, node: InferenceNode) -> dict[str, Any]:
             "version": node.release.version,
             "role": role,
             "release_sha256": node.release_sha256,
-            "model_sha256": node.release.model_sha256,
+            "model_sha256": node.opened.sha256,
+            "fallback": node.opened.fallback or None,  # why the release's model is not served
             "size": node.size,
             "runtime": node.runtime,
+            "precision": node.opened.source.precision,
+            "processor": node.opened.source.details.get("processor"),
+            "error": node.opened.source.details.get("error"),  # relative, beside torch
             "steps": node.defaults.steps,
             "guidance": node.defaults.guidance,
-            "batches": node.release.defaults.get("company"),
+            "batches": None if node.opened.fallback else node.release.defaults.get("company"),
             "signing": node.sealer.about,
         },
     }

@@ -197,7 +197,7 @@ class Quarantine:
                 name=origin.release.name, version=origin.release.version,
                 sha256=origin.release_sha256,
             ),
-            model_sha256=origin.release.model_sha256,
+            model_sha256=origin.model_sha256,
             runtime=origin.source.runtime,
             precision=origin.source.precision,
             filter=BlockingFilter(

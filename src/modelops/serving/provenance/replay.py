@@ -140,7 +140,8 @@ def check_release(recipe: Recipe, release_dir: str | Path) -> ReleaseRecord:
     """
     release = verify_release(release_dir)
     found = sha256_file(Path(release_dir) / RECORD_FILE)
-    if found != recipe.release_sha256 or release.model_sha256 != recipe.model_sha256:
+    models = (release.model_sha256, release.fallback_sha256)
+    if found != recipe.release_sha256 or recipe.model_sha256 not in models:
         raise IntegrityError(
             f"{release_dir}: is release {found[:12]}, the image was made by "
             f"{recipe.release_sha256[:12]}",
@@ -205,15 +206,17 @@ def replay_recipe(
     """
     from modelops.models.sources import ImageRequest
     from modelops.serving.golden import pixels_sha256
-    from modelops.serving.opening import open_model
+    from modelops.serving.opening import open_released
 
     release = check_release(recipe, release_dir)
     sent = None if image is None else _sent_pixels(Path(image), recipe)
     then, _, device = recipe.runtime.rpartition("-")
     chosen = runtime or ("auto" if then in ("", "torch") else then)  # torch runs a checkpoint
-    pipeline, source = open_model(
-        Path(release_dir) / release.model, runtime=chosen, device=device or "cpu"
-    )
+    opened = open_released(
+        Path(release_dir), release, fallback=recipe.model_sha256 == release.fallback_sha256,
+        runtime=chosen, device=device or "cpu",
+    )  # fmt: skip
+    pipeline, source = opened.pipeline, opened.source
     request = ImageRequest(
         prompt=texts["prompt"],
         negative_prompt=texts["negative_prompt"],

@@ -47,10 +47,12 @@ log = logging.getLogger("modelops.serving")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What every picture of a node has in common; `filters` by kind, "prompt" and "image"."""
+    """What every picture of a node has in common; `filters` by kind, "prompt" and "image".
+    `model_sha256` is of what was opened: the release's model, or its fallback."""
 
     release: ReleaseRecord
     release_sha256: str
+    model_sha256: str
     source: SourceInfo
     filters: Mapping[str, str]
 
@@ -146,7 +148,7 @@ class Sealer:
                 "version": release.version,
                 "sha256": self.origin.release_sha256,
             },
-            "model_sha256": release.model_sha256,
+            "model_sha256": self.origin.model_sha256,
             "runtime": self.origin.source.runtime,
             "precision": self.origin.source.precision,
             "batch_rows": list(image.batch_rows),
@@ -208,7 +210,7 @@ class Sealer:
         return {
             "release": f"{release.name} {release.version}",
             "release_sha256": self.origin.release_sha256,
-            "model_sha256": release.model_sha256,
+            "model_sha256": self.origin.model_sha256,
             "runtime": self.origin.source.runtime,
             "seed": request.seed,
             "steps": request.steps,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from modelops.models.sources import ImageRequest, PipelineSource
 from modelops.records import SourceInfo
 from modelops.seeding import numpy_generator
-from modelops.serving.golden import GOLDEN_FILE, make_golden
+from modelops.serving.golden import FALLBACK_FILE, GOLDEN_FILE, make_golden
 
 PROMPTS = (
     "red heart", "a yellow sun", "flag of Japan", "cat face", "a green apple", "blue car",
@@ -83,15 +83,22 @@ def release_proofs(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    fallback: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """What a release says about serving its model: for `build_release`, `defaults` (the golden
-    picture and what company does) and `extra_files` (the picture, which is written to `folder`)."""
+    picture and what company does) and `extra_files` (the picture, and that of the fallback if there
+    is one, which are written to `folder`)."""
     golden = Path(folder) / GOLDEN_FILE
     said: dict[str, Any] = {
         "golden": make_golden(model_dir, golden, steps=steps, guidance=guidance),
         "company": measure_company(model_dir, steps=steps, guidance=guidance),
     }
-    return said, {GOLDEN_FILE: golden}
+    files = {GOLDEN_FILE: golden}
+    if fallback is not None:
+        files[FALLBACK_FILE] = Path(folder) / FALLBACK_FILE
+        make_golden(fallback, files[FALLBACK_FILE], steps=steps, guidance=guidance)
+        said["golden"]["fallback_file"] = FALLBACK_FILE
+    return said, files
 
 
 def _mixed(usual: ImageRequest, pictures: int) -> list[ImageRequest]:

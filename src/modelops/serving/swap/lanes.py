@@ -22,7 +22,7 @@ class Seat:
         self.name = node.model_id
         self.label = f"{node.model_id}@{node.release.version}"
         self.sha256 = node.release_sha256
-        self.model_sha256 = node.release.model_sha256
+        self.model_sha256 = node.opened.sha256
         self.in_hand = 0
 
     def about(self) -> dict[str, Any]:

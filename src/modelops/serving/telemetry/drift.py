@@ -235,6 +235,7 @@ def open_drift_log(
     release: ReleaseRecord,
     *,
     release_sha256: str,
+    model_sha256: str,
     filters: Mapping[str, str],
     registry: CollectorRegistry | None = None,
 ) -> DriftLog | None:
@@ -264,7 +265,7 @@ def open_drift_log(
     )  # fmt: skip
     return DriftLog(
         segments=segments,
-        identity={"release": release_sha256, "model": release.model_sha256},
+        identity={"release": release_sha256, "model": model_sha256},
         filters=filters,
         sample=settings.drift_sample,
         extractor=extractor,

@@ -153,10 +153,10 @@ class NodeMetrics:
             self.streams.labels(outcome)
         self.requests.labels("/v1/images/generations", "200")
 
-    def serves(self, release: ReleaseRecord, sha256: str, runtime: str) -> None:
-        """Say which release is served, by digests."""
+    def serves(self, release: ReleaseRecord, sha256: str, model_sha256: str, runtime: str) -> None:
+        """Say which release is served, and which model of it, by digests."""
         self.release.labels(
-            release.name, release.version, sha256[:16], release.model_sha256[:16], runtime
+            release.name, release.version, sha256[:16], model_sha256[:16], runtime
         ).set(1)
 
     def evaluated(self, timestamp: float | None, *, every_days: float) -> None:
