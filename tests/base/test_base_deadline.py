@@ -28,11 +28,12 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_it.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take seconds to load
+    environment["PYTHONPATH"] = str(CONFTEST.parent)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-p", "no:cacheprovider",
          "--basetemp", "base", "--no-new-test-after", *arguments],
-        env=environment | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # others take seconds to load
-        cwd=folder, capture_output=True, text=True, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
