@@ -35,6 +35,7 @@ def examine(directory: Path = Path()) -> list[Finding]:
     return [
         *_hardware(directory),
         *_torch(),
+        *_arithmetic(),
         *_runtimes(),
         *_extras(),
         *_weights(),
@@ -87,6 +88,54 @@ def _torch() -> list[Finding]:
             )
         )  # fmt: skip
     return found
+
+
+def _arithmetic() -> list[Finding]:
+    """Which numbers this processor multiplies in hardware, and what is chosen for it."""
+    try:
+        from modelops.processor import this_processor
+
+        processor = this_processor()
+        ratio = _bfloat16_speed()
+    except (ImportError, OSError):
+        return []  # said above
+    faster = ratio > 1.0
+    bfloat16 = (
+        f"matrix products run {ratio:.1f} times as fast as in fp32"
+        if faster
+        else f"emulated here: {1 / ratio:.0f} times slower than fp32"
+    )
+    trains = "training.precision auto takes " + ("bf16" if faster else "fp32")
+    int8 = (
+        "no VNNI: sums of 8-bit weights saturate in OpenVINO, those of 7-bit weights are exact; an "
+        "export that is not faster than fp32 is refused"
+        if processor.sums_saturate
+        else "sums are exact in every runtime"
+    )
+    return [
+        Finding("machine", "instructions", "ok", processor.kind),
+        Finding("machine", "bf16", "ok" if faster else "missing", f"{bfloat16}; {trains} on a CPU"),
+        Finding("machine", "int8", "warning" if processor.sums_saturate else "ok", int8),
+    ]
+
+
+def _bfloat16_speed() -> float:
+    """How many times as fast a product of matrices is in bf16 as in fp32: the best of nine each,
+    in turns."""
+    import time
+
+    import torch
+
+    matrices = {
+        dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
+    best = dict.fromkeys(matrices, float("inf"))
+    for _ in range(9):
+        for dtype, matrix in matrices.items():
+            start = time.perf_counter()
+            matrix @ matrix
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def _runtimes() -> list[Finding]:

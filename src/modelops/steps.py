@@ -28,7 +28,8 @@ class Step:
         name: unique in its chain.
         title: what it does, for the progress display.
         run: does it; returns one line for the summary.
-        inputs: files and directories it reads, relative to the project.
+        inputs: files and directories it reads, relative to the project; or a function that names
+            them, of a step that reads what an earlier one decided.
         outputs: files and directories it leaves, relative to the project.
         settings: JSON-able values that it also depends on.
         exclude: top-level names below a directory that do not count in its digest.
@@ -37,7 +38,7 @@ class Step:
     name: str
     title: str
     run: Callable[[OnProgress], str]
-    inputs: Sequence[str] = ()
+    inputs: Sequence[str] | Callable[[], Sequence[str]] = ()
     outputs: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     exclude: Sequence[str] = ("training_state",)
@@ -110,7 +111,8 @@ class Chain:
             )
 
     def _key(self, step: Step) -> str:
-        inputs = {name: self._digest(name, step) for name in step.inputs}
+        names = step.inputs() if callable(step.inputs) else step.inputs
+        inputs = {name: self._digest(name, step) for name in names}
         missing = sorted(name for name, digest in inputs.items() if digest is None)
         if missing:
             raise UsageError(f"step {step.name}: {self.root / missing[0]} is missing")

@@ -8,7 +8,16 @@ import pytest
 from modelops.cli.main import main
 from modelops.demo.budgets import BUDGETS, budget_named, policy_file, trainer_config
 from modelops.demo.chain import demo_chain
-from modelops.demo.project import CITED, CONFIG, POLICY, SETTINGS, grid_prompts, prepare
+from modelops.demo.project import (
+    CONFIG,
+    INT8_REFUSED,
+    POLICY,
+    SETTINGS,
+    cited,
+    grid_prompts,
+    int8_record,
+    prepare,
+)
 from modelops.errors import UsageError
 from modelops.gates.policy import load_policy
 
@@ -21,9 +30,19 @@ def test_a_budget_names_a_config_and_a_policy_that_load(name: str, tmp_path: Pat
     chain = demo_chain(tmp_path, budget)
     made: set[str] = {CONFIG, POLICY}
     for step in chain.steps:
-        for path in step.inputs:  # made by an earlier step, or below or beside what one made
-            assert path in made or path in CITED, f"{step.name}: {path}"
+        inputs = step.inputs() if callable(step.inputs) else step.inputs
+        for path in inputs:  # made by an earlier step, or below or beside what one made
+            assert path in made or path in cited(tmp_path), f"{step.name}: {path}"
         made |= set(step.outputs)
+
+
+def test_a_refused_int8_export_is_cited_in_place_of_the_artifact(tmp_path: Path) -> None:
+    assert int8_record(tmp_path) in cited(tmp_path)
+    assert int8_record(tmp_path) == "artifacts/pilot/int8/artifact.json"
+    (tmp_path / INT8_REFUSED).parent.mkdir(parents=True)
+    (tmp_path / INT8_REFUSED).write_text("{}")
+    assert int8_record(tmp_path) == INT8_REFUSED
+    assert INT8_REFUSED in cited(tmp_path)
 
 
 def test_the_grid_is_64_different_emoji_names() -> None:

@@ -215,6 +215,7 @@ def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, An
         "name": name,
         "file": file,
         "record": record,
+        "refusal": (record.error or "").partition("\n")[0],  # below it, a row for each layer
         "share": f"({share * 100:.0f} % of its source)" if share else "",
         "parity": [
             {
@@ -226,6 +227,17 @@ def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, An
                 "n": check.n,
             }
             for check in record.parity
+        ],
+        "reproduced": [
+            {
+                "processor": one.processor + (" (imitated)" if one.imitated_by else ""),
+                "runtime": one.runtime,
+                "error": number(one.error),
+                "bound": number(one.bound),
+                "answer": "the same" if one.passed else "**others: not served there**",
+                "n": one.n,
+            }
+            for one in record.reproduced
         ],
         "speed": measurements_table(record.speed),
         "noise": [

@@ -8,25 +8,26 @@ from modelops.config import load_config
 from modelops.demo.budgets import Budget, trainer_config
 from modelops.demo.project import (
     CARDS,
-    CITED,
     CONFIG,
     DEDUP,
     EARLY,
     ENDPOINT,
     FINAL,
     GRID,
-    INT8,
-    INT8_DIR,
     LIT,
     MANIFEST,
     ONNX_DIR,
     POLICY,
+    RELEASED,
+    RELEASED_DIR,
     RUN,
     SEED,
     SHARDS,
     SPLITS,
     VERDICT,
+    cited,
     grid_prompts,
+    int8_record,
 )
 from modelops.demo.stages import Stages
 from modelops.steps import Chain, Step
@@ -98,30 +99,34 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
             inputs=[f"{RUN}/train.json"], outputs=[ONNX_DIR],
         ),
         Step(
-            name="int8", title="Export to INT8", run=stages.export_int8,
-            inputs=[ONNX_DIR, SPLITS], outputs=[INT8_DIR],
+            name="int8", title="Export to INT8, and choose what is released",
+            run=stages.export_int8, inputs=[ONNX_DIR, SPLITS], outputs=[RELEASED_DIR],
             settings={
                 "prompts": budget.calibration_prompts, "seed": SEED,
                 "search_seconds": budget.search_seconds, "allow": budget.allow_slow_int8,
             },
         ),
         Step(
-            name="evaluate-int8", title="Evaluate the INT8 artifact", run=stages.evaluate_int8,
-            inputs=[INT8_DIR, *evaluated], outputs=[INT8], settings=size,
+            name="evaluate-released", title="Evaluate the artifact to be released",
+            run=stages.evaluate_released, inputs=[RELEASED_DIR, *evaluated], outputs=[RELEASED],
+            settings=size,
         ),
         Step(
             name="cards", title="Write the cards", run=stages.cards,
-            inputs=[FINAL, EARLY, INT8, f"{RUN}/train.json", ONNX_DIR, INT8_DIR,
-                    DEDUP, "data/split.json", GRID],
+            inputs=lambda: [
+                FINAL, EARLY, RELEASED, f"{RUN}/train.json", ONNX_DIR, RELEASED_DIR,
+                int8_record(root), DEDUP, "data/split.json", GRID,
+            ],
             outputs=list(CARDS),
         ),
         Step(
             name="gate", title="Decide", run=stages.gate,
-            inputs=[POLICY, FINAL, EARLY, INT8, INT8_DIR], outputs=[VERDICT],
+            inputs=[POLICY, FINAL, EARLY, RELEASED, RELEASED_DIR], outputs=[VERDICT],
         ),
         Step(
             name="release", title="Build the release", run=stages.release,
-            inputs=[VERDICT, POLICY, INT8_DIR, *CARDS, *CITED], outputs=["release"],
+            inputs=lambda: [VERDICT, POLICY, RELEASED_DIR, ONNX_DIR, *CARDS, *cited(root)],
+            outputs=["release"],
         ),
         Step(
             name="serve", title="Serve it once and ask for a picture", run=stages.serve,

@@ -15,18 +15,31 @@ SETTINGS = ".modelops/demo.json"
 CONFIG = "pilot_config.yaml"
 POLICY = "policy.yaml"
 RUN = "runs/pilot"
-FINAL, EARLY, INT8 = (f"evaluations/{name}.json" for name in ("final", "early", "int8"))
+FINAL, EARLY, RELEASED = (f"evaluations/{name}.json" for name in ("final", "early", "released"))
 ONNX_DIR, INT8_DIR = "artifacts/pilot/onnx", "artifacts/pilot/int8"
+INT8_REFUSED = f"{INT8_DIR}.refused.json"  # the record of an INT8 export that was not kept
+RELEASED_DIR = "artifacts/pilot/released"  # the one of them that is evaluated, gated and served
 MANIFEST, DEDUP = "data/manifest.parquet", "data/dedup_report.json"
 SPLITS, SHARDS = "data/splits.parquet", "data/shard_manifest.csv"
 CARDS = ("cards/model_card.md", "cards/dataset_card.md")
 LIT, GRID, VERDICT = "models/lit", "cards/grid.png", "gate/verdict.json"
 ENDPOINT, SERVED_IMAGES = "evaluations/endpoint.json", 8
 MODEL_NAME = "openmoji-pilot"
-CITED = (  # the records that cards are printed from
-    EARLY, FINAL, INT8, f"{RUN}/train.json", f"{RUN}/config.json", f"{ONNX_DIR}/artifact.json",
-    f"{INT8_DIR}/artifact.json", DEDUP, "data/split.json", "data/smoke.json",
+_ALWAYS_CITED = (
+    EARLY, FINAL, RELEASED, f"{RUN}/train.json", f"{RUN}/config.json", f"{ONNX_DIR}/artifact.json",
+    DEDUP, "data/split.json", "data/smoke.json",
 )  # fmt: skip
+
+
+def cited(root: Path) -> list[str]:
+    """The records that cards are printed from."""
+    return [*_ALWAYS_CITED, int8_record(root)]
+
+
+def int8_record(root: Path) -> str:
+    """What became of the INT8 export: the artifact's record, or that of its refusal."""
+    refused = (root / INT8_REFUSED).is_file()
+    return INT8_REFUSED if refused else f"{INT8_DIR}/artifact.json"
 
 
 def prepare(root: Path, budget_name: str, budget: Budget) -> None:
@@ -68,21 +81,24 @@ def grid_prompts() -> list[str]:
 
 def headline(root: Path) -> list[tuple[str, str, str]]:
     """(measure, value, meaning) rows about a finished demo."""
-    early, final, int8 = (
-        read_record(root / name, EvaluationRecord) for name in (EARLY, FINAL, INT8)
+    early, final, released = (
+        read_record(root / name, EvaluationRecord) for name in (EARLY, FINAL, RELEASED)
     )
-    artifact = read_record(root / INT8_DIR / "artifact.json", ArtifactRecord)
+    artifact = read_record(root / RELEASED_DIR / "artifact.json", ArtifactRecord)
+    int8 = read_record(root / int8_record(root), ArtifactRecord)
     key = "frechet_distance_lite0"
     rows = [
         ("Fréchet distance at 5 %", early.metrics[key], "Lite0 features, to held-out pictures"),
         ("Fréchet distance, final", final.metrics[key], "lower is better"),
-        ("Fréchet distance, INT8", int8.metrics[key], "the artifact that is served"),
+        (f"Fréchet distance, {artifact.precision}", released.metrics[key],
+         "the artifact that is served"),
         ("... of training pictures", final.metrics[f"{key}_floor"], "the floor at this n"),
         ("alignment gain", final.metrics["lit_alignment_gain"], "own minus shuffled prompts"),
         ("nearest-neighbour gap", final.metrics["nearest_train_distance_gap"],
          "above 0: farther from training pictures than held-out ones are"),
-        ("unsafe rate, INT8", int8.metrics["unsafe_rate"], "open_nsfw, exact interval"),
-        *((name, value, "in one interleaved run") for name, value in artifact.speed.items()),
+        ("unsafe rate", released.metrics["unsafe_rate"], "open_nsfw, exact interval"),
+        *((name, value, f"INT8, {'in use' if int8.status == 'ok' else 'refused'}")
+          for name, value in int8.speed.items()),
     ]  # fmt: skip
     return [(name, describe(value), meaning) for name, value, meaning in rows]
 

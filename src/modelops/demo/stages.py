@@ -9,31 +9,40 @@ from typing import Any
 from modelops.demo.budgets import Budget
 from modelops.demo.project import (
     CARDS,
-    CITED,
     CONFIG,
     DEDUP,
     EARLY,
     ENDPOINT,
     FINAL,
     GRID,
-    INT8,
     INT8_DIR,
+    INT8_REFUSED,
     LIT,
     MANIFEST,
     MODEL_NAME,
     ONNX_DIR,
     POLICY,
+    RELEASED,
+    RELEASED_DIR,
     RUN,
     SEED,
     SERVED_IMAGES,
     SHARDS,
     SPLITS,
     VERDICT,
+    cited,
     describe,
     grid_prompts,
+    int8_record,
 )
-from modelops.errors import GateFailedError, GateUndecidedError, TrainingError, UsageError
-from modelops.files import write_bytes
+from modelops.errors import (
+    ExportError,
+    GateFailedError,
+    GateUndecidedError,
+    TrainingError,
+    UsageError,
+)
+from modelops.files import atomic_directory, write_bytes
 from modelops.records import ArtifactRecord, TrainRecord, read_record
 from modelops.steps import OnProgress
 
@@ -150,8 +159,8 @@ class Stages:
     def evaluate_final(self, report: OnProgress) -> str:
         return self._evaluate(self.final_checkpoint, FINAL, report)
 
-    def evaluate_int8(self, report: OnProgress) -> str:
-        return self._evaluate(self.root / INT8_DIR, INT8, report)
+    def evaluate_released(self, report: OnProgress) -> str:
+        return self._evaluate(self.root / RELEASED_DIR, RELEASED, report)
 
     def _evaluate(
         self, source: Path | str, out: str, report: OnProgress, n: int | None = None
@@ -223,18 +232,34 @@ class Stages:
              if splits[row.id] == "train"}
         )  # fmt: skip
         picked = numpy_generator(SEED, "calibration prompts").permutation(len(captions))
-        record = export_int8(
-            self.root / ONNX_DIR,
-            self.final_checkpoint,
-            self.root / INT8_DIR,
-            prompts=[captions[i] for i in picked[: self.budget.calibration_prompts]],
-            seed=SEED,
-            options=Int8Options(search_seconds=self.budget.search_seconds),
-            allow=self.budget.allow_slow_int8,
-            overwrite=True,
-            on_progress=report,
-        )
-        return f"{_parity(record)}, {record.bytes_total / 1e6:.0f} MB"
+        refused = self.root / INT8_REFUSED
+        refused.unlink(missing_ok=True)  # of an earlier run
+        try:
+            record = export_int8(
+                self.root / ONNX_DIR,
+                self.final_checkpoint,
+                self.root / INT8_DIR,
+                prompts=[captions[i] for i in picked[: self.budget.calibration_prompts]],
+                seed=SEED,
+                options=Int8Options(search_seconds=self.budget.search_seconds),
+                allow=self.budget.allow_slow_int8,
+                overwrite=True,
+                on_progress=report,
+            )
+        except ExportError as error:
+            if not refused.is_file() or read_record(refused, ArtifactRecord).status != "refused":
+                raise
+            # A processor on which INT8 does not pay, say: the record stays, and fp32 is released.
+            shutil.rmtree(self.root / INT8_DIR, ignore_errors=True)
+            self._choose(ONNX_DIR)
+            return f"fp32 is released; {error.message.splitlines()[0]}"
+        self._choose(INT8_DIR)
+        return f"INT8 is released; {_parity(record)}, {record.bytes_total / 1e6:.0f} MB"
+
+    def _choose(self, artifact: str) -> None:
+        """Let an artifact be the one that is evaluated, gated and served."""
+        with atomic_directory(self.root / RELEASED_DIR) as target:
+            shutil.copytree(self.root / artifact, target, dirs_exist_ok=True)
 
     def cards(self, report: OnProgress) -> str:
         from modelops.cards.dataset import write_dataset_card
@@ -259,11 +284,12 @@ class Stages:
             cards / "model_card.md",
             train=self.root / RUN / "train.json",
             evaluations={
-                "early": self.root / EARLY, "final": self.root / FINAL, "int8": self.root / INT8,
+                "early": self.root / EARLY, "final": self.root / FINAL,
+                "released": self.root / RELEASED,
             },
             artifacts={
                 "onnx": self.root / ONNX_DIR / "artifact.json",
-                "int8": self.root / INT8_DIR / "artifact.json",
+                "int8": self.root / int8_record(self.root),
             },
             split=self.root / "data/split.json",
             dedup=self.root / DEDUP,
@@ -295,14 +321,18 @@ class Stages:
         from modelops.release import build_release
         from modelops.serving.scheduling.company import release_proofs
 
-        said, golden = release_proofs(self.root / INT8_DIR, self.root / ".modelops")
+        model = self.root / RELEASED_DIR
+        is_int8 = read_record(model / "artifact.json", ArtifactRecord).format == "int8"
+        fallback = self.root / ONNX_DIR if is_int8 else None
+        said, golden = release_proofs(model, self.root / ".modelops", fallback=fallback)
         reference, _ = release_files(
-            [self.root / INT8], model_sha256=sha256_tree(self.root / INT8_DIR),
+            [self.root / RELEASED], model_sha256=sha256_tree(model),
             folder=self.root / ".modelops/monitoring",
         )  # fmt: skip
         record = build_release(
             self.root / "release",
-            model_dir=self.root / INT8_DIR,
+            model_dir=model,
+            fallback=fallback,
             verdict=self.root / VERDICT,
             policy=self.root / POLICY,
             cards=[self.root / name for name in CARDS],
@@ -313,7 +343,7 @@ class Stages:
             extra_files={
                 **golden,
                 **reference,
-                **{name: self.root / name for name in CITED},
+                **{name: self.root / name for name in cited(self.root)},
             },
             notice="\n".join(openmoji_about().attribution),
         )
@@ -330,7 +360,7 @@ class Stages:
             check = check_endpoint(server.url, "red heart", seed=1)
             self._evaluate(server.url, ENDPOINT, report, n=SERVED_IMAGES)
         write_bytes(self.root / "evaluations/served.png", check.png)
-        found = compare_images(self.root / ENDPOINT, self.root / INT8)
+        found = compare_images(self.root / ENDPOINT, self.root / RELEASED)
         return (
             f"openai client served in {check.second_s:.1f} s; {found.identical} of {found.n} "
             f"served images equal the gated ones, the rest within {found.largest} of 255"
