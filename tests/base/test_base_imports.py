@@ -22,6 +22,7 @@ BASE = {
     "extras",
     "files",
     "launch",
+    "processor",
     "records",
     "release",
     "scaffold",
