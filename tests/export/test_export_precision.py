@@ -162,6 +162,7 @@ def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.xdist_group("denoiser")
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_a_denoiser_with_attention(denoiser: Path, tmp_path: Path, precision: Any) -> None:
     source = denoiser
