@@ -18,8 +18,9 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[i
 
 
 def test_export_then_bench(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path, onnx_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The same checkpoint gives the same bytes, by the command as by the function."""
     out = tmp_path / "onnx"
     arguments = ["export", str(tiny_checkpoint), "--to", "onnx", "--out", str(out), "--json"]
     assert main([*arguments, "--dry-run"]) == 0
@@ -28,18 +29,21 @@ def test_export_then_bench(
     assert main(arguments) == 0
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((out / "artifact.json").read_text())
+    for component in record["components"]:
+        for path in (out / component["file"]).parent.iterdir():
+            assert path.read_bytes() == (onnx_artifact / path.relative_to(out)).read_bytes(), path
     assert main(arguments) == 2
     assert json.loads(capsys.readouterr().out)["error"] == "UsageError"
 
-    line = ["bench", str(tiny_checkpoint), str(out), "--batch-sizes", "1,2", "--steps", "1"]
-    line += ["--no-compile", "--runtime", "onnxruntime"]
-    assert main([*line, "--rounds", "2", "--json"]) == 0
+    line = ["bench", str(tiny_checkpoint), str(out), "--steps", "1", "--no-compile"]
+    line += ["--runtime", "onnxruntime", "--batch-sizes"]
+    assert main([*line, "1,2", "--rounds", "2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["batch_size"] for row in result["rows"]] == [1, 1, 2, 2]
     torch_row, onnx_row = (row["runtime"] for row in result["rows"][:2])
     assert (torch_row, onnx_row) == ("torch-cpu", "onnxruntime-cpu")
     assert result["rows"][1]["speedup"]["value"] > 0
-    assert main([*line, "--rounds", "1"]) == 0
+    assert main([*line, "1", "--rounds", "1"]) == 0
     assert onnx_row in capsys.readouterr().out
 
 

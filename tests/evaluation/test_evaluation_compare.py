@@ -30,6 +30,8 @@ from modelops.records import (
     read_record,
 )
 
+pytestmark = pytest.mark.xdist_group("compare")  # two evaluations for all
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -3,12 +3,14 @@ where each has as many threads."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,15 @@ from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
 from modelops.records import EvaluationRecord, read_record
 from record_numbers import numbers
+from small_checkers import save_classifier
 
-IMAGES = 3 * BLOCK + 9  # two processes take two blocks each, three one, one and two
+pytestmark = pytest.mark.xdist_group("reading")  # what one process reads is read once
+IMAGES = 2 * BLOCK + 9  # two processes take two blocks and one, three one each
 
 
 @dataclass(frozen=True)
 class Material:
-    """Pictures to measure, more than a block of reference pictures, and small DINOv2 weights."""
+    """Images to measure, more than a block of reference images, small DINOv2 weights and filter."""
 
     folder: Path
     settings: EvaluationSettings
@@ -49,7 +53,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     from modelops.data.manifest import read_manifest
 
     root = tmp_path_factory.mktemp("reading")
-    manifest = build_corpus(root / "data", resolution=32, limit=2 * BLOCK + 40, seed=0)
+    manifest = build_corpus(root / "data", resolution=32, limit=BLOCK + 26, seed=0)
     rows = read_manifest(manifest)
     ids = [sample.id for sample in rows.rows]
     names = ["train" if i % 6 == 0 else "test" for i in range(len(ids))]
@@ -72,9 +76,11 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     BitImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
     ).save_pretrained(root / "dinov2")
+    classifier = save_classifier(root / "classifier", ("normal", "nsfw"))
     settings = EvaluationSettings(
         manifest=manifest, splits=splits, dinov2_weights=root / "dinov2", resamples=20,
         jackknife_groups=3, grid=4, known_copies=0, blocklist=root / "images", cache=False,
+        safety=f"transformers:{classifier}",
     )  # fmt: skip
     return Material(root / "images", settings)
 
@@ -95,10 +101,13 @@ def alone(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(("processes", "blocked"), [(3, False), (2, True)])
 def test_what_is_read_does_not_depend_on_the_processes(
-    material: Material, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
+    material: Material, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    processes: int, blocked: bool,
+) -> None:  # fmt: skip
+    """Where the features of reference images cannot be kept beside them, they go to the
+    evaluation's own folder, and are not read a second time."""
     handed: list[list[Share]] = []
     read = Workers.read
 
@@ -108,44 +117,38 @@ def test_what_is_read_does_not_depend_on_the_processes(
 
     monkeypatch.setattr(Workers, "read", spy)
     source, out = shared(material.folder, processes), tmp_path / "record.json"
-    evaluate(source, material.settings, out_path=out)
+    with no_cache_beside(material) if blocked else contextlib.nullcontext():
+        evaluate(source, replace(material.settings, cache=blocked), out_path=out)
     assert numbers(out) == numbers(alone)
     assert not source.crew._running, "its workers have ended"  # type: ignore[attr-defined]
     assert not list((tmp_path / "record" / "cache").glob("*.*-*.*")), "no part is left"
     # Lite0, DINOv2 of the images; the image filter and the block-list; DINOv2 of the reference.
     kinds = [share[0].reader.get("extractor", share[0].reader.get("filter")) for share in handed]
     assert sorted(kind.split(":")[0] for kind in kinds) == [
-        "blocklist", "dinov2", "dinov2", "lite0", "open_nsfw",
+        "blocklist", "dinov2", "dinov2", "lite0", "transformers",
     ]  # fmt: skip
-    assert all(len(shares) == processes for shares in handed if len(shares[0].paths) >= BLOCK)
+    for shares in handed:
+        blocks = -(-sum(len(share.paths) for share in shares) // BLOCK)
+        assert len(shares) == min(processes, blocks)
+
+
+@contextlib.contextmanager
+def no_cache_beside(material: Material) -> Iterator[None]:
+    """A file is where the folder of the reference images' features would be."""
+    assert material.settings.manifest is not None
+    blocked = material.settings.manifest.parent / ".cache" / "reference"
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("not a folder", "utf-8")
+    yield
+    blocked.unlink()
 
 
 def test_streamed_features_are_those_of_one_process(material: Material, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     settings = replace(material.settings, stream=True, safety="none", blocklist=None)
     records = [tmp_path / "one.json", tmp_path / "two.json"]
     evaluate(open_source(str(material.folder)), settings, out_path=records[0])
     evaluate(shared(material.folder, 2), settings, out_path=records[1])
     assert numbers(records[0]) == numbers(records[1])
-
-
-def test_reference_pictures_in_a_folder_that_cannot_be_written(
-    material: Material, alone: Path, tmp_path: Path
-) -> None:
-    """The features go to the evaluation's own folder, and are not read a second time."""
-    from dataclasses import replace
-
-    assert material.settings.manifest is not None
-    blocked = material.settings.manifest.parent / ".cache" / "reference"
-    blocked.parent.mkdir(exist_ok=True)
-    blocked.write_text("not a folder", "utf-8")
-    try:
-        out = tmp_path / "record.json"
-        evaluate(shared(material.folder, 2), replace(material.settings, cache=True), out_path=out)
-    finally:
-        blocked.unlink()
-    assert numbers(out) == numbers(alone)
 
 
 def test_a_reader_that_is_killed_gives_one_line_and_the_next_run_goes_on(
@@ -205,6 +208,7 @@ def test_an_image_that_nobody_can_read_is_named(material: Material, tmp_path: Pa
 def test_a_filter_whose_process_dies_ends_the_evaluation(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = replace(material.settings, dinov2_weights=None, blocklist=None)
     source = shared(material.folder, 2)
     crew: Any = source.crew
     read = Workers.read
@@ -219,7 +223,7 @@ def test_a_filter_whose_process_dies_ends_the_evaluation(
 
     monkeypatch.setattr(Workers, "read", kill_the_filter)
     with pytest.raises(ProcessDiedError, match="was killed by SIGKILL while it read images"):
-        evaluate(source, material.settings, out_path=tmp_path / "record.json")
+        evaluate(source, settings, out_path=tmp_path / "record.json")
 
 
 def test_threads_change_what_is_read_by_rounding_at_most(
@@ -278,8 +282,6 @@ def test_a_device_that_is_not_there_is_named(material: Material, tmp_path: Path)
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    from dataclasses import replace
-
     for name, message in (("cuda", "0 CUDA devices are visible"), ("gpu", "no such name")):
         settings = replace(material.settings, extractor_device=name)
         for source in (open_source(str(material.folder)), shared(material.folder, 2)):
@@ -294,7 +296,8 @@ def test_the_ranks_of_a_launcher_read_their_shares(material: Material, tmp_path:
     command = [
         "modelops.cli.main", "eval", str(material.folder), "--manifest", str(settings.manifest),
         "--splits", str(settings.splits), "--dinov2-weights", str(settings.dinov2_weights),
-        "--blocklist", str(settings.blocklist), "--resamples", "20", "--no-cache", "--no-report",
+        "--blocklist", str(settings.blocklist), "--safety", settings.safety, "--resamples", "20",
+        "--no-cache", "--no-report",
     ]  # fmt: skip
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "3", "--module"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

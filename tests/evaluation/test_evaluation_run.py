@@ -21,6 +21,7 @@ from modelops.models.sources import ImageRequest
 from modelops.records import EvaluationRecord, read_record
 from modelops.safety.image import OpenNsfwFilter, SafetyFilterError
 
+pytestmark = pytest.mark.xdist_group("run")  # one evaluation for most
 CONTRACT_KEYS = {
     "frechet_distance_lite0", "frechet_distance_lite0_floor", "kernel_distance_lite0", "fid",
     "lit_alignment", "lit_alignment_shuffled", "lit_alignment_gain", "lit_heldout_retrieval_top1",

@@ -29,6 +29,7 @@ from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
 from modelops.records import EvaluationRecord, read_record
 
+pytestmark = pytest.mark.xdist_group("slices")  # one evaluation of them
 KEPT = 40
 
 
