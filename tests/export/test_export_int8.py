@@ -26,7 +26,7 @@ from modelops.export.parity import BOUNDS, psnr_db, require_parity
 from modelops.export.runtime import denoiser_of, open_artifact
 from modelops.export.source import component_from, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
-from modelops.records import ArtifactRecord, Measurement, ParityCheck
+from modelops.records import ArtifactRecord, Measurement, ParityCheck, read_record
 
 
 def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:
@@ -202,6 +202,15 @@ def test_an_error_above_its_budget_is_refused(
         )
     assert "not timed" in caught.value.message  # the table of why
     assert not (tmp_path / "int8").exists()
+    record = read_record(refused_record(tmp_path / "int8"), ArtifactRecord)  # what was measured
+    assert record.status == "refused"
+    assert record.error == caught.value.message
+    assert record.calibration["error"] > 1e-6
+    assert record.calibration["search"]["table"]
+    assert {check.measure for check in record.parity} >= {"max_relative_error", "psnr_db"}
+    assert record.inputs["checkpoint"].sha256 == read_artifact(onnx_artifact).inputs[
+        "checkpoint"
+    ].sha256  # fmt: skip
 
 
 def ratio(value: float, low: float, high: float) -> Measurement:
