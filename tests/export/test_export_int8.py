@@ -15,7 +15,7 @@ from modelops.errors import ExportError, IntegrityError, UsageError
 from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.calibration import collect_rows
 from modelops.export.int8 import job, ortcpu
-from modelops.export.int8.export import Int8Options, export_int8
+from modelops.export.int8.export import Int8Options, export_int8, refused_record
 from modelops.export.int8.gates import require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.quantize import quantize_graph
