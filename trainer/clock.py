@@ -77,7 +77,8 @@ class Clock:
         self._step_began, self._elsewhere = now, 0.0
         self._steps.append(seconds)
         # One stalled step is no forecast of the others; its seconds are spent all the same.
-        usual = sorted(self._steps)[:-1] or [seconds, self.costs.get("step", seconds)]
+        # The first one sets up, and the guess before it may have been made on few images.
+        usual = sorted(self._steps)[:-1] or [min(seconds, self.costs.get("step", seconds))]
         self.costs["step"] = sum(usual) / len(usual)
         return seconds
 

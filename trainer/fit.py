@@ -11,7 +11,7 @@ import torch
 from modelops.errors import TrainingError
 
 from .memory import smaller_microbatch
-from .precision import Trial, candidates, choose, make_call, measure
+from .precision import StepsOnACopy, Trial, candidates, choose, measure
 
 if TYPE_CHECKING:
     from .train import Run
@@ -31,10 +31,17 @@ def fit(run: Run) -> dict[str, Trial]:
     if progress.precision:
         names = [asked]
     batch = run.part_of_step(0)
+    run.say(f"measuring steps in {' and '.join(names)}")
     while True:
-        call = make_call(run.network, batch, run.config, run.device)
+        steps = StepsOnACopy(run.network, batch, run.config, run.device)
         trials = measure(
-            call, names, asked=asked, microbatch=progress.microbatch, per_step=run.per_rank
+            steps,
+            names,
+            asked=asked,
+            microbatch=progress.microbatch,
+            per_step=run.per_rank,
+            limit=training.time_limit_seconds,
+            whole=run.device.type != "cpu",  # whose first step finds out as well
         )
         everywhere = zip(*run.gather([trial.seconds for trial in trials.values()]), strict=True)
         for name, seconds in zip(names, everywhere, strict=True):
@@ -43,7 +50,7 @@ def fit(run: Run) -> dict[str, Trial]:
         if possible and asked in ("auto", *possible):
             break
         halve_microbatch(run)
-    del call
+    del steps
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     if not progress.precision:

@@ -74,12 +74,16 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     """[M, N] to a matrix of the same row and column space with singular values near 1 (0.7 to 1.2).
 
     Long matrices iterate on their small Gram matrix, in float32 because it squares the singular
-    values; the others on themselves in bfloat16, as Muon's authors do.
+    values; the others on themselves, on a GPU in bfloat16, as Muon's authors do. On a CPU bfloat16
+    gained nothing (256 x 256: 7 ms in both) and took 14 times as long without its instructions.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
     x = x / (x.norm() + 1e-7)
-    x = _orthogonalise_long(x) if x.shape[1] >= 2 * x.shape[0] else _orthogonalise(x.bfloat16())
+    if x.shape[1] >= 2 * x.shape[0]:
+        x = _orthogonalise_long(x)
+    else:
+        x = _orthogonalise(x.bfloat16() if x.is_cuda else x)
     return x.mT if tall else x
 
 

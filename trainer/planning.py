@@ -39,12 +39,8 @@ def first_plan(run: Run, trials: dict[str, Trial]) -> None:
         total = clock.total_steps(0, None)
     total = run.from_main(total)
     run.take_plan(total)
-    if limit is None or total == run.config.training.total_steps:
-        return
-    run.say(f"{total} steps fit into {limit:g} s")
-    if total < FEW_STEPS:
-        few = f"only {total} steps fit" if total > 1 else "there is time for one step only"
-        run.remark(f"{few} (time limit {limit:g} s, a step takes {clock.costs['step']:.1f} s)")
+    if limit is not None and total < run.config.training.total_steps:
+        run.say(f"{total} steps fit into {limit:g} s, {clock.costs['step']:.2g} s each")
 
 
 def correct_plan(run: Run) -> None:
@@ -69,6 +65,12 @@ def judge_time(run: Run, factor: float) -> None:
         return
     if progress.total_steps < training.total_steps:
         run.stop_reason = f"the steps that fit into {limit:g} s are done"
+        if progress.step < FEW_STEPS:
+            made = f"{progress.step} steps" if progress.step > 1 else "one step"
+            run.remark(
+                f"only {made} made: a step takes {run.clock.costs['step']:.2g} s here "
+                f"and the time limit is {limit:g} s"
+            )
         if training.lr_schedule != "constant" and factor > DECAYED:
             run.remark(
                 f"the last step was made at {factor:.0%} of the learning rate: "

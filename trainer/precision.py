@@ -10,8 +10,9 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -24,13 +25,24 @@ from .optimizers import make_optimizer
 from .stepper import Stepper
 
 GAIN = 1.1  # below it a narrower format is not worth its rounding
-HOPELESS = 4.0  # times slower than fp32 on one image: no whole microbatch is spent on it
-SETTING_UP_S = 2.0  # a first call that takes longer is not dominated by setting up: it counts
-CALL_S = 5.0  # calls are made with as many images as take about this long, or all
-ROUNDS, ENOUGH_S = 5, 4.0  # timed calls of each candidate, fewer once they have taken this long
+# Times slower than fp32 at which a format is given up: on one image, where what does not depend on
+# the number of images weighs most, and on more.
+HOPELESS, WORSE = 4.0, 2.0
+GROWTH = 4  # times as many images in the next pass, as long as passes are short
+SETTING_UP_S = 2.0  # a first pass that takes longer is not dominated by setting up: it counts
+PASS_S = 3.0  # no pass is made that is expected to take longer
+PASS_SHARE = 0.02  # of a time limit, if that is less
+ROUNDS, LEAST, ENOUGH_S = 5, 3, 4.0  # timed passes of each; LEAST once they have taken so long
 
-# (precision, images) -> seconds of forward and backward, seconds of the update
-Call = Callable[[str, int], tuple[float, float]]
+
+class Steps(Protocol):
+    """Parts of optimizer steps, timed in seconds."""
+
+    def gradient(self, precision: str, images: int) -> float:
+        """Make gradients of so many images."""
+
+    def update(self) -> float:
+        """Update the weights by the last gradients; it is float32 in every precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,95 +89,121 @@ def candidates(asked: str, device: torch.device) -> list[str]:
     return ["fp32", *(["bf16"] if has_bf16 else []), *(["fp16"] if has_cuda else [])]
 
 
-def make_call(
-    network: torch.nn.Module, batch: Batch, config: TrainConfig, device: torch.device
-) -> Call:
-    """Steps on a copy of a network, timed."""
-    network = copy.deepcopy(network)
-    optimizer = make_optimizer(network, config.training)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # all steps are alike, and none can diverge
-    steppers: dict[str, Stepper] = {}
+class StepsOnACopy:
+    """Parts of steps of a copy of a network on a real batch; the network stays as it is."""
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def __init__(
+        self, network: torch.nn.Module, batch: Batch, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.network = copy.deepcopy(network)
+        self.batch = batch
+        self.config = config
+        self.device = device
+        self.optimizer = make_optimizer(self.network, config.training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0  # all steps are alike, and none can diverge
+        self._steppers: dict[str, Stepper] = {}
+
+    def gradient(self, precision: str, images: int) -> float:
+        """Make gradients of so many images."""
+        if precision not in self._steppers:
+            self._steppers[precision] = Stepper(
+                self.network, self.network, self.optimizer, self.config,
+                device=self.device, precision=precision,
+            )  # fmt: skip
+        self.optimizer.zero_grad()
+        began = self._now()
+        self._steppers[precision].backward(self.batch, 0, images, of=images)
+        return self._now() - began
+
+    def update(self) -> float:
+        """Clip the gradients and update the weights by nothing."""
+        began = self._now()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.training.grad_clip)
+        self.optimizer.step()
+        return self._now() - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.monotonic()
-
-    def call(precision: str, images: int) -> tuple[float, float]:
-        if precision not in steppers:
-            steppers[precision] = Stepper(
-                network, network, optimizer, config, device=device, precision=precision
-            )
-        stepper = steppers[precision]
-        began = now()
-        try:
-            stepper.backward(batch, 0, images, of=images)
-        except BaseException:
-            optimizer.zero_grad()
-            raise
-        middle = now()
-        stepper.update(stepper.clip())
-        return middle - began, now() - middle
-
-    return call
 
 
 def measure(
-    call: Call, names: Sequence[str], *, asked: str, microbatch: int, per_step: int
+    steps: Steps,
+    names: Sequence[str],
+    *,
+    asked: str,
+    microbatch: int,
+    per_step: int,
+    limit: float | None = None,
+    whole: bool = False,
 ) -> dict[str, Trial]:
     """Seconds of an optimizer step in each precision.
 
-    One image first: what is hopeless there is given up and estimated from it, unless it is `asked`
-    for. The others take turns with the whole microbatch, or as much of it as is measured quickly;
-    medians count.
+    Passes grow from one image to the whole microbatch, or to what is measured quickly. A format
+    that falls far behind on the way is given up and estimated, unless it is `asked` for; the others
+    then take turns, and medians count.
 
     Args:
-        call: makes and times one pass and update.
+        steps: makes and times the parts of a step.
         names: fp32 first.
-        microbatch: images of a call, at most.
+        microbatch: images of a pass, at most.
         per_step: images of an optimizer step, on this process.
+        limit: seconds of the whole run, or None.
+        whole: reach the whole microbatch however long that takes, to see that it fits into memory.
     """
+    longest = PASS_S if limit is None else min(PASS_S, PASS_SHARE * limit)
     trials: dict[str, Trial] = {}
-    short: dict[str, float] = {}
-    for name in names:
+    slower: dict[str, tuple[float, int]] = {}  # given up: times slower than fp32, on so many images
+    updates: list[float] = []
+    left, size = list(names), 1
+
+    def timed(name: str, *, update: bool) -> float:
         try:
-            first, _ = call(name, 1)
-            short[name] = first if first > SETTING_UP_S else min(first, call(name, 1)[0])
+            seconds = steps.gradient(name, size)
+            if update:
+                updates.append(steps.update())
         except (RuntimeError, MemoryError) as error:
-            trials[name] = _failed(error)
-    fp32 = short.get("fp32", math.inf)
-    slow = {n for n in short if n not in ("fp32", asked) and short[n] > HOPELESS * fp32}
-    left = [name for name in names if name in short and name not in slow]
-    size = microbatch
-    if left and (dearest := max(short[name] for name in left)) * size > CALL_S:
-        size = max(1, min(size, int(CALL_S / dearest)))
-    passes: dict[str, list[float]] = {name: [] for name in left}
-    updates: dict[str, list[float]] = {name: [] for name in left}
-    spent = 0.0
-    for turn in range(1 + ROUNDS):
+            if not is_out_of_memory(error):
+                raise
+            trials[name] = Trial(math.inf, "runs out of memory", given_up=True)
+            return math.inf
+        return seconds
+
+    while True:
+        passes: dict[str, list[float]] = {}
         for name in left:
-            try:
-                seconds, update = call(name, size)
-            except (RuntimeError, MemoryError) as error:
-                trials[name] = _failed(error)
-                continue
-            spent += seconds + update
-            if turn or seconds > SETTING_UP_S:
-                passes[name].append(seconds)
-                updates[name].append(update)
-        left = [name for name in left if name not in trials]
-        if spent > ENOUGH_S and all(passes[name] for name in left):
+            update = size == 1 and name == left[0]
+            first = timed(name, update=update)
+            settled = first if first > SETTING_UP_S else min(first, timed(name, update=update))
+            passes[name] = [settled]
+            worst = (HOPELESS if size == 1 else WORSE) * passes.get("fp32", [math.inf])[0]
+            if name not in ("fp32", asked, *trials) and settled > worst:
+                slower[name] = settled / passes["fp32"][0], size
+        left = [name for name in left if name not in trials and name not in slower]
+        bigger = min(microbatch, size * GROWTH)
+        expected = max((passes[name][0] for name in left), default=0.0) * bigger / size
+        if bigger == size or (expected > longest and not whole) or not left:
             break
-    part = "" if size == microbatch else f"measured on {size} of {microbatch} images"
+        size = bigger
+    spent = sum(passes[name][0] for name in left)
+    for turn in range(ROUNDS if len(left) > 1 or limit is not None else 0):
+        enough = spent > ENOUGH_S and (len(left) == 1 or turn >= LEAST - 1)
+        if not left or enough or passes[left[0]][0] > longest:
+            break
+        for name in left:
+            passes[name].append(timed(name, update=name == left[0]))
+            spent += passes[name][-1]
+        left = [name for name in left if name not in trials]
     for name in left:
         seconds = statistics.median(passes[name]) * per_step / size
-        trials[name] = Trial(seconds + statistics.median(updates[name]), part)
-    for name in slow:
-        ratio = short[name] / fp32
-        base = trials["fp32"].seconds
-        note = f"was given up: {ratio:.0f} times slower than fp32 on one image"
-        trials[name] = Trial(base * ratio, note, given_up=True)
+        note = "" if size == microbatch else f"on {size} of {microbatch} images"
+        trials[name] = Trial(seconds + min(updates), note)
+    for name, (ratio, images) in slower.items():
+        on = "one image" if images == 1 else f"{images} images"
+        note = f"was given up: {ratio:.1f} times slower than fp32 on {on}"
+        trials[name] = Trial(trials["fp32"].seconds * ratio, note, given_up=True)
     return {name: trials[name] for name in names}
 
 
@@ -198,9 +236,3 @@ def choose(asked: str, trials: Mapping[str, Trial]) -> Choice:
             gain = ", too small a gain" if ratio < 1 else ""
             others.append(f"{name} takes {ratio:.2f} times as long{gain}")
     return Choice(best, "; ".join(others) or "nothing else to measure here")
-
-
-def _failed(error: BaseException) -> Trial:
-    if not is_out_of_memory(error):
-        raise error
-    return Trial(math.inf, "runs out of memory", given_up=True)

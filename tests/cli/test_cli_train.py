@@ -25,6 +25,7 @@ CONFIG = {
     "training": {
         "microbatch": 4, "total_steps": 4, "save_every_steps": 4, "early_checkpoint": None,
         "validation_samples": 8, "sample_steps": 2, "sample_prompts": ["red heart"],
+        "precision": "no",
     },
     "logging": {"log_every_steps": 1, "tensorboard": False, "wandb_project": "pilot_project"},
 }  # fmt: skip
@@ -132,6 +133,19 @@ def test_two_processes_train_like_one(project: Path, capsys: pytest.CaptureFixtu
         assert one["images_seen"] == two["images_seen"]
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_precision_and_on_the_end(project: Path) -> None:
+    settings = ["training.microbatch=2", "training.precision=auto", "training.total_steps=100000",
+                "training.save_every_steps=100000", "training.time_limit_seconds=8"]  # fmt: skip
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    assert main(["train", "project/pilot_config.yaml", "--processes", "2", *arguments]) == 0
+    run_dir = project / "runs" / "pilot"
+    record = read_record(run_dir / "train.json", TrainRecord)
+    assert (record.status, record.processes) == ("ok", 2)
+    assert record.precision in record.precision_images_per_second
+    assert record.steps == record.planned_steps == record.checkpoints[-1].step < 100_000
 
 
 def test_training_does_not_load_torch_in_the_command(project: Path) -> None:

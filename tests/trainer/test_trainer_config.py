@@ -7,6 +7,7 @@ import yaml
 
 from modelops.config import TrainConfig, load_config
 from modelops.errors import ConfigError
+from modelops.scaffold import template
 
 CONFIGS = Path(__file__).parents[2] / "trainer" / "configs"
 
@@ -76,9 +77,21 @@ def test_a_mistake_names_file_and_key(guide: Path, old: str, new: str, parts: li
         assert part in text
 
 
-def test_a_bare_no_means_no_mixed_precision(guide: Path) -> None:
-    guide.write_text(GUIDE.replace("bf16", "no"))
+@pytest.mark.parametrize("word", ["no", "'no'", "fp32"])
+def test_a_bare_no_means_no_mixed_precision(guide: Path, word: str) -> None:
+    guide.write_text(GUIDE.replace("bf16", word))
     assert load_config(guide).training.precision == "no"
+
+
+def test_precision_is_measured_unless_it_is_named(guide: Path) -> None:
+    assert load_config(guide).training.precision == "bf16"
+    guide.write_text(GUIDE.replace(", precision: bf16", ""))
+    assert load_config(guide).training.precision == "auto"
+    guide.write_text(template("pilot_config.yaml"))
+    assert load_config(guide).training.precision == "auto"
+    for path in CONFIGS.glob("*.yaml"):
+        if path.read_text() != GUIDE:
+            assert load_config(path).training.precision == "auto", path.name
 
 
 def test_overrides_win_and_are_checked(guide: Path) -> None:

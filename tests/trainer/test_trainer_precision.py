@@ -24,7 +24,7 @@ from modelops.launch import plan_run
 from modelops.records import TrainRecord, read_record
 from modelops.trainer.batches import Batch
 from modelops.trainer.optimizers import make_optimizer
-from modelops.trainer.precision import Trial, candidates, choose, make_call, measure
+from modelops.trainer.precision import StepsOnACopy, Trial, candidates, choose, measure
 from modelops.trainer.setup import make_network
 from modelops.trainer.stepper import Stepper
 
@@ -35,93 +35,134 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_C
 
 
 class Simulated:
-    """Calls that take what a table says: {precision: (seconds of an image, of setting up)}."""
+    """Steps that take what a table says: {precision: (seconds of an image, of setting up)}."""
 
-    def __init__(self, speeds: dict[str, tuple[float, float]], fits: int = 1000) -> None:
+    def __init__(self, speeds: dict[str, tuple[float, float]], **fits: int) -> None:
         self.speeds = speeds
         self.fits = fits
         self.made: list[tuple[str, int]] = []
+        self.updates = 0
 
-    def __call__(self, precision: str, images: int) -> tuple[float, float]:
-        if images > self.fits:
+    def gradient(self, precision: str, images: int) -> float:
+        if images > self.fits.get(precision, 1000):
             raise torch.OutOfMemoryError("CUDA out of memory")
         first = precision not in {name for name, _ in self.made}
         self.made.append((precision, images))
         image, setting_up = self.speeds[precision]
-        return image * images + setting_up * first, 0.1
+        return image * images + setting_up * first
 
-    def spent(self, precision: str) -> float:
-        return sum(self.speeds[name][0] * images for name, images in self.made if name == precision)
+    def update(self) -> float:
+        self.updates += 1
+        return 0.1
+
+    @property
+    def spent(self) -> float:
+        return sum(self.speeds[name][0] * images for name, images in self.made)
 
 
-def _measure(call: Simulated, asked: str = "auto", microbatch: int = 64) -> dict[str, Trial]:
-    return measure(call, list(call.speeds), asked=asked, microbatch=microbatch, per_step=128)
+def _measure(steps: Simulated, asked: str = "auto", limit: float | None = None) -> dict[str, Trial]:
+    return measure(steps, list(steps.speeds), asked=asked, microbatch=64, per_step=128, limit=limit)
 
 
 def test_fast_candidates_take_turns_with_whole_microbatches() -> None:
-    call = Simulated({"fp32": (0.008, 0.3), "bf16": (0.004, 1.0)})
-    trials = _measure(call)
+    steps = Simulated({"fp32": (0.008, 0.3), "bf16": (0.004, 1.0)})
+    trials = _measure(steps)
     assert trials["fp32"].seconds == pytest.approx(0.008 * 128 + 0.1)
     assert trials["bf16"].seconds == pytest.approx(0.004 * 128 + 0.1)
-    whole = [name for name, images in call.made if images == 64]
-    assert whole == ["fp32", "bf16"] * (len(whole) // 2)
-    assert len(whole) >= 2 * 4
+    whole = [name for name, images in steps.made if images == 64]
+    assert whole[:10] == ["fp32"] * 2 + ["bf16"] * 2 + ["fp32", "bf16"] * 3
     assert choose("auto", trials).precision == "bf16"
+
+
+def test_medians_count_where_a_pass_is_disturbed() -> None:
+    class Disturbed(Simulated):
+        def gradient(self, precision: str, images: int) -> float:
+            seconds = super().gradient(precision, images)
+            return 5 * seconds if len(self.made) % 5 == 0 else seconds
+
+    steps = Disturbed({"fp32": (0.008, 0.0), "bf16": (0.004, 0.0)})
+    assert _measure(steps)["bf16"].seconds == pytest.approx(0.004 * 128 + 0.1)
 
 
 def test_emulated_bf16_is_given_up_after_one_image() -> None:
     # The pilot on two AVX2 cores: 15.7 images/s in fp32, one in bf16.
-    call = Simulated({"fp32": (0.064, 0.1), "bf16": (1.3, 0.1)})
-    trials = _measure(call)
-    assert [images for name, images in call.made if name == "bf16"] == [1, 1]
+    steps = Simulated({"fp32": (0.064, 0.1), "bf16": (1.3, 0.1)})
+    trials = _measure(steps)
+    assert [images for name, images in steps.made if name == "bf16"] == [1, 1]
     assert trials["bf16"].given_up
     assert trials["bf16"].seconds == pytest.approx(20 * trials["fp32"].seconds, rel=0.1)
     choice = choose("auto", trials)
     assert choice.precision == "fp32"
-    assert "bf16 was given up: 20 times slower than fp32 on one image" in choice.reason
+    assert "bf16 was given up: 20.3 times slower than fp32 on one image" in choice.reason
     slower = Simulated({"fp32": (0.4, 0.1), "bf16": (8.0, 0.1)})
     assert choose("auto", _measure(slower)).precision == "fp32"
     assert [images for name, images in slower.made if name == "bf16"] == [1]
 
 
+def test_a_format_that_falls_behind_with_more_images_is_given_up_there() -> None:
+    class Emulated(Simulated):
+        def gradient(self, precision: str, images: int) -> float:
+            return 0.1 + super().gradient(precision, images)  # whatever the images
+
+    steps = Emulated({"fp32": (0.03, 0.0), "bf16": (0.25, 0.0)})
+    trials = _measure(steps)
+    assert [images for name, images in steps.made if name == "bf16"] == [1, 1, 4, 4]
+    assert "5.0 times slower than fp32 on 4 images" in trials["bf16"].note
+
+
 def test_setting_up_is_no_reason_to_give_up() -> None:
-    call = Simulated({"fp32": (0.001, 0.0), "bf16": (0.0008, 1.5)})
-    assert choose("auto", _measure(call)).precision == "bf16"
+    steps = Simulated({"fp32": (0.001, 0.0), "bf16": (0.0008, 1.5)})
+    assert choose("auto", _measure(steps)).precision == "bf16"
 
 
 def test_slow_machines_measure_with_fewer_images() -> None:
-    call = Simulated({"fp32": (1.0, 0.0), "bf16": (0.9, 0.0)})
-    trials = _measure(call)
-    assert max(images for _, images in call.made) == 5
-    assert call.spent("fp32") + call.spent("bf16") < 25
-    assert trials["fp32"].seconds == pytest.approx(128.1)
-    assert "5 of 64" in trials["fp32"].note
+    steps = Simulated({"fp32": (0.25, 0.0), "bf16": (0.2, 0.0)})
+    trials = _measure(steps)
+    assert max(images for _, images in steps.made) == 4
+    assert steps.spent < 12
+    assert trials["fp32"].seconds == pytest.approx(32.1)
+    assert trials["fp32"].note == "on 4 of 64 images"
     assert choose("auto", trials).precision == "bf16"
-    call = Simulated({"fp32": (30.0, 0.0), "bf16": (900.0, 0.0)})
-    assert choose("auto", _measure(call)).precision == "fp32"
-    assert call.spent("fp32") + call.spent("bf16") < 1000
+    measure(steps, ["fp32"], asked="fp32", microbatch=64, per_step=64, whole=True)
+    assert steps.made[-1] == ("fp32", 64)
+
+
+def test_a_time_limit_shortens_the_measuring() -> None:
+    steps = Simulated({"fp32": (0.25, 0.0), "bf16": (0.2, 0.0)})
+    _measure(steps, limit=40.0)
+    assert max(images for _, images in steps.made) == 1
+    assert steps.spent < 0.1 * 40
+    steps = Simulated({"fp32": (30.0, 0.0), "bf16": (20.0, 0.0)})
+    trials = _measure(steps, limit=90.0)
+    assert steps.made == [("fp32", 1), ("bf16", 1)]
+    assert trials["bf16"].seconds == pytest.approx(20 * 128 + 0.1)
+    assert choose("auto", trials).precision == "bf16"
+
+
+def test_what_is_named_is_only_seen_to_fit() -> None:
+    steps = Simulated({"fp32": (0.008, 0.0)})
+    assert _measure(steps, asked="fp32")["fp32"].seconds == pytest.approx(0.008 * 128 + 0.1)
+    assert [images for _, images in steps.made] == [1, 1, 4, 4, 16, 16, 64, 64]
 
 
 def test_what_does_not_fit_is_not_taken() -> None:
-    call = Simulated({"fp32": (0.01, 0.0), "bf16": (0.02, 0.0)})
-
-    def only_bf16(precision: str, images: int) -> tuple[float, float]:
-        if precision == "fp32" and images > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return call(precision, images)
-
-    trials = measure(only_bf16, ["fp32", "bf16"], asked="auto", microbatch=8, per_step=8)
+    speeds = {"fp32": (0.01, 0.0), "bf16": (0.02, 0.0)}
+    trials = _measure(Simulated(speeds, fp32=1))
     assert math.isinf(trials["fp32"].seconds)
     choice = choose("auto", trials)
     assert (choice.precision, choice.reason) == ("bf16", "fp32 runs out of memory")
-    nothing = _measure(Simulated(call.speeds, fits=2))
-    assert all(math.isinf(trial.seconds) for trial in nothing.values())
+    for fits in (0, 2):
+        trials = _measure(Simulated(speeds, fp32=fits, bf16=fits))
+        assert all(math.isinf(trial.seconds) for trial in trials.values())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    class Broken(Simulated):
+        def gradient(self, precision: str, images: int) -> float:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
     with pytest.raises(RuntimeError, match="shapes"):
-        measure(_broken, ["fp32"], asked="auto", microbatch=8, per_step=8)
-
-
-def _broken(precision: str, images: int) -> tuple[float, float]:
-    raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        _measure(Broken({"fp32": (1.0, 0.0)}))
 
 
 @pytest.mark.parametrize(
@@ -183,9 +224,10 @@ def test_measuring_leaves_weights_and_random_streams_alone(
 ) -> None:
     network = make_network(config, 384)
     before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
-    call = make_call(network, batch, config, CPU)
+    steps = StepsOnACopy(network, batch, config, CPU)
     for precision in ("fp32", "bf16", "fp32"):
-        assert min(call(precision, 4)) > 0
+        assert steps.gradient(precision, 4) > 0
+        assert steps.update() > 0
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(weight.grad is None for weight in network.parameters())

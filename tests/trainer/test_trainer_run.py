@@ -286,7 +286,7 @@ def test_a_limit_shorter_than_a_step_gives_one_step_and_says_so(
     assert (record.steps, record.planned_steps) == (1, 1)
     assert [ref.step for ref in record.checkpoints] == [1]
     assert record.final_validation_loss is not None
-    assert "there is time for one step only (time limit 0.01 s" in done.err
+    assert "only one step made: " in done.err and "time limit is 0.01 s" in done.err
     assert any("of a time limit of" in line for line in record.warnings)
 
 
