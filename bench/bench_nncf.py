@@ -28,7 +28,7 @@ import openvino
 from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.int8.export import ERROR_BUDGET
+from modelops.export.int8.options import ERROR_BUDGET
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import search_groups

@@ -30,8 +30,8 @@ def first_plan(run: Run, trials: dict[str, Trial]) -> None:
     """
     clock, limit = run.clock, run.clock.limit
     total = 0
+    _guess_costs(run, trials)
     if run.is_main:
-        _guess_costs(run, trials)
         if limit is None or clock.costs["validation"] <= VALIDATION_SHARE * limit:
             run.validate()
         if limit is not None:

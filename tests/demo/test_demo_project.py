@@ -115,7 +115,9 @@ def test_a_place_that_cannot_be_written_is_one_line(
 def test_dry_run_lists_the_steps_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = run(["demo", str(tmp_path / "d"), "--dry-run", "--json"], capsys)
+    code, out, _ = run(
+        ["demo", str(tmp_path / "d"), "--budget", "smoke", "--dry-run", "--json"], capsys
+    )
     assert code == 0
     steps = json.loads(out)["steps"]
     assert steps[0] == "corpus"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import onnx
 import pytest
 import torch
+from families import PROMPTS, exported, saved
 from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
@@ -17,12 +21,12 @@ from modelops.export.artifact import GRAPH, read_artifact
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import Stages
 from modelops.export.int8.export import Int8Options, export_int8
-from modelops.export.onnx.export import export_onnx
 from modelops.export.runtime import open_artifact
 from modelops.export.signatures import Fields, Signature, rebuild, template_of
 from modelops.export.source import Lora, load_source
 from modelops.models.sources import ImageRequest, open_checkpoint
-from modelops.records import ArtifactRecord
+
+FolderOf = Callable[[str], Path]
 
 FAMILIES = {
     "sd": {"unet", "text_encoder", "vae_encoder", "vae_decoder"},
@@ -37,17 +41,6 @@ FAMILIES = {
     "ddpm": {"unet"},
     "controlnet": {"unet", "controlnet", "text_encoder", "vae_encoder", "vae_decoder"},
 }  # fmt: skip
-PROMPTS = ["red heart", "dog", "house of the sun", "green flag"]
-
-
-def saved(family: str, folder: Path) -> Path:
-    tiny_pipelines.make(family).save_pretrained(folder / family)
-    return folder / family
-
-
-def exported(family: str, checkpoint: Path, out: Path, **options: Any) -> ArtifactRecord:
-    size = None if family == "ddpm" else (32, 32)
-    return export_onnx(checkpoint, out, size=size, prompts=PROMPTS, **options)
 
 
 def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
@@ -64,35 +57,32 @@ def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
         assert reference.std() > 1  # not of one colour
 
 
-@pytest.mark.parametrize(
-    "family", ["ddpm", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "ddpm")]
-)
-def test_a_family_exports_and_matches(family: str, tmp_path: Path) -> None:
-    checkpoint = saved(family, tmp_path)
-    begun: list[tuple[str, int, int]] = []
-    record = exported(
-        family, checkpoint, tmp_path / "onnx", on_stage=lambda *stage: begun.append(stage)
-    )
+@pytest.mark.parametrize("family", families.ALL)
+def test_a_family_exports_and_matches(family: str, family_folder: FolderOf) -> None:
+    folder = family_folder(family)
+    begun = json.loads((folder / "stages.json").read_text())
     assert [(number, total) for _, number, total in begun] == [(n, 5) for n in range(1, 6)]
+    record = read_artifact(folder / "onnx")
     assert {item.name for item in record.components} == FAMILIES[family]
     assert all(check.passed for check in record.parity)
     relative = [c.value for c in record.parity if c.measure == "max_relative_error"]
     assert max(relative) <= 1e-4
     for item in record.components:
         assert any(axis.endswith("=batch") for axis in item.dynamic_axes), item
-    assert read_artifact(tmp_path / "onnx").pipeline == type(tiny_pipelines.make(family)).__name__
-    check_pictures_of(family, checkpoint, tmp_path / "onnx")
+    assert record.pipeline == type(tiny_pipelines.make(family)).__name__
+    check_pictures_of(family, folder / family, folder / "onnx")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "sana", "prx_pixel"])
-def test_a_family_is_quantised(family: str, tmp_path: Path) -> None:
-    checkpoint = saved(family, tmp_path)
-    exported(family, checkpoint, tmp_path / "onnx")
+QUANTISED = [one for one in families.ALL if one.values[0] in ("sdxl", "sd3", "sana", "prx_pixel")]
+
+
+@pytest.mark.parametrize("family", QUANTISED)
+def test_a_family_is_quantised(family: str, family_folder: FolderOf, tmp_path: Path) -> None:
+    folder = family_folder(family)
     options = Int8Options(steps=4, rows=16, search_seconds=3, speed_rounds=3)
     begun: list[tuple[str, int, int]] = []
     record = export_int8(
-        tmp_path / "onnx", checkpoint, tmp_path / "int8", prompts=PROMPTS, options=options,
+        folder / "onnx", folder / family, tmp_path / "int8", prompts=PROMPTS, options=options,
         allow=True,  # so small a network is not faster
         on_stage=lambda *stage: begun.append(stage),
     )  # fmt: skip
@@ -129,29 +119,32 @@ def test_a_count_is_of_stages_where_nobody_asks_for_their_names() -> None:
 
 
 @pytest.mark.slow
-def test_height_and_width_vary_where_the_network_lets_them(tmp_path: Path) -> None:
-    checkpoint = saved("sd", tmp_path)
-    record = exported("sd", checkpoint, tmp_path / "onnx")
+@pytest.mark.xdist_group("sd")
+def test_height_and_width_vary_where_the_network_lets_them(family_folder: FolderOf) -> None:
+    checkpoint, artifact = family_folder("sd") / "sd", family_folder("sd") / "onnx"
+    record = read_artifact(artifact)
     unet = next(item for item in record.components if item.name == "unet")
     assert {"sample[2]=height", "sample[3]=width"} <= set(unet.dynamic_axes)
     request = [ImageRequest(prompt="dog", seed=3, steps=2, height=48, width=40)]
-    image = open_artifact(tmp_path / "onnx", runtime="onnxruntime").generate(request)[0]
+    image = open_artifact(artifact, runtime="onnxruntime").generate(request)[0]
     expected = open_checkpoint(checkpoint).generate(request)[0]
     assert image.shape == (48, 40, 3)
     assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("sd")
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_half_precision_keeps_the_pictures(tmp_path: Path, precision: str) -> None:
+def test_half_precision_keeps_the_pictures(
+    family_folder: FolderOf, tmp_path: Path, precision: str
+) -> None:
     if precision == "bfloat16":
         pytest.importorskip("openvino")
-    checkpoint = saved("sd", tmp_path)
-    exported("sd", checkpoint, tmp_path / "onnx")
-    record = exported("sd", checkpoint, tmp_path / "half", precision=precision)
+    folder = family_folder("sd")
+    record = exported("sd", folder / "sd", tmp_path / "half", precision=precision)
     assert record.precision == precision
     assert set(record.conversion) == FAMILIES["sd"]
-    wide = {c.name: c.bytes for c in read_artifact(tmp_path / "onnx").components}
+    wide = {c.name: c.bytes for c in read_artifact(folder / "onnx").components}
     for item in record.components:
         assert item.bytes < 0.8 * wide[item.name], item.name
     assert not list((tmp_path / "half").glob(".*"))

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import tiny_pipelines
 from modelops.export.artifact import GRAPH
 from modelops.export.components import find_components
 from modelops.export.int8.proof import openvino_execution
-from modelops.export.onnx.export import write_component
 from modelops.export.onnx.writer import Example, write_graph
 from modelops.export.runtimes import openvino as runtime
 from modelops.export.runtimes.openvino import OpenVinoGraph, openvino_has_bfloat16
 from modelops.export.runtimes.probe import relative_errors
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
+from modelops.export.source import load_source
 from modelops.seeding import torch_generator
-from tiny_pipelines import FAMILIES
 
 pytest.importorskip("openvino")
 bfloat16 = pytest.mark.skipif(not openvino_has_bfloat16(), reason="no bfloat16 in OpenVINO here")
@@ -158,25 +158,20 @@ def test_what_has_no_angles_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @bfloat16
-@pytest.mark.parametrize(
-    "family",
-    ["ddpm", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "ddpm")],
-)
-def test_a_denoiser_is_as_right_as_in_torchs_own_bfloat16(family: str, tmp_path: Path) -> None:
-    pipeline = tiny_pipelines.make(family)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    found = find_components(pipeline, size=(32, 32))
+@pytest.mark.parametrize("family", families.ALL)
+def test_a_denoiser_is_as_right_as_in_torchs_own_bfloat16(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    folder, size = family_folder(family), families.size_of(family)
+    found = find_components(load_source(folder / family, size=size).pipeline, size=size)
     denoiser = next(item for item in found if item.role == "denoiser")
-    write_component(pipeline, denoiser, tmp_path, opset=20)
     tensors = [tensor for tensor, _ in denoiser.example.values()]
     with torch.inference_mode():
         expected = denoiser.flat(*tensors)[0].numpy()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             own = relative_errors(expected, denoiser.flat(*tensors)[0].float().numpy()).max()
     feed = {name: tensor.numpy() for name, (tensor, _) in denoiser.example.items()}
-    graph = OpenVinoGraph(tmp_path / GRAPH, precision="bfloat16")
+    graph = OpenVinoGraph(folder / "onnx" / denoiser.name / GRAPH, precision="bfloat16")
     assert relative_errors(expected, graph.run(feed)).max() < 2 * own
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import modelops
-from modelops.errors import UsageError
-from modelops.serving.start import check_names, known_variables
+from modelops.errors import ModelopsError, UsageError
+from modelops.serving.settings import NodeSettings
+from modelops.serving.start import check_names, check_the_start, known_variables
 
 
 @pytest.mark.parametrize("name, meant", [
@@ -45,27 +44,22 @@ def test_every_variable_that_the_package_names_is_known() -> None:
     assert named <= known_variables()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name, value, said", [
     ("MODELOPS_DEVICE", "cuda:7", r"device 'cuda:7': \d+ CUDA devices are visible"),
-    ("MODELOPS_RELEASES", "nowhere", "nowhere: no such folder"),
+    ("MODELOPS_RELEASES", "/nowhere", "/nowhere: no such folder"),
+    ("MODELOPS_RELEASE", "/nowhere", "/nowhere: not a release"),
     ("OTEL_TRACES_EXPORTER", "pigeon", "unknown exporter"),
     ("MODELOPS_MAX_ROW", "4", "MODELOPS_MAX_ROW: no such setting"),
+    ("MODELOPS_CLIENT_TIMEOUT_S", "soon", "MODELOPS_CLIENT_TIMEOUT_S='soon': not a number"),
+    ("MODELOPS_RECEIPTS_FAILURE", "maybe", "MODELOPS_RECEIPTS_FAILURE"),
+    ("MODELOPS_IMAGE_FILTER", "none", "none"),
 ])  # fmt: skip
-def test_bentoml_serve_ends_with_one_line(
-    tiny_release: Path, tmp_path: Path, name: str, value: str, said: str
+def test_what_cannot_work_is_one_line(
+    tiny_release: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
 ) -> None:
-    import re
-
-    environment = {
-        **os.environ, "MODELOPS_RELEASE": str(tiny_release), "MODELOPS_CACHE": str(tmp_path),
-        name: str(tmp_path / value) if name == "MODELOPS_RELEASES" else value,
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "bentoml", "serve", "modelops.service:ImageGenerator", "--port",
-         "0"],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert re.search(said, done.stdout + done.stderr)
-    assert "Traceback" not in done.stderr
+    """In a process of `bentoml serve`: see test_serving_faults_process."""
+    monkeypatch.setenv("MODELOPS_RELEASE", str(tiny_release))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ModelopsError, match=said) as caught:
+        check_the_start(NodeSettings.from_environment(os.environ), os.environ)
+    assert "\n" not in str(caught.value)

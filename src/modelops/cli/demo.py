@@ -10,8 +10,9 @@ import click
 from modelops.cli.output import dry_run_option, emit, json_option, progress, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from modelops.demo.plan import Plan
     from modelops.steps import Chain, OnProgress, Step, StepResult
 
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("modelops-demo"))
 @click.option(
     "--budget", "budget_name", default="default", show_default=True, metavar="NAME",
-    help="`default` (about 20 minutes on two cores) or `smoke` (about 3).",
+    help="`default` (about 20 minutes on two cores with bf16 instructions, 40 with AVX2 only) or "
+    "`smoke` (about 3).",
 )  # fmt: skip
 @click.option(
     "--force", multiple=True, metavar="STEP", help="Run this step again even if it is fresh."
@@ -32,8 +34,9 @@ def demo(
     """Run the whole chain on OpenMoji in DIRECTORY: pictures, deduplication, split, shards,
     training, evaluation, export, cards, gate, release, and one picture from the served release.
 
-    Run again, it skips every step whose inputs and outputs have not changed; killed, it goes on
-    where it was.
+    The default budget measures this machine for some seconds first and says what it will do and
+    how long each step should take; --dry-run says it and stops there. Run again, it keeps that plan
+    and skips every step whose inputs and outputs have not changed; killed, it goes on where it was.
 
     \b
     Examples:
@@ -43,22 +46,31 @@ def demo(
     """
     from modelops.demo.budgets import budget_named
     from modelops.demo.chain import demo_chain
-    from modelops.demo.project import headline, prepare
+    from modelops.demo.project import check_place, headline, prepare
 
     budget = budget_named(budget_name)
+    if not dry_run:
+        check_place(directory, budget_name)
+    plan = _plan(directory, budget_name, quiet=as_json) if budget.planned else None
+    if plan:
+        budget = plan.apply(budget)
     if dry_run:
         steps = demo_chain(directory, budget).steps
-        emit({"status": "ok", "steps": [step.name for step in steps]}, as_json=as_json)
+        result = {"status": "ok", "steps": [step.name for step in steps]}
+        emit(result | ({"plan": plan.as_dict()} if plan else {}), as_json=as_json)
         if not as_json:
-            table(["step", "what it does"], [[step.name, step.title] for step in steps])
+            _show(plan, steps)
         return
-    prepare(directory, budget_name, budget)
+    prepare(directory, budget_name, budget, plan)
+    if plan and not as_json:
+        _show(plan, demo_chain(directory, budget).steps)
     results = list(_run(demo_chain(directory, budget), force, quiet=as_json))
     rows = headline(directory)
     emit(
         {
             "status": "ok",
             "directory": str(directory),
+            "plan": plan.as_dict() if plan else None,
             "steps": [
                 {
                     "name": r.name,
@@ -84,6 +96,32 @@ def demo(
             f"Look   {directory / 'evaluations/final.html'}\n"
             f"Serve  modelops serve {directory / 'release'}"
         )
+
+
+def _plan(directory: Path, budget_name: str, *, quiet: bool) -> Plan | None:
+    """The plan that the directory keeps, or a new one for this machine; None for a demo that was
+    made before there were plans."""
+    from modelops.demo.machine import measure_rates
+    from modelops.demo.plan import CONFIGS, make_plan
+    from modelops.demo.project import is_made, kept_plan
+
+    if is_made(directory, budget_name):
+        return kept_plan(directory, budget_name)
+    with progress("measuring this machine", quiet=quiet) as shown:
+        return make_plan(measure_rates(CONFIGS, shown))
+
+
+def _show(plan: Plan | None, steps: Sequence[Step]) -> None:
+    """Print what will be done, and where it is planned, how long it takes."""
+    if plan is None:
+        table(["step", "what it does"], [[step.name, step.title] for step in steps])
+        return
+    seconds = dict(plan.stages)
+    table(
+        ["step", "what it does", "minutes"],
+        [[step.name, step.title, f"{seconds.get(step.name, 0) / 60:.1f}"] for step in steps],
+        title=f"About {plan.seconds / 60:.0f} minutes here: {plan.reason}",
+    )
 
 
 def _run(chain: Chain, force: tuple[str, ...], *, quiet: bool) -> Iterator[StepResult]:

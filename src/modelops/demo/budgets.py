@@ -19,12 +19,15 @@ class Budget:
         pictures: how many emoji (whole groups of variants); None takes all.
         prompts: held-out captions that are evaluated; None takes all of the test split.
         steps: sampling steps for evaluations; None takes the checkpoint's own default.
+        training_seconds: the trainer's time limit; None takes the config's own.
         resamples: bootstrap resamples behind each interval.
         policy: the gate's policy among `policies/`.
         calibration_prompts: training captions whose trajectories calibrate the INT8 export.
         search_seconds: for finding the set of INT8 layers.
         allow_slow_int8: keep INT8 that is not faster than fp32 and record the waiver; a network of
             the smoke test is too small to gain for sure.
+        planned: measure the machine first and let a plan name the config, the policy, the sampling
+            steps and the training seconds.
     """
 
     config: str
@@ -36,6 +39,8 @@ class Budget:
     calibration_prompts: int
     search_seconds: float
     allow_slow_int8: bool
+    planned: bool = False
+    training_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +54,7 @@ BUDGETS = {
     "default": Budget(
         config="openmoji_pilot.yaml", pictures=None, prompts=None, steps=None, resamples=300,
         policy="default.yaml", calibration_prompts=32, search_seconds=30.0, allow_slow_int8=False,
+        planned=True,
     ),
 }  # fmt: skip
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from modelops.demo.budgets import Budget, policy_file, trainer_config
-from modelops.errors import UsageError
+from modelops.demo.plan import Plan
+from modelops.errors import ModelopsError, UsageError
 from modelops.files import check_writable, read_json, remove_leftovers, write_json, write_text
 from modelops.records import ArtifactRecord, EvaluationRecord, Measurement, read_record
 
@@ -42,8 +45,43 @@ def int8_record(root: Path) -> str:
     return INT8_REFUSED if refused else f"{INT8_DIR}/artifact.json"
 
 
-def prepare(root: Path, budget_name: str, budget: Budget) -> None:
+def check_place(root: Path, budget_name: str) -> None:
+    """Make sure that a demo of this budget can be in `root`, before anything is measured for it.
+
+    Raises:
+        UsageError: the directory holds something else, or a demo of another budget.
+        ModelopsError: it cannot be written, or the disk is too full.
+    """
+    _read_state(root, budget_name)
+    check_writable(root, need_bytes=NEED_BYTES)
+
+
+def is_made(root: Path, budget_name: str) -> bool:
+    """Whether the project directory is ready, so that nothing about it is to be planned.
+
+    Raises:
+        UsageError: the directory holds something else, or a demo of another budget.
+    """
+    return bool(_read_state(root, budget_name).get("ready"))
+
+
+def kept_plan(root: Path, budget_name: str) -> Plan | None:
+    """The plan of a demo that is there already; None if there is none, or one from before plans.
+
+    Raises:
+        UsageError: the directory holds something else, or a demo of another budget; or the plan
+            that was kept is damaged.
+    """
+    values = _read_state(root, budget_name).get("plan")
+    return Plan.from_dict(values) if values else None
+
+
+def prepare(root: Path, budget_name: str, budget: Budget, plan: Plan | None = None) -> None:
     """Make the project directory, or accept it as one of the same budget.
+
+    Args:
+        budget: with the plan applied.
+        plan: written down, for the runs after a first one that was interrupted.
 
     Raises:
         UsageError: the directory holds something else, or a demo of another budget.
@@ -51,8 +89,34 @@ def prepare(root: Path, budget_name: str, budget: Budget) -> None:
     """
     from modelops.scaffold import init_project
 
+    check_place(root, budget_name)
+    state = _read_state(root, budget_name)
+    for folder in (".", "data", "runs", RUN, "models", "artifacts/pilot", "evaluations", "cards"):
+        remove_leftovers(root / folder)
+    if not state.get("ready"):
+        known = {"budget": budget_name, **({"plan": plan.as_dict()} if plan else {})}
+        write_json(root / SETTINGS, {**known, "ready": False})
+        init_project(root, force=True)
+        write_text(root / CONFIG, config_text(budget))
+        write_text(root / POLICY, policy_file(budget.policy).read_text("utf-8"))
+        write_json(root / SETTINGS, {**known, "ready": True})
+
+
+def config_text(budget: Budget) -> str:
+    """The training config of a budget, with its own time limit in place of the config's."""
+    text = trainer_config(budget.config).read_text("utf-8")
+    if budget.training_seconds is None:
+        return text
+    line = f"time_limit_seconds: {budget.training_seconds:.0f}"
+    changed, count = re.subn(r"time_limit_seconds: *\S+", line, text)
+    if count != 1:
+        raise ModelopsError(f"{budget.config}: has {count} time limits", hint="reinstall modelops")
+    return changed
+
+
+def _read_state(root: Path, budget_name: str) -> dict[str, Any]:
     settings = root / SETTINGS
-    state = read_json(settings) if settings.exists() else {}
+    state: dict[str, Any] = read_json(settings) if settings.exists() else {}
     if state:
         earlier = state.get("budget")
         if earlier != budget_name:
@@ -60,17 +124,11 @@ def prepare(root: Path, budget_name: str, budget: Budget) -> None:
                 f"{root}: made with --budget {earlier}, not {budget_name}",
                 hint=f"use --budget {earlier}, or another directory",
             )
+    elif root.exists() and not root.is_dir():
+        raise UsageError(f"{root}: not a directory", hint="name a new directory")
     elif root.exists() and any(root.iterdir()):
         raise UsageError(f"{root}: not empty and not a demo", hint="name a new directory")
-    check_writable(root, need_bytes=NEED_BYTES)
-    for folder in (".", "data", "runs", RUN, "models", "artifacts/pilot", "evaluations", "cards"):
-        remove_leftovers(root / folder)
-    if not state.get("ready"):
-        write_json(settings, {"budget": budget_name, "ready": False})
-        init_project(root, force=True)
-        write_text(root / CONFIG, trainer_config(budget.config).read_text("utf-8"))
-        write_text(root / POLICY, policy_file(budget.policy).read_text("utf-8"))
-        write_json(settings, {"budget": budget_name, "ready": True})
+    return state
 
 
 def grid_prompts() -> list[str]:
