@@ -2,7 +2,7 @@
 
 A pure function of the rates. What a stage costs beside the work that the rates tell was measured on
 two quiet cores with AVX-512 and bf16 and is scaled by how much slower this machine extracts
-features; see "What the demo does on other machines" in bench/README.md.
+features. How the recipes were found: bench/README.md.
 """
 
 from __future__ import annotations
