@@ -83,6 +83,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.xdist_group("monitored")
 def test_traffic_to_a_verdict(monitored: Path, tmp_path: Path) -> None:
     settings = NodeSettings(drift_log=str(tmp_path / "log"), drift_sample=1.0, profile_s=0)
     with live_node.served(monitored, settings) as live:
@@ -183,6 +184,7 @@ def test_a_folder_that_cannot_be_written_ends_the_start(tiny_release: Path, tmp_
         InferenceNode(tiny_release, settings=settings)
 
 
+@pytest.mark.xdist_group("monitored")
 def test_the_nodes_own_cadence_comes_first(monitored: Path, tiny_release: Path) -> None:
     assert evaluation_cadence(monitored, NodeSettings()) == 9
     assert evaluation_cadence(monitored, NodeSettings(evaluate_every_days=3)) == 3
