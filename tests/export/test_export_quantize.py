@@ -8,15 +8,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from small_graphs import (
-    ConvNet,
-    Transformer,
-    joint_feed,
-    random_rows,
-    shared_network,
-    write_gated,
-    write_joint_attention,
-)
 
 from modelops.errors import ExportError, UsageError
 from modelops.export.int8.columns import split_columns
@@ -39,6 +30,15 @@ from modelops.export.int8.variants import Variants
 from modelops.export.runtimes.graphs import Array, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.probe import relative_errors
+from small_graphs import (
+    ConvNet,
+    Transformer,
+    joint_feed,
+    random_rows,
+    shared_network,
+    write_gated,
+    write_joint_attention,
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_graphs import (
-    ConvNet,
-    Transformer,
-    joint_feed,
-    random_rows,
-    shared_network,
-    write_gated,
-    write_joint_attention,
-)
 
 from modelops.errors import ExportError, NotReproducedError
 from modelops.export.artifact import read_artifact
@@ -44,6 +35,15 @@ from modelops.export.runtimes.probe import (
     write_probe,
 )
 from modelops.processor import describe_processor, this_processor
+from small_graphs import (
+    ConvNet,
+    Transformer,
+    joint_feed,
+    random_rows,
+    shared_network,
+    write_gated,
+    write_joint_attention,
+)
 
 NETWORKS = ("transformer", "convnet", "joint attention", "gated")
 openvino = pytest.mark.skipif("openvino" not in available_runtimes(), reason="no OpenVINO here")

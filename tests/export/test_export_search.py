@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from onnx import helper
-from small_graphs import Transformer, random_rows, shared_network
 from torch import nn
 
 from modelops.errors import ExportError, UsageError
@@ -27,6 +26,7 @@ from modelops.export.int8.variants import Variants, multiply_adds
 from modelops.export.onnx.writer import Example, write_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.seeding import numpy_generator
+from small_graphs import Transformer, random_rows, shared_network
 
 
 def _cost(group: str, squared: float, ms: float, spread: float = 0.1) -> GroupCost:

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from small_graphs import ConvNet, Transformer, random_rows, shared_network
 
 from modelops.errors import ExportError
 from modelops.export.int8.smoothquant import (
@@ -22,6 +21,7 @@ from modelops.export.int8.smoothquant import (
 )
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.probe import relative_errors
+from small_graphs import ConvNet, Transformer, random_rows, shared_network
 
 
 @pytest.fixture(scope="module")
