@@ -506,7 +506,18 @@ class ReproductionCheck(_Model):
     bound: float  # INT8: 1.1 times the error of exact sums
     passed: bool
     n: int  # rows
+    fault: str = ""  # why there is no error to speak of: the runtime crashed
     imitated_by: str = ""  # the variable that narrowed another processor to this kind
+
+    @property
+    def answer(self) -> str:
+        """ "the same numbers", "OTHER NUMBERS", or what went wrong."""
+        return self.fault or ("the same numbers" if self.passed else "OTHER NUMBERS")
+
+    @property
+    def distance(self) -> str:
+        """ "off by 0.0031 (bound 0.0054)", or "" where there is no error."""
+        return "" if self.fault else f"off by {self.error:.3g} (bound {self.bound:.3g})"
 
 
 class ArtifactRecord(Record):

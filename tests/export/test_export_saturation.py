@@ -28,7 +28,7 @@ from modelops.export.runtimes.graphs import Array, available_runtimes, open_grap
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.probe import (
     SAME_ERROR,
-    compare_narrowed,
+    compare_apart,
     compare_with_probe,
     read_probe,
     relative_errors,
@@ -109,8 +109,8 @@ def test_eight_bits_are_exact_in_onnxruntime(int8: Int8, name: str) -> None:
 @openvino
 @pytest.mark.parametrize("name", NETWORKS)
 def test_openvino_as_with_avx2_alone_saturates_with_eight_bits_only(int8: Int8, name: str) -> None:
-    eight = compare_narrowed(int8(name, "full")[0], "openvino", "AVX2")
-    seven = compare_narrowed(int8(name, "reduced")[0], "openvino", "AVX2")
+    eight = compare_apart(int8(name, "full")[0], "openvino", isa="AVX2")
+    seven = compare_apart(int8(name, "reduced")[0], "openvino", isa="AVX2")
     assert not eight.passed
     assert eight.error > 1.8 * eight.bound / SAME_ERROR  # that of exact sums
     assert seven.passed
@@ -234,6 +234,28 @@ def test_the_answer_of_another_kind_of_processor_is_not_taken(
     assert "limited to SSE41" in choice.processor
     kept = [json.loads(p.read_text()) for p in (tmp_path / "cache/runtimes").iterdir()]
     assert len({row["processor"] for row in kept}) == 2
+
+
+def test_a_runtime_that_crashes_on_another_kind_takes_nobody_with_it(
+    int8_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELOPS_CACHE", str(tmp_path / "cache"))
+    record = read_artifact(int8_artifact)
+    elsewhere = [one.model_copy(update={"processor": "another"}) for one in record.reproduced]
+    unknown = record.model_copy(update={"reproduced": elsewhere})
+    # OpenVINO did this with a real network's kernels for AVX2.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, faulthandler\n"
+        f"if sys.orig_argv[-1] == {record.runtime!r}: faulthandler._sigsegv()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert choose_runtime(int8_artifact, record, "known here", runtime=record.runtime)
+    with pytest.raises(NotReproducedError, match="it crashed: SIGSEGV"):
+        choose_runtime(int8_artifact, unknown, "unknown", runtime=record.runtime)
+    for other in set(available_runtimes("int8")) - {record.runtime}:
+        choice = choose_runtime(int8_artifact, unknown, "unknown")
+        assert choice.runtime == other
+        assert f"{record.runtime} does not run it here (it crashed: SIGSEGV)" in choice.reason
 
 
 def test_kinds_of_processors() -> None:

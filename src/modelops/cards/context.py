@@ -232,9 +232,11 @@ def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, An
             {
                 "processor": one.processor + (" (imitated)" if one.imitated_by else ""),
                 "runtime": one.runtime,
-                "error": number(one.error),
-                "bound": number(one.bound),
-                "answer": "the same" if one.passed else "**others: not served there**",
+                "error": "" if one.fault else number(one.error),
+                "bound": "" if one.fault else number(one.bound),
+                "answer": "the same"
+                if one.passed
+                else f"**{one.fault or 'others'}: not served there**",
                 "n": one.n,
             }
             for one in record.reproduced

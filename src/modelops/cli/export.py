@@ -371,12 +371,12 @@ def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
         output.say(f"weights: {chosen['chosen']} range, {chosen['why']}")
     if record.reproduced:
         output.table(
-            ("processor", "runtime", "error", "bound", ""),
+            ("processor", "runtime", "", ""),
             [
                 (
                     one.processor + (f" ({one.imitated_by})" if one.imitated_by else ""),
-                    one.runtime, f"{one.error:.3g}", f"{one.bound:.3g}",
-                    "the same numbers" if one.passed else "OTHER NUMBERS: not served there",
+                    one.runtime, one.distance,
+                    one.answer if one.passed else f"{one.answer}: not served there",
                 )
                 for one in record.reproduced
             ],

@@ -236,8 +236,7 @@ def preflight(model: Path, runtime: str, out: Path | None, as_json: bool) -> Non
         record.write(out)
     lines = [f"processor: {record.processor}"]
     for one in record.reproduced:
-        verdict = "the same numbers" if one.passed else "OTHER NUMBERS"
-        lines.append(f"{one.runtime}: {verdict}, off by {one.error:.3g} (bound {one.bound:.3g})")
+        lines.append(f"{one.runtime}: {one.answer} {one.distance}".rstrip())
     served = record.runtime or ("the fallback" if record.fallback else "nothing")
     lines.append(f"served here: {served} ({record.reason})")
     emit(record.model_dump(mode="json"), as_json=as_json, text="\n".join(lines))

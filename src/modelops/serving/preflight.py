@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -79,8 +80,7 @@ def _try_model(
             record.status, record.error = "refused", error.message
     record.reproduced = [
         ReproductionCheck(
-            processor=record.processor, runtime=one.runtime, precision=one.found.precision,
-            error=one.found.error, bound=one.found.bound, passed=one.found.passed, n=PROBE_ROWS,
+            processor=record.processor, **asdict(one.found), passed=one.found.passed, n=PROBE_ROWS
         )
         for one in try_runtimes(root, artifact, available_runtimes(artifact.format))
         if one.found is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from modelops.export.runtimes.openvino import OpenVinoGraph
 from modelops.export.runtimes.probe import (
     PROBE_ROWS,
     Reproduction,
-    compare_narrowed,
+    compare_apart,
     compare_with_probe,
     read_probe,
 )
@@ -279,7 +280,7 @@ class Int8Job:
             one = compare_with_probe(probe, self.graph(runtime), file=path.name, quantised=True)
             self.reproduced.append(_as_check(one, here.kind))
             if runtime == "openvino" and "AVX-512" in here.features and not here.limit:
-                one = compare_narrowed(path, runtime, "AVX2")
+                one = compare_apart(path, runtime, isa="AVX2")
                 check = _as_check(one, "x86_64 with AVX2", by="ONEDNN_MAX_CPU_ISA=AVX2")
                 self.reproduced.append(check)
 
@@ -334,9 +335,8 @@ class Int8Job:
 
 def _as_check(found: Reproduction, processor: str, by: str = "") -> ReproductionCheck:
     return ReproductionCheck(
-        processor=processor, runtime=found.runtime, precision=found.precision, error=found.error,
-        bound=found.bound, passed=found.passed, n=PROBE_ROWS, imitated_by=by,
-    )  # fmt: skip
+        processor=processor, **asdict(found), passed=found.passed, n=PROBE_ROWS, imitated_by=by
+    )
 
 
 def _give_up_order(table: Sequence[Decision]) -> list[str]:

@@ -14,7 +14,12 @@ import numpy as np
 from modelops.environment import current_environment
 from modelops.errors import ModelopsError, NotReproducedError
 from modelops.export.runtimes.graphs import RuntimeName, available_runtimes, open_graph
-from modelops.export.runtimes.probe import Reproduction, compare_with_probe, read_probe
+from modelops.export.runtimes.probe import (
+    Reproduction,
+    compare_apart,
+    compare_with_probe,
+    read_probe,
+)
 from modelops.export.timing import interleaved_seconds
 from modelops.files import cache_directory, read_json, sha256_json, write_json
 from modelops.processor import this_processor
@@ -122,6 +127,8 @@ class Tried:
         """Why it is not taken; "" if it may be."""
         if self.found is None:
             return f"{self.runtime} does not run it ({self.fault})"
+        if self.found.fault:
+            return f"{self.runtime} does not run it here ({self.found.fault})"
         if not self.found.passed:
             error, bound = self.found.error, self.found.bound
             return f"{self.runtime} is off by {error:.2g} here (bound {bound:.2g})"
@@ -154,6 +161,11 @@ def try_runtimes(
     for name in names:
         path = graph_file(root, denoiser, name)
         try:
+            if record.format == "int8" and not _ran_on_this_kind(record, name):
+                apart = compare_apart(path, name)
+                if apart.fault:
+                    tried.append(Tried(name, apart))
+                    continue
             graph = open_graph(
                 path, name, threads=threads, device_id=device_id,
                 precision=served_precision(record, name) if precision == "auto" else precision,
@@ -168,6 +180,13 @@ def try_runtimes(
             continue
         tried.append(Tried(name, found, run=partial(graph.run, probe.feed)))
     return tried
+
+
+def _ran_on_this_kind(record: ArtifactRecord, runtime: str) -> bool:
+    """Whether a runtime is known not to crash with an INT8 graph's kernels for this processor."""
+    here = this_processor().kind
+    known = (one for one in record.reproduced if (one.processor, one.runtime) == (here, runtime))
+    return any(not one.fault for one in known)
 
 
 def _measure(

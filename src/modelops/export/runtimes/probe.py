@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -66,16 +67,18 @@ class Reproduction:
         error: relative error beside torch: of an INT8 graph the root mean square over the rows, of
             another the largest row's.
         bound: the error that it may have; of an INT8 graph 1.1 times that of exact sums.
+        fault: why there is no error to speak of; "" if there is one.
     """
 
     runtime: str
     precision: str
     error: float
     bound: float
+    fault: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound
+        return not self.fault and self.error <= self.bound
 
 
 def write_probe(
@@ -181,28 +184,40 @@ def _error(reference: Array, output: Array, *, largest: bool = False) -> float:
     return float(errors.max() if largest else np.sqrt(np.mean(np.square(errors))))
 
 
-def compare_narrowed(path: Path, runtime: RuntimeName, isa: str) -> Reproduction:
-    """`compare_with_probe` of an INT8 graph in a process whose oneDNN is limited to `isa`.
+def compare_apart(path: Path, runtime: RuntimeName, *, isa: str = "") -> Reproduction:
+    """`compare_with_probe` of an INT8 graph in a process of its own, which may crash.
 
-    OpenVINO then runs the kernels that it has for such a processor; onnxruntime has no such limit.
+    OpenVINO's kernels for a processor that the artifact was not made on may do that, and would take
+    the caller with them.
 
     Args:
         path: the graph; its probe lies beside it.
         runtime: which one.
-        isa: a value of ONEDNN_MAX_CPU_ISA, "AVX2" say.
+        isa: a value of ONEDNN_MAX_CPU_ISA, "AVX2" say: OpenVINO then runs the kernels that it has
+            for such a processor; onnxruntime has no such limit.
 
     Raises:
-        ExportError: the process fails.
+        ExportError: the process fails otherwise than by crashing.
     """
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(path), runtime],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": isa},
+        env={**os.environ, **({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})},
         capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
     )  # fmt: skip
+    if done.returncode < 0:
+        return Reproduction(runtime, "float32", _NOTHING_LIKE_IT, 0.0, _ended_by(-done.returncode))
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise ExportError(f"{runtime} limited to {isa}: {said[-1] if said else 'it ended early'}")
+        where = f"{runtime} limited to {isa}" if isa else runtime
+        raise ExportError(f"{where}: {said[-1] if said else 'it ended early'}")
     return Reproduction(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _ended_by(number: int) -> str:
+    try:
+        return f"it crashed: {signal.Signals(number).name}"
+    except ValueError:
+        return f"it crashed: signal {number}"
 
 
 def _main(path: str, runtime: Any) -> None:
