@@ -24,14 +24,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from modelops.export.artifact import GRAPH
+from modelops.export.artifact.directory import GRAPH
 from modelops.export.calibration import DEFAULT_PROMPTS, collect_rows
 from modelops.export.components import Component, find_components
-from modelops.export.onnx.export import write_component
 from modelops.export.runtimes import openvino as runtime
-from modelops.export.runtimes.openvino import OpenVinoGraph, openvino_has_bfloat16
+from modelops.export.runtimes.openvino import OpenVinoGraph
+from modelops.export.runtimes.precision import openvino_has_bfloat16
 from modelops.export.runtimes.probe import relative_errors
 from modelops.export.timing import interleaved_seconds
+from modelops.export.to_onnx import write_component
 from modelops.models.sources import load_checkpoint
 
 FAMILY_PROMPTS = ["a red heart", "the green dog", "a blue house with the sun", "cat of the flag"]

@@ -36,10 +36,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom, skewnorm
 
+from modelops.base.files import write_json
 from modelops.data.corpora.openmoji import build_corpus
 from modelops.data.embeddings import embed_manifest
 from modelops.data.manifest import read_manifest
-from modelops.files import write_json
 from modelops.metrics.clustered import clustered_rate
 from modelops.metrics.frechet import (
     Statistics,

@@ -35,8 +35,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from modelops.base.files import sha256_json, write_json
+from modelops.base.seeding import numpy_generator
 from modelops.data.images import read_image
-from modelops.files import sha256_json, write_json
 from modelops.metrics.features import Lite0Extractor, write_arrays
 from modelops.metrics.intervals import clopper_pearson
 from modelops.models.sources import ImageRequest
@@ -47,7 +48,6 @@ from modelops.monitoring.rows import shares_to_vector
 from modelops.monitoring.samples import Sample
 from modelops.monitoring.scripts import script_shares
 from modelops.monitoring.shifts import Latencies, latency_shift
-from modelops.seeding import numpy_generator
 
 Features = npt.NDArray[np.float16]
 Rows = npt.NDArray[np.int64]
@@ -95,7 +95,7 @@ class Lab:
         if path.is_file():
             with np.load(path) as stored:
                 return np.asarray(stored["features"])
-        from modelops.export.runtime import open_artifact
+        from modelops.export.artifact.open import open_artifact
 
         source = open_artifact(self.demo / "release/model", batch_size=8)
         shift = options.pop("seed", 0)

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from modelops.environment import current_environment
+from modelops.base.environment import current_environment
+from modelops.base.seeding import numpy_generator
 from modelops.models.sources import ImageRequest, pipeline_arguments
-from modelops.seeding import numpy_generator
-from modelops.serving.opening import open_model
-from modelops.serving.scheduling import engine as engine_module
-from modelops.serving.scheduling.engine import StepEngine
-from modelops.serving.scheduling.pipelines import PipelineModel
+from modelops.serving.engine import engine as engine_module
+from modelops.serving.engine.diffusers import PipelineModel
+from modelops.serving.engine.engine import StepEngine
+from modelops.serving.node.load import open_model
 
 Pictures = list[Any]
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import inception_peers as peers
+from modelops.base.files import sha256_file
 from modelops.data.images import read_image
-from modelops.files import sha256_file
 from modelops.metrics.features import cached_features
 from modelops.metrics.frechet import (
     features_to_frechet_distance,

@@ -26,8 +26,9 @@ import numpy as np
 import openvino
 
 from denoisers import NAMES, Denoiser, make_denoiser
-from modelops.environment import current_environment
+from modelops.base.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
+from modelops.export.graphs.graph import process_cores
 from modelops.export.int8.options import ERROR_BUDGET
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
@@ -35,9 +36,7 @@ from modelops.export.int8.search import search_groups
 from modelops.export.int8.sensitivity import scan_groups
 from modelops.export.int8.smoothquant import Smoothing, choose_smoothing, smoothable_tensors
 from modelops.export.int8.variants import Variants
-from modelops.export.runtime import default_precision
-from modelops.export.runtimes.graphs import process_cores
-from modelops.export.runtimes.openvino import openvino_has_bfloat16
+from modelops.export.runtimes.precision import default_precision, openvino_has_bfloat16
 from modelops.export.runtimes.probe import relative_errors
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
 from modelops.export.timing import interleaved_seconds, speed_ratio

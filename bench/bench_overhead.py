@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.environment import current_environment
-from modelops.export.runtime import open_artifact
-from modelops.export.runtimes.graphs import process_cores
+from modelops.base.environment import current_environment
+from modelops.base.seeding import numpy_generator
+from modelops.export.artifact.open import open_artifact
+from modelops.export.graphs.graph import process_cores
 from modelops.models.sources import ImageRequest, PipelineSource
-from modelops.seeding import numpy_generator
 
 GOAL = 0.05
 # The calls that are the networks, in each runtime.
@@ -61,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.checkpoint:
-            from modelops.export.onnx.export import export_onnx
+            from modelops.export.to_onnx import export_onnx
 
             options.artifact = Path(folder) / "onnx"
             export_onnx(options.checkpoint, options.artifact)

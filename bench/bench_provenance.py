@@ -21,7 +21,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from modelops.serving.golden import pixels_sha256
+from modelops.base.pixels import pixels_sha256
 from modelops.serving.provenance.images import encode_image
 from modelops.serving.provenance.manifests import Marker, read_mark
 from modelops.serving.provenance.receipts import (

@@ -24,15 +24,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from denoisers import NAMES, Denoiser, make_denoiser
-from modelops.environment import current_environment
+from modelops.base.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
+from modelops.export.graphs.graph import Graph, available_runtimes, process_cores
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
-from modelops.export.runtimes.graphs import Graph, available_runtimes, open_graph, process_cores
-from modelops.export.runtimes.openvino import openvino_has_bfloat16
+from modelops.export.runtimes.open import open_graph
+from modelops.export.runtimes.precision import openvino_has_bfloat16
 from modelops.export.runtimes.probe import relative_errors
 from modelops.export.timing import interleaved_seconds, speed_ratio
-from modelops.records import Measurement
+from modelops.records.base import Measurement
 
 EAGER, ORT = "torch eager", "onnxruntime fp32"
 PRODUCT, SIDE = "matrix product", 2048  # what this processor does at best in fp32

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.processor import this_processor
+from modelops.export.graphs.graph import available_runtimes
 from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.ranges import measure_ranges
 from modelops.export.int8.variants import root_mean_square
 from modelops.export.onnx.weight_range import WEIGHT_TOPS
-from modelops.export.runtimes.graphs import available_runtimes, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.probe import relative_errors
-from modelops.processor import this_processor
 
 Feed = dict[str, npt.NDArray[np.float32]]
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from modelops.base.files import sha256_file
 from modelops.data.images import read_image
 from modelops.evaluation.crew.sharing import crew_of, open_shared
 from modelops.evaluation.prompts import PlannedImage, PromptSet, image_name, plan_images
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.sources import open_source
-from modelops.files import sha256_file
 from modelops.models.sources import ImageRequest
 
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 32)

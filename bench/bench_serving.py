@@ -25,8 +25,8 @@ from pathlib import Path
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.pop(_name, None)
 
-from modelops.environment import current_environment  # noqa: E402
-from modelops.files import read_json  # noqa: E402
+from modelops.base.environment import current_environment  # noqa: E402
+from modelops.base.files import read_json  # noqa: E402
 from serving.latency import latency, overload  # noqa: E402
 from serving.mix import BLOCK, read_prompts  # noqa: E402
 from serving.options import Goal, Options, Result  # noqa: E402

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from modelops.base.seeding import image_seed, numpy_generator, torch_generator
 from modelops.export.calibration import DEFAULT_PROMPTS, TrajectoryRows
-from modelops.export.onnx.writer import Example, write_graph
+from modelops.export.onnx.writer import write_graph
+from modelops.export.signatures import Example
 from modelops.models.sources import load_checkpoint
-from modelops.seeding import image_seed, numpy_generator, torch_generator
 
 Array = Any
 NAMES = ("pilot", "unet", "transformer")

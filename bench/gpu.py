@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     import torch
 
-    from modelops.errors import ModelopsError
+    from modelops.base.errors import ModelopsError
     from modelops.export.tensorrt.library import has_tensorrt
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -111,8 +111,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(options: argparse.Namespace, work: Path) -> int:
     import torch
 
-    from modelops.environment import current_environment
-    from modelops.files import write_json
+    from modelops.base.environment import current_environment
+    from modelops.base.files import write_json
 
     checkpoint = options.checkpoint or tiny_checkpoint(work / "checkpoint")
     network = load_network(options, checkpoint)
@@ -200,7 +200,7 @@ def write_graphs(
     network: Network, work: Path, int8: Path | None, skipped: dict[str, str]
 ) -> dict[str, Path]:
     """fp32, fp16 and INT8 graphs of the module; a conversion that fails is left out."""
-    from modelops.errors import ModelopsError
+    from modelops.base.errors import ModelopsError
     from modelops.export.int8.quantize import quantize_graph
     from modelops.export.int8.ranges import Calibration
     from modelops.export.onnx.precision import convert_precision
@@ -242,11 +242,11 @@ def open_runs(
     """What can be run here, and what engines say of their layers; what cannot is in `skipped`."""
     import torch
 
-    from modelops.errors import ModelopsError
-    from modelops.export.onnx.axes import read_axes
+    from modelops.base.errors import ModelopsError
+    from modelops.export.graphs.axes import read_axes
     from modelops.export.runtimes.onnxruntime import OrtGraph
+    from modelops.export.runtimes.tensorrt import TensorRtGraph
     from modelops.export.tensorrt.build import ensure_engine
-    from modelops.export.tensorrt.engine import TensorRtGraph
     from modelops.export.tensorrt.profiles import limits_of_shapes, make_profile
 
     runs: dict[str, Run] = {"torch eager fp32": partial(run_torch, module)}
@@ -386,10 +386,10 @@ def check_artifacts(
     An export compares every network and the pictures with torch on the CPU; one that differs or
     fails is in `failures`, one whose packages are missing in `skipped`.
     """
-    from modelops.errors import MissingExtraError, ModelopsError
-    from modelops.export.onnx.export import export_onnx
-    from modelops.export.runtime import open_artifact
-    from modelops.export.tensorrt.export import export_tensorrt
+    from modelops.base.errors import MissingExtraError, ModelopsError
+    from modelops.export.artifact.open import open_artifact
+    from modelops.export.to_onnx import export_onnx
+    from modelops.export.to_tensorrt import export_tensorrt
     from modelops.models.sources import ImageRequest
 
     onnx, engines = folder / "onnx", folder / "tensorrt"

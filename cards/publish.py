@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from modelops.base.files import atomic_directory, tree_files, write_text
 from modelops.demo.project import (
     EARLY,
     FINAL,
@@ -25,15 +26,12 @@ from modelops.demo.project import (
     describe,
     int8_record,
 )
-from modelops.files import atomic_directory, tree_files, write_text
-from modelops.records import (
-    ArtifactRecord,
-    EvaluationRecord,
-    Measurement,
-    TrainRecord,
-    Verdict,
-    read_record,
-)
+from modelops.records.base import Measurement
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import read_record
+from modelops.records.release import Verdict
+from modelops.records.train import TrainRecord
 
 PUBLISHED = Path(__file__).parent / "openmoji-pilot"
 README = Path(__file__).parent.parent / "README.md"

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from modelops.evaluation.abtest.build import StudySettings, build_study
-from modelops.evaluation.abtest.study import Study
-from modelops.files import sha256_file
-from modelops.seeding import image_seed
+from modelops.abtest.build import StudySettings, build_study
+from modelops.abtest.study import Study
+from modelops.base.files import sha256_file
+from modelops.base.seeding import image_seed
 
 BLUE, RED = (30, 60, 200), (200, 50, 40)
 PROMPTS = tuple(f"{colour} {thing}" for colour in ("warm", "cold") for thing in

@@ -95,7 +95,7 @@ def onnx_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     """The fp32 artifact of the tiny checkpoint. Read only."""
 
     def make(folder: Path) -> None:
-        from modelops.export.onnx.export import export_onnx
+        from modelops.export.to_onnx import export_onnx
 
         export_onnx(tiny_checkpoint, folder / "onnx")
 
@@ -109,7 +109,7 @@ def int8_artifact(
     """The INT8 artifact of the tiny checkpoint. Read only."""
 
     def make(folder: Path) -> None:
-        from modelops.export.int8.export import Int8Options, export_int8
+        from modelops.export.to_int8 import Int8Options, export_int8
 
         export_int8(
             onnx_artifact, tiny_checkpoint, folder / "int8",

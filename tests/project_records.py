@@ -5,24 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from modelops.files import sha256_bytes, sha256_file, sha256_json, sha256_tree, write_bytes
-from modelops.records import (
-    ArtifactRecord,
-    CheckpointRef,
-    DedupReport,
-    DuplicateCluster,
-    Environment,
-    EvaluationRecord,
-    ExportedComponent,
-    InputRef,
-    Measurement,
-    ParityCheck,
-    Sampling,
-    SmokeReport,
-    SourceInfo,
-    SplitReport,
-    TrainRecord,
-)
+from modelops.base.environment import Environment
+from modelops.base.files import sha256_bytes, sha256_file, sha256_json, sha256_tree, write_bytes
+from modelops.records.base import InputRef, Measurement
+from modelops.records.data import DedupReport, DuplicateCluster, SmokeReport, SplitReport
+from modelops.records.evaluation import EvaluationRecord, Sampling, SourceInfo
+from modelops.records.export import ArtifactRecord, ExportedComponent, ParityCheck
+from modelops.records.train import CheckpointRef, TrainRecord
 
 EARLY, FINAL = sha256_bytes(b"checkpoint 100"), sha256_bytes(b"checkpoint 2000")
 CONFIG = sha256_bytes(b"config")

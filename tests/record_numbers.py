@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modelops.records import EvaluationRecord, read_record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
 
 
 def numbers(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from modelops.base.seeding import numpy_generator, torch_generator
 from modelops.export.calibration import TrajectoryRows
+from modelops.export.graphs.graph import Array
 from modelops.export.onnx.writer import write_graph
-from modelops.export.runtimes.graphs import Array
-from modelops.seeding import numpy_generator, torch_generator
 
 WIDTH, TOKENS = 32, 6
 

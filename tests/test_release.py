@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from modelops.errors import (
+from modelops.base.errors import (
     GateFailedError,
     GateUndecidedError,
     IntegrityError,
     ModelopsError,
     UsageError,
 )
-from modelops.files import sha256_file, sha256_tree
-from modelops.records import Answer, Verdict
-from modelops.release import build_release, verify_release
+from modelops.base.files import sha256_file, sha256_tree
+from modelops.records.base import Answer
+from modelops.records.release import Verdict
+from modelops.releases.build import build_release, verify_release
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from modelops.errors import ModelopsError
+from modelops.base.errors import ModelopsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.config import TrainConfig
-from modelops.seeding import numpy_generator
+from modelops.base.seeding import numpy_generator
+from modelops.training.config import TrainConfig
 
 from .objective import stratified_sigmas
 from .pictures import PictureSet

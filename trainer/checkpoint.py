@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from modelops.errors import IntegrityError, TrainingError
-from modelops.files import (
+from modelops.base.errors import IntegrityError, TrainingError
+from modelops.base.files import (
     atomic_directory,
     read_json,
     remove_leftovers,
@@ -31,7 +31,7 @@ from modelops.files import (
 )
 from modelops.models.checkpoints import save_pipeline
 from modelops.models.sources import TRAINING_STATE
-from modelops.records import CheckpointRef
+from modelops.records.train import CheckpointRef
 
 from .plan import Plan
 

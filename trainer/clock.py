@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
-from modelops.config import TrainConfig
+from modelops.training.config import TrainConfig
 
 from .plan import ENOUGH, Rhythm, make_rhythm, seconds_left, steps_in_time
 

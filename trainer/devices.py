@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modelops.errors import TrainingError
+from modelops.base.errors import TrainingError
 
 
 def make_accelerator() -> Any:

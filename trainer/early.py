@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.config import TrainConfig
+from modelops.base.errors import ModelopsError
 from modelops.data.embeddings import pixel_digest
-from modelops.errors import ModelopsError
 from modelops.metrics.features import Lite0Extractor, cached_features
 from modelops.metrics.memorization import (
     CopyingVerdict,
@@ -27,6 +26,7 @@ from modelops.metrics.memorization import (
     own_neighbour_distances,
 )
 from modelops.metrics.overfitting import Overfitting, find_overfitting, rows_to_losses
+from modelops.training.config import TrainConfig
 
 from .grids import prompts_to_images
 from .pictures import Pictures, PictureSet

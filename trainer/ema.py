@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modelops.config import EmaSection
+from modelops.training.config import EmaSection
 
 
 def effective_decay(section: EmaSection, update: int) -> float:

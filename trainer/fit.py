@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from modelops.errors import TrainingError
+from modelops.base.errors import TrainingError
 
 from .memory import smaller_microbatch
 from .precision import StepsOnACopy, Trial, candidates, choose, measure

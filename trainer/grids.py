@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.config import TrainConfig
-from modelops.files import write_bytes
+from modelops.base.files import write_bytes
+from modelops.base.seeding import image_seed, numpy_generator
 from modelops.models.sources import floats_to_uint8
-from modelops.seeding import image_seed, numpy_generator
+from modelops.training.config import TrainConfig
 
 from .batches import Batch
 from .objective import flow_losses

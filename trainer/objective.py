@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from modelops.seeding import numpy_generator
+from modelops.base.seeding import numpy_generator
 
 SMALLEST_LEVEL = 0.05  # a picture prediction becomes a velocity by 1 / max(s, this)
 # Velocity errors of a picture prediction grow as 1 / s; in the loss no further than to this level,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelops.config import TrainingSection
+from modelops.training.config import TrainingSection
 
 # Keller Jordan 2024, "Muon: An optimizer for hidden layers in neural networks": a quintic
 # Newton-Schulz iteration whose slope at 0 is as large as stability allows.

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modelops.config import TrainConfig
+from modelops.base.errors import ImageError, TrainingError
 from modelops.data.images import read_image, resize_image
-from modelops.errors import ImageError, TrainingError
-from modelops.launch import splits_path
+from modelops.training.config import TrainConfig
+from modelops.training.launch import splits_path
 
 Reader = Callable[[int], npt.NDArray[np.uint8]]
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from modelops.config import TrainConfig, TrainingSection
+from modelops.training.config import TrainConfig, TrainingSection
 
 AIM = 0.98  # of a time limit is what a plan fills
 ENOUGH = 0.95  # of it: a plan that fills less is made anew

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
-from modelops.config import TrainConfig
-from modelops.errors import TrainingError
+from modelops.base.errors import TrainingError
+from modelops.training.config import TrainConfig
 
 from .batches import Batch
 from .memory import is_out_of_memory

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import TrainingError
+from modelops.base.errors import TrainingError
 
 from .stats import event
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from modelops.environment import current_environment
+from modelops.base.environment import current_environment
 from modelops.metrics.overfitting import find_overfitting, rows_to_losses
-from modelops.records import TrainRecord, read_stats
+from modelops.records.train import TrainRecord, read_stats
 
 from .checkpoint import checkpoint_refs
 from .report import loss_trend, write_report

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from modelops.config import TrainConfig
-from modelops.files import write_bytes, write_text
-from modelops.records import TrainRecord, read_stats
+from modelops.base.files import write_bytes, write_text
+from modelops.records.train import TrainRecord, read_stats
+from modelops.training.config import TrainConfig
 
 SIGNIFICANT = 0.02
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from modelops.config import TrainConfig
+from modelops.base.seeding import derive_seed
 from modelops.models.encoders import load_text_encoder
 from modelops.models.networks import make_unet
-from modelops.seeding import derive_seed
+from modelops.training.config import TrainConfig
 
 from .batches import Batch, TrainingBatches, fixed_batch
 from .early import spread

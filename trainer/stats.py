@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.config import LoggingSection
-from modelops.extras import has_module
-from modelops.files import write_text
-from modelops.records import read_stats
+from modelops.base.extras import has_module
+from modelops.base.files import write_text
+from modelops.records.train import read_stats
+from modelops.training.config import LoggingSection
 
 
 class StatsWriter:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelops.config import TrainConfig
+from modelops.training.config import TrainConfig
 
 from .batches import Batch
 from .objective import flow_losses

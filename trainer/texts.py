@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modelops.files import atomic_path, sha256_json
+from modelops.base.files import atomic_path, sha256_json
 from modelops.models.encoders import texts_to_embeddings
 
 

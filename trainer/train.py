@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from modelops.config import RunSpec, TrainConfig
-from modelops.errors import ModelopsError, TrainingError
-from modelops.launch import read_run_spec, verify_inputs
+from modelops.base.errors import ModelopsError, TrainingError
 from modelops.models.networks import make_pipeline
-from modelops.records import read_stats
+from modelops.records.train import read_stats
+from modelops.training.config import RunSpec, TrainConfig
+from modelops.training.launch import read_run_spec, verify_inputs
 
 from .batches import Batch
 from .checkpoint import Progress, load_checkpoint_state, newest_checkpoint, save_checkpoint

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from modelops.base.seeding import numpy_generator
 from modelops.safety.prompt import WordListFilter
-from modelops.seeding import numpy_generator
 
 STEPS = range(8, 31)
 GUIDANCE = (1.0, 3.0)

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from modelops.export.runtime import open_artifact
-from modelops.export.runtimes.graphs import process_cores
+from modelops.export.artifact.open import open_artifact
+from modelops.export.graphs.graph import process_cores
 from serving.batches import BatchMaker, Checker, to_png
 from serving.mix import Wanted
 

@@ -81,7 +81,7 @@ class Batching:
     """INT8 in the node's runtime, adaptive batches of up to 16 requests."""
 
     def __init__(self) -> None:
-        from modelops.export.runtime import open_artifact
+        from modelops.export.artifact.open import open_artifact
         from serving.batches import BatchMaker
 
         self.maker = BatchMaker(open_artifact(os.environ["BENCH_ARTIFACT"]).pipeline)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modelops.seeding import numpy_generator
+from modelops.base.seeding import numpy_generator
 from serving.figures import Spread
 from serving.mix import Wanted, make_mix
 from serving.options import CLIENTS, Options, Result, saturated

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from modelops.environment import current_environment
-from modelops.extras import EXTRA_OF_MODULE, has_module
+from modelops.base.environment import current_environment
+from modelops.base.extras import EXTRA_OF_MODULE, has_module
 
 State = Literal["ok", "missing", "warning", "problem"]
 
@@ -93,7 +93,7 @@ def _torch() -> list[Finding]:
 def _arithmetic() -> list[Finding]:
     """Which numbers this processor multiplies in hardware, and what is chosen for it."""
     try:
-        from modelops.processor import this_processor
+        from modelops.base.processor import this_processor
 
         processor = this_processor()
         ratio = _bfloat16_speed()
@@ -186,7 +186,7 @@ def _extras() -> list[Finding]:
 
 
 def _weights() -> list[Finding]:
-    from modelops.errors import ModelopsError
+    from modelops.base.errors import ModelopsError
     from modelops.models.encoders import (
         LITE0_SHA256,
         MINILM_SHA256,

@@ -16,12 +16,12 @@ if "prometheus_client" not in sys.modules:
     # BentoML sets this for its own metrics; with it the client would keep ours in shared files too.
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
-from modelops.errors import ModelopsError
+from modelops.base.errors import ModelopsError
 from modelops.serving.http.app import create_app
 from modelops.serving.http.connections import limit_connections
 from modelops.serving.http.peers import Peers
+from modelops.serving.rollout.active_release import release_from_environment
 from modelops.serving.settings import NodeSettings
-from modelops.serving.swap.standing import release_from_environment
 from modelops.serving.telemetry.logs import configure_logging
 from modelops.serving.telemetry.tracing import configure_tracing, flush_tracing
 from modelops.serving.workers import (
@@ -78,8 +78,8 @@ class ImageGenerator:
     """Serves the release named by MODELOPS_RELEASE, or the one that stands in MODELOPS_RELEASES."""
 
     def __init__(self) -> None:
-        from modelops.serving.node import InferenceNode
-        from modelops.serving.swap.fleet import open_fleet
+        from modelops.serving.node.node import InferenceNode
+        from modelops.serving.rollout.rollout import open_fleet
 
         end_with_parent()
         # After each step the engine's thread waits until another one lets go of the interpreter.
@@ -120,7 +120,7 @@ class ImageGenerator:
     def check_the_start() -> None:
         """Runs once before any worker starts, so that a bad release, key or setting ends the
         command; a worker that cannot start is started again for ever."""
-        from modelops.serving.start import check_the_start
+        from modelops.serving.deploy.start import check_the_start
 
         try:
             check_the_start(settings)

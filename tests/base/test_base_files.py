@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from modelops import files
-from modelops.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base import files
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 
 
 def test_sha256_of_known_bytes(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_help_loads_nothing_heavy(command: str) -> None:
 @pytest.mark.parametrize(
     "modules",
     [
-        "modelops.records, modelops.config, modelops.environment",
+        "modelops.records.base, modelops.training.config, modelops.base.environment",
         "modelops.service",  # BentoML's arbiter imports it too, beside every worker
     ],
 )

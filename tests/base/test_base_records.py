@@ -5,17 +5,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from modelops.environment import current_environment
-from modelops.errors import UsageError
-from modelops.records import (
-    EvaluationRecord,
-    Measurement,
-    SmokeReport,
-    SourceInfo,
-    TrainRecord,
-    read_any_record,
-    read_record,
-)
+from modelops.base.environment import current_environment
+from modelops.base.errors import UsageError
+from modelops.records.base import Measurement
+from modelops.records.data import SmokeReport
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
+from modelops.records.read import read_any_record, read_record
+from modelops.records.train import TrainRecord
 
 
 def evaluation() -> EvaluationRecord:
@@ -67,7 +63,7 @@ def test_unknown_keys_other_kinds_and_newer_schemas_are_refused(tmp_path: Path) 
 
 
 def test_a_new_record_kind_is_in_the_table_of_kinds() -> None:
-    from modelops import records
+    from modelops.records import base as records
 
     kinds = {
         model.model_fields["kind"].default

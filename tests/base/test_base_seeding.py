@@ -5,13 +5,19 @@ import sys
 
 import torch
 
-from modelops.seeding import MAX_SEED, derive_seed, image_seed, numpy_generator, torch_generator
+from modelops.base.seeding import (
+    MAX_SEED,
+    derive_seed,
+    image_seed,
+    numpy_generator,
+    torch_generator,
+)
 
 
 def test_seeds_are_the_same_in_every_process_and_for_ever() -> None:
     # A literal: a change of the derivation would change every picture of every release.
     assert derive_seed(0, "image", "red heart", 0) == 5130108849500540
-    code = "from modelops.seeding import *; print(image_seed(0, 'red heart'))"
+    code = "from modelops.base.seeding import *; print(image_seed(0, 'red heart'))"
     for hash_seed in ("0", "1"):
         done = subprocess.run(
             [sys.executable, "-c", code],

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from modelops.errors import ModelopsError, UsageError
-from modelops.steps import Chain, Step
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.steps import Chain, Step
 
 
 def chain(root: Path, ran: list[str], *, factor: int = 1, fail: bool = False) -> Chain:

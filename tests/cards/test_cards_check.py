@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from modelops.base.errors import UsageError
 from modelops.cards.check import check_card, find_cards
 from modelops.cards.dataset import write_dataset_card
 from modelops.cards.model import write_model_card
 from modelops.cards.sources import sources_path
-from modelops.errors import UsageError
 from project_records import evaluation, train_record, write_project
 
 STATISTICS: dict[str, Any] = {
@@ -93,8 +93,8 @@ def test_the_front_matter_counts_as_well(root: Path, old: str) -> None:
 
 
 def test_forging_the_digest_of_the_text_does_not_help(root: Path) -> None:
+    from modelops.base.files import sha256_bytes
     from modelops.cards.sources import split_notes
-    from modelops.files import sha256_bytes
 
     card = write_model(root)
     edit(card, "**21.6**", "**11.6**")

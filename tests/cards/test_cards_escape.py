@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from modelops.base.errors import ModelopsError
 from modelops.cards.escape import code, finalize, link, markdown, number, one_line, seconds
 from modelops.cards.render import render_template
-from modelops.errors import ModelopsError
 
 TEXT = st.text(max_size=60) | st.text(alphabet="<>[]()!|`*_~#-+=1.:\\/&@$ \n\taw", max_size=40)
 MARKS = {"strong", "em", "s", "code_inline", "link", "image", "html_inline", "html_block",

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from modelops.base.errors import ConfigError, UsageError
+from modelops.base.files import sha256_file, write_json
 from modelops.cards.about import openmoji_about, parse_about
 from modelops.cards.model import write_model_card
-from modelops.errors import ConfigError, UsageError
-from modelops.files import sha256_file, write_json
 from modelops.gates.decide import decide
-from modelops.records import (
+from modelops.records.base import Measurement
+from modelops.records.evaluation import (
     EvaluationRecord,
-    Measurement,
     MemorizationVerdict,
     OverfittingNote,
     SliceMeasurement,
-    read_record,
 )
-from modelops.scaffold import init_project
+from modelops.records.read import read_record
+from modelops.training.new_project import init_project
 from project_records import (
     FINAL,
     PNG,
@@ -280,7 +280,7 @@ def test_no_path_of_one_machine_is_printed(root: Path) -> None:
 
 
 def test_a_failed_parity_is_not_shown_as_passed(root: Path) -> None:
-    from modelops.records import ParityCheck
+    from modelops.records.export import ParityCheck
 
     bad = ParityCheck(name="u", measure="max_abs_error", value=1, bound=0.1, passed=False, n=2)
     write_artifact(root / "artifacts/pilot/int8", parity=[bad], speed={})

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from abtest_studies import BLUE, PROMPTS, RED, make_study, write_samples
+from modelops.abtest.server import Session
+from modelops.abtest.study import read_key, read_study
 from modelops.cli.main import main
 from modelops.data.images import read_image
-from modelops.evaluation.abtest.server import Session
-from modelops.evaluation.abtest.study import read_key, read_study
 
 
 @pytest.mark.parametrize("command", ["build", "serve", "score"])

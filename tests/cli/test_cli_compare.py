@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from modelops.cli.main import main
-from modelops.records import (
-    ComparisonRecord,
-    EvaluationRecord,
-    Measurement,
-    SourceInfo,
-    read_record,
-)
+from modelops.records.base import Measurement
+from modelops.records.comparison import ComparisonRecord
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
+from modelops.records.read import read_record
 
 
 def write(path: Path, value: float, *, seed: int = 0) -> str:

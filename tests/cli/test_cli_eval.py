@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modelops.base.files import sha256_file
 from modelops.cli.main import main
-from modelops.files import sha256_file
 
 
 @pytest.fixture(scope="module")

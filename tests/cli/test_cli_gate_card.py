@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from modelops.cli.main import main
-from modelops.records import TrainRecord, read_record
-from modelops.scaffold import FILES, template
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord
+from modelops.training.new_project import FILES, template
 from project_records import write_project
 
 
@@ -46,7 +47,7 @@ def test_init_into_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_packaged_config_is_a_config(root: Path) -> None:
-    config = pytest.importorskip("modelops.config").load_config(root / "pilot_config.yaml")
+    config = pytest.importorskip("modelops.training.config").load_config(root / "pilot_config.yaml")
     assert config.training.lr == 1e-4
     assert config.ema.decay == 0.9999
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from modelops.base.files import sha256_tree
 from modelops.cli.main import main
-from modelops.files import sha256_tree
-from modelops.records import Verdict
+from modelops.records.release import Verdict
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from modelops.cli import output
 from modelops.cli.main import main
-from modelops.records import EvaluationRecord, Measurement, SourceInfo
+from modelops.records.base import Measurement
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
 
 
 @pytest.fixture

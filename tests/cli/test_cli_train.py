@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from modelops.cli.main import main
-from modelops.records import TrainRecord, read_record
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord
 
 CONFIG = {
     "model": {

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_tree
 from modelops.data.corpora import openmoji
 from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
-from modelops.errors import UsageError
-from modelops.files import sha256_tree
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modelops.base.errors import UsageError
 from modelops.data.dedup import clean_manifest, deduplicate, parse_kinds
 from modelops.data.embeddings import CACHE, Lite0Encoder, embed_manifest
 from modelops.data.images import read_image, resize_image
 from modelops.data.manifest import Sample, read_manifest, write_manifest
-from modelops.errors import UsageError
-from modelops.records import DedupReport, read_record
+from modelops.records.data import DedupReport
+from modelops.records.read import read_record
 
 Add = Callable[..., Sample]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modelops.base.errors import ImageError
 from modelops.data.images import decode_image, encode_png, read_image, resize_image
-from modelops.errors import ImageError
 
 GREY = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)

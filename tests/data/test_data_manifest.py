@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from modelops.base.errors import ManifestError, UsageError
 from modelops.data.manifest import COLUMNS, MAX_CAPTION, Sample, read_manifest, write_manifest
-from modelops.errors import ManifestError, UsageError
 
 Add = Callable[..., Sample]
 

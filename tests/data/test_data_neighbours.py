@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from modelops.base.errors import UsageError
 from modelops.data.neighbours import (
     Pairs,
     all_pairs,
@@ -14,7 +15,6 @@ from modelops.data.neighbours import (
     star_clusters,
 )
 from modelops.data.units import build_units, deal_units
-from modelops.errors import UsageError
 
 
 def brute_pairs(unit: np.ndarray, threshold: float) -> list[tuple[int, int]]:

@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modelops.base.errors import IntegrityError, UsageError
+from modelops.base.files import sha256_file, sha256_tree
 from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
 from modelops.data.shards import ShardDataset, read_shard_manifest, write_shards
 from modelops.data.smoke import smoke_test
 from modelops.data.split import SPLITS, read_splits
 from modelops.data.stats import manifest_statistics
-from modelops.errors import IntegrityError, UsageError
-from modelops.files import sha256_file, sha256_tree
-from modelops.records import SmokeReport, read_record
+from modelops.records.data import SmokeReport
+from modelops.records.read import read_record
 
 
 @pytest.fixture

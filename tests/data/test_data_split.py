@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from modelops.base.errors import UsageError
 from modelops.data.embeddings import embed_manifest
 from modelops.data.manifest import read_manifest, write_manifest
 from modelops.data.split import SPLITS, parse_fractions, read_splits, split_manifest
-from modelops.errors import UsageError
-from modelops.records import DedupReport, SplitReport, read_record
+from modelops.records.data import DedupReport, SplitReport
+from modelops.records.read import read_record
 
 
 def test_no_group_and_no_cluster_crosses_a_split(corpus: Path, deduped: Path, split: Path) -> None:

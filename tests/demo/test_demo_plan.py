@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from modelops.config import load_config
+from modelops.base.errors import UsageError
 from modelops.demo.budgets import budget_named, policy_file, trainer_config
 from modelops.demo.chain import demo_chain
 from modelops.demo.machine import NetworkRates, Rates
 from modelops.demo.plan import CONFIGS, RECIPES, Plan, make_plan
 from modelops.demo.project import CONFIG, SETTINGS, config_text, is_made, kept_plan, prepare
-from modelops.errors import UsageError
 from modelops.gates.policy import load_policy
+from modelops.training.config import load_config
 
 FULL, SMALL = CONFIGS
 

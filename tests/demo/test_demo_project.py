@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from modelops.base.errors import UsageError
 from modelops.cli.main import main
 from modelops.demo.budgets import BUDGETS, budget_named, policy_file, trainer_config
 from modelops.demo.chain import demo_chain
@@ -18,7 +19,6 @@ from modelops.demo.project import (
     int8_record,
     prepare,
 )
-from modelops.errors import UsageError
 from modelops.gates.policy import load_policy
 
 

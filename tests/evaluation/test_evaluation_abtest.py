@@ -16,12 +16,10 @@ import numpy as np
 import pytest
 
 from abtest_studies import BLUE, PROMPTS, RED, make_study, write_samples
-from modelops.data.images import read_image
-from modelops.errors import EvaluationError, IntegrityError, ModelopsError, ServingError, UsageError
-from modelops.evaluation.abtest.build import StudySettings, build_study
-from modelops.evaluation.abtest.score import decide, score_study
-from modelops.evaluation.abtest.server import MAX_BODY, AbTestServer, ConflictError, Session
-from modelops.evaluation.abtest.statistics import (
+from modelops.abtest.build import StudySettings, build_study
+from modelops.abtest.score import decide, score_study
+from modelops.abtest.server import MAX_BODY, AbTestServer, ConflictError, Session
+from modelops.abtest.statistics import (
     alpha_interval,
     bootstrap_share,
     clustered_share,
@@ -29,16 +27,25 @@ from modelops.evaluation.abtest.statistics import (
     raw_agreement,
     sign_test,
 )
-from modelops.evaluation.abtest.study import (
+from modelops.abtest.study import (
     Showing,
     StudyKey,
     rater_order,
     read_key,
     read_study,
 )
-from modelops.evaluation.abtest.votes import Vote, VoteLog, read_votes
+from modelops.abtest.votes import Vote, VoteLog, read_votes
+from modelops.base.errors import (
+    EvaluationError,
+    IntegrityError,
+    ModelopsError,
+    ServingError,
+    UsageError,
+)
+from modelops.data.images import read_image
 from modelops.metrics.intervals import clopper_pearson
-from modelops.records import AbTestRecord, read_any_record
+from modelops.records.comparison import AbTestRecord
+from modelops.records.read import read_any_record
 
 Rater = Callable[[Showing, StudyKey], tuple[str, float]]  # -> (choice, latency in ms)
 

@@ -16,7 +16,7 @@ import pytest
 
 from abtest_studies import make_study
 from browsers import page_of
-from modelops.evaluation.abtest.score import score_study
+from modelops.abtest.score import score_study
 
 pytestmark = pytest.mark.browser
 READY = "#vote[aria-busy=false]:not([hidden]), #done:not([hidden])"

@@ -20,7 +20,8 @@ from modelops.cli.main import main
 from modelops.data.manifest import read_manifest
 from modelops.data.split import read_splits
 from modelops.evaluation.prompts import choose_prompts, clean_prompts
-from modelops.records import EvaluationRecord, read_record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
 
 Eval = Callable[..., tuple[int, EvaluationRecord, list[dict[str, Any]]]]
 
@@ -255,8 +256,8 @@ def test_reference_pictures_that_were_trained_on_are_found_in_another_encoding_t
 ) -> None:
     from dataclasses import replace
 
+    from modelops.base.files import sha256_file
     from modelops.data.manifest import write_manifest
-    from modelops.files import sha256_file
 
     root, options = copied_corpus(corpus, tmp_path)
     manifest = read_manifest(root / "manifest.parquet")

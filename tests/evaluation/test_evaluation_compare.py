@@ -10,25 +10,19 @@ import numpy as np
 import pytest
 import yaml
 
-from modelops.errors import IntegrityError, UsageError
-from modelops.evaluation.compare import compare_records
-from modelops.evaluation.comparison.margins import Margin, parse_margins
+from modelops.base.errors import IntegrityError, UsageError
+from modelops.evaluation.compare.compare import compare_records
+from modelops.evaluation.compare.margins import Margin, parse_margins
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import FolderSource
 from modelops.gates.decide import decide
 from modelops.metrics.frechet import features_to_frechet_distance
 from modelops.metrics.protocol import protocol_id
-from modelops.records import (
-    ComparedMetric,
-    ComparisonRecord,
-    EvaluationRecord,
-    Measurement,
-    Sampling,
-    SourceInfo,
-    read_any_record,
-    read_record,
-)
+from modelops.records.base import Measurement
+from modelops.records.comparison import ComparedMetric, ComparisonRecord
+from modelops.records.evaluation import EvaluationRecord, Sampling, SourceInfo
+from modelops.records.read import read_any_record, read_record
 
 pytestmark = pytest.mark.xdist_group("compare")  # two evaluations for all
 
@@ -201,8 +195,8 @@ def test_features_that_do_not_give_the_recorded_value_are_not_used(root: Path) -
 
 def test_features_of_other_extractors_come_from_the_cache(root: Path) -> None:
     """As FID's do: Inception's weights are not here, so half of Lite0's features stand in."""
+    from modelops.base.files import sha256_json
     from modelops.evaluation.reference import open_reference
-    from modelops.files import sha256_json
     from modelops.metrics.features import write_arrays
 
     records = {n: read_record(root / f"{n}.json", EvaluationRecord) for n in ("good", "noisy")}
@@ -263,8 +257,8 @@ def record_of(path: Path, metrics: dict[str, tuple[float, float]], **more: Any) 
 
 def test_rates_of_several_images_a_prompt_are_paired_by_prompt(tmp_path: Path) -> None:
     """Prompt 0 has two unsafe images on one side; the others agree, prompt by prompt."""
-    from modelops.files import sha256_file, write_json
-    from modelops.records import InputRef
+    from modelops.base.files import sha256_file, write_json
+    from modelops.records.base import InputRef
 
     protocol = {"metric": "unsafe images", "filter": {"threshold": 0.5}, "sampling": {"seed": 0}}
     for name, first_prompt in (("a", 0.1), ("b", 0.9)):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from modelops.files import sha256_file
+from modelops.base.files import sha256_file
 from record_numbers import numbers
 
 pytestmark = pytest.mark.slow

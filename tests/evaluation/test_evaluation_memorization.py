@@ -19,15 +19,11 @@ from modelops.evaluation.reference import open_reference
 from modelops.evaluation.samples import Samples
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workbench import Workbench
-from modelops.records import (
-    ArtifactRecord,
-    CheckpointRef,
-    EvaluationRecord,
-    InputRef,
-    SourceInfo,
-    TrainRecord,
-    read_record,
-)
+from modelops.records.base import InputRef
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import read_record
+from modelops.records.train import CheckpointRef, TrainRecord
 
 Make = Callable[..., Workbench]
 HOSTILE = '<script>alert(1)</script> "quoted" \u202e\u0000 <img src=x onerror=alert(2)>'

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from hostile_service import serve
-from modelops.errors import ProcessDiedError, UsageError
+from modelops.base.errors import ProcessDiedError, UsageError
+from modelops.base.files import sha256_file
 from modelops.evaluation.crew.ranks import launched_ranks
 from modelops.evaluation.crew.sharing import SharedSource, open_shared
 from modelops.evaluation.crew.threads import threads_of
@@ -21,7 +22,6 @@ from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.prompts import PromptSet, plan_images
 from modelops.evaluation.samples import Samples, draw_samples
 from modelops.evaluation.sources import EndpointSource, open_source
-from modelops.files import sha256_file
 from modelops.models.sources import ImageRequest
 
 REQUEST = ImageRequest(prompt="", seed=0, steps=2, guidance=3.0, height=32, width=32)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelops.base.errors import ModelopsError, ProcessDiedError, UsageError
 from modelops.data.images import encode_png, read_image
-from modelops.errors import ModelopsError, ProcessDiedError, UsageError
 from modelops.evaluation.crew.reading import BLOCK, divide_rows
 from modelops.evaluation.crew.sharing import SharedSource
 from modelops.evaluation.crew.work import Share
@@ -26,7 +26,8 @@ from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
-from modelops.records import EvaluationRecord, read_record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
 from record_numbers import numbers
 from small_checkers import save_classifier
 

@@ -14,20 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modelops.base.environment import Environment
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_file, sha256_json, write_json
 from modelops.data.images import decode_image, encode_png
-from modelops.errors import UsageError
 from modelops.evaluation.grids import image_to_inline
-from modelops.evaluation.pages.drawings import Mark, draw_histogram, draw_interval, shared_axis
-from modelops.evaluation.pages.report import check_report, record_digest, write_report
-from modelops.evaluation.pages.tables import generic_tables
-from modelops.evaluation.pages.text import number, visible
-from modelops.evaluation.words import words_of
-from modelops.files import sha256_file, sha256_json, write_json
-from modelops.records import (
-    Environment,
+from modelops.evaluation.report.drawings import Mark, draw_histogram, draw_interval, shared_axis
+from modelops.evaluation.report.page import check_report, record_digest, write_report
+from modelops.evaluation.report.tables import generic_tables
+from modelops.evaluation.report.text import number, visible
+from modelops.evaluation.report.words import words_of
+from modelops.records.base import InputRef, Measurement
+from modelops.records.evaluation import (
     EvaluationRecord,
-    InputRef,
-    Measurement,
     MemorizationVerdict,
     SafetySweep,
     SafetySweepPoint,
@@ -347,7 +346,7 @@ def test_it_replaces_reports_only(build: Build, tmp_path: Path) -> None:
 def test_the_comparison_shows_the_verdicts_and_the_same_prompts_side_by_side(
     build: Build, drawings: list[np.ndarray], tmp_path: Path
 ) -> None:
-    from modelops.evaluation.compare import compare_records
+    from modelops.evaluation.compare.compare import compare_records
 
     early = build("early", shift=-0.25, images=[255 - drawing for drawing in drawings],
                   rows={3: {"alignment": 3.0}})  # fmt: skip

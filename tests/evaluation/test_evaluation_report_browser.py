@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from browsers import page_of
+from modelops.base.files import sha256_file
 from modelops.data.images import encode_png
-from modelops.evaluation.pages.report import write_report
-from modelops.files import sha256_file
-from modelops.records import EvaluationRecord, InputRef, Measurement, SourceInfo
+from modelops.evaluation.report.page import write_report
+from modelops.records.base import InputRef, Measurement
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
 
 pytestmark = pytest.mark.browser
 BROKEN = "<img src=x onerror=alert(1)>" + "unbreakable" * 40

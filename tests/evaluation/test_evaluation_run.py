@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelops.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
-from modelops.evaluation.evaluate import evaluate, read_per_image
+from modelops.base.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
+from modelops.base.files import sha256_file
+from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures import clip, dinov2, diversity, fid
+from modelops.evaluation.per_image import read_per_image
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import FolderSource, open_source
-from modelops.files import sha256_file
 from modelops.models.sources import ImageRequest
-from modelops.records import EvaluationRecord, read_record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
 from modelops.safety.image import OpenNsfwFilter, SafetyFilterError
 
 pytestmark = pytest.mark.xdist_group("run")  # one evaluation for most

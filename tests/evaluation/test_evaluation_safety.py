@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.evaluation.measures import safety
 from modelops.evaluation.prompts import PlannedImage, PromptSet
 from modelops.evaluation.reference import RealPictures
@@ -19,7 +19,7 @@ from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.clustered import clustered_rate
 from modelops.metrics.intervals import clopper_pearson
-from modelops.records import EvaluationRecord, SourceInfo
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
 from modelops.safety.checkers import TransformersFilter
 from modelops.safety.image import OpenNsfwFilter
 from small_checkers import save_classifier

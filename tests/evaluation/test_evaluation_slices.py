@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from modelops.base.errors import UsageError
 from modelops.cli.eval import evaluate as eval_command
 from modelops.data.corpora.openmoji import build_corpus
 from modelops.data.images import encode_png, read_image
 from modelops.data.manifest import read_manifest
-from modelops.errors import UsageError
-from modelops.evaluation.evaluate import evaluate, read_per_image
+from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures.slices import (
     check_slice_options,
     prompt_to_words,
@@ -25,9 +25,11 @@ from modelops.evaluation.measures.slices import (
     slice_rows,
     slice_summary,
 )
+from modelops.evaluation.per_image import read_per_image
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
-from modelops.records import EvaluationRecord, read_record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
 
 pytestmark = pytest.mark.xdist_group("slices")  # one evaluation of them
 KEPT = 40

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from hostile_service import Service, serve
-from modelops.errors import EvaluationError, ImageError, MissingWeightsError, UsageError
+from modelops.base.errors import EvaluationError, ImageError, MissingWeightsError, UsageError
+from modelops.base.seeding import image_seed
 from modelops.evaluation.prompts import (
     choose_prompts,
     clean_prompts,
@@ -28,7 +29,6 @@ from modelops.evaluation.sources import (
     open_source,
 )
 from modelops.models.sources import ImageRequest
-from modelops.seeding import image_seed
 
 
 def png(color: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> bytes:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from modelops.data.images import encode_png
-from modelops.evaluation.agreement import pairwise_measures
-from modelops.evaluation.compare import compare_records
+from modelops.evaluation.compare.agreement import pairwise_measures
+from modelops.evaluation.compare.compare import compare_records
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.reference import open_reference
 from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
 from modelops.evaluation.sources import FolderSource
 from modelops.metrics.dinov2 import Dinov2Extractor
-from modelops.records import EvaluationRecord
+from modelops.records.evaluation import EvaluationRecord
 
 IMAGES = 30  # more than twice DINOv2's 8 dimensions here, so that its statistics are streamed
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import tiny_pipelines
-from modelops.export.onnx.export import export_onnx
-from modelops.records import ArtifactRecord
+from modelops.export.to_onnx import export_onnx
+from modelops.records.export import ArtifactRecord
 
 PROMPTS = ["red heart", "dog", "house of the sun", "green flag"]
 # The default suite has the smallest. One process runs a family: its tests share the artifact.

@@ -10,9 +10,10 @@ import onnx
 import pytest
 import torch
 
-from modelops.environment import current_environment
-from modelops.errors import IntegrityError, UsageError
-from modelops.export.artifact import (
+from modelops.base.environment import current_environment
+from modelops.base.errors import IntegrityError, UsageError
+from modelops.base.files import sha256_file, sha256_tree
+from modelops.export.artifact.directory import (
     RECORD,
     count_quantized,
     describe_graph,
@@ -20,10 +21,9 @@ from modelops.export.artifact import (
     read_artifact,
     verify_artifact,
 )
-from modelops.export.onnx.external import load_structure
+from modelops.export.graphs.external import load_structure
 from modelops.export.onnx.writer import write_graph
-from modelops.files import sha256_file, sha256_tree
-from modelops.records import ArtifactRecord
+from modelops.records.export import ArtifactRecord
 
 GRAPH = "denoiser/model.onnx"
 DATA = "denoiser/model.onnx.data"

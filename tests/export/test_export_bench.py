@@ -17,7 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modelops.errors import UsageError
+from modelops.base.environment import Environment
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_tree
 from modelops.evaluation.sources import EndpointSource, FolderSource, open_source
 from modelops.export.bench import (
     Contender,
@@ -27,9 +29,10 @@ from modelops.export.bench import (
     make_contenders,
 )
 from modelops.export.timing import interleaved_seconds
-from modelops.files import sha256_tree
 from modelops.models.sources import ImageRequest, PipelineSource, open_checkpoint
-from modelops.records import ArtifactRecord, Environment, InputRef, SourceInfo
+from modelops.records.base import InputRef
+from modelops.records.evaluation import SourceInfo
+from modelops.records.export import ArtifactRecord
 
 
 @pytest.fixture(scope="module")

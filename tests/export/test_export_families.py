@@ -16,14 +16,14 @@ from families import PROMPTS, exported, saved
 from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
-from modelops.errors import ExportError, UsageError
-from modelops.export.artifact import GRAPH, read_artifact
+from modelops.base.errors import ExportError, UsageError
+from modelops.export.artifact.directory import GRAPH, read_artifact
+from modelops.export.artifact.open import open_artifact
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import Stages
-from modelops.export.int8.export import Int8Options, export_int8
-from modelops.export.runtime import open_artifact
 from modelops.export.signatures import Fields, Signature, rebuild, template_of
 from modelops.export.source import Lora, load_source
+from modelops.export.to_int8 import Int8Options, export_int8
 from modelops.models.sources import ImageRequest, open_checkpoint
 
 FolderOf = Callable[[str], Path]

@@ -11,22 +11,24 @@ import numpy as np
 import onnx
 import pytest
 
-from modelops.errors import ExportError, IntegrityError, UsageError
-from modelops.export.artifact import GRAPH, read_artifact
+from modelops.base.errors import ExportError, IntegrityError, UsageError
+from modelops.export.artifact.directory import GRAPH, denoiser_of, read_artifact
+from modelops.export.artifact.layers import searched_layers
+from modelops.export.artifact.open import open_artifact
 from modelops.export.calibration import collect_rows
 from modelops.export.int8 import job, ortcpu
-from modelops.export.int8.export import Int8Options, export_int8, refused_record
 from modelops.export.int8.gates import require_faster
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.quantize import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import Decision, GroupCost
-from modelops.export.layers import searched_layers
 from modelops.export.parity import BOUNDS, psnr_db, require_parity
-from modelops.export.runtime import denoiser_of, open_artifact
 from modelops.export.source import component_from, load_source
+from modelops.export.to_int8 import Int8Options, export_int8, refused_record
 from modelops.models.sources import ImageRequest, open_checkpoint
-from modelops.records import ArtifactRecord, Measurement, ParityCheck, read_record
+from modelops.records.base import Measurement
+from modelops.records.export import ArtifactRecord, ParityCheck
+from modelops.records.read import read_record
 
 
 def test_the_graph_keeps_every_rule(int8_artifact: Path) -> None:

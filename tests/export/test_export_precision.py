@@ -10,20 +10,20 @@ import onnx
 import pytest
 import torch
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.axes import read_axes
-from modelops.export.onnx.external import data_path, load_graph
+from modelops.base.errors import ExportError, UsageError
+from modelops.export.graphs.axes import read_axes
+from modelops.export.graphs.external import data_path, load_graph
+from modelops.export.graphs.graph import Array
 from modelops.export.onnx.overflow import float_format, measure_ranges, weight_fault
-from modelops.export.onnx.precision import (
-    convert_precision,
+from modelops.export.onnx.precision import convert_precision
+from modelops.export.onnx.writer import write_graph
+from modelops.export.pictures import check_pictures
+from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.precision import (
     graph_precision,
     require_supported,
     supported_precisions,
 )
-from modelops.export.onnx.writer import write_graph
-from modelops.export.pictures import check_pictures
-from modelops.export.runtimes.graphs import Array
-from modelops.export.runtimes.onnxruntime import OrtGraph
 
 IMAGE = {0: "batch", 2: "height", 3: "width"}
 
@@ -220,7 +220,7 @@ def _equal_weights(first: Path, second: Path) -> bool:
 
 
 def _runtimes() -> list[str]:
-    from modelops.export.runtimes.graphs import available_runtimes
+    from modelops.export.graphs.graph import available_runtimes
 
     return list(available_runtimes())
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from modelops.errors import ExportError, MissingExtraError, UsageError
-from modelops.export.onnx.axes import read_axes
+from modelops.base.errors import ExportError, MissingExtraError, UsageError
+from modelops.export.graphs.axes import read_axes
 from modelops.export.runtimes.onnxruntime import OrtGraph, tensorrt_options
 from modelops.export.tensorrt.profiles import parse_profiles
 

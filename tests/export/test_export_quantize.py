@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from modelops.errors import ExportError, UsageError
+from modelops.base.errors import ExportError, UsageError
+from modelops.export.graphs.graph import Array
 from modelops.export.int8.columns import split_columns
 from modelops.export.int8.groups import group_of, node_groups, role_of, stage_of
 from modelops.export.int8.lint import lint_ort_cpu, lint_qdq
@@ -27,8 +28,8 @@ from modelops.export.int8.ranges import (
     visit_tensors,
 )
 from modelops.export.int8.variants import Variants
-from modelops.export.runtimes.graphs import Array, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.probe import relative_errors
 from small_graphs import (
     ConvNet,

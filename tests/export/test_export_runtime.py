@@ -12,24 +12,25 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from modelops.errors import (
+from modelops.base.errors import (
     ExportError,
     IntegrityError,
     MissingExtraError,
     NotReproducedError,
     UsageError,
 )
-from modelops.export.artifact import GRAPH, read_artifact
-from modelops.export.onnx.export import export_onnx
-from modelops.export.runtime import _placed, denoiser_of, open_artifact
-from modelops.export.runtimes import choice
-from modelops.export.runtimes.choice import choose_runtime
-from modelops.export.runtimes.graphs import available_runtimes, open_graph
+from modelops.base.files import sha256_tree
+from modelops.export.artifact import choice
+from modelops.export.artifact.choice import choose_runtime
+from modelops.export.artifact.directory import GRAPH, denoiser_of, read_artifact
+from modelops.export.artifact.open import _placed, open_artifact
+from modelops.export.graphs.graph import available_runtimes
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.openvino import batch_bucket
 from modelops.export.runtimes.probe import PROBE
 from modelops.export.source import load_source
-from modelops.files import sha256_tree
+from modelops.export.to_onnx import export_onnx
 from modelops.models.sources import ImageRequest, open_checkpoint
 
 REQUESTS = [

@@ -14,18 +14,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from modelops.errors import ExportError, NotReproducedError
-from modelops.export.artifact import read_artifact
+from modelops.base.errors import ExportError, NotReproducedError
+from modelops.base.processor import describe_processor, this_processor
+from modelops.export.artifact.choice import choose_runtime
+from modelops.export.artifact.directory import read_artifact
+from modelops.export.artifact.open import open_artifact
+from modelops.export.graphs.graph import Array, available_runtimes
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.qdq import QdqWriter, round_weights
 from modelops.export.int8.ranges import measure_ranges
 from modelops.export.int8.saturation import decide_weight_range
 from modelops.export.onnx.weight_range import WeightRange, read_weight_range
-from modelops.export.runtime import open_artifact, served_precision
 from modelops.export.runtimes import probe
-from modelops.export.runtimes.choice import choose_runtime
-from modelops.export.runtimes.graphs import Array, available_runtimes, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.open import open_graph
+from modelops.export.runtimes.precision import served_precision
 from modelops.export.runtimes.probe import (
     SAME_ERROR,
     compare_apart,
@@ -34,7 +37,6 @@ from modelops.export.runtimes.probe import (
     relative_errors,
     write_probe,
 )
-from modelops.processor import describe_processor, this_processor
 from small_graphs import (
     ConvNet,
     Transformer,
@@ -150,7 +152,7 @@ def test_seven_bits_of_weights_and_of_what_products_read(int8: Int8) -> None:
 def test_a_quantised_graph_keeps_what_it_says_of_its_axes(tmp_path: Path) -> None:
     import onnx
 
-    from modelops.export.onnx.axes import read_multiples, write_multiples
+    from modelops.export.graphs.axes import read_multiples, write_multiples
 
     source = write_gated(tmp_path / "fp32.onnx")
     model = onnx.load(str(source))

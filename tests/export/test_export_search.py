@@ -12,7 +12,8 @@ import torch
 from onnx import helper
 from torch import nn
 
-from modelops.errors import ExportError, UsageError
+from modelops.base.errors import ExportError, UsageError
+from modelops.base.seeding import numpy_generator
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import (
@@ -23,9 +24,9 @@ from modelops.export.int8.search import (
 )
 from modelops.export.int8.sensitivity import order_of_interest, plot_sensitivity, scan_groups
 from modelops.export.int8.variants import Variants, multiply_adds
-from modelops.export.onnx.writer import Example, write_graph
+from modelops.export.onnx.writer import write_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
-from modelops.seeding import numpy_generator
+from modelops.export.signatures import Example
 from small_graphs import Transformer, random_rows, shared_network
 
 

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from modelops.export.artifact import GRAPH
+from modelops.base.seeding import torch_generator
+from modelops.export.artifact.directory import GRAPH
 from modelops.export.components import find_components
 from modelops.export.int8.proof import openvino_execution
-from modelops.export.onnx.writer import Example, write_graph
+from modelops.export.onnx.writer import write_graph
 from modelops.export.runtimes import openvino as runtime
-from modelops.export.runtimes.openvino import OpenVinoGraph, openvino_has_bfloat16
+from modelops.export.runtimes.openvino import OpenVinoGraph
+from modelops.export.runtimes.precision import openvino_has_bfloat16
 from modelops.export.runtimes.probe import relative_errors
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
+from modelops.export.signatures import Example
 from modelops.export.source import load_source
-from modelops.seeding import torch_generator
 
 pytest.importorskip("openvino")
 bfloat16 = pytest.mark.skipif(not openvino_has_bfloat16(), reason="no bfloat16 in OpenVINO here")

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 from modelops.export.int8.smoothquant import (
     Channels,
     SmoothedTensors,

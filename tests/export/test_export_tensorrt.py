@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import modelops.export.tensorrt as package
-from modelops.errors import ExportError, IntegrityError, MissingExtraError, UsageError
-from modelops.export.onnx.axes import GraphAxes, read_axes
+from modelops.base.errors import ExportError, IntegrityError, MissingExtraError, UsageError
+from modelops.base.files import sha256_bytes, write_json
+from modelops.export.graphs.axes import GraphAxes, read_axes
+from modelops.export.graphs.inspection import is_int8_graph, layer_precisions
 from modelops.export.tensorrt.build import (
     build_engine,
     cache_path,
@@ -39,7 +41,6 @@ from modelops.export.tensorrt.fingerprint import (
     read_fingerprint,
     read_verified_plan,
 )
-from modelops.export.tensorrt.inspection import is_int8_graph, layer_precisions
 from modelops.export.tensorrt.library import has_tensorrt, require_tensorrt, version_numbers
 from modelops.export.tensorrt.profiles import (
     OptimizationProfile,
@@ -49,7 +50,6 @@ from modelops.export.tensorrt.profiles import (
     parse_limits,
     parse_profiles,
 )
-from modelops.files import sha256_bytes, write_json
 
 AXES = GraphAxes(
     inputs={"sample": ("batch", 4, "height", "width"), "timestep": ("batch",), "scale": (1,)},
@@ -328,7 +328,7 @@ def test_without_tensorrt_the_pip_command_is_named(tmp_path: Path) -> None:
     graph = save_graph(tmp_path)
     profiles = parse_profiles(read_axes(graph), ["batch=1:2:4"])
     plan = save_engine(tmp_path, graph)
-    from modelops.export.tensorrt.engine import TensorRtGraph
+    from modelops.export.runtimes.tensorrt import TensorRtGraph
 
     for call in (
         require_tensorrt,
@@ -449,7 +449,7 @@ def test_nothing_that_tensorrt_11_removed_is_used() -> None:
 
 def test_the_default_path_imports_no_tensorrt() -> None:
     code = (
-        "import sys, modelops.export.runtimes.onnxruntime, modelops.export.tensorrt.engine, "
+        "import sys, modelops.export.runtimes.onnxruntime, modelops.export.runtimes.tensorrt, "
         "modelops.export.tensorrt.build; "
         "assert not {'tensorrt', 'torch', 'onnxruntime', 'onnx'} & set(sys.modules)"
     )

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.writer import Example
+from modelops.base.errors import ExportError, UsageError
 from modelops.export.runtimes.torchscript import (
     TorchGraph,
     write_exported_program,
     write_torchscript,
 )
+from modelops.export.signatures import Example
 
 WRITERS = [("model.pt", write_torchscript), ("model.pt2", write_exported_program)]
 Writer = Callable[..., list[str]]

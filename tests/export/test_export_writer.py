@@ -17,9 +17,9 @@ import onnx
 import pytest
 import torch
 
-from modelops.errors import ExportError, IntegrityError, ModelopsError, UsageError
-from modelops.export.onnx.axes import read_axes
-from modelops.export.onnx.external import (
+from modelops.base.errors import ExportError, IntegrityError, ModelopsError, UsageError
+from modelops.export.graphs.axes import read_axes
+from modelops.export.graphs.external import (
     check_data,
     check_memory,
     copy_graph,

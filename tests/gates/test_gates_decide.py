@@ -10,23 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from modelops.files import sha256_bytes, sha256_file, sha256_tree
+from modelops.base.files import sha256_bytes, sha256_file, sha256_tree
 from modelops.gates.decide import decide, overall
-from modelops.records import (
-    AbTestRecord,
-    CheckpointRef,
-    ComparisonRecord,
-    Criterion,
-    EvaluationRecord,
-    Measurement,
-    ParityCheck,
-    Record,
-    SliceMeasurement,
-    SourceInfo,
-    Verdict,
-    read_record,
-)
-from modelops.scaffold import init_project
+from modelops.records.base import Measurement, Record
+from modelops.records.comparison import AbTestRecord, ComparisonRecord
+from modelops.records.evaluation import EvaluationRecord, SliceMeasurement, SourceInfo
+from modelops.records.export import ParityCheck
+from modelops.records.read import read_record
+from modelops.records.release import Criterion, Verdict
+from modelops.records.train import CheckpointRef
+from modelops.training.new_project import init_project
 from project_records import (
     EARLY,
     FINAL,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from modelops.errors import ConfigError
+from modelops.base.errors import ConfigError
 from modelops.gates.policy import load_policy
 from modelops.monitoring.policy import MonitoringPolicy, read_monitoring
-from modelops.scaffold import template
+from modelops.training.new_project import template
 
 POLICY = """
 version: 1

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modelops.errors import ConfigError, UsageError
+from modelops.base.errors import ConfigError, UsageError
 from modelops.gates.policy import RelativeBound, load_policy
-from modelops.scaffold import template
+from modelops.training.new_project import template
 
 GOOD = {
     "version": 1,

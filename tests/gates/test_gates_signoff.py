@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from modelops.errors import GateFailedError, GateUndecidedError, UsageError
+from modelops.base.errors import GateFailedError, GateUndecidedError, UsageError
 from modelops.gates.decide import decide
 from modelops.gates.signoff import check_sign_offs, sign_off
-from modelops.records import Verdict, read_record
-from modelops.scaffold import init_project
+from modelops.records.read import read_record
+from modelops.records.release import Verdict
+from modelops.training.new_project import init_project
 from project_records import write_project
 
 

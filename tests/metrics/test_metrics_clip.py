@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modelops.errors import MissingWeightsError
+from modelops.base.errors import MissingWeightsError
 from modelops.metrics.clip import (
     PREFIX,
     ClipModel,

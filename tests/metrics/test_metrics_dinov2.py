@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modelops.errors import IntegrityError, MissingWeightsError
+from modelops.base.errors import IntegrityError, MissingWeightsError
 from modelops.metrics.dinov2 import Dinov2Extractor
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.diversity import diversity, within_prompts
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
+from modelops.base.seeding import numpy_generator
 from modelops.metrics.frechet import (
     Statistics,
     extrapolation_warning,
@@ -20,7 +21,6 @@ from modelops.metrics.frechet import (
     rank_warning,
     tridiagonal_trace_of_root,
 )
-from modelops.seeding import numpy_generator
 
 
 def exact_covariance(data: np.ndarray) -> mpmath.matrix:

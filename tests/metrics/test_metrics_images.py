@@ -11,16 +11,17 @@ import pytest
 
 pytest.importorskip("skimage")
 
+from modelops.base.errors import EvaluationError, MissingWeightsError
 from modelops.cli.main import main
 from modelops.data.corpora.openmoji import build_corpus
 from modelops.data.images import encode_png, read_image
-from modelops.errors import EvaluationError, MissingWeightsError
-from modelops.evaluation.agreement import compare_images, pair_images, pairwise_measures
+from modelops.evaluation.compare.agreement import compare_images, pair_images, pairwise_measures
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
 from modelops.metrics.images import Lpips, psnr, ssim
-from modelops.records import ComparisonRecord, read_record
+from modelops.records.comparison import ComparisonRecord
+from modelops.records.read import read_record
 
 
 @pytest.fixture(scope="module")

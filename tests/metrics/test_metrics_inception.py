@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import inception_peers as peers
-from modelops.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
+from modelops.base.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
 from modelops.evaluation.settings import EXTRACTOR_DTYPES, FID_MODES
 from modelops.metrics.features import in_threads
 from modelops.metrics.frechet import features_to_frechet_distance

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelops.errors import EvaluationError, MissingWeightsError
+from modelops.base.errors import EvaluationError, MissingWeightsError
 from modelops.metrics.features import cached_features, write_arrays
 from modelops.metrics.inception import InceptionExtractor
 from modelops.metrics.intervals import (

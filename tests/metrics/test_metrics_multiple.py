@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.intervals import Interval, clopper_pearson
 from modelops.metrics.multiple import (
     MANY,

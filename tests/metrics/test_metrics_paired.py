@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from modelops.errors import EvaluationError
-from modelops.evaluation.comparison.margins import detectable, prompts_needed, within_margin
+from modelops.base.errors import EvaluationError
+from modelops.evaluation.compare.margins import detectable, prompts_needed, within_margin
 from modelops.metrics.frechet import features_to_frechet_distance, frechet_interval
 from modelops.metrics.kernel import kernel_distance
 from modelops.metrics.multiple import independent_difference

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.alignment import (
     alignment_intervals,
     embeddings_to_alignment,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.cmmd import cmmd, statistics_to_cmmd
 from modelops.metrics.feature_files import (
     FeatureCache,

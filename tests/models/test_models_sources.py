@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modelops.errors import UsageError
-from modelops.files import sha256_bytes
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_bytes
 from modelops.models import sources
 from modelops.models.pipeline import PixelFlowPipeline
 from modelops.models.sources import load_checkpoint

@@ -8,10 +8,10 @@ from pathlib import Path
 import drift_lab
 import pytest
 
-from modelops.files import sha256_file, sha256_tree
+from modelops.base.files import sha256_file, sha256_tree
 from modelops.monitoring.reference import release_files
-from modelops.records import Verdict
-from modelops.release import RECORD_FILE, build_release
+from modelops.records.release import Verdict
+from modelops.releases.build import RECORD_FILE, build_release
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.files import sha256_file
+from modelops.base.files import sha256_file
 from modelops.metrics.features import Lite0Extractor, write_arrays
 from modelops.metrics.protocol import protocol_id
 from modelops.monitoring.rows import features_to_text
 from modelops.monitoring.scripts import script_shares
-from modelops.records import EvaluationRecord, InputRef, Measurement, Sampling, SourceInfo
+from modelops.records.base import InputRef, Measurement
+from modelops.records.evaluation import EvaluationRecord, Sampling, SourceInfo
 
 PROTOCOL = Lite0Extractor().protocol
 DIM = int(PROTOCOL["dim"])

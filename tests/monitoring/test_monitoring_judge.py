@@ -16,15 +16,15 @@ from drift_lab import START, features, prompts, rows, write_log
 from prometheus_client.parser import text_string_to_metric_families
 
 from conftest import Released, make_release
+from modelops.base.errors import ConfigError, EvaluationError, IntegrityError, UsageError
 from modelops.cli.main import cli, main
-from modelops.errors import ConfigError, EvaluationError, IntegrityError, UsageError
 from modelops.monitoring.judge import monitor
 from modelops.monitoring.log import Span, parse_span, read_log
 from modelops.monitoring.policy import Margins, MonitoringPolicy, read_monitoring
-from modelops.monitoring.records import MonitorRecord
 from modelops.monitoring.reference import build_reference, read_reference
 from modelops.monitoring.textfile import textfile
-from modelops.records import read_record
+from modelops.records.monitoring import MonitorRecord
+from modelops.records.read import read_record
 
 DAY = 86400.0
 

@@ -6,7 +6,7 @@ import drift_lab
 import numpy as np
 import pytest
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.monitoring.pictures import picture_shifts
 from modelops.monitoring.shifts import (
     Latencies,

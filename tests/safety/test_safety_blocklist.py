@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.safety.blocklist import (
     BlockListFilter,
     ListedImage,

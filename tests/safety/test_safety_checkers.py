@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modelops.errors import IntegrityError, MissingWeightsError, UsageError
-from modelops.files import sha256_file
+from modelops.base.errors import IntegrityError, MissingWeightsError, UsageError
+from modelops.base.files import sha256_file
 from modelops.models.pretrained import fetch_directory
 from modelops.safety.checkers import (
     DiffusersSafetyCheckerFilter,

@@ -12,7 +12,7 @@ import pytest
 import resvg_py
 from PIL import Image
 
-from modelops.errors import MissingWeightsError
+from modelops.base.errors import MissingWeightsError
 from modelops.safety.image import OpenNsfwFilter, SafetyFilterError, score_to_verdict
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.safety.prompt import (
     WordListFilter,
     benign_prompts,

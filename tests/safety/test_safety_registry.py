@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.safety.image import ImageVerdict, SafetyFilterError, checked_verdicts
 from modelops.safety.registry import (
     FilterName,

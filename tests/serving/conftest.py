@@ -32,10 +32,10 @@ def short_folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_release(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release of `tiny_checkpoint` under a passing verdict. Read only."""
-    from modelops.files import sha256_tree
-    from modelops.records import Verdict
-    from modelops.release import build_release
-    from modelops.serving.golden import make_golden
+    from modelops.base.files import sha256_tree
+    from modelops.records.release import Verdict
+    from modelops.releases.build import build_release
+    from modelops.serving.node.golden import make_golden
 
     folder = tmp_path_factory.mktemp("release")
     Verdict(

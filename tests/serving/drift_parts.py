@@ -13,7 +13,7 @@ from modelops.serving.telemetry.drift import DriftLog
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 
 if TYPE_CHECKING:
-    from modelops.serving.scheduling.jobs import EngineImage
+    from modelops.serving.engine.jobs import EngineImage
 
 
 def open_log(folder: Path, **options: Any) -> tuple[DriftLog, CollectorRegistry]:
@@ -33,7 +33,7 @@ def open_log(folder: Path, **options: Any) -> tuple[DriftLog, CollectorRegistry]
 
 def picture(side: int = 8) -> EngineImage:
     from modelops.models.sources import ImageRequest
-    from modelops.serving.scheduling.jobs import EngineImage
+    from modelops.serving.engine.jobs import EngineImage
 
     request = ImageRequest(prompt="x", seed=1, steps=2, guidance=1.0, height=side, width=side)
     pixels = np.zeros((side, side, 3), np.uint8)

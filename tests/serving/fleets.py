@@ -21,9 +21,9 @@ import uvicorn
 from PIL import Image
 
 from modelops.serving.http.app import create_app
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
+from modelops.serving.rollout.rollout import Fleet, open_fleet
 from modelops.serving.settings import NodeSettings
-from modelops.serving.swap.fleet import Fleet, open_fleet
 
 EVERY = ("stable", "next", "twin", "golden", "torn")
 
@@ -34,10 +34,10 @@ def build_releases(
     """stable (tiny 0.1), next (tiny 0.2, other weights), twin (0.3, the stable one's weights),
     golden (0.4, whose golden image is another model's) and torn (0.5, changed after its release).
     """
-    from modelops.files import sha256_tree
-    from modelops.records import Verdict
-    from modelops.release import build_release
-    from modelops.serving.golden import make_golden
+    from modelops.base.files import sha256_tree
+    from modelops.records.release import Verdict
+    from modelops.releases.build import build_release
+    from modelops.serving.node.golden import make_golden
 
     pictures = {"own": folder.parent / "own.png", "other": folder.parent / "other.png"}
     golden = make_golden(checkpoint, pictures["own"])

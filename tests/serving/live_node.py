@@ -13,7 +13,7 @@ import openai
 import uvicorn
 
 from modelops.serving.http.app import create_app
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 
 

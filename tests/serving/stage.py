@@ -13,7 +13,7 @@ from typing import Any
 from live_node import LiveNode, http
 
 from modelops.safety.image import ImageVerdict
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 
 

@@ -30,17 +30,18 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import uvicorn
 
-from modelops.files import sha256_tree
-from modelops.records import EvaluationRecord, SourceInfo, Verdict
-from modelops.release import build_release
+from modelops.base.files import sha256_tree
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
+from modelops.records.release import Verdict
+from modelops.releases.build import build_release
 from modelops.serving.deploy.launch import RunningServer, free_port, start_server, stop_server
 from modelops.serving.deploy.scaffold import ScaffoldOptions, write_scaffold
-from modelops.serving.golden import make_golden
 from modelops.serving.http.app import create_app
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.golden import make_golden
+from modelops.serving.node.node import InferenceNode
+from modelops.serving.rollout.rollout import Fleet, open_fleet
+from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.settings import NodeSettings
-from modelops.serving.swap.fleet import Fleet, open_fleet
-from modelops.serving.swap.trial import CanaryRules
 from modelops.serving.telemetry.logs import configure_logging
 
 pytestmark = [

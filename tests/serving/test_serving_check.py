@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from modelops.errors import ServingError, UsageError
+from modelops.base.errors import ServingError, UsageError
 from modelops.serving.deploy import launch
 from modelops.serving.deploy.check import check_endpoint, get
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelops.serving.golden import golden_request, pixels_sha256
-from modelops.serving.scheduling.company import measure_company, release_proofs
+from modelops.base.pixels import pixels_sha256
+from modelops.serving.node.batch_invariance import measure_company, release_proofs
+from modelops.serving.node.golden import golden_request
 
 
 def test_batches_are_measured_beside_alone_and_offline(tiny_checkpoint: Path) -> None:

@@ -20,21 +20,21 @@ import pytest
 from click.testing import CliRunner
 from drift_parts import count, open_log, picture
 
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import sha256_file, sha256_tree
 from modelops.cli.main import cli
-from modelops.errors import ModelopsError, UsageError
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import open_source
-from modelops.files import sha256_file, sha256_tree
 from modelops.metrics.features import Lite0Extractor
 from modelops.monitoring.log import read_log
 from modelops.monitoring.reference import release_files
 from modelops.monitoring.rows import PREFIX, text_to_features
 from modelops.monitoring.scripts import script_shares
-from modelops.records import Verdict
-from modelops.release import RECORD_FILE, build_release
-from modelops.serving.golden import make_golden
-from modelops.serving.node import InferenceNode
+from modelops.records.release import Verdict
+from modelops.releases.build import RECORD_FILE, build_release
+from modelops.serving.node.golden import make_golden
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.drift import evaluation_cadence
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelops.errors import ServingError, UsageError
+from modelops.base.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
-from modelops.records import SourceInfo
+from modelops.records.evaluation import SourceInfo
+from modelops.serving.engine.batch_profile import profile_from_seconds
+from modelops.serving.engine.engine import MAX_OVERTAKEN, StepEngine
+from modelops.serving.engine.jobs import StepReport
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
-from modelops.serving.scheduling.engine import MAX_OVERTAKEN, StepEngine
-from modelops.serving.scheduling.jobs import StepReport
-from modelops.serving.scheduling.pace import profile_from_seconds
 
 MIXED = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),

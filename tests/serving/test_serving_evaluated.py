@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from live_node import served
 
+from modelops.base.files import sha256_file
 from modelops.cli.main import main
-from modelops.evaluation.agreement import compare_images
-from modelops.files import sha256_file
-from modelops.records import EvaluationRecord, read_record
-from modelops.release import RECORD_FILE
+from modelops.evaluation.compare.agreement import compare_images
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
+from modelops.releases.build import RECORD_FILE
 
 
 def test_the_endpoint_is_measured_like_the_checkpoint_it_serves(

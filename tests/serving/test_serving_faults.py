@@ -22,7 +22,7 @@ import uvicorn
 from modelops.serving.http import answers, streaming
 from modelops.serving.http.app import create_app
 from modelops.serving.http.connections import LIMITS, BoundedProtocol, limit_connections
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 
 PATH = "/v1/images/generations"

@@ -19,15 +19,19 @@ import pytest
 from fleets import Load, build_releases, live, pixels, second_checkpoint, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
+from modelops.base.errors import IntegrityError, ServingError, UsageError
+from modelops.base.files import sha256_file
 from modelops.cli.main import main
-from modelops.errors import IntegrityError, ServingError, UsageError
-from modelops.files import sha256_file
 from modelops.serving.http.keys import KeyRing, create_key, read_keys
+from modelops.serving.rollout.active_release import (
+    read_standing,
+    release_from_environment,
+    release_to_serve,
+)
+from modelops.serving.rollout.client import exit_code, trial_exit_code
+from modelops.serving.rollout.routes import draw
+from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.settings import NodeSettings
-from modelops.serving.swap.client import exit_code, trial_exit_code
-from modelops.serving.swap.lanes import draw
-from modelops.serving.swap.standing import read_standing, release_from_environment, release_to_serve
-from modelops.serving.swap.trial import CanaryRules
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +412,7 @@ def test_automatic_promotion_and_rollback(releases: Path) -> None:
 def test_a_receipt_of_the_canary_replays_with_its_release(
     releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modelops.serving.provenance.replay import (
+    from modelops.serving.node.replay import (
         check_release,
         open_recipe,
         recipe_texts,

@@ -21,16 +21,16 @@ import pytest
 from fleets import Caller, build_releases, second_checkpoint, wait_until
 from PIL import Image
 
+from modelops.base.errors import ServingError
+from modelops.base.files import sha256_bytes, sha256_file
 from modelops.cli.main import main
-from modelops.errors import ServingError
-from modelops.files import sha256_bytes, sha256_file
-from modelops.release import RECORD_FILE
+from modelops.releases.build import RECORD_FILE
 from modelops.serving.deploy.check import get
 from modelops.serving.deploy.launch import free_port, stop_server
 from modelops.serving.http.keys import create_key
 from modelops.serving.provenance.receipts import utc_now, verify_receipt
 from modelops.serving.provenance.signing import VerifyingKey, load_verifying_key
-from modelops.serving.swap.standing import Standing, read_standing, write_standing
+from modelops.serving.rollout.active_release import Standing, read_standing, write_standing
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ import openai
 import pytest
 from PIL import Image
 
-from modelops.errors import ServingError
+from modelops.base.errors import ServingError
 from modelops.serving.deploy.check import check_endpoint, curl_line, get
 from modelops.serving.deploy.launch import (
     RunningServer,

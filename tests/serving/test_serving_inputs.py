@@ -11,9 +11,9 @@ import torch
 
 from modelops.export.runtimes.openvino import batch_bucket
 from modelops.models.sources import ImageRequest
-from modelops.serving.opening import open_model
-from modelops.serving.scheduling.flow import FlowModel
-from modelops.serving.scheduling.jobs import Job
+from modelops.serving.engine.flow import FlowModel
+from modelops.serving.engine.jobs import Job
+from modelops.serving.node.load import open_model
 
 REQUESTS = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),

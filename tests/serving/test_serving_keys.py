@@ -16,8 +16,8 @@ import live_node
 import openai
 import pytest
 
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.cli.main import main
-from modelops.errors import ModelopsError, UsageError
 from modelops.serving.http.access import Access, check_open_address, is_loopback
 from modelops.serving.http.keys import (
     KeyRing,

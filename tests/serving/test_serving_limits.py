@@ -16,15 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.models.sources import ImageRequest, load_checkpoint
+from modelops.serving.api import ApiError
+from modelops.serving.engine import engine as engine_module
+from modelops.serving.engine.engine import StepEngine
 from modelops.serving.failures import QueueFullError
 from modelops.serving.http.access import Access, Charge
 from modelops.serving.http.keys import Caller, KeyRing, create_key
 from modelops.serving.http.limits import RateLimitError, RateLimits
-from modelops.serving.http.schema import ApiError
-from modelops.serving.scheduling import engine as engine_module
-from modelops.serving.scheduling.engine import StepEngine
 from modelops.serving.settings import NodeSettings
 
 ALICE, BOB = Caller(name="alice"), Caller(name="bob", images_per_minute=4)

@@ -20,11 +20,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.safety.prompt import WordListFilter
 from modelops.serving.deploy.launch import start_server
 from modelops.serving.http.app import create_app
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.telemetry.logs import (
     PROMPTS,
     JsonLines,

@@ -15,9 +15,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import modelops.serving
-from modelops.files import sha256_tree, write_json
-from modelops.records import EvaluationRecord, ReleaseRecord, SourceInfo
-from modelops.serving.scheduling.jobs import StepReport
+from modelops.base.files import sha256_tree, write_json
+from modelops.records.evaluation import EvaluationRecord, SourceInfo
+from modelops.records.release import ReleaseRecord
+from modelops.serving.engine.jobs import StepReport
 from modelops.serving.telemetry.metrics import (
     CODES,
     FAULT_CODES,

@@ -22,12 +22,12 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from modelops.errors import IntegrityError, UsageError
+from modelops.base.errors import IntegrityError, UsageError
 from modelops.safety.image import ImageVerdict, OpenNsfwFilter
 from modelops.safety.prompt import WordListFilter
 from modelops.serving.http.app import create_app
 from modelops.serving.moderation.guard import FilterError, FilterGuard
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 
 
@@ -301,7 +301,7 @@ def test_a_changed_release_is_not_opened(tiny_release: Path, tmp_path: Path) -> 
 
 
 def test_another_models_golden_image_is_red(tiny_release: Path, tmp_path: Path) -> None:
-    from modelops.release import build_release, verify_release
+    from modelops.releases.build import build_release, verify_release
 
     record = verify_release(tiny_release)
     Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(tmp_path / "golden.png")

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from modelops.serving.http.app import create_app
 from modelops.serving.http.openapi import complete
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.metrics import CODES, OTHER
 

@@ -6,7 +6,12 @@ import time
 
 import pytest
 
-from modelops.serving.scheduling.pace import Pace, measure_profile, profile_from_seconds, widths
+from modelops.serving.engine.batch_profile import (
+    Pace,
+    measure_profile,
+    profile_from_seconds,
+    widths,
+)
 
 
 def test_widths_are_those_that_runtimes_compile() -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from stage import Stage, cleared, staged, wait_until
 
 from browsers import chromium, page_of
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.serving.http.page import build_page, page_from_environment
 from modelops.serving.settings import NodeSettings
 

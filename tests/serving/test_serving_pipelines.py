@@ -21,19 +21,20 @@ import torch
 from PIL import Image
 
 import tiny_pipelines
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_tree
 from modelops.cli.main import main
-from modelops.errors import UsageError
-from modelops.export.onnx.export import export_onnx
-from modelops.export.runtime import open_artifact
-from modelops.files import sha256_tree
+from modelops.export.artifact.open import open_artifact
+from modelops.export.to_onnx import export_onnx
 from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint, native_size
-from modelops.records import SourceInfo, Verdict
-from modelops.release import build_release
+from modelops.records.evaluation import SourceInfo
+from modelops.records.release import Verdict
+from modelops.releases.build import build_release
+from modelops.serving.engine.calls import answers, merged, read_call
+from modelops.serving.engine.diffusers import PipelineModel
+from modelops.serving.engine.engine import StepEngine
 from modelops.serving.failures import CancelledError, EngineError
-from modelops.serving.scheduling.calls import answers, merged, read_call
-from modelops.serving.scheduling.company import release_proofs
-from modelops.serving.scheduling.engine import StepEngine
-from modelops.serving.scheduling.pipelines import PipelineModel
+from modelops.serving.node.batch_invariance import release_proofs
 from modelops.serving.settings import NodeSettings
 
 MIXED = [

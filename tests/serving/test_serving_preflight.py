@@ -14,18 +14,19 @@ import pytest
 from live_node import served
 from safetensors.numpy import load_file, save_file
 
+from modelops.base.errors import IntegrityError, NotReproducedError, ServingError, UsageError
+from modelops.base.files import sha256_file, sha256_tree
+from modelops.base.processor import this_processor
 from modelops.cli.main import main
-from modelops.errors import IntegrityError, NotReproducedError, ServingError, UsageError
 from modelops.export.runtimes.probe import PROBE
-from modelops.files import sha256_file, sha256_tree
-from modelops.processor import this_processor
-from modelops.records import PreflightRecord, ReleaseRecord, Verdict, read_record
-from modelops.release import RECORD_FILE, build_release, check_fallback, verify_release
-from modelops.serving.node import InferenceNode
-from modelops.serving.preflight import require_preflight, run_preflight
-from modelops.serving.provenance.replay import open_recipe, recipe_texts, replay_recipe
+from modelops.records.read import read_record
+from modelops.records.release import PreflightRecord, ReleaseRecord, Verdict
+from modelops.releases.build import RECORD_FILE, build_release, check_fallback, verify_release
+from modelops.serving.deploy.preflight import require_preflight, run_preflight
+from modelops.serving.node.batch_invariance import release_proofs
+from modelops.serving.node.node import InferenceNode
+from modelops.serving.node.replay import open_recipe, recipe_texts, replay_recipe
 from modelops.serving.provenance.signing import load_verifying_key
-from modelops.serving.scheduling.company import release_proofs
 from modelops.serving.settings import NodeSettings
 
 

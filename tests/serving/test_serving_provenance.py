@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from PIL import Image
 
-from modelops.errors import IntegrityError, UsageError
+from modelops.base.errors import IntegrityError, UsageError
 from modelops.serving.failures import ProvenanceError
 from modelops.serving.provenance.images import SOURCE_TYPE, encode_image
 from modelops.serving.provenance.manifests import (

@@ -22,18 +22,18 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from browsers import chromium, page_of
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.pixels import pixels_sha256
 from modelops.cli.main import main
-from modelops.errors import IntegrityError, ModelopsError, UsageError
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.safety.image import ImageVerdict, OpenNsfwFilter
-from modelops.serving.golden import pixels_sha256
 from modelops.serving.moderation.encryption import read_private_key, read_public_key
 from modelops.serving.moderation.quarantine import Quarantine
 from modelops.serving.moderation.review import decide, list_entries, read_decisions, weigh
 from modelops.serving.moderation.store import list_files, read_entry, tidy_folder
-from modelops.serving.node import InferenceNode
+from modelops.serving.node.node import InferenceNode
+from modelops.serving.node.replay import _make
 from modelops.serving.provenance.receipts import text_digest
-from modelops.serving.provenance.replay import _make
 from modelops.serving.settings import NodeSettings
 
 PROMPT = "a purple walrus <img src=x onerror=alert(1)>"

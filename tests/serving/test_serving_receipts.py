@@ -17,7 +17,7 @@ import openai
 import pytest
 from prometheus_client import CollectorRegistry
 
-from modelops.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.serving.provenance.receipts import (
     PAYLOAD_TYPE,
     ReceiptLog,
@@ -320,7 +320,7 @@ def test_a_node_whose_disk_is_full(
 
 
 def test_settings_that_mean_nothing_stop_the_node(tiny_release: Path) -> None:
-    from modelops.serving.node import InferenceNode
+    from modelops.serving.node.node import InferenceNode
 
     for name in ("receipts_failure", "receipts_prompts"):
         with pytest.raises(UsageError, match=f"MODELOPS_{name.upper()}='maybe'"):

@@ -20,18 +20,18 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from modelops.base.errors import IntegrityError
 from modelops.cli.main import main
-from modelops.errors import IntegrityError
 from modelops.models.sources import ImageRequest, load_checkpoint
 from modelops.serving.deploy.launch import start_server
-from modelops.serving.provenance.receipts import read_receipt, sign_receipt
-from modelops.serving.provenance.replay import (
+from modelops.serving.engine.engine import StepEngine
+from modelops.serving.node.replay import (
     _make,
     picture_distance,
     stated_difference,
 )
+from modelops.serving.provenance.receipts import read_receipt, sign_receipt
 from modelops.serving.provenance.signing import development_key, find_verifying_key
-from modelops.serving.scheduling.engine import StepEngine
 from modelops.serving.settings import NodeSettings
 
 PROMPT = "a red heart for Zoë"
@@ -158,7 +158,7 @@ def test_a_picture_is_not_compared_with_another(
 def test_another_release_is_not_asked(
     made: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from modelops.release import build_release, verify_release
+    from modelops.releases.build import build_release, verify_release
 
     record = verify_release(made.release)
     build_release(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.serving.telemetry.logs import LineWriter, configure_logging
 from modelops.serving.telemetry.rotation import RotatingFile
 

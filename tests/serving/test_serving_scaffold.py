@@ -14,10 +14,10 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from modelops.base.errors import UsageError
 from modelops.cli.main import main
-from modelops.errors import UsageError
-from modelops.monitoring.records import DriftTest, MonitorRecord
 from modelops.monitoring.textfile import textfile
+from modelops.records.monitoring import DriftTest, MonitorRecord
 from modelops.serving.deploy.launch import DRAIN_S
 from modelops.serving.deploy.scaffold import (
     FILES,
@@ -27,8 +27,8 @@ from modelops.serving.deploy.scaffold import (
     scale_duration,
     write_scaffold,
 )
+from modelops.serving.rollout.metrics import FleetMetrics
 from modelops.serving.settings import NodeSettings
-from modelops.serving.telemetry.exposition import FleetMetrics
 from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.workers import worker_count
 

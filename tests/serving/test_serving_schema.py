@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modelops.serving.http.schema import ApiError, parse_request
+from modelops.serving.api import ApiError, parse_request
 from modelops.serving.provenance.images import SOURCE_TYPE, encode_image
 
 

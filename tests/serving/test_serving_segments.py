@@ -8,7 +8,7 @@ from pathlib import Path
 import disks
 import pytest
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.serving.telemetry.outage import Outage
 from modelops.serving.telemetry.segments import LONGEST, SEGMENTS, SegmentLog
 

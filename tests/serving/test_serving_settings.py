@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.serving.settings import NodeSettings
 
 

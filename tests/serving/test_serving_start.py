@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import modelops
-from modelops.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.serving.deploy.start import check_names, check_the_start, known_variables
 from modelops.serving.settings import NodeSettings
-from modelops.serving.start import check_names, check_the_start, known_variables
 
 
 @pytest.mark.parametrize("name, meant", [

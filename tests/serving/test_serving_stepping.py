@@ -13,8 +13,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from modelops.serving.scheduling.jobs import preview_steps
-from modelops.serving.scheduling.stepping import Stepper, guide
+from modelops.serving.engine.jobs import preview_steps
+from modelops.serving.engine.stepping import Stepper, guide
 
 CPU = torch.device("cpu")
 

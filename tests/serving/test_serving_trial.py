@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from modelops.errors import UsageError
-from modelops.serving.swap.looks import Looks, spent
-from modelops.serving.swap.trial import OUTCOMES, CanaryRules, Trial, TrialData, log_bound
-from modelops.serving.swap.verdict import CanaryVerdict, judge
+from modelops.base.errors import UsageError
+from modelops.serving.rollout.looks import Looks, spent
+from modelops.serving.rollout.trial import OUTCOMES, CanaryRules, Trial, TrialData, log_bound
+from modelops.serving.rollout.verdict import CanaryVerdict, judge
 
 RULES = CanaryRules(requests=400, seconds=60)
 

@@ -20,10 +20,10 @@ import skimage.data
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from modelops.base.errors import UsageError
+from modelops.base.pixels import pixels_sha256
 from modelops.cli.main import main
 from modelops.data.corpora.openmoji import render_drawing
-from modelops.errors import UsageError
-from modelops.serving.golden import pixels_sha256
 from modelops.serving.provenance.manifests import read_mark
 from modelops.serving.provenance.receipts import verify_receipt
 from modelops.serving.provenance.signing import find_verifying_key

@@ -18,7 +18,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.serving.http import peers as peers_module
 from modelops.serving.http.keys import Caller
 from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets

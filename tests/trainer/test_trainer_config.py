@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modelops.config import TrainConfig, load_config
-from modelops.errors import ConfigError
-from modelops.scaffold import template
+from modelops.base.errors import ConfigError
+from modelops.training.config import TrainConfig, load_config
+from modelops.training.new_project import template
 
 CONFIGS = Path(__file__).parents[2] / "trainer" / "configs"
 

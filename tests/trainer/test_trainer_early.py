@@ -14,13 +14,14 @@ import torch
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from modelops.config import load_config
-from modelops.files import write_json
-from modelops.launch import plan_run
+from modelops.base.files import write_json
 from modelops.models.sources import open_checkpoint
-from modelops.records import TrainRecord, read_record
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord
 from modelops.trainer.early import EarlyChecks, make_early_checks, new_overfitting
 from modelops.trainer.pictures import Pictures, load_pictures
+from modelops.training.config import load_config
+from modelops.training.launch import plan_run
 
 Write = Callable[..., Path]
 VALUES = {

@@ -40,8 +40,8 @@ def test_what_is_not_a_hidden_weight_is_updated_as_adamw_does_it() -> None:
 
 
 def test_muon_takes_every_hidden_matrix_and_kernel_and_no_edge() -> None:
-    from modelops.config import TrainingSection
     from modelops.models.networks import make_unet
+    from modelops.training.config import TrainingSection
 
     network = make_unet(
         resolution=16, patch_size=2, channels=32, multipliers=(1,), attention_levels=()

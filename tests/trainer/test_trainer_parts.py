@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from modelops.config import EmaSection, TrainConfig
 from modelops.models.networks import make_pipeline, make_unet
 from modelops.trainer.batches import TrainingBatches, group_weights
 from modelops.trainer.ema import Ema, effective_decay, power_exponent
@@ -22,6 +21,7 @@ from modelops.trainer.objective import (
 )
 from modelops.trainer.pictures import PictureSet
 from modelops.trainer.report import loss_trend
+from modelops.training.config import EmaSection, TrainConfig
 
 
 def _config(**training: object) -> TrainConfig:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelops.config import TrainConfig
 from modelops.trainer.checkpoint import Progress
 from modelops.trainer.clock import Clock
 from modelops.trainer.plan import (
@@ -25,6 +24,7 @@ from modelops.trainer.plan import (
     seconds_left,
     steps_in_time,
 )
+from modelops.training.config import TrainConfig
 
 
 def _config(log_every: int = 50, **training: Any) -> TrainConfig:

@@ -17,16 +17,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from modelops.config import TrainConfig, load_config
-from modelops.errors import TrainingError
-from modelops.files import read_json, write_json
-from modelops.launch import plan_run
-from modelops.records import TrainRecord, read_record
+from modelops.base.errors import TrainingError
+from modelops.base.files import read_json, write_json
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord
 from modelops.trainer.batches import Batch
 from modelops.trainer.optimizers import make_optimizer
 from modelops.trainer.precision import StepsOnACopy, Trial, candidates, choose, measure
 from modelops.trainer.setup import make_network
 from modelops.trainer.stepper import Stepper
+from modelops.training.config import TrainConfig, load_config
+from modelops.training.launch import plan_run
 
 Write = Callable[..., Path]
 Trainer = Callable[..., Any]

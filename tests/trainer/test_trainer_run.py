@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from modelops.files import sha256_tree, write_json
-from modelops.launch import RunPlan, plan_run
-from modelops.records import TrainRecord, read_record
+from modelops.base.files import sha256_tree, write_json
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord
+from modelops.training.launch import RunPlan, plan_run
 
 Write = Callable[..., Path]
 Trainer = Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modelops.errors import ConfigError
-from modelops.files import read_yaml
+from modelops.base.errors import ConfigError
+from modelops.base.files import read_yaml
 
 TEMPLATES = Path(__file__).parent / "templates"
 

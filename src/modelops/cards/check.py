@@ -6,6 +6,8 @@ import difflib
 from pathlib import Path
 
 from modelops import __version__
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import read_text, sha256_bytes, sha256_file
 from modelops.cards.dataset import render_dataset_card
 from modelops.cards.model import render_model_card
 from modelops.cards.sources import (
@@ -16,8 +18,6 @@ from modelops.cards.sources import (
     split_notes,
     with_notes,
 )
-from modelops.errors import ModelopsError, UsageError
-from modelops.files import read_text, sha256_bytes, sha256_file
 
 MOST_LINES = 20
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from modelops.base.errors import UsageError
+from modelops.base.files import read_json
 from modelops.cards.about import parse_about
 from modelops.cards.escape import code, markdown, number
 from modelops.cards.numbers import (
@@ -21,22 +23,15 @@ from modelops.cards.numbers import (
     tables_by_part,
 )
 from modelops.cards.sources import CardSources
-from modelops.errors import UsageError
-from modelops.evaluation.words import words_of
-from modelops.export.layers import searched_layers
-from modelops.files import read_json
-from modelops.records import (
-    ArtifactRecord,
-    DedupReport,
-    EvaluationRecord,
-    InputRef,
-    Record,
-    RecordT,
-    SplitReport,
-    TrainRecord,
-    Verdict,
-    read_record,
-)
+from modelops.evaluation.report.words import words_of
+from modelops.export.artifact.layers import searched_layers
+from modelops.records.base import InputRef, Record
+from modelops.records.data import DedupReport, SplitReport
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import RecordT, read_record
+from modelops.records.release import Verdict
+from modelops.records.train import TrainRecord
 
 GLANCE = (  # what a reader wants to know first
     "frechet_distance_lite0", "lit_alignment_gain", "nearest_train_distance_gap", "unsafe_rate",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from modelops.base.errors import UsageError
+from modelops.base.files import check_writable, read_json, sha256_bytes, write_json, write_text
 from modelops.cards import statistics as stats
 from modelops.cards.about import About, openmoji_about, parse_about
 from modelops.cards.context import read_input
@@ -20,9 +22,7 @@ from modelops.cards.sources import (
     with_notes,
     write_sources,
 )
-from modelops.errors import UsageError
-from modelops.files import check_writable, read_json, sha256_bytes, write_json, write_text
-from modelops.records import DedupReport, SmokeReport, SplitReport
+from modelops.records.data import DedupReport, SmokeReport, SplitReport
 
 COLUMNS = (
     ("id", "text", "names the sample"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from modelops.base.errors import ModelopsError
 from modelops.cards.about import About
 from modelops.cards.context import measurement_in, released_evaluations
 from modelops.cards.escape import one_line
 from modelops.cards.numbers import Measured
-from modelops.errors import ModelopsError
-from modelops.evaluation.words import words_of
+from modelops.evaluation.report.words import words_of
 
 TASK = "text-to-image"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from modelops.base.files import check_writable, sha256_bytes, write_text
 from modelops.cards.about import About, openmoji_about, parse_about
 from modelops.cards.context import evaluations_of, model_context
 from modelops.cards.hub import check_model_front_matter, count_results, model_front_matter
@@ -17,7 +18,6 @@ from modelops.cards.sources import (
     with_notes,
     write_sources,
 )
-from modelops.files import check_writable, sha256_bytes, write_text
 
 
 def write_model_card(

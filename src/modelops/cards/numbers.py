@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from modelops.cards.escape import code, link, markdown, number
-from modelops.evaluation.words import METRICS, PARTS, words_of
-from modelops.records import EvaluationRecord, InputRef, Measurement
+from modelops.evaluation.report.words import METRICS, PARTS, words_of
+from modelops.records.base import InputRef, Measurement
+from modelops.records.evaluation import EvaluationRecord
 
 EXPECTED = (  # asked of every release: a card says so when one is missing
     "frechet_distance_lite0", "frechet_distance_lite0_floor", "fid", "lit_alignment_gain",

@@ -6,11 +6,11 @@ from typing import Any
 
 import jinja2
 
+from modelops.base.errors import ModelopsError
 from modelops.cards import escape
 from modelops.cards.about import TEMPLATES
 from modelops.cards.numbers import record_link
 from modelops.cards.sources import NOTES_BEGIN, NOTES_END
-from modelops.errors import ModelopsError
 
 
 def render_template(name: str, context: dict[str, Any]) -> str:

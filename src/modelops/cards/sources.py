@@ -10,9 +10,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from modelops import __version__
-from modelops.errors import UsageError
-from modelops.files import read_json, read_text, sha256_bytes, sha256_file, write_bytes, write_json
-from modelops.records import InputRef
+from modelops.base.errors import UsageError
+from modelops.base.files import (
+    read_json,
+    read_text,
+    sha256_bytes,
+    sha256_file,
+    write_bytes,
+    write_json,
+)
+from modelops.records.base import InputRef
 
 NOTES_BEGIN, NOTES_END = "<!-- notes:begin -->", "<!-- notes:end -->"
 NO_NOTES = "None yet. What is written between these marks is kept when the card is written again."

@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from modelops.base.errors import UsageError
 from modelops.cards.escape import markdown, megabytes, number
-from modelops.errors import UsageError
 
 MOST_ROWS = 15
 

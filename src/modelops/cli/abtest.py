@@ -10,8 +10,9 @@ import click
 from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
 
 if TYPE_CHECKING:
-    from modelops.errors import ModelopsError
-    from modelops.records import AbTestRecord, Measurement
+    from modelops.base.errors import ModelopsError
+    from modelops.records.base import Measurement
+    from modelops.records.comparison import AbTestRecord
 
 _PATH = click.Path(path_type=Path)
 _STUDY = click.argument(
@@ -66,7 +67,7 @@ def build(
       modelops abtest build evaluations/early.json evaluations/final.json --out study
       modelops abtest build samples-24-steps samples-12-steps --allow steps --out study
     """
-    from modelops.evaluation.abtest.build import StudySettings, build_study
+    from modelops.abtest.build import StudySettings, build_study
 
     settings = StudySettings(n=None if take_all else n, **chosen)
     with progress("Building", quiet=as_json) as report:
@@ -103,7 +104,7 @@ def serve(directory: Path, host: str, port: int, as_json: bool) -> None:
     import signal
     import threading
 
-    from modelops.evaluation.abtest.server import AbTestServer, Session
+    from modelops.abtest.server import AbTestServer, Session
 
     session = Session(directory, on_finished=lambda rater: say(f"{rater} has finished"))
     with contextlib.closing(session):
@@ -164,8 +165,8 @@ def score(
       modelops abtest score study
       modelops abtest score study --require not-worse --margin 0.05
     """
-    from modelops.errors import EvaluationError, GateFailedError, GateUndecidedError
-    from modelops.evaluation.abtest.score import decide, score_study
+    from modelops.abtest.score import decide, score_study
+    from modelops.base.errors import EvaluationError, GateFailedError, GateUndecidedError
 
     path = out or directory / "abtest.json"
     record = score_study(

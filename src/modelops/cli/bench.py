@@ -94,7 +94,7 @@ def bench(
     """
     from functools import partial
 
-    from modelops.environment import current_environment
+    from modelops.base.environment import current_environment
     from modelops.evaluation.sources import open_source
     from modelops.export.bench import bench_sources, make_contenders
 

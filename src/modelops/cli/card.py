@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.cli.output import emit, json_option
-from modelops.errors import ModelopsError, UsageError
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 

@@ -10,7 +10,7 @@ import click
 from modelops.cli.output import emit, json_option, progress, say, table
 
 if TYPE_CHECKING:
-    from modelops.records import ComparedMetric, ComparisonRecord
+    from modelops.records.comparison import ComparedMetric, ComparisonRecord
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
@@ -91,8 +91,8 @@ def compare(
       modelops compare evaluations/fp32.json evaluations/int8.json \\
           --margin frechet_distance_lite0=5% --margin unsafe_rate=0.01 --out comparisons/int8.json
     """
-    from modelops.evaluation.compare import compare_records
-    from modelops.evaluation.comparison.margins import parse_margins
+    from modelops.evaluation.compare.compare import compare_records
+    from modelops.evaluation.compare.margins import parse_margins
 
     with progress("Comparing", quiet=as_json) as report:
         record = compare_records(
@@ -136,7 +136,7 @@ def _show(record: ComparisonRecord) -> None:
     if told := [row for row in refused if row.metric not in neither]:
         table(["not comparable", "because"], [[row.metric, row.reason] for row in told])
     if record.images:
-        from modelops.evaluation.report import metric_rows
+        from modelops.evaluation.report.rows import metric_rows
 
         title = "image by image, second against first"
         table([title, "value", "95 % interval", "n", "method"], metric_rows(record.images))

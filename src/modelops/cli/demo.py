@@ -12,8 +12,8 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress, tab
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from modelops.base.steps import Chain, OnProgress, Step, StepResult
     from modelops.demo.plan import Plan
-    from modelops.steps import Chain, OnProgress, Step, StepResult
 
 
 @click.command()

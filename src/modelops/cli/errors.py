@@ -13,7 +13,7 @@ import traceback
 
 import click
 
-from modelops.errors import ModelopsError
+from modelops.base.errors import ModelopsError
 
 
 def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:

@@ -11,7 +11,7 @@ import click
 from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
 
 if TYPE_CHECKING:
-    from modelops.records import Measurement
+    from modelops.records.base import Measurement
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -177,7 +177,7 @@ def evaluate(
     page = write_report_beside(out) if report else None
     emit(record.model_dump(mode="json"), as_json=as_json)
     if not as_json:
-        from modelops.evaluation.report import metric_rows
+        from modelops.evaluation.report.rows import metric_rows
 
         table(["metric", "value", "95 % interval", "n", "method"], metric_rows(record.metrics))
         if record.slices:

@@ -11,7 +11,7 @@ from modelops.cli import output
 
 if TYPE_CHECKING:
     from modelops.export.source import Lora
-    from modelops.records import ArtifactRecord
+    from modelops.records.export import ArtifactRecord
 
 # Which formats an option is for; given with another one it is refused, not ignored.
 _SCOPES = {
@@ -232,8 +232,8 @@ def export(
     """
     _check_scopes(ctx, target)
     start = onnx_dir or out_dir.parent / "onnx"
-    from modelops.export.artifact import check_destination, read_artifact
-    from modelops.files import read_text
+    from modelops.base.files import read_text
+    from modelops.export.artifact.directory import check_destination, read_artifact
 
     check_destination(out_dir, overwrite=overwrite)
     from_artifact = target in ("int8", "tensorrt")
@@ -290,20 +290,20 @@ def _run(
 ) -> ArtifactRecord:
     shown: dict[str, Any] = {"on_progress": on_progress, "on_stage": on_progress.stage}
     if target == "onnx":
-        from modelops.export.onnx.export import export_onnx
+        from modelops.export.to_onnx import export_onnx
 
         return export_onnx(
             checkpoint, out_dir, precision=_PRECISIONS[options["precision"]], size=options["size"],
             lora=_lora(options), **shown, **common,
         )  # fmt: skip
     if target == "torchscript":
-        from modelops.export.programs import export_torchscript
+        from modelops.export.to_torchscript import export_torchscript
 
         return export_torchscript(
             checkpoint, out_dir, size=options["size"], lora=_lora(options), **shown, **common
         )
     if target == "int8":
-        from modelops.export.int8.export import Int8Options, export_int8
+        from modelops.export.to_int8 import Int8Options, export_int8
 
         how = Int8Options(
             method=options["method"], error_budget=options["error_budget"],
@@ -313,8 +313,8 @@ def _run(
         return export_int8(
             start, checkpoint, out_dir, seed=options["seed"], options=how, **shown, **common
         )
-    from modelops.export.tensorrt.export import DEFAULT_PROFILES, export_tensorrt
     from modelops.export.tensorrt.fingerprint import EngineFlags
+    from modelops.export.to_tensorrt import DEFAULT_PROFILES, export_tensorrt
 
     given = {
         "workspace_bytes": options["workspace_mb"] and options["workspace_mb"] << 20,
@@ -341,7 +341,7 @@ def _lora(options: dict[str, Any]) -> Lora | None:
 
 
 def _print_tables(record: ArtifactRecord, out_dir: Path) -> None:
-    from modelops.export.layers import searched_layers
+    from modelops.export.artifact.layers import searched_layers
 
     output.table(
         ("component", "precision", "MB", "nodes", "int8 nodes", "dynamic axes"),

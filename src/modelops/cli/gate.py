@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelops.base.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
 from modelops.cli.output import emit, json_option, say, table
-from modelops.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
 
 if TYPE_CHECKING:
-    from modelops.records import Criterion, Verdict
+    from modelops.records.release import Criterion, Verdict
 
 
 @click.command()

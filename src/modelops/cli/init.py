@@ -23,7 +23,7 @@ def init(directory: Path, force: bool, dry_run: bool, as_json: bool) -> None:
     Example:
       modelops init my-model
     """
-    from modelops import scaffold
+    from modelops.training import new_project as scaffold
 
     if dry_run:
         states = {str(path): state for path, state in scaffold.project_files(directory).items()}

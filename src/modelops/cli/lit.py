@@ -47,7 +47,7 @@ def fit_lit(
         record = fit(manifest, splits, out, seed=seed, on_progress=report)
     emit(record.model_dump(mode="json"), as_json=as_json)
     if not as_json:
-        from modelops.evaluation.report import metric_rows
+        from modelops.evaluation.report.rows import metric_rows
 
         table(["metric", "value", "95 % interval", "n", "method"], metric_rows(record.metrics))
         say(f"{out} ({record.duration_s:.0f} s)")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelops.base.errors import GateFailedError, GateUndecidedError, UsageError
 from modelops.cli.output import emit, json_option, say, table
-from modelops.errors import GateFailedError, GateUndecidedError, UsageError
 
 if TYPE_CHECKING:
-    from modelops.monitoring.records import DriftTest, MonitorRecord
     from modelops.monitoring.reference import Reference
+    from modelops.records.monitoring import DriftTest, MonitorRecord
 
 
 @click.command()
@@ -77,7 +77,7 @@ def monitor(
     """
     import tempfile
 
-    from modelops.errors import ConfigError
+    from modelops.base.errors import ConfigError
     from modelops.monitoring.judge import monitor as judge
     from modelops.monitoring.log import parse_span
     from modelops.monitoring.policy import read_monitoring

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
+from modelops.base.files import write_text
 from modelops.cli.main import cli
-from modelops.files import write_text
 
 REFERENCE = Path(__file__).with_name("REFERENCE.md")
 

@@ -10,7 +10,7 @@ import click
 from modelops.cli.output import dry_run_option, emit, json_option, say
 
 if TYPE_CHECKING:
-    from modelops.records import ReleaseRecord
+    from modelops.records.release import ReleaseRecord
 
 
 @click.group()
@@ -105,10 +105,10 @@ def build(
     """
     import tempfile
 
-    from modelops.files import read_text, sha256_tree
+    from modelops.base.files import read_text, sha256_tree
     from modelops.monitoring.reference import release_files
-    from modelops.release import build_release, check_fallback, check_verdict
-    from modelops.serving.scheduling.company import release_proofs
+    from modelops.releases.build import build_release, check_fallback, check_verdict
+    from modelops.serving.node.batch_invariance import release_proofs
 
     if dry_run:
         emit(
@@ -179,7 +179,7 @@ def verify(directory: Path, as_json: bool) -> None:
     Example:
       modelops release verify release
     """
-    from modelops.release import verify_release
+    from modelops.releases.build import verify_release
 
     record = verify_release(directory)
     emit(

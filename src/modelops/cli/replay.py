@@ -71,7 +71,7 @@ def replay(
     """
     from dataclasses import asdict
 
-    from modelops.serving.provenance.replay import (
+    from modelops.serving.node.replay import (
         check_release,
         open_recipe,
         recipe_texts,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.cli.output import emit, json_option, progress, say
-from modelops.errors import ModelopsError, UsageError
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -40,7 +40,7 @@ def report(
         if out is not None:
             raise UsageError("--check writes nothing, so --out has no meaning beside it")
         return _check(page, record, against, as_json)
-    from modelops.evaluation.pages.report import write_report
+    from modelops.evaluation.report.page import write_report
 
     with progress("writing the report", quiet=as_json):
         written = write_report(record, out=out, against=against)
@@ -49,7 +49,7 @@ def report(
 
 
 def _check(page: Path, record: Path, against: Path | None, as_json: bool) -> int:
-    from modelops.evaluation.pages.report import check_report
+    from modelops.evaluation.report.page import check_report
 
     reasons = check_report(page, record, against=against)
     emit(
@@ -64,7 +64,7 @@ def _check(page: Path, record: Path, against: Path | None, as_json: bool) -> int
 
 def write_report_beside(record: Path) -> Path | None:
     """The report of a record that was just written; a page that cannot be written is a remark."""
-    from modelops.evaluation.pages.report import write_report
+    from modelops.evaluation.report.page import write_report
 
     try:
         return write_report(record)

@@ -137,13 +137,13 @@ def run(
     import os
     import shlex
 
-    from modelops.release import verify_release
+    from modelops.releases.build import verify_release
     from modelops.serving.deploy.check import curl_line
     from modelops.serving.deploy.launch import check_address, run_server, serve_command
     from modelops.serving.http.access import INSECURE_VARIABLE, check_open_address
     from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
     from modelops.serving.provenance.signing import open_signing_key
-    from modelops.serving.swap.standing import release_to_serve
+    from modelops.serving.rollout.active_release import release_to_serve
     from modelops.serving.telemetry.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
     from modelops.serving.workers import WORKERS_VARIABLE, worker_count
 
@@ -229,7 +229,7 @@ def preflight(model: Path, runtime: str, out: Path | None, as_json: bool) -> Non
       modelops serve preflight release
       modelops serve preflight artifacts/pilot/int8 --out preflight.json
     """
-    from modelops.serving.preflight import run_preflight
+    from modelops.serving.deploy.preflight import run_preflight
 
     record = run_preflight(model, runtime=runtime)
     if out is not None:

@@ -152,7 +152,7 @@ def _decide(
 def _show(listed: Listed, pictures: Path | None, *, as_json: bool) -> None:
     import base64
 
-    from modelops.files import write_bytes
+    from modelops.base.files import write_bytes
 
     entry = listed.entry
     assert entry is not None

@@ -53,7 +53,7 @@ def status(url: str, key_file: Path | None, as_json: bool) -> None:
     Example:
       modelops serve swap status http://127.0.0.1:3000 --key-file admin.key
     """
-    from modelops.serving.swap.client import SwapClient, exit_code
+    from modelops.serving.rollout.client import SwapClient, exit_code
 
     found = SwapClient(url, _key(key_file)).status()
     _finish(found, as_json, exit_code(found))
@@ -108,7 +108,7 @@ def canary(
     Example:
       modelops serve swap canary http://127.0.0.1:3000 pilot-2 --share 0.2 --auto --wait
     """
-    from modelops.serving.swap.client import SwapClient, trial_exit_code
+    from modelops.serving.rollout.client import SwapClient, trial_exit_code
 
     order = {
         "release": release, "share": share, "sticky": sticky, "named": named, "auto": auto,
@@ -177,7 +177,7 @@ def _change(
     url: str, key_file: Path | None, action: str, order: dict[str, Any], wait: bool,
     timeout: float, as_json: bool,
 ) -> None:  # fmt: skip
-    from modelops.serving.swap.client import SwapClient
+    from modelops.serving.rollout.client import SwapClient
 
     client = SwapClient(url, _key(key_file))
     found = client.post(action, order)
@@ -190,8 +190,8 @@ def _change(
 def _key(path: Path | None) -> str:
     import os
 
-    from modelops.errors import UsageError
-    from modelops.files import read_text
+    from modelops.base.errors import UsageError
+    from modelops.base.files import read_text
 
     key = (read_text(path) if path else os.environ.get(KEY_VARIABLE, "")).strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
@@ -204,7 +204,7 @@ def _key(path: Path | None) -> str:
 
 def _finish(found: dict[str, Any], as_json: bool, code: int = 0) -> None:
     """Print a status, and end with an exit code."""
-    from modelops.serving.swap.client import describe_status
+    from modelops.serving.rollout.client import describe_status
 
     emit(found, as_json=as_json, text=describe_status(found))
     if code:

@@ -52,7 +52,7 @@ def train(
       modelops train pilot_config.yaml --run-name low-lr --set training.lr=2e-4
       modelops train pilot_config.yaml --processes 4 --dry-run
     """
-    from modelops.launch import default_run_dir, execute_run, plan_run
+    from modelops.training.launch import default_run_dir, execute_run, plan_run
 
     plan = plan_run(
         config,

@@ -13,13 +13,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.seeding import numpy_generator
 from modelops.data.embeddings import Embeddings, Encoder
 from modelops.data.images import read_image
 from modelops.data.manifest import Manifest
 from modelops.data.neighbours import Pairs, normalize_rows
 from modelops.data.rates import count_to_rate
-from modelops.records import Measurement
-from modelops.seeding import numpy_generator
+from modelops.records.base import Measurement
 
 SAMPLED = 64  # pictures altered, at most; a quarter of a small corpus, at least 16
 MAX_FALSE_RATE = 0.05  # of hard negatives, at the suggested threshold

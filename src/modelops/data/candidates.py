@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from modelops.base.files import sha256_bytes, write_bytes
+from modelops.base.seeding import numpy_generator
 from modelops.data.images import encode_png, read_image, resize_image
 from modelops.data.manifest import Manifest, Sample
 from modelops.data.neighbours import Pairs
-from modelops.files import sha256_bytes, write_bytes
-from modelops.records import InputRef
-from modelops.seeding import numpy_generator
+from modelops.records.base import InputRef
 
 CELL = 96  # pixels of a thumbnail
 COLUMNS = 4  # pairs a row

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modelops.base.errors import ImageError
 from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
-from modelops.errors import ImageError
 
 OnProgress = Callable[[int, int], None]  # (done, total)
 

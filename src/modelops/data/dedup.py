@@ -17,6 +17,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.environment import current_environment
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_file
 from modelops.data.calibration import calibrate_threshold
 from modelops.data.candidates import write_candidate_sheet
 from modelops.data.embeddings import Embeddings, Encoder, Lite0Encoder, embed_manifest
@@ -30,10 +33,9 @@ from modelops.data.neighbours import (
     normalize_rows,
     star_clusters,
 )
-from modelops.environment import current_environment
-from modelops.errors import UsageError
-from modelops.files import sha256_file
-from modelops.records import DedupReport, DuplicateCluster, InputRef, read_record
+from modelops.records.base import InputRef
+from modelops.records.data import DedupReport, DuplicateCluster
+from modelops.records.read import read_record
 
 CANDIDATE_SHEET = "dedup_candidates.png"
 Kind = Literal["bytes", "pixels", "embedding"]

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.errors import ImageError, UsageError
+from modelops.base.files import atomic_path, read_json, sha256_json, write_json
+from modelops.base.pixels import pixels_sha256
 from modelops.data.images import read_image
 from modelops.data.manifest import Manifest, Sample
-from modelops.errors import ImageError, UsageError
-from modelops.files import atomic_path, read_json, sha256_bytes, sha256_json, write_json
 
 CHUNK = 256  # samples
 CACHE = Path(".cache/embeddings")  # below the manifest's folder
@@ -113,11 +114,6 @@ def embed_manifest(
     return Embeddings(samples, joined, pixels, faults)
 
 
-def pixel_digest(image: Image) -> str:
-    """sha256 of a picture's shape and pixels: equal for the same picture in another encoding."""
-    return sha256_bytes(repr(image.shape).encode() + image.tobytes())
-
-
 def _embed_chunk(
     manifest: Manifest, chunk: list[Sample], encoder: Encoder, cache: Path
 ) -> tuple[npt.NDArray[np.float32], list[str], dict[int, str]]:
@@ -137,7 +133,7 @@ def _embed_chunk(
             except ImageError as error:
                 faults[index] = error.message
                 continue
-            digests[index] = pixel_digest(image)
+            digests[index] = pixels_sha256(image)
             yield image
 
     found = encoder.encode(readable())

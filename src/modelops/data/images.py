@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import ImageError
+from modelops.base.errors import ImageError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,8 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ManifestError, UsageError
-from modelops.files import atomic_path, safe_join, sha256_bytes, sha256_file, write_text
+from modelops.base.errors import ManifestError, UsageError
+from modelops.base.files import atomic_path, safe_join, sha256_bytes, sha256_file, write_text
 
 COLUMNS = (
     "id", "filepath", "caption", "license", "source", "sha256", "nsfw_flag", "tags",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelops.records import Measurement
+from modelops.records.base import Measurement
 
 
 def count_to_rate(

@@ -20,11 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.data.images import decode_image, encode_png, read_image, resize_image
-from modelops.data.manifest import Sample, read_manifest
-from modelops.data.split import SPLITS, read_splits
-from modelops.errors import IntegrityError, UsageError
-from modelops.files import (
+from modelops.base.errors import IntegrityError, UsageError
+from modelops.base.files import (
     atomic_directory,
     canonical_json,
     check_writable,
@@ -34,7 +31,10 @@ from modelops.files import (
     sha256_file,
     write_text,
 )
-from modelops.seeding import derive_seed
+from modelops.base.seeding import derive_seed
+from modelops.data.images import decode_image, encode_png, read_image, resize_image
+from modelops.data.manifest import Sample, read_manifest
+from modelops.data.split import SPLITS, read_splits
 
 SHARD_COLUMNS = ("shard", "split", "samples", "bytes", "sha256")
 OnProgress = Callable[[int, int], None]  # (done, total)

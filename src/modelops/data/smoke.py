@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from modelops.base.environment import current_environment
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import sha256_file
+from modelops.base.seeding import derive_seed, numpy_generator
 from modelops.data.shards import ShardDataset, ShardSample, read_shard_manifest
-from modelops.environment import current_environment
-from modelops.errors import ModelopsError, UsageError
-from modelops.files import sha256_file
-from modelops.records import InputRef, Measurement, SmokeReport
-from modelops.seeding import derive_seed, numpy_generator
+from modelops.records.base import InputRef, Measurement
+from modelops.records.data import SmokeReport
 
 MAX_STALL_RATIO = 20.0  # slowest batch over the median, once the workers are warm
 MIN_STALL_SECONDS = 1.0  # a batch that took less stalls nobody, whatever the median is

@@ -15,17 +15,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.environment import current_environment
+from modelops.base.errors import UsageError
+from modelops.base.files import atomic_path
+from modelops.base.seeding import numpy_generator
 from modelops.data.dedup import report_digest, require_same_manifest
 from modelops.data.embeddings import Encoder, Lite0Encoder, embed_manifest
 from modelops.data.manifest import Sample, read_manifest
 from modelops.data.neighbours import all_pairs, nearest_neighbours, normalize_rows
 from modelops.data.rates import count_to_rate
 from modelops.data.units import Units, build_units, deal_units
-from modelops.environment import current_environment
-from modelops.errors import UsageError
-from modelops.files import atomic_path
-from modelops.records import DedupReport, InputRef, Measurement, SplitReport, read_record
-from modelops.seeding import numpy_generator
+from modelops.records.base import InputRef, Measurement
+from modelops.records.data import DedupReport, SplitReport
+from modelops.records.read import read_record
 
 SPLITS = ("train", "val", "test")
 OnProgress = Callable[[int, int], None]  # (done, total)

@@ -11,7 +11,8 @@ import numpy as np
 
 from modelops.data.manifest import Sample, read_manifest
 from modelops.data.split import SPLITS, read_splits
-from modelops.records import DedupReport, read_record
+from modelops.records.data import DedupReport
+from modelops.records.read import read_record
 
 
 def manifest_statistics(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelops.base.errors import UsageError
+from modelops.base.seeding import derive_seed
 from modelops.data.neighbours import Pairs
-from modelops.errors import UsageError
-from modelops.seeding import derive_seed
 
 CAP_SHARE = 0.5  # of the smallest split: a unit grown by likeness may not be larger
 

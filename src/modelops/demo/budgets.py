@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

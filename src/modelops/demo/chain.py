@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modelops.config import load_config
+from modelops.base.steps import Chain, Step
 from modelops.demo.budgets import Budget, trainer_config
 from modelops.demo.project import (
     CARDS,
@@ -30,7 +30,7 @@ from modelops.demo.project import (
     int8_record,
 )
 from modelops.demo.stages import Stages
-from modelops.steps import Chain, Step
+from modelops.training.config import load_config
 
 
 def demo_chain(root: Path, budget: Budget) -> Chain:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from modelops.config import ModelSection, load_config
+from modelops.base.errors import UsageError
 from modelops.demo.budgets import trainer_config
-from modelops.errors import UsageError
+from modelops.training.config import ModelSection, load_config
 
 ROUNDS, ENOUGH_S = 5, 1.5  # timed calls of each kind; fewer, at least two, once they took this long
 BATCH, ROWS, IMAGES, TEXTS = 32, 16, 8, 32  # of a training step, a sampler's call, features, texts

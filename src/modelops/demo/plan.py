@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from modelops.base.errors import UsageError
 from modelops.demo.budgets import Budget
 from modelops.demo.machine import Rates
-from modelops.errors import UsageError
 
 PICTURES, PROMPTS, GRID = 3953, 395, 64  # of the corpus, of its test split, of the fixed grid
 CALIBRATION = 256  # altered pictures with which deduplication judges its threshold

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import check_writable, read_json, remove_leftovers, write_json, write_text
 from modelops.demo.budgets import Budget, policy_file, trainer_config
 from modelops.demo.plan import Plan
-from modelops.errors import ModelopsError, UsageError
-from modelops.files import check_writable, read_json, remove_leftovers, write_json, write_text
-from modelops.records import ArtifactRecord, EvaluationRecord, Measurement, read_record
+from modelops.records.base import Measurement
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import read_record
 
 SEED = 0
 NEED_BYTES = 2_000_000_000
@@ -87,7 +90,7 @@ def prepare(root: Path, budget_name: str, budget: Budget, plan: Plan | None = No
         UsageError: the directory holds something else, or a demo of another budget.
         ModelopsError: it cannot be written, or the disk is too full.
     """
-    from modelops.scaffold import init_project
+    from modelops.training.new_project import init_project
 
     check_place(root, budget_name)
     state = _read_state(root, budget_name)

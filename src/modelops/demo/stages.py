@@ -6,6 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from modelops.base.errors import (
+    ExportError,
+    GateFailedError,
+    GateUndecidedError,
+    TrainingError,
+    UsageError,
+)
+from modelops.base.files import atomic_directory, write_bytes
+from modelops.base.steps import OnProgress
 from modelops.demo.budgets import Budget
 from modelops.demo.project import (
     CARDS,
@@ -35,16 +44,9 @@ from modelops.demo.project import (
     grid_prompts,
     int8_record,
 )
-from modelops.errors import (
-    ExportError,
-    GateFailedError,
-    GateUndecidedError,
-    TrainingError,
-    UsageError,
-)
-from modelops.files import atomic_directory, write_bytes
-from modelops.records import ArtifactRecord, TrainRecord, read_record
-from modelops.steps import OnProgress
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord
 
 
 class Stages:
@@ -112,7 +114,7 @@ class Stages:
         return f"{found.verdict}, {found.images_per_second:.0f} images/s{reasons}"
 
     def train(self, report: OnProgress) -> str:
-        from modelops.launch import launch_training, plan_run
+        from modelops.training.launch import launch_training, plan_run
 
         run = self.root / RUN
         resume = (run / "config.json").exists()
@@ -166,7 +168,7 @@ class Stages:
         self, source: Path | str, out: str, report: OnProgress, n: int | None = None
     ) -> str:
         from modelops.evaluation.evaluate import evaluate
-        from modelops.evaluation.pages.report import write_report
+        from modelops.evaluation.report.page import write_report
         from modelops.evaluation.settings import EvaluationSettings
         from modelops.evaluation.sources import open_source
 
@@ -189,9 +191,9 @@ class Stages:
         return f"Fréchet (Lite0) {describe(distance)}, alignment gain {describe(gain)}"
 
     def grid(self, report: OnProgress) -> str:
+        from modelops.base.seeding import image_seed
         from modelops.evaluation.grids import write_grid
         from modelops.models.sources import ImageRequest, open_checkpoint
-        from modelops.seeding import image_seed
 
         source = open_checkpoint(self.final_checkpoint)
         base = source.defaults
@@ -213,7 +215,7 @@ class Stages:
         return f"{len(prompts)} prompts, one seed each, none selected"
 
     def export_onnx(self, report: OnProgress) -> str:
-        from modelops.export.onnx.export import export_onnx
+        from modelops.export.to_onnx import export_onnx
 
         record = export_onnx(
             self.final_checkpoint, self.root / ONNX_DIR, overwrite=True, on_progress=report
@@ -221,10 +223,10 @@ class Stages:
         return f"{_parity(record)}, {record.bytes_total / 1e6:.0f} MB"
 
     def export_int8(self, report: OnProgress) -> str:
+        from modelops.base.seeding import numpy_generator
         from modelops.data.manifest import read_manifest
         from modelops.data.split import read_splits
-        from modelops.export.int8.export import Int8Options, export_int8
-        from modelops.seeding import numpy_generator
+        from modelops.export.to_int8 import Int8Options, export_int8
 
         splits = read_splits(self.root / SPLITS)
         captions = sorted(
@@ -315,11 +317,11 @@ class Stages:
         return f"{verdict.answer}, {len(verdict.criteria)} of {len(verdict.criteria)} criteria met"
 
     def release(self, report: OnProgress) -> str:
+        from modelops.base.files import sha256_tree
         from modelops.cards.about import openmoji_about
-        from modelops.files import sha256_tree
         from modelops.monitoring.reference import release_files
-        from modelops.release import build_release
-        from modelops.serving.scheduling.company import release_proofs
+        from modelops.releases.build import build_release
+        from modelops.serving.node.batch_invariance import release_proofs
 
         model = self.root / RELEASED_DIR
         is_int8 = read_record(model / "artifact.json", ArtifactRecord).format == "int8"
@@ -351,7 +353,7 @@ class Stages:
         return f"{len(record.files)} files, {size / 1e6:.0f} MB, every one by digest"
 
     def serve(self, report: OnProgress) -> str:
-        from modelops.evaluation.agreement import compare_images
+        from modelops.evaluation.compare.agreement import compare_images
         from modelops.serving.deploy.check import check_endpoint
         from modelops.serving.deploy.launch import start_server
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from modelops.environment import current_environment
-from modelops.errors import EvaluationError, ModelopsError
+from modelops.base.environment import current_environment
+from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.files import sha256_file, write_json
 from modelops.evaluation.crew.sharing import crew_of, inner_source
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.measures import FAMILIES
@@ -32,10 +31,10 @@ from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources import FolderSource
 from modelops.evaluation.workbench import Workbench
-from modelops.files import sha256_file, write_json
 from modelops.metrics.features import write_arrays
 from modelops.models.sources import ImageRequest, ModelSource
-from modelops.records import EvaluationRecord, InputRef, Sampling
+from modelops.records.base import InputRef
+from modelops.records.evaluation import EvaluationRecord, Sampling
 
 OnProgress = Callable[[int, int], None]
 OnStage = Callable[[str, int, int], None]  # name, number from 1, how many
@@ -253,19 +252,3 @@ def _write_files(bench: Workbench, out: Path) -> None:
         name: InputRef(path=path.relative_to(out.parent).as_posix(), sha256=sha256_file(path))
         for name, path in made.items()
     }
-
-
-def read_per_image(record_path: str | Path, record: EvaluationRecord) -> list[dict[str, Any]]:
-    """The per-image values that a record names.
-
-    Raises:
-        EvaluationError: they are not there, or other than the record's digest says.
-    """
-    entry = record.files.get("per_image")
-    path = Path(record_path).parent / entry.path if entry else None
-    if entry is None or path is None or not path.is_file():
-        raise EvaluationError(f"{record_path}: its per-image values are not there")
-    if sha256_file(path) != entry.sha256:
-        raise EvaluationError(f"{path}: differs from the digest in {record_path}")
-    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
-    return rows

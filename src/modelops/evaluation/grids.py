@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.files import write_bytes
+from modelops.base.files import write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.environment import current_environment
+from modelops.base.errors import UsageError
+from modelops.base.files import atomic_directory, sha256_file
 from modelops.data.embeddings import embed_manifest
 from modelops.data.manifest import read_manifest
 from modelops.data.split import read_splits
-from modelops.environment import current_environment
-from modelops.errors import UsageError
-from modelops.files import atomic_directory, sha256_file
 from modelops.metrics.intervals import clopper_pearson
 from modelops.models import lit
 from modelops.models.encoders import LITE0_NAME, MINILM_NAME
-from modelops.records import AlignmentModelRecord, InputRef, Measurement
+from modelops.records.base import InputRef, Measurement
+from modelops.records.evaluation import AlignmentModelRecord
 
 RECORD = "lit.json"
 TOP_K = (1, 5)

@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_file
 from modelops.evaluation.workbench import Workbench
-from modelops.files import sha256_file
 from modelops.metrics.memorization import CopyingVerdict
 from modelops.metrics.overfitting import Losses, find_overfitting, rows_to_losses
-from modelops.records import (
-    ArtifactRecord,
-    InputRef,
-    OverfittingNote,
-    TrainRecord,
-    read_record,
-    read_stats,
-)
+from modelops.records.base import InputRef
+from modelops.records.evaluation import OverfittingNote
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import read_record
+from modelops.records.train import TrainRecord, read_stats
 
 
 def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNote:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelops.errors import UsageError
-from modelops.files import read_text, sha256_bytes, sha256_json
-from modelops.seeding import derive_seed, image_seed
+from modelops.base.errors import UsageError
+from modelops.base.files import read_text, sha256_bytes, sha256_json
+from modelops.base.seeding import derive_seed, image_seed
 
 MAX_PROMPT = 10_000  # characters
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_json
 from modelops.data.embeddings import embed_manifest
 from modelops.data.images import read_image
 from modelops.data.manifest import Manifest, Sample, read_manifest
 from modelops.data.split import read_splits
-from modelops.errors import UsageError
-from modelops.files import sha256_json
 from modelops.metrics.feature_files import FeatureCache
 from modelops.metrics.features import Extractor
 

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.errors import ImageError, ModelopsError
+from modelops.base.files import remove_leftovers, sha256_json, write_bytes
 from modelops.data.images import encode_png, read_image
-from modelops.errors import ImageError, ModelopsError
 from modelops.evaluation.crew.sharing import crew_of, inner_source
 from modelops.evaluation.crew.threads import fewer_threads
 from modelops.evaluation.crew.work import Job, Outcome
 from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.prompts import PlannedImage, image_name
 from modelops.evaluation.sources import EndpointSource, ImageBlockedError
-from modelops.files import remove_leftovers, sha256_json, write_bytes
 from modelops.models.sources import ImageRequest, ModelSource, PipelineSource
 
 Image = npt.NDArray[np.uint8]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import sha256_bytes, write_bytes, write_json
+from modelops.base.seeding import image_seed
 from modelops.data.images import encode_png
-from modelops.errors import ModelopsError, UsageError
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.samples import Image, generate_each
-from modelops.files import sha256_bytes, write_bytes, write_json
 from modelops.models.sources import ImageRequest, ModelSource
-from modelops.seeding import image_seed
 
 
 def sample_images(

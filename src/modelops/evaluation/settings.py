@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.safety.registry import check_image_filter, check_prompt_filter
 
 FID_MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")

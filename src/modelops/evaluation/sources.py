@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, ModelopsError, UsageError
+from modelops.base.errors import EvaluationError, ModelopsError, UsageError
 from modelops.models.sources import ImageRequest, ModelSource
-from modelops.records import SourceInfo
+from modelops.records.evaluation import SourceInfo
 
 Image = npt.NDArray[np.uint8]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -54,7 +54,7 @@ def open_source(
         return EndpointSource(uri, concurrency=min(batch_size, 4), timeout_s=timeout_s)
     path = Path(uri)
     if (path / "artifact.json").is_file():
-        from modelops.export.runtime import open_artifact
+        from modelops.export.artifact.open import open_artifact
 
         return open_artifact(path, runtime=runtime, batch_size=batch_size)
     if path.is_dir() and not (path / "model_index.json").is_file():
@@ -80,7 +80,7 @@ class FolderSource:
     scheduler_name = "none"
 
     def __init__(self, folder: Path) -> None:
-        from modelops.files import sha256_file, sha256_json
+        from modelops.base.files import sha256_file, sha256_json
 
         found = sorted(folder.iterdir())
         self.files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]

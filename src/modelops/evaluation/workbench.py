@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, ModelopsError
+from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.files import sha256_file, sha256_json
 from modelops.evaluation.crew.reading import (
     check_images,
     extractor_opening,
@@ -27,7 +28,6 @@ from modelops.evaluation.prompts import PromptSet
 from modelops.evaluation.reference import RealPictures, shared_pictures
 from modelops.evaluation.samples import Samples
 from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
-from modelops.files import sha256_file, sha256_json
 from modelops.metrics.feature_files import (
     FeatureCache,
     map_features,
@@ -39,7 +39,8 @@ from modelops.metrics.frechet import Statistics, frechet_interval
 from modelops.metrics.intervals import Interval
 from modelops.metrics.protocol import protocol_id
 from modelops.metrics.streaming import cached_statistics, streamed_frechet_interval
-from modelops.records import EvaluationRecord, Measurement
+from modelops.records.base import Measurement
+from modelops.records.evaluation import EvaluationRecord
 from modelops.safety.image import ImageFilter, ImageVerdict
 
 Image = npt.NDArray[np.uint8]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.errors import UsageError
-from modelops.export.artifact import is_artifact, read_artifact
-from modelops.export.runtimes.graphs import process_cores
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_tree
+from modelops.export.artifact.directory import is_artifact, read_artifact
+from modelops.export.graphs.graph import process_cores
 from modelops.export.timing import speed_ratio
-from modelops.files import sha256_tree
 from modelops.models.sources import TRAINING_STATE, ImageRequest, ModelSource, PipelineSource
-from modelops.records import Measurement
+from modelops.records.base import Measurement
 
 _WARM_CALLS = 2  # TorchScript specialises in its second call
 _WAY_OUT = "--baseline CHECKPOINT names one"
@@ -384,7 +384,7 @@ def _compiler_missing() -> str | None:
 
 def _artifact_opener(uri: str, runtime: str) -> Callable[[int], ModelSource]:
     def open_with(threads: int) -> ModelSource:
-        from modelops.export.runtime import open_artifact
+        from modelops.export.artifact.open import open_artifact
 
         return open_artifact(uri, runtime=runtime, threads=threads)
 

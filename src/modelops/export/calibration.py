@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.errors import ExportError, UsageError
+from modelops.base.errors import ExportError, UsageError
+from modelops.base.files import sha256_bytes, sha256_json
+from modelops.base.seeding import image_seed, numpy_generator
 from modelops.export.calls import ONE_GUIDED_PROMPT, CaughtCall, Probe, call_pipeline, catching
 from modelops.export.components import Component
-from modelops.export.runtimes.graphs import Array
+from modelops.export.graphs.graph import Array
 from modelops.export.signatures import TIMESTEP_NAMES, Method
-from modelops.files import sha256_bytes, sha256_json
 from modelops.models.sources import CPU_ROWS, SMALL
-from modelops.seeding import image_seed, numpy_generator
 
 DEFAULT_PROMPTS = (
     "red heart", "grinning face", "waving hand", "house with garden", "flag: Japan", "dog face",

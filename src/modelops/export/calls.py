@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from modelops.errors import ExportError, UsageError
+from modelops.base.errors import ExportError, UsageError
 from modelops.export.signatures import Method, parameters_of, template_of
 
 OMITTED = ("safety_checker", "image_encoder")  # modelops' own filters stand in for the first

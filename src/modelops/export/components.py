@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 from modelops.export.calls import (
     CaughtCall,
     Key,
@@ -22,9 +22,9 @@ from modelops.export.calls import (
     first_call,
     first_that_works,
 )
-from modelops.export.onnx.writer import Example
 from modelops.export.signatures import (
     TIMESTEP_NAMES,
+    Example,
     Method,
     Signature,
     parameters_of,

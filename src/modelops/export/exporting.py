@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
-from modelops.environment import current_environment
-from modelops.export.artifact import describe_graph, other_files, portable_path
+from modelops.base.environment import current_environment
+from modelops.base.files import sha256_path, tree_files
+from modelops.base.seeding import image_seed
+from modelops.export.artifact.directory import describe_graph, other_files, portable_path
+from modelops.export.artifact.open import assemble
 from modelops.export.calibration import (
     Feed,
     TrajectoryRows,
@@ -21,19 +24,17 @@ from modelops.export.calibration import (
 )
 from modelops.export.calls import OMITTED
 from modelops.export.components import Component
+from modelops.export.graphs.graph import Graph
 from modelops.export.parity import (
     Bounds,
     component_parity,
     errors_by_noise,
     image_parity,
 )
-from modelops.export.runtime import assemble
-from modelops.export.runtimes.graphs import Graph
 from modelops.export.runtimes.probe import PROBE_ROWS, write_probe
 from modelops.export.source import ExportSource, Lora
-from modelops.files import sha256_path, tree_files
-from modelops.records import ExportedComponent, InputRef, ParityCheck
-from modelops.seeding import image_seed
+from modelops.records.base import InputRef
+from modelops.records.export import ExportedComponent, ParityCheck
 
 PARITY_SEED = 20
 OnProgress = Callable[[int, int], None]

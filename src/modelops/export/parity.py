@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
+from modelops.base.extras import has_module
+from modelops.base.seeding import image_seed
 from modelops.export.calibration import Feed, TrajectoryRows, rows_at_once
 from modelops.export.calls import Probe, call_pipeline
 from modelops.export.components import Component
+from modelops.export.graphs.graph import Array, Graph
 from modelops.export.pictures import check_pictures
-from modelops.export.runtimes.graphs import Array, Graph
 from modelops.export.runtimes.probe import relative_errors
-from modelops.extras import has_module
 from modelops.metrics.images import SSIM_WINDOW, ssim
 from modelops.models.sources import floats_to_uint8
-from modelops.records import ParityCheck
-from modelops.seeding import image_seed
+from modelops.records.export import ParityCheck
 
 PARITY_BATCHES = (1, 2, 8)
 PARITY_STEPS = 20

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modelops.export.runtimes.graphs import Array
+from modelops.export.graphs.graph import Array
 
 _FLAT_LEVELS = 1.0  # of 255
 

@@ -9,13 +9,16 @@ graph, so that an artifact can be called as the network was.
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 
 Template = dict[str, Any]  # {"tensor": name} | {"value": ...} | {"list"|"tuple"|"dict"|...: ...}
 Method = Literal["forward", "encode", "decode"]
@@ -218,3 +221,28 @@ def _is_neutral(name: str, value: Any) -> bool:
     if name in ("return_dict", "output_attentions", "use_cache", "generator"):
         return True
     return value is None or value is False or (isinstance(value, dict) and not value)
+
+
+# name -> (example, names of its dynamic axes). No example dimension that may vary is 0 or 1:
+# torch.export would take it for a constant.
+Example = dict[str, tuple[torch.Tensor, dict[int, str]]]
+
+
+def is_variadic(module: torch.nn.Module) -> bool:
+    """Whether a module takes its tensors as *args; torch.export wants shapes of those nested."""
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the advice that torch's exporter and onnxruntime's quantiser log for developers."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.artifact import is_artifact
+from modelops.base.errors import ExportError, UsageError
+from modelops.base.files import sha256_file, sha256_json, sha256_tree, tree_files
+from modelops.export.artifact.directory import is_artifact, read_signature
 from modelops.export.components import Component, FlatModule
 from modelops.export.onnx.writer import check_weights
-from modelops.export.runtime import read_signature
-from modelops.files import sha256_file, sha256_json, sha256_tree, tree_files
 from modelops.models.sources import TRAINING_STATE, load_checkpoint, native_size
-from modelops.records import ArtifactRecord, ExportedComponent
+from modelops.records.export import ArtifactRecord, ExportedComponent
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def apply_lora(pipeline: Any, lora: Lora) -> None:
         MissingExtraError: peft is not installed.
         UsageError: the pipeline takes none, or the file is not one.
     """
-    from modelops.extras import require_module
+    from modelops.base.extras import require_module
 
     if not hasattr(pipeline, "load_lora_weights"):
         raise UsageError(f"{type(pipeline).__name__} takes no LoRA")
@@ -185,7 +184,7 @@ def _digest_of(path: Path) -> str:
 
 def _weights_digest(pipeline: Any) -> tuple[str, int]:
     """Digest and bytes of all weights of a pipeline that has no directory."""
-    from modelops.files import sha256_bytes
+    from modelops.base.files import sha256_bytes
 
     digests: dict[str, str] = {}
     total = 0

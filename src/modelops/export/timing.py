@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from modelops.files import sha256_json
-from modelops.records import Measurement
-from modelops.seeding import numpy_generator
+from modelops.base.files import sha256_json
+from modelops.base.seeding import numpy_generator
+from modelops.records.base import Measurement
 
 _RESAMPLES = 2000
 _SETTLE_S = 0.02

@@ -6,22 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ModelopsError, UsageError
-from modelops.export.artifact import verify_artifact
-from modelops.files import safe_join, sha256_file, sha256_tree
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import safe_join, sha256_file, sha256_tree
+from modelops.export.artifact.directory import verify_artifact
 from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy
 from modelops.metrics.protocol import protocol_differences
-from modelops.records import (
-    AbTestRecord,
-    ArtifactRecord,
-    ComparisonRecord,
-    EvaluationRecord,
-    Measurement,
-    Record,
-    TrainRecord,
-    read_any_record,
-)
+from modelops.records.base import Measurement, Record
+from modelops.records.comparison import AbTestRecord, ComparisonRecord
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.export import ArtifactRecord
+from modelops.records.read import read_any_record
+from modelops.records.train import TrainRecord
 
 SHARED_INPUTS = ("manifest", "shard_manifest", "splits", "dedup")  # mean one file per project
 TRAINING_STATE = "training_state"  # lies in a checkpoint, not part of its digest

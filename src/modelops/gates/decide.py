@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from modelops.environment import current_environment
-from modelops.files import sha256_file
+from modelops.base.environment import current_environment
+from modelops.base.files import sha256_file
 from modelops.gates.chain import (
     Evidence,
     Subject,
@@ -21,16 +21,10 @@ from modelops.gates.chain import (
 )
 from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
-from modelops.records import (
-    Answer,
-    ArtifactRecord,
-    Criterion,
-    EvaluationRecord,
-    InputRef,
-    Measurement,
-    Record,
-    Verdict,
-)
+from modelops.records.base import Answer, InputRef, Measurement, Record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.export import ArtifactRecord
+from modelops.records.release import Criterion, Verdict
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "at_most": operator.le, "at_least": operator.ge, "below": operator.lt, "above": operator.gt,

@@ -16,16 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from modelops.records import (
-    AbTestRecord,
-    ArtifactRecord,
-    ComparisonRecord,
-    EvaluationRecord,
-    Measurement,
-    Record,
-    SliceMeasurement,
-    SplitReport,
-)
+from modelops.records.base import Measurement, Record
+from modelops.records.comparison import AbTestRecord, ComparisonRecord
+from modelops.records.data import SplitReport
+from modelops.records.evaluation import EvaluationRecord, SliceMeasurement
+from modelops.records.export import ArtifactRecord
 
 SLICES, WORST, DIFFERENCE = "slices.", "worst", ".difference"
 

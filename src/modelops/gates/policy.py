@@ -34,8 +34,8 @@ from pydantic import (
     model_validator,
 )
 
-from modelops.errors import ConfigError
-from modelops.files import read_yaml
+from modelops.base.errors import ConfigError
+from modelops.base.files import read_yaml
 from modelops.gates.measurements import SLICES, is_slice_name
 from modelops.monitoring.policy import Margins, MonitoringPolicy
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modelops.environment import current_environment
-from modelops.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
-from modelops.files import read_json, sha256_file
-from modelops.records import InputRef, SignOff, Verdict, read_record
+from modelops.base.environment import current_environment
+from modelops.base.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
+from modelops.base.files import read_json, sha256_file
+from modelops.records.base import InputRef
+from modelops.records.read import read_record
+from modelops.records.release import SignOff, Verdict
 
 MARK = ".signoff-"
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import MissingWeightsError
-from modelops.files import sha256_file, sha256_tree
+from modelops.base.errors import MissingWeightsError
+from modelops.base.files import sha256_file, sha256_tree
 from modelops.models.devices import full_float32, open_device
 
 Image = npt.NDArray[np.uint8]

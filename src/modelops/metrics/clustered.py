@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.intervals import Interval, clopper_pearson
 
 PRIOR_CLUSTERS = 4  # weight of the worst case, in prompts that were hit

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.frechet import DDOF, Statistics
 from modelops.metrics.intervals import Interval, jackknife_interval
 

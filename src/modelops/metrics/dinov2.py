@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import MissingWeightsError
+from modelops.base.errors import MissingWeightsError
 from modelops.models.devices import full_float32, open_device
 from modelops.models.pretrained import (
     directory_digests,

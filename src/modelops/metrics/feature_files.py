@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, ModelopsError
-from modelops.files import atomic_path
+from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.files import atomic_path
 from modelops.metrics.features import (
     Extractor,
     Features,

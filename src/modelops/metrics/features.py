@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, ModelopsError
-from modelops.files import atomic_path, sha256_json
+from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.files import atomic_path, sha256_json
 from modelops.metrics.protocol import protocol_id
 
 Image = npt.NDArray[np.uint8]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
+from modelops.base.seeding import numpy_generator
 from modelops.metrics.intervals import Interval, jackknife_interval, normal_interval
-from modelops.seeding import numpy_generator
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, MissingWeightsError
-from modelops.extras import require_module
-from modelops.files import sha256_file
+from modelops.base.errors import EvaluationError, MissingWeightsError
+from modelops.base.extras import require_module
+from modelops.base.files import sha256_file
 
 Image = npt.NDArray[np.uint8]
 SSIM_WINDOW = 11  # pixels; Gaussian with sigma 1.5

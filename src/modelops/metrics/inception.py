@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
-from modelops.files import sha256_file
+from modelops.base.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
+from modelops.base.files import sha256_file
+from modelops.base.seeding import numpy_generator
 from modelops.metrics.features import Features, Image, in_threads
 from modelops.metrics.intervals import Interval
-from modelops.seeding import numpy_generator
 
 SIZE = 299  # pixels
 DIM = 2048

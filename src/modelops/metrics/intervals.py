@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
-from modelops.seeding import numpy_generator
+from modelops.base.errors import EvaluationError
+from modelops.base.seeding import numpy_generator
 
 Floats = npt.NDArray[np.float64]
 Statistic = Callable[[Floats], float]

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.intervals import (
     Interval,
     bootstrap_median,

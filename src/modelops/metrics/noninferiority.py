@@ -12,7 +12,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.intervals import Interval, clopper_pearson
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
+from modelops.base.seeding import numpy_generator
 from modelops.metrics.frechet import (
     DDOF,
     Statistics,
@@ -21,7 +22,6 @@ from modelops.metrics.frechet import (
 )
 from modelops.metrics.paired import Floats, Ints, PairedDifference, jackknife_difference
 from modelops.metrics.prdc import squared_distances
-from modelops.seeding import numpy_generator
 
 OnProgress = Callable[[int, int], None]
 SUBSET = 0.4  # share of prompts and pictures in each subset of `paired_prdc`

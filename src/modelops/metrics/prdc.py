@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.metrics.intervals import Interval, bootstrap_mean, clopper_pearson
 
 Floats = npt.NDArray[np.float64]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from modelops.errors import EvaluationError
-from modelops.files import sha256_json
+from modelops.base.errors import EvaluationError
+from modelops.base.files import sha256_json
 
 
 def protocol_id(protocol: Mapping[str, Any]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, ModelopsError
-from modelops.files import sha256_json
+from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.files import sha256_json
+from modelops.base.seeding import numpy_generator
 from modelops.metrics.feature_files import release, row_chunks
 from modelops.metrics.features import Extractor, write_arrays
 from modelops.metrics.frechet import (
@@ -26,7 +27,6 @@ from modelops.metrics.frechet import (
 )
 from modelops.metrics.intervals import Interval, jackknife_interval, normal_interval
 from modelops.metrics.protocol import protocol_id
-from modelops.seeding import numpy_generator
 
 
 class RunningStatistics:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 
 
 def open_device(name: str) -> torch.device:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from modelops.errors import IntegrityError, MissingWeightsError
-from modelops.extras import require_module
-from modelops.files import sha256_file
+from modelops.base.errors import IntegrityError, MissingWeightsError
+from modelops.base.extras import require_module
+from modelops.base.files import sha256_file
 
 LITE0_NAME = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

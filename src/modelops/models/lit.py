@@ -30,8 +30,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from modelops.errors import IntegrityError, MissingWeightsError, UsageError
-from modelops.files import read_json, sha256_file
+from modelops.base.errors import IntegrityError, MissingWeightsError, UsageError
+from modelops.base.files import read_json, sha256_file
+from modelops.base.seeding import derive_seed
 from modelops.models.encoders import (
     LITE0_SIZE,
     MINILM_DIM,
@@ -40,7 +41,6 @@ from modelops.models.encoders import (
     load_text_encoder,
     minilm_directory,
 )
-from modelops.seeding import derive_seed
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS = "open_clip_model.safetensors"

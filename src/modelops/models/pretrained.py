@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import IntegrityError, MissingWeightsError
-from modelops.files import read_json, sha256_file, sha256_json
+from modelops.base.errors import IntegrityError, MissingWeightsError
+from modelops.base.files import read_json, sha256_file, sha256_json
 
 Image = npt.NDArray[np.uint8]
 

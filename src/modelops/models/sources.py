@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.errors import MissingWeightsError, UsageError
-from modelops.files import read_text, sha256_bytes, sha256_file, sha256_tree
+from modelops.base.errors import MissingWeightsError, UsageError
+from modelops.base.files import read_text, sha256_bytes, sha256_file, sha256_tree
 from modelops.models.devices import open_device
-from modelops.records import SourceInfo
+from modelops.records.evaluation import SourceInfo
 
 # sha256 of the pipeline.py of earlier releases, whose checkpoints this one's pipeline runs.
 EARLIER_PIPELINES = (

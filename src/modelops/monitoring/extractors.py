@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from modelops.errors import EvaluationError
-from modelops.records import EvaluationRecord
+from modelops.base.errors import EvaluationError
+from modelops.records.evaluation import EvaluationRecord
 
 if TYPE_CHECKING:
     from modelops.metrics.features import Extractor

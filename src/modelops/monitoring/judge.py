@@ -32,15 +32,14 @@ from pathlib import Path
 
 import numpy as np
 
-from modelops.environment import current_environment
-from modelops.errors import UsageError
-from modelops.files import sha256_file
+from modelops.base.environment import current_environment
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_file
 from modelops.metrics.multiple import holm
 from modelops.metrics.protocol import protocol_id
 from modelops.monitoring.log import DriftRows, Span, read_log
 from modelops.monitoring.pictures import Shift, picture_shifts
 from modelops.monitoring.policy import POLICY_FILE, MonitoringPolicy, released_monitoring
-from modelops.monitoring.records import DriftTest, MonitorAnswer, MonitorRecord
 from modelops.monitoring.reference import Reference, released_reference, require_released
 from modelops.monitoring.samples import (
     Sample,
@@ -49,8 +48,15 @@ from modelops.monitoring.samples import (
     reference_sample,
 )
 from modelops.monitoring.shifts import Found, latency_shift, mix_shift, rank_shift, rate_shift
-from modelops.records import InputRef, ReleaseRecord
-from modelops.release import RECORD_FILE, evaluation_end, released_evaluations, verify_release
+from modelops.records.base import InputRef
+from modelops.records.monitoring import DriftTest, MonitorAnswer, MonitorRecord
+from modelops.records.release import ReleaseRecord
+from modelops.releases.build import (
+    RECORD_FILE,
+    evaluation_end,
+    released_evaluations,
+    verify_release,
+)
 
 PICTURES = ("feature_mean", "feature_covariance")
 PROMPTS = ("prompt_length", "script_mix")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from modelops.errors import UsageError
-from modelops.files import sha256_bytes, sha256_json
+from modelops.base.errors import UsageError
+from modelops.base.files import sha256_bytes, sha256_json
 from modelops.monitoring.rows import PREFIX, ImageRow, RequestRow, row_of
-from modelops.records import InputRef
+from modelops.records.base import InputRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from modelops.errors import ConfigError
-from modelops.files import read_yaml
+from modelops.base.errors import ConfigError
+from modelops.base.files import read_yaml
 
 POLICY_FILE = "policy.yaml"
 DEFAULT_EVALUATE_EVERY_DAYS = 30.0

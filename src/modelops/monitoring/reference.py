@@ -20,15 +20,18 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from modelops.environment import current_environment
-from modelops.errors import EvaluationError, IntegrityError, ModelopsError, UsageError
-from modelops.files import atomic_path, safe_join, sha256_file
+from modelops.base.environment import current_environment
+from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError, UsageError
+from modelops.base.files import atomic_path, safe_join, sha256_file
+from modelops.base.seeding import numpy_generator
 from modelops.monitoring.extractors import features_protocol
 from modelops.monitoring.rows import shares_to_vector
 from modelops.monitoring.scripts import SCRIPTS, script_shares
-from modelops.records import EvaluationRecord, InputRef, Record, ReleaseRecord, read_record
-from modelops.release import RECORD_FILE, released_evaluations
-from modelops.seeding import numpy_generator
+from modelops.records.base import InputRef, Record
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.read import read_record
+from modelops.records.release import ReleaseRecord
+from modelops.releases.build import RECORD_FILE, released_evaluations
 
 FOLDER = "monitoring"
 RECORD_NAME = "reference.json"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.seeding import numpy_generator
 from modelops.metrics.intervals import clopper_pearson
 from modelops.metrics.multiple import independent_difference, permutation_p
-from modelops.seeding import numpy_generator
 
 Floats = npt.NDArray[np.float64]
 BLOCKS = 24  # of time, in the shorter of two spans

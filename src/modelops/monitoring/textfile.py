@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from modelops.files import write_text
-from modelops.monitoring.records import MonitorAnswer, MonitorRecord
+from modelops.base.files import write_text
+from modelops.records.monitoring import MonitorAnswer, MonitorRecord
 
 
 def textfile(record: MonitorRecord) -> str:

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import UsageError
-from modelops.extras import require_module
-from modelops.files import read_text, sha256_json, write_text
+from modelops.base.errors import UsageError
+from modelops.base.extras import require_module
+from modelops.base.files import read_text, sha256_json, write_text
 from modelops.safety.image import Image, ImageVerdict, SafetyFilterError, checked_image
 
 BITS = 256

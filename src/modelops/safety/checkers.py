@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.models.pretrained import (
     directory_digests,
     images_to_inputs,

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError, MissingWeightsError
-from modelops.extras import require_module
-from modelops.files import sha256_file
+from modelops.base.errors import EvaluationError, MissingWeightsError
+from modelops.base.extras import require_module
+from modelops.base.files import sha256_file
 
 Image = npt.NDArray[np.uint8]
 OPEN_NSFW_SHA256 = "864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa"

@@ -18,8 +18,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from modelops.errors import UsageError
-from modelops.files import read_text, sha256_json
+from modelops.base.errors import UsageError
+from modelops.base.files import read_text, sha256_json
 
 MAX_PROMPT = 10_000  # characters
 BENIGN_FILE = "benign_prompts.txt"

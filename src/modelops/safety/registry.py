@@ -19,8 +19,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelops.errors import ModelopsError, UsageError
-from modelops.files import canonical_json
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import canonical_json
 
 if TYPE_CHECKING:
     from modelops.safety.image import ImageFilter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from modelops.errors import ServingError
+from modelops.base.errors import ServingError
 
 
 class QueueFullError(ServingError):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from modelops.errors import UsageError
-from modelops.export.runtimes.graphs import RUNTIMES
+from modelops.base.errors import UsageError
+from modelops.export.graphs.graph import RUNTIMES
 
 _MAY_BE_ZERO = {"evaluate_every_days", "profile_s", "threads"}
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
 
 WORKERS_VARIABLE = "MODELOPS_WORKERS"
 RUN_VARIABLE = "MODELOPS_RUN_DIRECTORY"  # set here for the workers, not by an operator
@@ -176,7 +176,7 @@ def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path 
         raise UsageError(f"{directory}: too long for a socket", hint="set TMPDIR to a shorter path")
     environment[RUN_VARIABLE] = str(directory)
     # Before a worker imports anything that counts the cores.
-    from modelops.export.runtimes.graphs import process_cores
+    from modelops.export.graphs.graph import process_cores
 
     share = max(1, process_cores() // count)
     environment.setdefault("OMP_NUM_THREADS", str(share))

@@ -15,11 +15,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from modelops.base.errors import UsageError
+from modelops.base.extras import require_module
+from modelops.base.files import atomic_directory, check_writable, remove_leftovers, sha256_bytes
+from modelops.base.seeding import derive_seed
 from modelops.data.manifest import Sample, write_manifest
-from modelops.errors import UsageError
-from modelops.extras import require_module
-from modelops.files import atomic_directory, check_writable, remove_leftovers, sha256_bytes
-from modelops.seeding import derive_seed
 
 LICENSE = "CC-BY-SA-4.0"  # SPDX
 OnProgress = Callable[[int, int], None]  # (done, total)

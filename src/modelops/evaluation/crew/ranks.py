@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from modelops.errors import ProcessDiedError
+from modelops.base.errors import ProcessDiedError
 from modelops.evaluation.crew.reading import failure_of
 from modelops.evaluation.crew.threads import device_of
 from modelops.evaluation.crew.work import (

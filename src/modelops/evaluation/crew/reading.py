@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError
+from modelops.base.files import atomic_path, remove_leftovers, write_json
 from modelops.data.images import read_image
-from modelops.errors import EvaluationError, IntegrityError, ModelopsError
 from modelops.evaluation.crew.work import Crew, Failure, OnRead, Share
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.files import atomic_path, remove_leftovers, write_json
 from modelops.metrics.feature_files import map_features, release, row_chunks, write_features
 from modelops.metrics.features import Extractor, Features, Lite0Extractor
 from modelops.metrics.protocol import protocol_id

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.evaluation.crew.ranks import LaunchedRanks, launched_ranks
 from modelops.evaluation.crew.threads import device_of
 from modelops.evaluation.crew.work import Crew
 from modelops.evaluation.crew.workers import Workers
 from modelops.models.sources import ImageRequest, ModelSource
-from modelops.records import SourceInfo
+from modelops.records.evaluation import SourceInfo
 
 
 class SharedSource:

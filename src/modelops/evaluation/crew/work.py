@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from modelops.errors import (
+from modelops.base.errors import (
     EvaluationError,
     ImageError,
     IntegrityError,

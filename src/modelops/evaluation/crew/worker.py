@@ -25,7 +25,7 @@ def main() -> int:
     busy = threading.Event()
     threading.Thread(target=_listen, args=(tasks, busy), daemon=True).start()
 
-    from modelops.errors import ModelopsError
+    from modelops.base.errors import ModelopsError
 
     while True:
         busy.clear()

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from modelops.errors import ProcessDiedError, UsageError
+from modelops.base.errors import ProcessDiedError, UsageError
 from modelops.evaluation.crew.threads import device_of, fewer_threads, threads_of
 from modelops.evaluation.crew.work import (
     Failure,

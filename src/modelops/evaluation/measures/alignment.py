@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
+from modelops.base.files import sha256_tree
 from modelops.evaluation.lit import RECORD
 from modelops.evaluation.workbench import Workbench
-from modelops.files import sha256_tree
 from modelops.metrics.alignment import (
     Alignment,
     alignment_intervals,
@@ -19,7 +19,9 @@ from modelops.metrics.alignment import (
 )
 from modelops.metrics.intervals import bootstrap_mean
 from modelops.models.lit import LitModel, load_lit
-from modelops.records import AlignmentModelRecord, InputRef, Measurement, read_record
+from modelops.records.base import InputRef, Measurement
+from modelops.records.evaluation import AlignmentModelRecord
+from modelops.records.read import read_record
 
 KEYS = (
     "lit_alignment", "lit_alignment_shuffled", "lit_alignment_gain", "lit_alignment_real",

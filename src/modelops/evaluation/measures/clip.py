@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.alignment import embeddings_to_alignment, per_prompt, retrieval_rate
 from modelops.metrics.clip import PREFIX, ClipModel, clipscores, torchmetrics_clip_scores
@@ -14,7 +14,7 @@ from modelops.metrics.cmmd import cmmd, statistics_to_cmmd
 from modelops.metrics.frechet import DDOF, rank_warning
 from modelops.metrics.intervals import Interval, bootstrap_mean
 from modelops.metrics.streaming import streamed_interval
-from modelops.records import InputRef
+from modelops.records.base import InputRef
 
 SCORES = ("clipscore", "clip_score_torchmetrics")
 RETRIEVAL = ("clip_retrieval_top1", "clip_retrieval_top5")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from modelops.base.seeding import numpy_generator
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.workbench import Features, Workbench
 from modelops.metrics.frechet import (
@@ -16,7 +17,6 @@ from modelops.metrics.frechet import (
     rank_warning,
 )
 from modelops.metrics.kernel import kernel_distance
-from modelops.seeding import numpy_generator
 
 INFINITY_IMAGES = 4000  # that the extrapolation takes where features are streamed
 KEYS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelops.errors import EvaluationError
+from modelops.base.errors import EvaluationError
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.diversity import diversity, within_prompts
 

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.data.embeddings import pixel_digest
+from modelops.base.errors import EvaluationError, ImageError
+from modelops.base.pixels import pixels_sha256
+from modelops.base.seeding import numpy_generator
 from modelops.data.images import resize_image
-from modelops.errors import EvaluationError, ImageError
 from modelops.evaluation.overfitting import note_overfitting
-from modelops.evaluation.pages.closest import closest_pairs, write_closest_page
 from modelops.evaluation.reference import shared_pictures
+from modelops.evaluation.report.closest import closest_pairs, write_closest_page
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics import memorization as judge
 from modelops.metrics.features import cached_features
 from modelops.metrics.intervals import Interval
 from modelops.metrics.memorization import CopyingVerdict, Neighbours
-from modelops.records import CopyingTest, MemorizationVerdict
-from modelops.seeding import numpy_generator
+from modelops.records.evaluation import CopyingTest, MemorizationVerdict
 
 KEYS = (
     "nearest_train_distance", "nearest_train_distance_heldout", "nearest_train_distance_gap",
@@ -196,7 +196,7 @@ def _known_copies(bench: Workbench) -> tuple[int, int] | None:
         copies.append(_changed(picture, len(copies), generator))
     if not copies:
         return None
-    digests = [pixel_digest(copy) for copy in copies]
+    digests = [pixels_sha256(copy) for copy in copies]
     features = cached_features(
         bench.extractor, digests, copies.__getitem__, bench.workdir / "cache"
     )

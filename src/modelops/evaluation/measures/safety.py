@@ -13,15 +13,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from modelops.errors import EvaluationError, ModelopsError, ProcessDiedError
+from modelops.base.errors import EvaluationError, ModelopsError, ProcessDiedError
+from modelops.base.files import sha256_json, write_json
+from modelops.base.seeding import numpy_generator
 from modelops.evaluation.crew.reading import check_images, read_verdicts
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.workbench import Workbench
-from modelops.files import sha256_json, write_json
 from modelops.metrics.clustered import ClusteredRate, clustered_rate
 from modelops.metrics.intervals import clopper_pearson
 from modelops.metrics.protocol import protocol_id
-from modelops.records import SafetySweep, SafetySweepPoint
+from modelops.records.evaluation import SafetySweep, SafetySweepPoint
 from modelops.safety.image import (
     ImageFilter,
     ImageVerdict,
@@ -29,7 +30,6 @@ from modelops.safety.image import (
 )
 from modelops.safety.prompt import PromptFilter, PromptVerdict, benign_prompts
 from modelops.safety.registry import open_image_filter, open_prompt_filter
-from modelops.seeding import numpy_generator
 
 IMAGE_KEYS = ("unsafe_rate", "image_false_positive_rate")
 PROMPT_KEYS = ("prompt_block_rate", "false_positive_rate_benign")

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.errors import UsageError
 from modelops.data.manifest import COLUMNS, Manifest, Sample, read_manifest
-from modelops.errors import UsageError
 from modelops.evaluation.workbench import Workbench
 from modelops.metrics.intervals import Interval
 from modelops.metrics.multiple import SliceDifference, holm, slice_difference
-from modelops.records import Measurement, SliceMeasurement, SliceVerdict
+from modelops.records.base import Measurement
+from modelops.records.evaluation import SliceMeasurement, SliceVerdict
 
 KEYS: tuple[str, ...] = ()  # results are in the record's `slices`
 TAGS, WORDS = "tags", "words"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modelops.export.onnx.external import load_structure
+from modelops.export.graphs.external import load_structure
 
 
 def split_columns(model: Any, source: Path) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 from modelops.export.int8.search import Decision, SearchResult
 from modelops.export.int8.speed import SPEED_BATCHES
-from modelops.records import Measurement
+from modelops.records.base import Measurement
 
 # What INT8 replaces. Beside them stands bf16, which is as much work saved for other pictures.
 BASELINES = ("onnxruntime_fp32", "openvino_fp32")

@@ -13,8 +13,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ExportError
-from modelops.export.onnx.external import load_structure
+from modelops.base.errors import ExportError
+from modelops.export.graphs.external import load_structure
 
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
 MAX_GROUPS = 16  # a scan makes and runs a graph for each

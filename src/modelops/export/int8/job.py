@@ -8,11 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ExportError
-from modelops.export.artifact import GRAPH
+from modelops.base.errors import ExportError
+from modelops.base.files import sha256_path, write_bytes
+from modelops.base.processor import this_processor
+from modelops.export.artifact.directory import GRAPH, ORT_CPU_GRAPH, denoiser_of, graph_file
+from modelops.export.artifact.open import assemble
 from modelops.export.calibration import TrajectoryRows, collect_rows
 from modelops.export.components import Component
 from modelops.export.exporting import OnProgress, carry_parts, carry_probe
+from modelops.export.graphs.graph import Graph, RuntimeName, available_runtimes
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.options import ERROR_BUDGET, Int8Options
 from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
@@ -32,15 +36,9 @@ from modelops.export.parity import (
     errors_by_noise,
     image_parity,
 )
-from modelops.export.runtime import (
-    ORT_CPU_GRAPH,
-    assemble,
-    default_precision,
-    denoiser_of,
-    graph_file,
-)
-from modelops.export.runtimes.graphs import Graph, RuntimeName, available_runtimes, open_graph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.openvino import OpenVinoGraph
+from modelops.export.runtimes.precision import default_precision
 from modelops.export.runtimes.probe import (
     PROBE_ROWS,
     Reproduction,
@@ -49,15 +47,8 @@ from modelops.export.runtimes.probe import (
     read_probe,
 )
 from modelops.export.source import ExportSource, component_from
-from modelops.files import sha256_path, write_bytes
-from modelops.processor import this_processor
-from modelops.records import (
-    ArtifactRecord,
-    InputRef,
-    Measurement,
-    ParityCheck,
-    ReproductionCheck,
-)
+from modelops.records.base import InputRef, Measurement
+from modelops.records.export import ArtifactRecord, ParityCheck, ReproductionCheck
 
 TABLE = "calibration.json"
 PLOT = "sensitivity.png"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from modelops.export.onnx.external import load_graph
+from modelops.export.graphs.external import load_graph
 
 MAX_OPSET = 20
 _WEIGHT_AXES = {"Conv": 0, "ConvTranspose": 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.export.int8.ranges import METHODS, Method
 
 ERROR_BUDGET = 0.06  # relative error of an output that INT8 may come to, unless the rest is worse

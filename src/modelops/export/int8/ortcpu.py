@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
+from modelops.export.graphs.external import remove_graph
 from modelops.export.int8.groups import included_nodes
 from modelops.export.int8.lint import lint_ort_cpu
 from modelops.export.int8.proof import onnxruntime_execution
 from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.ranges import Calibration, Range
 from modelops.export.int8.variants import Variants, root_mean_square
-from modelops.export.onnx.external import remove_graph
 from modelops.export.onnx.weight_range import WeightRange
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.timing import interleaved_seconds, speed_ratio

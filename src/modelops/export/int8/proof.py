@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from modelops.export.onnx.external import load_structure
-from modelops.export.runtimes.graphs import Array
+from modelops.export.graphs.external import load_structure
+from modelops.export.graphs.graph import Array
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.openvino import OpenVinoGraph
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
+from modelops.export.graphs.external import load_graph, save_graph
+from modelops.export.graphs.graph import Array
 from modelops.export.int8.columns import split_columns
 from modelops.export.int8.groups import MAX_GROUPS, group_nodes, product_nodes, weighted_nodes
 from modelops.export.int8.ranges import Calibration, Range
-from modelops.export.onnx.external import load_graph, save_graph
 from modelops.export.onnx.weight_range import WEIGHT_TOPS, WeightRange, write_weight_range
-from modelops.export.runtimes.graphs import Array
 
 Scheme = Literal["sym", "ort-cpu"]
 _MIN_OPSET = 13  # DequantizeLinear with an axis

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 from modelops.export.int8.groups import included_nodes
 from modelops.export.int8.qdq import QdqWriter, Scheme
 from modelops.export.int8.ranges import Calibration

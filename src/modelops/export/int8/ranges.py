@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
+from modelops.base.files import read_json, sha256_file, sha256_json, write_json
 from modelops.export.calibration import TrajectoryRows
-from modelops.export.onnx.external import EXTERNAL_BYTES, data_path, load_graph
-from modelops.export.runtimes.graphs import Array, process_cores
-from modelops.files import read_json, sha256_file, sha256_json, write_json
+from modelops.export.graphs.external import EXTERNAL_BYTES, data_path, load_graph
+from modelops.export.graphs.graph import Array, process_cores
 
 Method = Literal["minmax", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy")

@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.onnx.weight_range import WeightRange
-from modelops.export.runtimes.graphs import open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.probe import SAME_ERROR
 
 # Of 8 bits' error: as much more may a graph cost that is right on every processor.

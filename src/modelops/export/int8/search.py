@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
+from modelops.base.seeding import numpy_generator
+from modelops.export.graphs.graph import Graph
 from modelops.export.int8.sensitivity import order_of_interest
 from modelops.export.int8.variants import Variants, root_mean_square
-from modelops.export.runtimes.graphs import Graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.timing import WARMUP, interleaved_seconds
-from modelops.seeding import numpy_generator
 
 _RESAMPLES = 1000
 _TRIES = 6

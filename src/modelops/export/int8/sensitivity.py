@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modelops.errors import ExportError, UsageError
+from modelops.base.errors import ExportError, UsageError
+from modelops.export.graphs.graph import Array
 from modelops.export.int8.variants import Variants, root_mean_square
-from modelops.export.runtimes.graphs import Array
 
 Mode = Literal["alone", "left_out"]
 _EDGE = 4  # layers of a group at most that is measured first

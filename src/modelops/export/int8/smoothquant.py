@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
+from modelops.export.graphs.external import load_graph, load_structure, remove_graph, save_graph
+from modelops.export.graphs.graph import Array, RuntimeName
 from modelops.export.int8.groups import (
     MAX_GROUPS,
     group_nodes,
@@ -30,8 +32,7 @@ from modelops.export.int8.groups import (
 )
 from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.ranges import Calibration, Feed, Method, visit_tensors
-from modelops.export.onnx.external import load_graph, load_structure, remove_graph, save_graph
-from modelops.export.runtimes.graphs import Array, RuntimeName, open_graph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.probe import relative_errors
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.components import Component
-from modelops.export.runtimes.graphs import Graph, available_runtimes, open_graph
-from modelops.export.runtimes.openvino import openvino_has_bfloat16
+from modelops.export.graphs.graph import Graph, available_runtimes
+from modelops.export.runtimes.open import open_graph
+from modelops.export.runtimes.precision import openvino_has_bfloat16
 from modelops.export.timing import interleaved_seconds, speed_ratio
-from modelops.records import Measurement
+from modelops.records.base import Measurement
 
 SPEED_BATCHES = (1, 8)
 _LIMIT_S = 180.0  # for a batch size, after which there are fewer rounds

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from modelops.errors import ExportError
+from modelops.base.errors import ExportError
 from modelops.export.calibration import TrajectoryRows
+from modelops.export.graphs.external import remove_graph
+from modelops.export.graphs.graph import Array, Graph, RuntimeName
 from modelops.export.int8.groups import MAX_GROUPS, included_nodes
 from modelops.export.int8.qdq import QdqWriter, Scheme
 from modelops.export.int8.ranges import Calibration, Feed, visit_tensors
-from modelops.export.onnx.external import remove_graph
 from modelops.export.onnx.weight_range import WeightRange
-from modelops.export.runtimes.graphs import Array, Graph, RuntimeName, open_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
+from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.probe import relative_errors
 
 _BATCH = 8

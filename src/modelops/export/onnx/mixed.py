@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
+from modelops.export.graphs.graph import Array
 from modelops.export.onnx.overflow import FloatFormat, weight_arrays, weight_fault
-from modelops.export.runtimes.graphs import Array
 
 FLOAT = 1  # onnx.TensorProto.FLOAT
 SENSITIVE = frozenset({

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import ExportError
-from modelops.export.onnx.external import data_path, load_structure
-from modelops.export.runtimes.graphs import Array, process_cores
+from modelops.base.errors import ExportError
+from modelops.export.graphs.external import data_path, load_structure
+from modelops.export.graphs.graph import Array, process_cores
 
 Narrow = Literal["float16", "bfloat16"]
 NARROW: tuple[Narrow, ...] = ("float16", "bfloat16")

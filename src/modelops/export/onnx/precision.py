@@ -16,27 +16,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.axes import GraphAxes, read_axes
-from modelops.export.onnx.external import (
+from modelops.base.errors import ExportError, UsageError
+from modelops.export.graphs.external import (
     EXTERNAL_BYTES,
     check_data,
     check_memory,
     load_structure,
     save_graph,
 )
+from modelops.export.graphs.graph import Array
 from modelops.export.onnx.mixed import FLOAT, GraphWeights, MixedPlan
 from modelops.export.onnx.overflow import NARROW, SAFE_SHARE, Narrow, float_format, measure_ranges
-from modelops.export.runtimes.graphs import Array
 
 _SLACK = 256 << 20
 _BFLOAT16_OPSET = 22  # before it, Conv has no bfloat16
-# What each runtime runs on a CPU, measured with onnxruntime 1.31 and OpenVINO 2026.4. onnxruntime
-# computes float16 graphs in float32 there and has no bfloat16 convolution.
-_SUPPORTED: dict[str, tuple[str, ...]] = {
-    "onnxruntime": ("float32", "float16"),
-    "openvino": ("float32", "float16", "bfloat16"),
-}
 
 
 @dataclass
@@ -75,47 +68,6 @@ class PrecisionReport:
         if self.largest is not None and not math.isfinite(self.largest):
             values["largest"] = "inf"
         return values
-
-
-def supported_precisions(runtime: str) -> tuple[str, ...]:
-    """Precisions of a graph's weights that a runtime takes on a CPU.
-
-    Raises:
-        UsageError: an unknown runtime.
-    """
-    if runtime not in _SUPPORTED:
-        raise UsageError(f"unknown runtime {runtime!r}", hint=f"one of {', '.join(_SUPPORTED)}")
-    return _SUPPORTED[runtime]
-
-
-def graph_precision(axes: GraphAxes) -> str:
-    """The narrowest float type of a graph's weights."""
-    names = {"BFLOAT16": "bfloat16", "FLOAT16": "float16"}
-    return next((name for kind, name in names.items() if kind in axes.types), "float32")
-
-
-def require_supported(path: Path, runtime: str, axes: GraphAxes | None = None) -> None:
-    """Refuse a graph that a runtime cannot run on a CPU, before it fails in its own words.
-
-    Raises:
-        ExportError: its precision or its opset is not one that the runtime has.
-    """
-    import onnx
-
-    axes = read_axes(path) if axes is None else axes
-    precision = graph_precision(axes)
-    if precision not in supported_precisions(runtime):
-        others = [name for name, known in _SUPPORTED.items() if precision in known]
-        raise ExportError(
-            f"{path}: {runtime} cannot run {precision} graphs on a CPU",
-            hint=f"--runtime {others[0]}" if others else "export it in float32",
-        )
-    newest = 26 if runtime == "onnxruntime" else int(onnx.defs.onnx_opset_version())
-    if axes.opset > newest:
-        raise ExportError(
-            f"{path}: opset {axes.opset} is too new for {runtime}, which knows up to {newest}",
-            hint="export it with a lower opset, or update the runtime",
-        )
 
 
 def convert_precision(

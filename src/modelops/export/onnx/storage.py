@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modelops.export.onnx.external import load_graph, save_graph
+from modelops.export.graphs.external import load_graph, save_graph
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SMALL = 1024  # values; below it a Cast costs more than it saves

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from modelops.export.onnx.external import load_structure
+from modelops.export.graphs.external import load_structure
 
 WeightRange = Literal["full", "reduced"]
 # Largest magnitude of a weight, and of the second operand of a product of activations. Processors

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelops.errors import ExportError
-from modelops.export.onnx.axes import write_multiples
-from modelops.export.onnx.external import (
+from modelops.base.errors import ExportError
+from modelops.base.files import atomic_path, check_writable
+from modelops.export.graphs.axes import write_multiples
+from modelops.export.graphs.external import (
     EXTERNAL_BYTES,
     SMALL_BYTES,
     check_graph,
@@ -27,11 +25,7 @@ from modelops.export.onnx.external import (
     write_values,
 )
 from modelops.export.onnx.simplify import drop_empty_squeezes, simplify
-from modelops.files import atomic_path, check_writable
-
-# name -> (example, names of its dynamic axes). No example dimension that may vary is 0 or 1:
-# torch.export would take it for a constant.
-Example = dict[str, tuple[torch.Tensor, dict[int, str]]]
+from modelops.export.signatures import Example, is_variadic, quiet_libraries
 
 _SLACK = 256 << 20
 _LARGEST_STEP = 256  # sizes that are tried to learn what a network's axes must be a multiple of
@@ -214,12 +208,6 @@ def _parameters(module: torch.nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def is_variadic(module: torch.nn.Module) -> bool:
-    """Whether a module takes its tensors as *args; torch.export wants shapes of those nested."""
-    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
-    return inspect.Parameter.VAR_POSITIONAL in kinds
-
-
 def _refusal(
     error: BaseException, module: torch.nn.Module, example: Example, label: str
 ) -> ExportError:
@@ -295,17 +283,3 @@ def _name_axes(value: Any, names: Mapping[int, str]) -> None:
         if index in names:
             dim.Clear()
             dim.dim_param = names[index]
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Without the advice that torch's exporter and onnxruntime's quantiser log for developers."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)

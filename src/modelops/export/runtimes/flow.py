@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from modelops.export.runtimes.graphs import Array, Graph
+from modelops.export.graphs.graph import Array, Graph
 from modelops.export.runtimes.modules import ExportedModule
 from modelops.export.signatures import TIMESTEP_NAMES
 from modelops.models.pipeline import PixelFlowPipeline

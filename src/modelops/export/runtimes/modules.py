@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from modelops.errors import UsageError
-from modelops.export.runtimes.graphs import Graph
+from modelops.base.errors import UsageError
+from modelops.export.graphs.graph import Graph
 from modelops.export.signatures import Method, Signature
 
 Part = tuple[Graph, Signature]

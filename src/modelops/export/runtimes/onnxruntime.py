@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from modelops.errors import ExportError, MissingExtraError, UsageError
+from modelops.base.errors import ExportError, MissingExtraError, UsageError
+from modelops.export.graphs.graph import Array, RuntimeName, process_cores
 from modelops.export.onnx.weight_range import read_weight_range
-from modelops.export.runtimes.graphs import Array, RuntimeName, process_cores
 
 if TYPE_CHECKING:
     import torch
@@ -280,7 +280,7 @@ def tensorrt_options(
 
     Precisions are those of the graph: fp16 stays off, INT8 is on where the graph has QDQ nodes.
     """
-    from modelops.export.tensorrt.inspection import is_int8_graph
+    from modelops.export.graphs.inspection import is_int8_graph
 
     options = {
         "trt_fp16_enable": "False",

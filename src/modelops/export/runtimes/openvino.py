@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.axes import read_axes
-from modelops.export.runtimes.graphs import Array, RuntimeName, process_cores
+from modelops.base.errors import ExportError, UsageError
+from modelops.base.extras import require_module
+from modelops.export.graphs.axes import read_axes
+from modelops.export.graphs.graph import Array, RuntimeName, process_cores
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
 from modelops.export.signatures import TIMESTEP_NAMES
-from modelops.extras import has_module, require_module
-from modelops.processor import this_processor
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _MAX_COMPILED = 12  # shapes that are kept compiled; each holds its own packed weights
@@ -47,7 +46,7 @@ class OpenVinoGraph:
         self, path: Path, *, precision: str = "float32", threads: int | None = None
     ) -> None:
         openvino = require_module("openvino", needed_for="running a graph in OpenVINO")
-        from modelops.export.onnx.precision import require_supported
+        from modelops.export.runtimes.precision import require_supported
 
         self.axes = read_axes(path)
         require_supported(path, "openvino", self.axes)
@@ -171,15 +170,6 @@ def _same_memory(first: Array, second: Array) -> bool:
     """Whether two arrays of one shape are the same numbers in the same place."""
     a, b = first.__array_interface__, second.__array_interface__
     return bool(a["data"][0] == b["data"][0] and a["strides"] == b["strides"])
-
-
-def openvino_has_bfloat16() -> bool:
-    """Whether OpenVINO would run bfloat16 in hardware here."""
-    if not has_module("openvino") or not this_processor().has_bfloat16:
-        return False
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def batch_bucket(rows: int) -> int:

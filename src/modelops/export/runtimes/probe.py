@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from modelops.errors import ExportError
-from modelops.export.runtimes.graphs import Array, Graph, RuntimeName, open_graph
+from modelops.base.errors import ExportError
+from modelops.base.files import write_bytes
+from modelops.export.graphs.graph import Array, Graph, RuntimeName
 from modelops.export.runtimes.onnxruntime import OrtGraph
-from modelops.files import write_bytes
+from modelops.export.runtimes.open import open_graph
 
 PROBE = "probe.safetensors"
 PROBE_ROWS = 8

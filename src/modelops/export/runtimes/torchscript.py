@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.writer import Example, is_variadic, quiet_libraries
-from modelops.export.runtimes.graphs import Array
-from modelops.files import atomic_path
-from modelops.seeding import torch_generator
+from modelops.base.errors import ExportError, UsageError
+from modelops.base.files import atomic_path
+from modelops.base.seeding import torch_generator
+from modelops.export.graphs.graph import Array
+from modelops.export.signatures import Example, is_variadic, quiet_libraries
 
 INTERFACE = "interface.json"
 _ROOT = "model"  # the folder inside an archive; torch would take the file's name

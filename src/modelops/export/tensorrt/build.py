@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsInt
 
-from modelops.errors import ExportError, ModelopsError, UsageError
-from modelops.export.onnx.axes import read_axes
+from modelops.base.errors import ExportError, ModelopsError, UsageError
+from modelops.base.files import sha256_bytes, sha256_json, write_bytes, write_json
+from modelops.export.graphs.axes import read_axes
+from modelops.export.graphs.inspection import is_int8_graph, layer_precisions
 from modelops.export.tensorrt.fingerprint import (
     EngineFingerprint,
     EngineFlags,
@@ -26,13 +28,11 @@ from modelops.export.tensorrt.fingerprint import (
     graph_digests,
     read_fingerprint,
 )
-from modelops.export.tensorrt.inspection import is_int8_graph, layer_precisions
 from modelops.export.tensorrt.library import require_gpu, require_tensorrt
 from modelops.export.tensorrt.profiles import (
     OptimizationProfile,
     dynamic_axes,
 )
-from modelops.files import sha256_bytes, sha256_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     import tensorrt as trt

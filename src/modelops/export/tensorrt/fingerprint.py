@@ -18,11 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from modelops.errors import ExportError, IntegrityError, UsageError
-from modelops.export.onnx.external import check_data
+from modelops.base.errors import ExportError, IntegrityError, UsageError
+from modelops.base.files import read_json, sha256_bytes, sha256_file, write_json
+from modelops.export.graphs.external import check_data
 from modelops.export.tensorrt.library import version_numbers
 from modelops.export.tensorrt.profiles import OptimizationProfile
-from modelops.files import read_json, sha256_bytes, sha256_file, write_json
 
 SCHEMA_VERSION = 1
 _REBUILD = "add --rebuild to build it here"

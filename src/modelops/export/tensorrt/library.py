@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-from modelops.errors import ExportError, MissingExtraError
+from modelops.base.errors import ExportError, MissingExtraError
 
 MINIMUM_VERSION = (10, 1)  # the first with contexts in memory that the caller owns
 PIP_COMMAND = 'pip install "modelops[gpu]"'

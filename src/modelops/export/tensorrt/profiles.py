@@ -14,8 +14,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from modelops.errors import ExportError, UsageError
-from modelops.export.onnx.axes import GraphAxes
+from modelops.base.errors import ExportError, UsageError
+from modelops.export.graphs.axes import GraphAxes
 
 _AXIS = re.compile(r"([A-Za-z_][\w.]*)=(\d+)(?::(\d+):(\d+))?")
 Limits = tuple[int, int, int]  # min, opt, max

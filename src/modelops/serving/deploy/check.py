@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from modelops.errors import ServingError, UsageError
-from modelops.extras import require_module
-from modelops.files import sha256_bytes
+from modelops.base.errors import ServingError, UsageError
+from modelops.base.extras import require_module
+from modelops.base.files import sha256_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

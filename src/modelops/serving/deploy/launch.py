@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import ServingError, UsageError
+from modelops.base.errors import ServingError, UsageError
 
 SERVICE = "modelops.service:ImageGenerator"
 DRAIN_S = 60  # seconds that requests in hand may take after SIGTERM

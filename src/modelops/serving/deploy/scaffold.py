@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelops import __version__
-from modelops.errors import UsageError
-from modelops.files import check_writable, read_text, write_text
+from modelops.base.errors import UsageError
+from modelops.base.files import check_writable, read_text, write_text
 from modelops.serving.deploy.launch import DRAIN_S
 
 JOB = "modelops"  # Prometheus' job, and the name of everything in Kubernetes

@@ -7,7 +7,8 @@ import ipaddress
 import os
 from collections.abc import Iterator, Mapping
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
+from modelops.serving.api import ApiError
 from modelops.serving.http.keys import (
     FILE_VARIABLE,
     Caller,
@@ -16,7 +17,6 @@ from modelops.serving.http.keys import (
     UnknownKeyError,
 )
 from modelops.serving.http.limits import RateLimitError, RateLimits
-from modelops.serving.http.schema import ApiError
 
 INSECURE_VARIABLE = "MODELOPS_INSECURE"
 

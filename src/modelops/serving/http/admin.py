@@ -16,12 +16,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
+from modelops.serving.api import ApiError
 from modelops.serving.http.answers import check_key, read_body
 from modelops.serving.http.keys import FILE_VARIABLE, Caller
-from modelops.serving.http.schema import ApiError
-from modelops.serving.swap.fleet import Fleet
-from modelops.serving.swap.trial import CanaryRules
+from modelops.serving.rollout.rollout import Fleet
+from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.telemetry.tracing import SCOPE_KEY
 
 log = logging.getLogger("modelops.serving")

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from modelops.serving.api import ApiError
 from modelops.serving.failures import CancelledError, DeadlineError
 from modelops.serving.http.connections import LIMITS
-from modelops.serving.http.schema import ApiError
 
 if TYPE_CHECKING:
     from starlette.types import Receive
 
+    from modelops.serving.engine.jobs import Job
     from modelops.serving.http.access import Access
     from modelops.serving.http.keys import Caller
-    from modelops.serving.node import Ticket
-    from modelops.serving.scheduling.jobs import Job
+    from modelops.serving.node.node import Ticket
 
 T = TypeVar("T")
 

@@ -14,24 +14,24 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from modelops import __version__
+from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse, parse_request
 from modelops.serving.http.access import Access
 from modelops.serving.http.admin import add_admin_routes
 from modelops.serving.http.answers import check_key, error_response, read_body
+from modelops.serving.http.observe import ROUTES, Observe, note_request
 from modelops.serving.http.openapi import describe
 from modelops.serving.http.page import add_page
-from modelops.serving.http.schema import ApiError, ImagesRequest, ImagesResponse, parse_request
+from modelops.serving.http.routing import AppState, RoutedStream, make_images, through_lanes
 from modelops.serving.http.streaming import MEDIA_TYPE as EVENTS
-from modelops.serving.swap.routed import AppState, RoutedStream, make_images, through_lanes
 from modelops.serving.telemetry.logs import PROMPTS
 from modelops.serving.telemetry.metrics import CONTENT_TYPE
-from modelops.serving.telemetry.observe import ROUTES, Observe, note_request
 from modelops.serving.telemetry.tracing import SCOPE_KEY, RequestTrace
 
 if TYPE_CHECKING:
     from modelops.serving.http.peers import Peers
-    from modelops.serving.node import InferenceNode
-    from modelops.serving.swap.fleet import Fleet
-    from modelops.serving.swap.lanes import Lane
+    from modelops.serving.node.node import InferenceNode
+    from modelops.serving.rollout.rollout import Fleet
+    from modelops.serving.rollout.routes import Lane
 
 log = logging.getLogger("modelops.serving")
 

@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn.config
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from modelops.serving.http.schema import ApiError
+from modelops.serving.api import ApiError
 
 log = logging.getLogger("modelops.serving")
 

@@ -33,8 +33,8 @@ from pydantic import (
     model_serializer,
 )
 
-from modelops.errors import ModelopsError, UsageError
-from modelops.files import atomic_path, read_text
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import atomic_path, read_text
 
 log = logging.getLogger("modelops.serving")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.serving.http.keys import Caller
 from modelops.serving.workers import run_directory
 

@@ -19,9 +19,9 @@ from importlib import resources
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
-from modelops.errors import UsageError
-from modelops.seeding import MAX_SEED
-from modelops.serving.http.schema import (
+from modelops.base.errors import UsageError
+from modelops.base.seeding import MAX_SEED
+from modelops.serving.api import (
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PROMPT_CHARACTERS,

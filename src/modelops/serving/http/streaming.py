@@ -37,6 +37,8 @@ import numpy as np
 import numpy.typing as npt
 from starlette.responses import Response
 
+from modelops.serving.api import ApiError, ImagesRequest
+from modelops.serving.engine.jobs import Job
 from modelops.serving.failures import DeadlineError
 from modelops.serving.http.answers import (
     disconnected,
@@ -44,14 +46,12 @@ from modelops.serving.http.answers import (
     in_pool,
     last_moment,
 )
-from modelops.serving.http.schema import ApiError, ImagesRequest
-from modelops.serving.scheduling.jobs import Job
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-    from modelops.serving.node import InferenceNode, Ticket
-    from modelops.serving.scheduling.jobs import EngineImage
+    from modelops.serving.engine.jobs import EngineImage
+    from modelops.serving.node.node import InferenceNode, Ticket
     from modelops.serving.telemetry.tracing import RequestTrace
 
 log = logging.getLogger("modelops.serving")

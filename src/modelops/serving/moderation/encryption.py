@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelops.errors import IntegrityError, MissingExtraError, UsageError
-from modelops.files import sha256_bytes
+from modelops.base.errors import IntegrityError, MissingExtraError, UsageError
+from modelops.base.files import sha256_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey

@@ -25,9 +25,9 @@ import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter
 
 from modelops import __version__
-from modelops.errors import ModelopsError
-from modelops.files import canonical_json, sha256_json, write_bytes
-from modelops.serving.golden import pixels_sha256
+from modelops.base.errors import ModelopsError
+from modelops.base.files import canonical_json, sha256_json, write_bytes
+from modelops.base.pixels import pixels_sha256
 from modelops.serving.moderation.encryption import encrypt_entry, hpke_suite, read_public_key
 from modelops.serving.moderation.entry import BlockedPicture, BlockedRequest, BlockingFilter, Entry
 from modelops.serving.moderation.store import SEALED, entry_name, make_private, tidy_folder

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelops.errors import IntegrityError, ModelopsError, UsageError
-from modelops.files import canonical_json, sha256_bytes, write_bytes
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.files import canonical_json, sha256_bytes, write_bytes
 from modelops.serving.moderation.entry import Entry
 from modelops.serving.moderation.store import PAGE, EntryFile, list_files, read_entry
 from modelops.serving.provenance.receipts import Digest, utc_now

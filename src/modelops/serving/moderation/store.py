@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from modelops.errors import IntegrityError, ModelopsError, UsageError
-from modelops.files import check_writable
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.files import check_writable
 from modelops.serving.moderation.encryption import decrypt_entry
 from modelops.serving.moderation.entry import Entry
 

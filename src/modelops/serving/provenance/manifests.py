@@ -24,7 +24,7 @@ from typing import Any
 from cryptography import x509
 
 from modelops import __version__
-from modelops.errors import IntegrityError, MissingExtraError, ModelopsError, UsageError
+from modelops.base.errors import IntegrityError, MissingExtraError, ModelopsError, UsageError
 from modelops.serving.failures import ProvenanceError
 from modelops.serving.provenance.images import SOURCE_TYPE
 from modelops.serving.provenance.signing import SigningKey, to_pem

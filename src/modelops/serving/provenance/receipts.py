@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modelops.errors import IntegrityError, UsageError
-from modelops.files import sha256_bytes
+from modelops.base.errors import IntegrityError, UsageError
+from modelops.base.files import sha256_bytes
 from modelops.serving.provenance.signing import ALGORITHM, SigningKey, VerifyingKey
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 

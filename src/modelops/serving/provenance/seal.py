@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modelops import __version__
-from modelops.files import sha256_bytes
+from modelops.base.files import sha256_bytes
+from modelops.base.pixels import pixels_sha256
 from modelops.serving.failures import ReceiptError
-from modelops.serving.golden import pixels_sha256
 from modelops.serving.provenance.images import MARK, encode_image
 from modelops.serving.provenance.manifests import Marker
 from modelops.serving.provenance.receipts import (
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from modelops.models.sources import ImageRequest
-    from modelops.records import ReleaseRecord, SourceInfo
-    from modelops.serving.scheduling.jobs import EngineImage
+    from modelops.records.evaluation import SourceInfo
+    from modelops.records.release import ReleaseRecord
+    from modelops.serving.engine.jobs import EngineImage
     from modelops.serving.settings import NodeSettings
 
 log = logging.getLogger("modelops.serving")

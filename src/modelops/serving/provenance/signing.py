@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from modelops.errors import IntegrityError, ModelopsError, UsageError
-from modelops.files import cache_directory, sha256_bytes
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.files import cache_directory, sha256_bytes
 
 log = logging.getLogger("modelops.serving")
 

@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import ModelopsError, UsageError
-from modelops.files import read_text, sha256_bytes, write_bytes
+from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.files import read_text, sha256_bytes, write_bytes
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]

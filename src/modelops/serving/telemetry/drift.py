@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.errors import ModelopsError
+from modelops.base.errors import ModelopsError
 from modelops.metrics.protocol import protocol_id
 from modelops.monitoring.extractors import features_protocol, open_extractor
 from modelops.monitoring.policy import DEFAULT_EVALUATE_EVERY_DAYS, released_monitoring
 from modelops.monitoring.rows import PREFIX, features_to_text
 from modelops.monitoring.scripts import script_shares
-from modelops.release import released_evaluations
+from modelops.releases.build import released_evaluations
 from modelops.serving.telemetry.outage import EVERY_S
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 from modelops.serving.workers import worker_count
@@ -40,8 +40,8 @@ from modelops.serving.workers import worker_count
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from modelops.records import ReleaseRecord
-    from modelops.serving.scheduling.jobs import EngineImage
+    from modelops.records.release import ReleaseRecord
+    from modelops.serving.engine.jobs import EngineImage
     from modelops.serving.settings import NodeSettings
 
 log = logging.getLogger("modelops.serving")

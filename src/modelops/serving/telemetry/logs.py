@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 from modelops.serving.telemetry.rotation import RotatingFile
 
 PROMPTS_VARIABLE = "MODELOPS_LOG_PROMPTS"

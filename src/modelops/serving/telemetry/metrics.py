@@ -21,11 +21,11 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from modelops.release import evaluation_end, released_evaluations
+from modelops.releases.build import evaluation_end, released_evaluations
 
 if TYPE_CHECKING:
-    from modelops.records import ReleaseRecord
-    from modelops.serving.scheduling.jobs import StepReport
+    from modelops.records.release import ReleaseRecord
+    from modelops.serving.engine.jobs import StepReport
 
 log = logging.getLogger("modelops.serving")
 

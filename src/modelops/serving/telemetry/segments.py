@@ -17,7 +17,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
-from modelops.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.serving.telemetry.outage import Outage
 
 SEGMENTS = 32  # a full folder loses a 32nd of its oldest lines at once

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from modelops.errors import UsageError
+from modelops.base.errors import UsageError
 
 try:
     from opentelemetry import context as otel_context

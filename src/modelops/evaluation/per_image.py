@@ -1,0 +1,27 @@
+"""The per-image rows that an evaluation writes beside its record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modelops.base.errors import EvaluationError
+from modelops.base.files import sha256_file
+from modelops.records.evaluation import EvaluationRecord
+
+
+def read_per_image(record_path: str | Path, record: EvaluationRecord) -> list[dict[str, Any]]:
+    """The per-image values that a record names.
+
+    Raises:
+        EvaluationError: they are not there, or other than the record's digest says.
+    """
+    entry = record.files.get("per_image")
+    path = Path(record_path).parent / entry.path if entry else None
+    if entry is None or path is None or not path.is_file():
+        raise EvaluationError(f"{record_path}: its per-image values are not there")
+    if sha256_file(path) != entry.sha256:
+        raise EvaluationError(f"{path}: differs from the digest in {record_path}")
+    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+    return rows

@@ -1,0 +1,204 @@
+"""Checkpoint to ONNX: every network through torch.export, and proof that they are equal."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from modelops.base.errors import UsageError
+from modelops.base.files import atomic_directory, check_writable, write_json
+from modelops.export.artifact.directory import (
+    GRAPH,
+    RECORD,
+    SIGNATURE,
+    check_destination,
+)
+from modelops.export.calibration import (
+    DEFAULT_PROMPTS,
+    check_prompts,
+)
+from modelops.export.components import Component, find_components
+from modelops.export.exporting import (
+    PARITY_SEED,
+    Calls,
+    OnProgress,
+    OnStage,
+    Stages,
+    about_files,
+    about_source,
+    carry_parts,
+    catch_calls,
+    config_of,
+    describe_components,
+    prove,
+)
+from modelops.export.graphs.graph import PRECISIONS, RuntimeName, available_runtimes
+from modelops.export.onnx.writer import FixedAxesError, write_graph
+from modelops.export.parity import (
+    BOUNDS,
+    require_parity,
+)
+from modelops.export.runtimes.open import open_graph
+from modelops.export.source import Lora, both_sides, load_source
+from modelops.records.export import ArtifactRecord
+
+MAX_OPSET = 20  # from 21 on, S8S8 MatMul + Add can fail when a session is created
+
+
+def export_onnx(
+    checkpoint: str | Path,
+    out_dir: str | Path,
+    *,
+    opset: int = MAX_OPSET,
+    precision: str = "float32",
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    size: tuple[int, int] | None = None,
+    lora: Lora | None = None,
+    allow: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    on_stage: OnStage | None = None,
+) -> ArtifactRecord:
+    """Export a checkpoint's networks and compare them with their source.
+
+    The directory appears only when everything is written and compared.
+
+    Args:
+        checkpoint: a diffusers directory or hub id of any text-to-image or unconditional pipeline.
+        out_dir: the artifact's directory.
+        opset: of the graphs, 18 to 20 (bfloat16 ones are raised to 22).
+        precision: "float32", or "float16" or "bfloat16": mixed, with norms and whatever would
+            overflow on the prompts' real activations left in float32.
+        prompts: what parity is measured with.
+        size: height and width in pixels to export and compare at; the pipeline's own when None.
+        lora: low-rank weights to export with.
+        allow: keep an export that is outside its parity bounds and record the waiver.
+        overwrite: replace an artifact that is there.
+        on_progress: called with (done, of how many), see `Stages`.
+        on_stage: called with (name, number from 1, stages) when a stage begins.
+
+    Returns:
+        The record that is also in the directory as artifact.json.
+
+    Raises:
+        UsageError: not a checkpoint, out_dir is taken, opset out of range.
+        ExportError: weights that are missing or not finite, an operator without an ONNX form, or an
+            export that differs from its source.
+    """
+    if not 18 <= opset <= MAX_OPSET:
+        raise UsageError(f"opset must be 18 to {MAX_OPSET}, got {opset}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
+    texts = check_prompts(prompts)
+    started, clock = datetime.now(UTC), time.monotonic()
+    check_destination(out_dir, overwrite=overwrite)
+    runtime = _runtime_for(precision)
+    total = 5 if precision == "float32" else 6
+    stages = Stages(total, on_stage=on_stage, on_progress=on_progress)
+    stages.begin("watching the pipeline")
+    source = load_source(checkpoint, size=size, lora=lora)
+    check_writable(Path(out_dir).parent, need_bytes=2 * source.bytes_total)
+    components = find_components(
+        source.pipeline, size=both_sides(source.size), on_progress=stages.count
+    )
+    with atomic_directory(out_dir) as root:
+        wide = root if precision == "float32" else root / ".float32"
+        stages.begin("writing graphs")
+        for done, component in enumerate(components):
+            stages.count(done, len(components))
+            write_component(source.pipeline, component, wide / component.name, opset=opset)
+        carry_parts(source, root)
+        stages.begin("drawing with the source")
+        calls = catch_calls(source, components, texts)
+        conversion = {}
+        if wide != root:
+            stages.begin(f"converting to {precision}")
+            conversion = _narrow(wide, root, components, calls, precision)
+            shutil.rmtree(wide)
+        graphs = {c.name: open_graph(root / c.name / GRAPH, runtime) for c in components}
+        checks, error_by_noise = prove(
+            source, root, components, graphs, calls, BOUNDS[precision], texts, stages
+        )
+        waiver = require_parity(checks, allow=allow)
+        described = describe_components(root, components, precision=precision)
+        record = ArtifactRecord(
+            format="onnx",
+            precision=precision,
+            runtime=runtime,
+            error=waiver,
+            seeds={"parity": PARITY_SEED},
+            started_at=started,
+            parity=checks,
+            error_by_noise=error_by_noise,
+            conversion=conversion,
+            duration_s=time.monotonic() - clock,
+            **about_source(checkpoint, source, lora),
+            **about_files(root, described),
+        )
+        record.write(root / RECORD)
+    stages.end()
+    return record
+
+
+def _narrow(
+    wide: Path, root: Path, components: Sequence[Component], calls: Calls, precision: str
+) -> dict[str, Any]:
+    """Convert every graph; what stays in float32 and why, by component."""
+    from modelops.export.onnx.precision import convert_precision
+
+    reports = {}
+    for component in components:
+        folder = root / component.name
+        folder.mkdir()
+        reports[component.name] = convert_precision(
+            wide / component.name / GRAPH, folder / GRAPH, precision,  # type: ignore[arg-type]
+            feeds=calls.feeds[component.name],
+        ).record()  # fmt: skip
+        for name in (SIGNATURE, "config.json"):
+            shutil.copyfile(wide / component.name / name, folder / name)
+    return reports
+
+
+def _runtime_for(precision: str) -> RuntimeName:
+    """The runtime that graphs of a precision are compared in.
+
+    Raises:
+        UsageError: none that is installed here runs them.
+    """
+    from modelops.export.runtimes.precision import supported_precisions
+
+    names = [name for name in available_runtimes() if precision in supported_precisions(name)]
+    if not names:
+        raise UsageError(
+            f"no runtime here runs {precision} graphs, so they cannot be compared",
+            hint='pip install "modelops[demo]" brings OpenVINO',
+        )
+    return names[0] if precision == "float32" else names[-1]
+
+
+def write_component(pipeline: Any, component: Component, folder: Path, *, opset: int) -> None:
+    """Write model.onnx, signature.json and config.json; the same weights give the same bytes.
+
+    Axes that turn out to be constants of the network are made constants of the graph.
+    """
+    example, outputs = component.example, component.outputs
+    for _ in range(4):
+        try:
+            write_graph(component.flat, example, folder / GRAPH, opset=opset, outputs=outputs)
+            break
+        except FixedAxesError as error:
+            fixed = set(error.axes)
+            if not fixed & {axis for _, axes in example.values() for axis in axes.values()}:
+                raise
+            example = {name: (t, _without(axes, fixed)) for name, (t, axes) in example.items()}
+            outputs = {name: _without(axes, fixed) for name, axes in outputs.items()}
+    write_json(folder / SIGNATURE, component.signature.model_dump(mode="json"))
+    write_json(folder / "config.json", config_of(getattr(pipeline, component.attribute)))
+
+
+def _without(axes: Mapping[int, str], names: set[str]) -> dict[int, str]:
+    return {index: axis for index, axis in axes.items() if axis not in names}

@@ -1,0 +1,65 @@
+"""Records of the data commands: deduplication, split and smoke reports."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from modelops.records.base import InputRef, Measurement, Record, RecordPart
+
+
+class DuplicateCluster(RecordPart):
+    """Samples closer to their keeper than the threshold; a cluster never crosses a split."""
+
+    keeper: str
+    members: list[str]
+    kind: Literal["bytes", "pixels", "embedding"]
+    min_similarity: float
+    reason: str
+
+
+class DedupReport(Record):
+    """dedup_report.json"""
+
+    kind: Literal["dedup"] = "dedup"
+    extractor: str
+    weights_sha256: str
+    threshold: float
+    neighbours: int
+    n_images: int
+    n_candidate_pairs: int
+    n_exact_duplicates: int
+    clusters: list[DuplicateCluster]
+    quarantined: dict[str, str] = {}
+    removable: list[str] = []
+    components: list[list[str]] = []
+    chaining: dict[str, float | int] = {}
+    calibration: dict[str, Measurement] = {}
+    files: dict[str, InputRef] = {}
+    warnings: list[str] = []
+
+
+class SplitReport(Record):
+    """split.json, beside splits.parquet (id, split, group)."""
+
+    kind: Literal["split"] = "split"
+    counts: dict[str, int]
+    n_groups: int
+    leakage: dict[str, Measurement] = {}
+    fractions: dict[str, float] = {}
+    group_counts: dict[str, int] = {}
+    strategy: str = ""
+    warnings: list[str] = []
+    files: dict[str, InputRef] = {}
+
+
+class SmokeReport(Record):
+    """smoke.json: the DataLoader smoke test over the shards."""
+
+    kind: Literal["smoke"] = "smoke"
+    verdict: Literal["pass", "fail"]
+    reasons: list[str] = []
+    n_samples: int
+    n_shards: int
+    images_per_second: float
+    slowest_batch_over_median: float
+    measurements: dict[str, Measurement] = {}

@@ -1,0 +1,92 @@
+"""Records of an export: artifact.json, its comparisons and the processors where it holds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from modelops.records.base import InputRef, Measurement, Record, RecordPart
+
+
+class ExportedComponent(RecordPart):
+    """One exported graph."""
+
+    name: str
+    attribute: str = ""  # the pipeline's name for it; both halves of an autoencoder have one
+    role: Literal["", "denoiser", "control", "text_encoder", "encoder", "decoder"] = ""
+    file: str
+    sha256: str
+    bytes: int
+    precision: str
+    opset: int | None = None
+    dynamic_axes: list[str] = []
+    quantized_nodes: int = 0
+    total_nodes: int = 0
+    data: InputRef | None = None  # the file beside the graph with its weights; counted in `bytes`
+    shapes: dict[str, list[int]] = {}  # of its inputs at the size it was exported at
+    axis_multiples: dict[str, int] = {}  # sizes of an axis must be a multiple of its number
+
+
+class ParityCheck(RecordPart):
+    """How far an exported component, or the whole pipeline, is from its source."""
+
+    name: str
+    measure: Literal[
+        "max_abs_error",  # in records of 0.1 only
+        "max_scaled_error",  # largest |difference| over largest |value|
+        "max_relative_error",  # largest L2 of a row's difference over the row's L2
+        "psnr_db",
+        "ssim",
+        "feature_distance",  # largest 1 - cosine of a pair of pictures in feature space
+    ]
+    value: float
+    bound: float
+    passed: bool
+    n: int
+
+
+class ReproductionCheck(RecordPart):
+    """Whether a runtime gives an artifact's numbers on a kind of processor."""
+
+    processor: str
+    runtime: str
+    precision: str  # of what is not INT8
+    error: float  # relative, beside torch; of INT8 the root mean square over the rows
+    bound: float  # INT8: 1.1 times the error of exact sums
+    passed: bool
+    n: int  # rows
+    fault: str = ""  # why there is no error to speak of: the runtime crashed
+    imitated_by: str = ""  # the variable that narrowed another processor to this kind
+
+    @property
+    def answer(self) -> str:
+        """ "the same numbers", "OTHER NUMBERS", or what went wrong."""
+        return self.fault or ("the same numbers" if self.passed else "OTHER NUMBERS")
+
+    @property
+    def distance(self) -> str:
+        """ "off by 0.0031 (bound 0.0054)", or "" where there is no error."""
+        return "" if self.fault else f"off by {self.error:.3g} (bound {self.bound:.3g})"
+
+
+class ArtifactRecord(Record):
+    """artifact.json: a checkpoint exported for a runtime."""
+
+    kind: Literal["artifact"] = "artifact"
+    format: Literal["onnx", "int8", "tensorrt", "torchscript"]
+    precision: str
+    runtime: str
+    components: list[ExportedComponent] = []
+    parity: list[ParityCheck] = []
+    calibration: dict[str, Any] = {}
+    bytes_total: int = 0
+    source_bytes_total: int = 0
+    speed: dict[str, Measurement] = {}
+    error_by_noise: list[dict[str, float]] = []  # of the denoiser, in bands of noise level
+    pipeline: str = ""  # class of the diffusers pipeline
+    size: list[int] = []  # height and width in pixels it was exported and compared at
+    omitted: list[str] = []  # parts of the checkpoint that the artifact leaves out
+    lora: dict[str, Any] = {}  # how `inputs["lora"]` went in: fused, scale
+    conversion: dict[str, Any] = {}  # half precision: what stays in float32, and why
+    execution: dict[str, Any] = {}  # which precision each runtime was seen to run the nodes in
+    files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it
+    reproduced: list[ReproductionCheck] = []  # where an INT8 artifact gives the same numbers

@@ -1,0 +1,74 @@
+"""What `modelops monitor` writes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from modelops.records.base import Record
+
+MonitorAnswer = Literal["keep", "investigate", "retrain", "undecided"]
+Outcome = Literal["found", "below margin", "not found", "undecided", "not measured"]
+
+
+class DriftTest(BaseModel):
+    """One test of the window against the reference.
+
+    `found` needs both: p_adjusted at most the threshold, and an effect of at least the margin.
+    `effect` is in the unit that the margin has, with a 95 % interval; `p` and what follows it are
+    None where the test was not made, and `reason` says why.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str
+    outcome: Outcome
+    reason: str
+    method: str = ""
+    n_window: int = 0
+    n_reference: int = 0
+    statistic: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
+    threshold: float | None = None
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    margin: float | None = None
+    unit: str = ""
+
+
+class MonitorRecord(Record):
+    """A window of a drift log, judged against a reference.
+
+    `alpha` is the chance that a window without drift has any test that finds one (Holm over the
+    tests made); `period_alpha` that of any in the `windows` windows until the next evaluation. Both
+    are upper bounds, for rows that are independent. `reference` says what the window was held
+    against: the release's own evaluation, or an earlier stretch of the log.
+    """
+
+    kind: Literal["monitor"] = "monitor"
+    answer: MonitorAnswer
+    reasons: list[str]
+    release: str
+    release_sha256: str
+    model_sha256: str
+    reference: Literal["evaluation", "baseline", "none"]
+    window: str
+    baseline: str | None = None
+    alpha: float
+    period_alpha: float
+    windows: int
+    adjustment: Literal["holm"] = "holm"
+    tests: list[DriftTest] = Field(default_factory=list)
+    n_requests: int = 0
+    n_images: int = 0
+    n_prompts: int = 0
+    refused: dict[str, int] = Field(default_factory=dict)
+    evaluation_age_days: float | None = None
+    evaluate_every_days: float
+    overdue: bool = False
+    # What is not tested: shares of settings, p50 and p95 by phase.
+    about: dict[str, float] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)

@@ -1,0 +1,373 @@
+"""Model, verdict, records and cards to a release directory, and back: is it what was released?
+
+release/
+  release.json   ReleaseRecord: every other file by sha256 and size
+  model/         the checkpoint (without training_state/) or the exported artifact
+  fallback/      another artifact of the same checkpoint, for processors that model/ is wrong on
+  verdict.json   what the gate answered, and policy.yaml, what it was asked
+  records/       evaluations and whatever else the verdict and the cards cite
+  cards/         model card, dataset card and their pictures
+  NOTICE         attribution for pictures and weights
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from modelops.base.environment import current_environment
+from modelops.base.errors import (
+    GateFailedError,
+    GateUndecidedError,
+    IntegrityError,
+    ModelopsError,
+    UsageError,
+)
+from modelops.base.files import (
+    atomic_directory,
+    read_text,
+    safe_join,
+    sha256_file,
+    sha256_tree,
+    tree_files,
+    write_text,
+)
+from modelops.records.base import InputRef
+from modelops.records.evaluation import EvaluationRecord
+from modelops.records.export import ArtifactRecord, ReproductionCheck
+from modelops.records.read import read_any_record, read_record
+from modelops.records.release import PreflightRecord, ReleaseFile, ReleaseRecord, Verdict
+
+RECORD_FILE = "release.json"
+MODEL_FOLDER, FALLBACK_FOLDER = "model", "fallback"
+CARD_SIDECARS = (".sources.json", ".statistics.json")
+_TRAINING_STATE = "training_state"  # as in modelops.models.sources, which imports torch
+_PICTURE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]*\ssrc=[\"']([^\"']+)")
+
+
+def build_release(
+    out_dir: str | Path,
+    *,
+    model_dir: str | Path,
+    verdict: str | Path,
+    records: Iterable[str | Path] = (),
+    cards: Iterable[str | Path] = (),
+    name: str,
+    version: str,
+    defaults: Mapping[str, Any] | None = None,
+    policy: str | Path | None = None,
+    notice: str = "",
+    extra_files: Mapping[str, str | Path] | None = None,
+    fallback: str | Path | None = None,
+    preflights: Iterable[str | Path] = (),
+    allow: bool = False,
+) -> ReleaseRecord:
+    """Copy everything a release consists of into `out_dir` and write release.json.
+
+    Args:
+        out_dir: replaced as a whole; a killed build leaves the old release or the new one.
+        model_dir: a checkpoint directory or an exported artifact.
+        verdict: verdict.json of the gate.
+        records: record files (JSON); a name that is taken gets its folder's name in front.
+        cards: Markdown files; pictures they show by relative path come with them.
+        name, version: of the release; the served model's id is the name.
+        defaults: how the model is to be sampled (steps, guidance, golden image, ...).
+        policy: policy.yaml the verdict was made by; must have the digest the verdict names.
+        notice: attribution text for pictures and weights, written to NOTICE.
+        extra_files: {name in the release: file}.
+        fallback: an artifact of the same checkpoint that equals it without INT8; a node on whose
+            processor no runtime gives the model's numbers serves it instead, and says so.
+        preflights: what `modelops serve preflight` wrote about this very model on other machines.
+        allow: build although the verdict is not `pass`; the record says so.
+
+    Raises:
+        GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
+        IntegrityError: the verdict is about another model or another policy, or a symbolic link
+            lies in the model.
+        UsageError: an input is missing or is not what it should be.
+    """
+    _check_label("name", name)
+    _check_label("version", version)
+    out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
+    answer, model_sha256 = check_verdict(verdict_path, model, policy=policy, allow=allow)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_release(out))):
+        raise UsageError(f"{out}: exists and is not a release", hint="choose another directory")
+
+    if fallback is not None:
+        check_fallback(fallback, model)
+    reproduced = known_reproductions(model, model_sha256, preflights)
+    with atomic_directory(out) as folder:
+        _copy_tree(model, folder / MODEL_FOLDER, exclude=[_TRAINING_STATE])
+        _copy(verdict_path, folder / "verdict.json")
+        if policy is not None:
+            _copy(Path(policy), folder / "policy.yaml")
+        for path in map(Path, records):
+            read_any_record(path)
+            _copy(path, _free_name(folder / "records", path))
+        if fallback is not None:
+            _copy_tree(Path(fallback), folder / FALLBACK_FOLDER, exclude=())
+        for card in map(Path, cards):
+            for relative, source in _card_files(card).items():
+                _copy(source, folder / "cards" / relative)
+        if notice.strip():
+            write_text(folder / "NOTICE", notice.strip() + "\n")
+        for relative, extra in (extra_files or {}).items():
+            target = safe_join(folder, relative)
+            if target.exists() or relative == RECORD_FILE:
+                raise UsageError(f"{relative}: this name is taken in a release")
+            _copy(Path(extra), target)
+        record = ReleaseRecord(
+            name=name,
+            version=version,
+            model=MODEL_FOLDER,
+            model_sha256=model_sha256,
+            fallback=FALLBACK_FOLDER if fallback is not None else None,
+            fallback_sha256=None if fallback is None else sha256_tree(folder / FALLBACK_FOLDER),
+            reproduced=reproduced,
+            verdict_sha256=sha256_file(folder / "verdict.json"),
+            verdict_answer=answer.answer,
+            allowed_without_pass=answer.answer != "pass",
+            policy_sha256=answer.policy_sha256,
+            defaults=dict(defaults or {}),
+            inputs={
+                "model": InputRef(path=model.name, sha256=model_sha256),
+                "verdict": InputRef(path=verdict_path.name, sha256=sha256_file(verdict_path)),
+            },
+            files={
+                relative: ReleaseFile(sha256=sha256_file(path), bytes=path.stat().st_size)
+                for relative, path in tree_files(folder).items()
+            },
+            environment=current_environment(),
+        )
+        if sha256_tree(folder / MODEL_FOLDER) != model_sha256:
+            raise IntegrityError(f"{model}: changed while it was copied", hint="try again")
+        record.write(folder / RECORD_FILE)
+    return record
+
+
+def check_fallback(fallback: str | Path, model_dir: str | Path) -> None:
+    """An artifact that may stand in for a release's model where that is not right.
+
+    Raises:
+        UsageError: it, or the model, is not an artifact, or it is INT8 itself.
+        IntegrityError: it was made from another checkpoint, or was kept although not equal to it.
+    """
+    other = read_record(Path(fallback) / "artifact.json", ArtifactRecord)
+    model = read_record(Path(model_dir) / "artifact.json", ArtifactRecord)
+    if other.format != "onnx":
+        raise UsageError(f"{fallback}: {other.format} is no fallback", hint="name an onnx artifact")
+    if other.inputs.get("checkpoint") is None or model.inputs.get("checkpoint") is None:
+        raise IntegrityError(f"{fallback}: does not say which checkpoint it was made from")
+    if other.inputs["checkpoint"].sha256 != model.inputs["checkpoint"].sha256:
+        raise IntegrityError(
+            f"{fallback}: was not made from the checkpoint of {model_dir}",
+            hint="export the checkpoint to onnx again",
+        )
+    failed = [check for check in other.parity if not check.passed]
+    if failed or other.error or not other.parity:
+        raise IntegrityError(
+            f"{fallback}: is not equal to its checkpoint "
+            f"({other.error or (failed[0].name if failed else 'it was not compared')})",
+            hint="export it again without --allow",
+        )
+
+
+def known_reproductions(
+    model_dir: str | Path, model_sha256: str, preflights: Iterable[str | Path] = ()
+) -> list[ReproductionCheck]:
+    """On which kinds of processor a model was found to give its numbers: what its own artifact
+    says, and preflights on other machines.
+
+    Raises:
+        IntegrityError: a preflight is about another model.
+    """
+    found: list[ReproductionCheck] = []
+    if (Path(model_dir) / "artifact.json").is_file():
+        found += read_record(Path(model_dir) / "artifact.json", ArtifactRecord).reproduced
+    for path in preflights:
+        record = read_record(path, PreflightRecord)
+        if record.model_sha256 != model_sha256:
+            raise IntegrityError(
+                f"{path}: is about {_short(record.model_sha256)}, "
+                f"but {model_dir} is {_short(model_sha256)}",
+                hint="run `modelops serve preflight` on the model that is to be released",
+            )
+        found += record.reproduced
+    return [one for index, one in enumerate(found) if one not in found[:index]]
+
+
+def check_verdict(
+    verdict: str | Path,
+    model_dir: str | Path,
+    *,
+    policy: str | Path | None = None,
+    allow: bool = False,
+) -> tuple[Verdict, str]:
+    """(verdict, digest of the model) if the model may be released by it; see `build_release`.
+
+    Raises:
+        GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
+        IntegrityError: the verdict is about another model or another policy.
+    """
+    verdict_path, model = Path(verdict), Path(model_dir)
+    answer = read_record(verdict_path, Verdict)
+    if answer.answer != "pass" and not allow:
+        failed = [line.name for line in answer.criteria if line.answer != "pass"]
+        kind = GateFailedError if answer.answer == "fail" else GateUndecidedError
+        raise kind(
+            f"{verdict_path}: the gate answered {answer.answer} "
+            f"({', '.join(failed) or 'no criteria'})",
+            hint="mend the model or the policy and run `modelops gate` again, or allow it openly",
+        )
+    model_sha256 = sha256_tree(model, exclude=[_TRAINING_STATE])
+    if answer.subject_sha256 != model_sha256:
+        raise IntegrityError(
+            f"{verdict_path}: is about {_short(answer.subject_sha256)}, "
+            f"but {model} is {_short(model_sha256)}",
+            hint="run the gate on the model that is to be released",
+        )
+    if policy is not None and sha256_file(policy) != answer.policy_sha256:
+        raise IntegrityError(
+            f"{policy}: is not the policy the verdict was made by",
+            hint="run `modelops gate` again after a change of policy",
+        )
+    return answer, model_sha256
+
+
+def verify_release(directory: str | Path) -> ReleaseRecord:
+    """Read a release and make sure that every byte is the one that was released.
+
+    Raises:
+        UsageError: no release there, or a release.json that cannot be read.
+        IntegrityError: names the first missing, changed, additional or linked file, or says that
+            verdict and model do not belong together.
+    """
+    root = Path(directory)
+    if not (root / RECORD_FILE).is_file():
+        raise UsageError(
+            f"{root}: not a release (no {RECORD_FILE})",
+            hint="make one with `modelops release build`",
+        )
+    record = read_record(root / RECORD_FILE, ReleaseRecord)
+    present = tree_files(root)
+    for relative, expected in sorted(record.files.items()):
+        path = safe_join(root, relative)
+        if relative not in present:
+            raise IntegrityError(f"{path}: missing from the release", hint=_REBUILD)
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise IntegrityError(
+                f"{path}: changed, {size} bytes instead of {expected.bytes}", hint=_REBUILD
+            )
+        if sha256_file(path) != expected.sha256:
+            raise IntegrityError(f"{path}: changed, its sha256 is another", hint=_REBUILD)
+    for relative, path in present.items():
+        if relative not in record.files and relative != RECORD_FILE:
+            raise IntegrityError(f"{path}: is not part of the release", hint="remove the file")
+    verdict = root / "verdict.json"
+    if "verdict.json" not in record.files or sha256_file(verdict) != record.verdict_sha256:
+        raise IntegrityError(f"{verdict}: not the verdict this release was built on", hint=_REBUILD)
+    answer = read_record(verdict, Verdict)
+    if answer.subject_sha256 != record.model_sha256:
+        raise IntegrityError(f"{verdict}: is about another model", hint=_REBUILD)
+    if answer.answer != "pass" and not record.allowed_without_pass:
+        raise IntegrityError(f"{verdict}: answers {answer.answer}", hint=_REBUILD)
+    if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
+        raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
+    if record.fallback is not None:
+        fallback = safe_join(root, record.fallback)
+        if sha256_tree(fallback) != record.fallback_sha256:
+            raise IntegrityError(f"{fallback}: not the fallback that was released", hint=_REBUILD)
+        check_fallback(fallback, safe_join(root, record.model))
+    return record
+
+
+def released_evaluations(
+    release_dir: str | Path, record: ReleaseRecord
+) -> dict[str, EvaluationRecord]:
+    """Evaluations of the very model of a release that succeeded, by their path in it; the newest
+    last."""
+    found: dict[str, EvaluationRecord] = {}
+    for relative in record.files:
+        if not relative.endswith(".json") or relative.startswith(f"{record.model}/"):
+            continue
+        path = Path(release_dir) / relative
+        try:
+            if json.loads(path.read_text("utf-8")).get("kind") != "evaluation":
+                continue
+            evaluation = read_record(path, EvaluationRecord)
+        except (AttributeError, OSError, ValueError, ModelopsError):
+            continue
+        if evaluation.status == "ok" and evaluation.source.sha256 == record.model_sha256:
+            found[relative] = evaluation
+    return dict(sorted(found.items(), key=lambda item: evaluation_end(item[1])))
+
+
+def evaluation_end(evaluation: EvaluationRecord) -> float:
+    """When an evaluation ended, in Unix seconds."""
+    return evaluation.started_at.timestamp() + evaluation.duration_s
+
+
+_REBUILD = "copy the release again, or rebuild it with `modelops release build`"
+
+
+def _card_files(card: Path) -> dict[str, Path]:
+    """A card, the pictures it shows and its sources, as {path below cards/: file}.
+
+    Raises:
+        UsageError: a picture is missing or lies outside the card's folder.
+    """
+    files = {card.name: card}
+    for suffix in CARD_SIDECARS:  # what `modelops card check` needs
+        if card.with_suffix(suffix).is_file():
+            files[card.with_suffix(suffix).name] = card.with_suffix(suffix)
+    for markdown, html in _PICTURE.findall(read_text(card)):
+        link = unquote(markdown or html)
+        if re.match(r"[a-z][a-z0-9+.-]*:", link, re.IGNORECASE):
+            continue
+        picture = safe_join(card.parent, link.removeprefix("./"))
+        if not picture.is_file():
+            raise UsageError(f"{card}: shows {link}, which does not exist")
+        files[link.removeprefix("./")] = picture
+    return files
+
+
+def _free_name(folder: Path, path: Path) -> Path:
+    for name in (path.name, f"{path.resolve().parent.name}-{path.name}"):
+        if not (folder / name).exists():
+            return folder / name
+    raise UsageError(f"{path}: two records with this name")
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        raise IntegrityError(f"{source}: symbolic links are not released", hint="copy the file")
+    if not source.is_file():
+        raise UsageError(f"{source}: no such file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _copy_tree(source: Path, target: Path, *, exclude: Iterable[str]) -> None:
+    for relative, path in tree_files(source, exclude=exclude).items():
+        _copy(path, target / relative)
+
+
+def _is_release(directory: Path) -> bool:
+    return (directory / RECORD_FILE).is_file()
+
+
+def _check_label(what: str, value: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", value):
+        raise UsageError(
+            f"{what} {value!r}: use up to 64 letters, digits, dots, dashes and underscores"
+        )
+
+
+def _short(digest: str | None) -> str:
+    return f"model {digest[:12]}" if digest else "no model"

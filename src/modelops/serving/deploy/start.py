@@ -1,0 +1,101 @@
+"""What is refused before any worker starts. A worker that cannot start is started again for ever,
+so whatever can be known beforehand is said here, in one line. Imports no torch without a GPU."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from modelops.base.errors import UsageError
+from modelops.releases.build import verify_release
+from modelops.safety.registry import check_image_filter, check_prompt_filter
+from modelops.serving.deploy.preflight import require_preflight
+from modelops.serving.http.access import INSECURE_VARIABLE
+from modelops.serving.http.keys import DIGESTS_VARIABLE
+from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
+from modelops.serving.http.limits import IMAGES_VARIABLE, REQUESTS_VARIABLE
+from modelops.serving.http.page import PAGE_VARIABLE
+from modelops.serving.moderation.quarantine import check_quarantine
+from modelops.serving.provenance.signing import open_signing_key
+from modelops.serving.provenance.watermark import open_watermark
+from modelops.serving.rollout.active_release import (
+    RELEASE_VARIABLE,
+    RELEASES_VARIABLE,
+    release_from_environment,
+)
+from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.logs import (
+    FILE_VARIABLE,
+    FORMAT_VARIABLE,
+    KEEP_VARIABLE,
+    MEGABYTES_VARIABLE,
+    PROMPTS_VARIABLE,
+)
+from modelops.serving.telemetry.tracing import check_tracing
+from modelops.serving.workers import RUN_VARIABLE, WORKERS_VARIABLE, prepare_workers
+
+_OTHERS = (
+    DIGESTS_VARIABLE, FILE_VARIABLE, FORMAT_VARIABLE, IMAGES_VARIABLE, INSECURE_VARIABLE,
+    KEEP_VARIABLE, KEYS_VARIABLE, MEGABYTES_VARIABLE, PAGE_VARIABLE, PROMPTS_VARIABLE,
+    RELEASES_VARIABLE, RELEASE_VARIABLE, REQUESTS_VARIABLE, RUN_VARIABLE, WORKERS_VARIABLE,
+    "MODELOPS_ADMIN_KEY", "MODELOPS_API_KEY", "MODELOPS_CACHE", "MODELOPS_DEBUG",
+)  # fmt: skip
+_ALIKE = 0.9
+log = logging.getLogger("modelops.serving")
+
+
+def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.environ) -> None:
+    """Everything that a worker will need and that can be looked at without one.
+
+    Raises:
+        ModelopsError: a setting, a file that it names, the release or a key cannot be used.
+    """
+    check_names(environment)
+    check_prompt_filter(settings.prompt_filter)
+    check_image_filter(settings.image_filter)
+    check_tracing(environment)
+    if settings.releases and not Path(settings.releases).is_dir():
+        raise UsageError(f"{RELEASES_VARIABLE}={settings.releases}: no such folder")
+    check_quarantine(settings)
+    if settings.watermark_key:
+        open_watermark(settings.watermark_key)
+    root = release_from_environment()
+    record = verify_release(root)
+    if (
+        settings.device.partition(":")[0] == "cuda"
+        and not (
+            root / record.model / "artifact.json"  # whose runtime has devices of its own
+        ).is_file()
+    ):
+        from modelops.models.devices import open_device
+
+        open_device(settings.device)
+    open_signing_key(settings.signing_key, settings.signing_chain)
+    if (root / record.model / "artifact.json").is_file():
+        log.info("preflight: %s", require_preflight(root, runtime=settings.runtime))
+    prepare_workers()
+
+
+def known_variables() -> set[str]:
+    """Every MODELOPS_ variable that something reads."""
+    return {*NodeSettings.variables(), *_OTHERS}
+
+
+def check_names(environment: Mapping[str, str]) -> None:
+    """No variable is nearly one that a node reads, for then that one would be left as it is.
+
+    Others that begin alike are left alone: Kubernetes makes some for each service, as
+    MODELOPS_SERVICE_HOST.
+
+    Raises:
+        UsageError: there is one.
+    """
+    known = known_variables()
+    for name in sorted(environment):
+        if not name.startswith("MODELOPS_") or name in known:
+            continue
+        if meant := difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE):
+            raise UsageError(f"{name}: no such setting", hint=f"{meant[0]} is one")

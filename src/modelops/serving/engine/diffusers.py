@@ -1,0 +1,357 @@
+"""Any diffusers pipeline, taken apart at the calls of its denoiser.
+
+Each request runs the pipeline's own `__call__` in a coroutine of its own: its prompt encoding,
+scheduler, guidance and decoding are the pipeline's, for that request alone. Where the pipeline
+calls its denoiser the coroutine waits, and the calls that wait together are made as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import greenlet
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modelops.base.errors import UsageError
+from modelops.export.runtimes.modules import ExportedModule
+from modelops.export.signatures import parameters_of
+from modelops.models.sources import (
+    ImageRequest,
+    floats_to_uint8,
+    native_size,
+    pipeline_arguments,
+)
+from modelops.serving.engine.calls import Call, answers, content_key, merged, read_call
+from modelops.serving.engine.jobs import Job
+
+_DENOISERS = ("transformer", "unet")
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_TEXTS = 64  # answers of text encoders that are kept; each may be megabytes
+_NO_LIMIT = 100_000  # a tokenizer that states more has none
+_LONG = 512  # tokens where nothing states a limit
+
+
+@dataclass(slots=True)
+class PipelineTrack:
+    """A picture in the making: a call of the pipeline that waits for its denoiser.
+
+    Attributes:
+        routine: in which the pipeline runs; switching to it goes on with the pipeline.
+        call: what it waits for; None when only decoding is left.
+        known: shared tensors of earlier calls, with their digests.
+    """
+
+    job: Job | None
+    routine: Any
+    call: Call | None = None
+    known: dict[str, tuple[torch.Tensor, str]] = field(default_factory=dict)
+    picture: npt.NDArray[np.uint8] | None = None
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        return () if self.call is None else self.call.key
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.call is None else self.call.rows
+
+    @property
+    def finished(self) -> bool:
+        return self.call is None
+
+
+class PipelineModel:
+    """Drives a diffusers text-to-image (or unconditional) pipeline with one denoiser.
+
+    Its denoiser's and text encoders' `forward` and its decoder's `decode` are replaced until
+    `close`; a call of them that does not come from a track goes through as ever.
+
+    Args:
+        pipeline: with its networks in torch or in another runtime.
+
+    Raises:
+        UsageError: it has neither a transformer nor a UNet, or belongs to another engine.
+    """
+
+    previews = False
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        pipeline.set_progress_bar_config(disable=True)
+        self._denoiser = next(
+            (part for name in _DENOISERS if (part := getattr(pipeline, name, None)) is not None),
+            None,
+        )
+        if self._denoiser is None:
+            raise UsageError(
+                f"{type(pipeline).__name__} has no denoiser that requests could share",
+                hint=f"a pipeline with a {' or a '.join(_DENOISERS)} can be served",
+            )
+        if isinstance(
+            getattr(vars(self._denoiser).get("forward"), "__self__", None), PipelineModel
+        ):
+            raise UsageError("the pipeline belongs to another engine", hint="close that one first")
+        self._accepts = inspect.signature(pipeline.__call__).parameters
+        self.height, self.width = _size(pipeline, self._denoiser)
+        self._tokenizer, self.max_tokens = _longest_tokenizer(pipeline, self._accepts)
+        self._tokenizer_lock = threading.Lock()
+        self._scheduler = copy.deepcopy(pipeline.scheduler)
+        self._parameters = _parameters(self._denoiser)
+        self._rows: dict[bool, int] = {}  # of a call, with guidance and without, once it was seen
+        self._tracks: dict[Any, PipelineTrack] = {}  # by routine
+        self._example: Call | None = None
+        self._widths: Iterator[int] | None = None
+        self._evaluate: Callable[..., Any] = self._denoiser.forward
+        self._undo = [_replace(self._denoiser, "forward", self._meet)]
+        self._texts: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        for name in _TEXT_ENCODERS:
+            if (part := getattr(pipeline, name, None)) is not None:
+                meet = partial(self._meet_text, name, part.forward)
+                self._undo.append(_replace(part, "forward", meet))
+        decoder = getattr(pipeline, "vae", None)
+        if decoder is not None:
+            self._decode = decoder.decode
+            self._undo.append(_replace(decoder, "decode", self._meet_decoder))
+
+    # --- what a request may ask for -----------------------------------------------------------
+
+    def fill(self, request: ImageRequest) -> ImageRequest:
+        steps = request.steps or self._default("num_inference_steps")
+        if steps is None or steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        guidance = request.guidance
+        if "guidance_scale" not in self._accepts:
+            if guidance not in (None, 1.0):
+                raise UsageError("this model takes no guidance")
+            guidance = 1.0
+        elif guidance is None:
+            guidance = self._default("guidance_scale")
+        if guidance is None or not math.isfinite(guidance):
+            raise UsageError("guidance must be a finite number")
+        if request.negative_prompt and "negative_prompt" not in self._accepts:
+            raise UsageError("this model takes no negative prompt")
+        filled = replace(
+            request, steps=int(steps), guidance=float(guidance),
+            height=request.height or self.height, width=request.width or self.width,
+        )  # fmt: skip
+        assert filled.height and filled.width
+        scale = int(getattr(self.pipeline, "vae_scale_factor", 1))
+        if min(filled.height, filled.width) < 1 or filled.height % scale or filled.width % scale:
+            raise UsageError(
+                f"height and width must be positive multiples of {scale}, "
+                f"got {filled.height}x{filled.width}"
+            )
+        return filled
+
+    def _default(self, name: str) -> Any:
+        stated = self.pipeline.config.get(f"default_{name.removeprefix('num_inference_')}")
+        if stated is not None or name not in self._accepts:
+            return stated
+        default = self._accepts[name].default
+        return None if default is inspect.Parameter.empty else default
+
+    def rows_of(self, request: ImageRequest) -> int:
+        guided = _is_guided(request)
+        both = 2 if guided and "negative_prompt" in self._accepts else 1
+        return self._rows.get(guided, both)
+
+    def count_tokens(self, text: str) -> int:
+        if self._tokenizer is None:
+            return 0
+        with self._tokenizer_lock:
+            encoded = self._tokenizer(text, padding=False, truncation=False, verbose=False)
+        return len(encoded["input_ids"])
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def prepare(self, max_rows: int) -> None:
+        usual = self.fill(ImageRequest(prompt="", seed=0))
+        for request in (replace(usual, guidance=1.0), usual):
+            track = self._started(request, None)
+            self._example = track.call
+            self.drop(track)
+
+    def evaluate(self, rows: int) -> None:
+        assert self._example is not None
+        with torch.no_grad():
+            self._evaluate(**merged([self._example], rows))
+        if self._device.type == "cuda":  # pragma: no cover - no GPU here
+            torch.cuda.synchronize(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.pipeline._execution_device
+        return device
+
+    def begin(self, jobs: Sequence[Job]) -> list[PipelineTrack | Exception]:
+        tracks: list[PipelineTrack | Exception] = []
+        for job in jobs:
+            try:
+                tracks.append(self._started(job.request, job))
+            except Exception as error:
+                tracks.append(error)
+        return tracks
+
+    def _started(self, request: ImageRequest, job: Job | None) -> PipelineTrack:
+        """A track at its first call of the denoiser."""
+
+        def run() -> None:
+            with torch.no_grad():
+                images = pipeline(**pipeline_arguments(self._accepts, [request])).images
+            track.picture = floats_to_uint8(np.asarray(images))[0]
+
+        pipeline = copy.copy(self.pipeline)
+        # A sampler keeps its place and what it saw last, so each request has one of its own.
+        pipeline.scheduler = copy.deepcopy(self._scheduler)
+        track = PipelineTrack(job, greenlet.greenlet(run))
+        self._tracks[track.routine] = track
+        self._go_on(track)
+        if track.call is None:
+            self.drop(track)
+            raise RuntimeError("the pipeline never called its denoiser")
+        self._rows[_is_guided(request)] = track.call.rows
+        return track
+
+    def advance(self, tracks: Sequence[PipelineTrack]) -> list[Exception | None]:
+        calls = [track.call for track in tracks if track.call is not None]
+        assert len(calls) == len(tracks)
+        rows = sum(call.rows for call in calls)
+        if self._widths is not None:
+            rows = max(rows, next(self._widths, 0))
+        with torch.no_grad():
+            output = self._evaluate(**merged(calls, rows))
+        problems: list[Exception | None] = []
+        for track, answer in zip(tracks, answers(calls, output, rows), strict=True):
+            try:
+                self._go_on(track, answer)
+                problems.append(None)
+            except Exception as error:
+                problems.append(error)
+        return problems
+
+    def _go_on(self, track: PipelineTrack, answer: Any = None) -> None:
+        """Run a track's pipeline until it waits again, or is done."""
+        track.call = None
+        try:
+            track.routine.switch(*(() if answer is None else (answer,)))
+        finally:
+            if track.routine.dead:
+                self._tracks.pop(track.routine, None)
+
+    def _meet(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the denoiser's forward."""
+        track = self._tracks.get(greenlet.getcurrent())
+        if track is None:
+            return self._evaluate(*args, **kwargs)
+        track.call = read_call(self._parameters, args, kwargs, track.known)
+        return track.routine.parent.switch()
+
+    def _meet_text(self, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of a text encoder's forward: what it was asked before, it need not do again."""
+        if self._tracks.get(greenlet.getcurrent()) is None:
+            return plain(*args, **kwargs)
+        key = (name, content_key(args, kwargs))
+        if key not in self._texts:
+            self._texts[key] = plain(*args, **kwargs)
+            if len(self._texts) > _TEXTS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(key)
+        return self._texts[key]
+
+    def _meet_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the decoder's decode: the steps are done."""
+        track = self._tracks.get(greenlet.getcurrent())
+        if track is not None:
+            track.routine.parent.switch()
+        return self._decode(*args, **kwargs)
+
+    def preview(self, track: PipelineTrack) -> npt.NDArray[np.uint8]:
+        raise NotImplementedError("what a pipeline's latents would look like is not known")
+
+    def pixels(self, track: PipelineTrack) -> npt.NDArray[np.uint8]:
+        if not track.routine.dead:
+            self._go_on(track)
+        if track.picture is None:
+            self.drop(track)
+            raise RuntimeError("the pipeline called its denoiser after its decoder")
+        return track.picture
+
+    def drop(self, track: PipelineTrack) -> None:
+        if not track.routine.dead:
+            track.routine.throw()  # GreenletExit: the pipeline unwinds
+        self._tracks.pop(track.routine, None)
+
+    @contextlib.contextmanager
+    def widened(self, widths: Sequence[int]) -> Iterator[None]:
+        self._widths = iter(widths)
+        try:
+            yield
+        finally:
+            self._widths = None
+
+    def close(self) -> None:
+        for track in list(self._tracks.values()):
+            self.drop(track)
+        while self._undo:
+            self._undo.pop()()
+
+
+def _replace(part: Any, name: str, instead: Callable[..., Any]) -> Callable[[], None]:
+    """Set a method of one object; returns what takes it back."""
+    hidden = vars(part).get(name)
+    object.__setattr__(part, name, instead)
+
+    def undo() -> None:
+        object.__delattr__(part, name)
+        if hidden is not None:
+            object.__setattr__(part, name, hidden)
+
+    return undo
+
+
+def _parameters(denoiser: Any) -> list[str]:
+    """Names of its arguments, in the order of positions."""
+    if isinstance(denoiser, ExportedModule):
+        return denoiser.parts["forward"][1].parameters
+    plain = getattr(denoiser, "_orig_mod", denoiser)  # of a compiled one
+    return [name for name in parameters_of(type(plain).forward) if name != "self"]
+
+
+def _is_guided(request: ImageRequest) -> bool:
+    return request.guidance is not None and request.guidance > 1.0
+
+
+def _size(pipeline: Any, denoiser: Any) -> tuple[int, int]:
+    height, width = native_size(pipeline)
+    if height is None or width is None:  # unconditional: in pixels
+        sample = denoiser.config["sample_size"]
+        height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
+    return int(height), int(width)
+
+
+def _longest_tokenizer(pipeline: Any, accepts: Any) -> tuple[Any, int]:
+    """(a copy of the tokenizer that reads the most of a prompt, how many tokens it reads)."""
+    stated = accepts["max_sequence_length"].default if "max_sequence_length" in accepts else None
+    best, most = None, 0
+    for name in _TOKENIZERS:
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None:
+            continue
+        limit = int(getattr(tokenizer, "model_max_length", _LONG))
+        if limit > _NO_LIMIT:
+            limit = stated if isinstance(stated, int) else _LONG
+        if limit > most:
+            best, most = tokenizer, limit
+    return copy.deepcopy(best), most

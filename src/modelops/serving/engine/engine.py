@@ -1,0 +1,384 @@
+"""Image requests to images, by one thread that batches between denoising steps.
+
+Requests join and leave the running batch at every step. Each keeps its own noise, scheduler, step
+count and guidance, so a request of 8 steps never waits for one of 30, and the image is the one the
+pipeline makes of the same request alone.
+
+    submit() ─▶ waiting (bounded, first in first out) ─▶ running tracks ─▶ Job.future
+                engine thread: admit, one network evaluation, step each track, decode
+
+How a pipeline is taken apart into such steps is its `models.StepModel`'s affair.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from modelops.base.errors import ModelopsError, ServingError, UsageError
+from modelops.models.sources import ImageRequest
+from modelops.serving.engine.batch_profile import BatchProfile, Pace, measure_profile
+from modelops.serving.engine.jobs import MAX_PREVIEWS, EngineImage, Job, Preview, StepReport
+from modelops.serving.engine.step_model import StepModel, Track, step_model
+from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
+
+log = logging.getLogger("modelops.serving")
+
+MAX_OVERTAKEN = 4
+MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
+
+
+class StepEngine:
+    """Runs one pipeline in one thread.
+
+    Args:
+        pipeline: any diffusers pipeline with a denoiser, its networks in torch or in another
+            runtime. The engine owns it until it is closed.
+        max_rows: rows of a forward pass, at most (a guided request takes two).
+        profile_s: seconds to spend, before the first request, on finding out which widths pay (see
+            `pace.BatchProfile`); 0 takes every width up to max_rows for good.
+        queue_limit: requests that may wait; an empty queue takes a longer list too.
+        on_step: called after each network evaluation, in the engine's thread.
+        on_wasted: called as (steps, reason) when a request ends unfinished.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        max_rows: int = 16,
+        queue_limit: int = 64,
+        profile_s: float = 0.0,
+        on_step: Callable[[StepReport], None] | None = None,
+        on_wasted: Callable[[int, str], None] | None = None,
+    ) -> None:
+        if max_rows < 2 or queue_limit < 1:
+            raise UsageError("max_rows must be at least 2 and queue_limit at least 1")
+        self.pipeline = pipeline
+        self.model: StepModel[Any] = step_model(pipeline)
+        self.max_rows = max_rows
+        self.queue_limit = queue_limit
+        self._on_step = on_step or (lambda report: None)
+        self._on_wasted = on_wasted or (lambda steps, reason: None)
+        self._waiting: deque[Job] = deque()
+        self._running: list[Track] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._failures = 0
+        self._step_began: float | None = None
+        self._step_ended: float | None = None  # None after an idle moment
+        self._pace = Pace()
+        self._profile_s = profile_s
+        self.profile = BatchProfile(narrow=max_rows, wide=max_rows, complete=False)
+        self._thread = threading.Thread(target=self._run, name="modelops-engine", daemon=True)
+        self._thread.start()
+
+    # --- the callers' side ------------------------------------------------------------------------
+
+    def submit(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        timeout_s: float | None = None,
+        previews: int = 0,
+        on_preview: Preview | None = None,
+    ) -> list[Job]:
+        """Queue requests, all of them or none.
+
+        Args:
+            requests: what is None is filled with the pipeline's defaults.
+            timeout_s: seconds from now after which unfinished work is dropped.
+            previews, on_preview: show each picture so many times on its way; see `Job`.
+
+        Raises:
+            QueueFullError: no room for all of them.
+            UsageError: a request that the model cannot do.
+            ServingError: the engine is closed or dead.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if not 0 <= previews <= MAX_PREVIEWS:
+            raise UsageError(f"previews must be 0 to {MAX_PREVIEWS}, got {previews}")
+        if not self.model.previews:
+            previews = 0
+        filled = [self.model.fill(request) for request in requests]
+        jobs = [
+            Job(
+                request, deadline, rows=self.model.rows_of(request), previews=previews,
+                on_preview=on_preview,
+            )
+            for request in filled
+        ]  # fmt: skip
+        with self._changed:
+            if self._stopping or not self.alive:
+                raise EngineError("the engine is not running")
+            if self._waiting and len(self._waiting) + len(jobs) > self.queue_limit:
+                raise QueueFullError(self._backlog_seconds())
+            self._waiting.extend(jobs)
+            self._changed.notify()
+        return jobs
+
+    def fill(self, request: ImageRequest) -> ImageRequest:
+        """The request with the pipeline's defaults in place of None.
+
+        Raises:
+            UsageError: size, steps or guidance out of the model's range.
+        """
+        return self.model.fill(request)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text before truncation, with the special ones."""
+        return self.model.count_tokens(text)
+
+    def estimated_wait(self) -> float:
+        """Seconds until the work now queued and running will have been done; 0 when unknown."""
+        with self._changed:
+            return self._backlog_seconds()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    def oldest_wait(self) -> float:
+        """Seconds that the request at the head of the queue has waited; 0 without one."""
+        with self._changed:
+            return time.monotonic() - self._waiting[0].submitted if self._waiting else 0.0
+
+    @property
+    def running(self) -> int:
+        """Requests in the running batch."""
+        return len(self._running)
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs, and its last network evaluations did not all fail."""
+        return self._thread.is_alive() and self._failures < MAX_FAILURES
+
+    def stalled_for(self) -> float:
+        """Seconds that the network evaluation in progress has taken so far."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Take no more requests; finish those in hand (or drop them) and end the thread."""
+        with self._changed:
+            self._stopping = True
+            if not drain:
+                for job in (*self._waiting, *(track.job for track in self._running)):
+                    job.cancel()
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    # --- the engine's thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                if self._profile_s:
+                    self._measure_profile()
+                while True:
+                    with self._changed:
+                        while not (self._waiting or self._running or self._stopping):
+                            self._step_ended = None
+                            self._changed.wait()
+                        if not self._waiting and not self._running:
+                            return
+                        self._drop_stopped()
+                        joining = self._admit()
+                    self._start(joining)
+                    for tracks in self._groups():
+                        self._step(tracks)
+        except BaseException as error:
+            log.exception("the engine's thread ended")
+            with self._changed:
+                self._stopping = True
+                jobs = [*self._waiting, *(track.job for track in self._running)]
+                self._waiting.clear()
+                self._running.clear()
+            for job in jobs:
+                self._fail(job, EngineError(f"the engine ended: {type(error).__name__}"))
+        finally:
+            self.model.close()
+
+    def _drop_stopped(self) -> None:
+        for job in [job for job in self._waiting if job.reason_to_stop()]:
+            self._waiting.remove(job)
+            self._fail(job, job.reason_to_stop())
+        for track in [track for track in self._running if track.job.reason_to_stop()]:
+            self._running.remove(track)
+            self.model.drop(track)
+            self._fail(track.job, track.job.reason_to_stop())
+
+    def _measure_profile(self) -> None:
+        """Time the network at the size that it was made for, before anybody waits for it."""
+        try:
+            self.model.prepare(self.max_rows)
+            self.profile = measure_profile(
+                self.model.evaluate, self.max_rows, budget_s=self._profile_s
+            )
+        except Exception:  # a width too many for the memory, say: the requests will tell
+            log.exception("the batching profile could not be measured; batches stay narrow")
+            self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
+            return
+        self._pace.expect(self.profile.rows_per_second(self.profile.wide))
+        log.info("batching profile: %s", self.profile)
+
+    def _cap(self, used: int) -> int:
+        """Rows that may run now: the wide cap only where the queue fills it."""
+        queued = used
+        for job in self._waiting:
+            queued += job.rows
+            if queued >= self.profile.wide:
+                return self.profile.wide
+        return self.profile.narrow
+
+    def _admit(self) -> list[Job]:
+        """First in, first out; but one row that the head has no use for may go to a later request,
+        and no request is overtaken more than `MAX_OVERTAKEN` times."""
+        if not self.profile.pays and self._running:
+            return []
+        used = sum(track.rows for track in self._running)
+        cap = self._cap(used) if self.profile.pays else 0
+        joining: list[Job] = []
+        while (
+            self._waiting
+            and (not joining or self.profile.pays)
+            and (used + self._waiting[0].rows <= cap or not (used or joining))
+        ):
+            joining.append(self._waiting.popleft())
+            used += joining[-1].rows
+        if self.profile.pays and used == cap - 1 and self._waiting:
+            head = self._waiting[0]  # needs two rows
+            narrow = next((job for job in self._waiting if job.rows == 1), None)
+            if narrow is not None and head.overtaken < MAX_OVERTAKEN:
+                head.overtaken += 1
+                self._waiting.remove(narrow)
+                joining.append(narrow)
+        for job in joining:
+            job.admitted = time.monotonic()
+        return joining
+
+    def _start(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        try:
+            tracks = self.model.begin(jobs)
+        except Exception as error:
+            log.exception("the text encoder failed")
+            for job in jobs:
+                self._fail(job, EngineError(f"the text encoder failed: {type(error).__name__}"))
+            return
+        for job, track in zip(jobs, tracks, strict=True):
+            if isinstance(track, Exception):
+                log.error("could not start a request", exc_info=track)
+                self._fail(job, EngineError(f"could not start: {type(track).__name__}"))
+                continue
+            job.started, job.rows = time.monotonic(), track.rows
+            with self._changed:
+                self._running.append(track)
+
+    def _groups(self) -> list[list[Track]]:
+        """Running tracks that can share a forward pass."""
+        groups: dict[object, list[Track]] = {}
+        for track in self._running:
+            groups.setdefault(track.group, []).append(track)
+        return list(groups.values())
+
+    def _step(self, tracks: list[Track]) -> None:
+        began = self._step_began = time.monotonic()
+        width = sum(track.rows for track in tracks)
+        try:
+            problems = self.model.advance(tracks)
+        except Exception as error:
+            log.exception("a network evaluation failed")
+            self._failures += 1
+            self._leave(tracks)
+            for track in tracks:
+                self.model.drop(track)
+                self._fail(track.job, EngineError(f"the network failed: {type(error).__name__}"))
+            return
+        finally:
+            self._step_began = None
+        self._failures = 0
+        ended = time.monotonic()
+        if self._step_ended is not None:
+            self._pace.add(width, ended - self._step_ended)
+        self._step_ended = ended
+        self._on_step(
+            StepReport(
+                rows=width, requests=len(tracks), waiting=self.waiting, seconds=ended - began
+            )
+        )
+        leaving = []
+        for track, problem in zip(tracks, problems, strict=True):
+            job = track.job
+            if job.step + 1 in job.preview_at and problem is None:
+                self._show(track, job.preview_at[job.step + 1])
+            job.step += 1
+            job.batch_rows.append(width)
+            if problem is not None or track.finished:
+                leaving.append((track, problem))
+        if leaving:
+            self._leave([track for track, _ in leaving])
+        for track, problem in leaving:
+            self._finish(track, problem)
+
+    def _show(self, track: Track, index: int) -> None:
+        """Hand out a preview."""
+        assert track.job.on_preview is not None
+        try:
+            track.job.on_preview(track.job, index, self.model.preview(track))
+        except Exception:
+            log.exception("a preview was lost")
+
+    def _leave(self, tracks: list[Track]) -> None:
+        gone = {id(track) for track in tracks}
+        with self._changed:
+            self._running = [track for track in self._running if id(track) not in gone]
+
+    def _finish(self, track: Track, problem: Exception | None) -> None:
+        job, stepped = track.job, time.monotonic()
+        try:
+            if problem is not None:
+                raise problem
+            pixels = self.model.pixels(track)
+        except Exception as error:
+            log.exception("an image could not be finished")
+            reason = error.message if isinstance(error, ModelopsError) else type(error).__name__
+            self._fail(job, EngineError(f"no usable image: {reason}"))
+            return
+        assert job.started is not None
+        result = EngineImage(
+            pixels=pixels,
+            request=job.request,
+            queue_s=job.started - job.submitted,
+            denoise_s=time.monotonic() - job.started,
+            mean_rows=sum(job.batch_rows) / job.step,
+            batch_rows=tuple(job.batch_rows),
+            phases=(
+                ("queue", job.submitted, job.admitted),
+                ("text", job.admitted, job.started),
+                ("denoise", job.started, stepped),
+                ("decode", stepped, time.monotonic()),
+            ),
+        )
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(result)
+
+    def _fail(self, job: Job, error: ServingError | None) -> None:
+        reason = {CancelledError: "cancelled", DeadlineError: "deadline"}.get(type(error), "failed")  # type: ignore[arg-type]
+        if job.step:
+            self._on_wasted(job.step, reason)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error or EngineError("unknown"))
+
+    def _backlog_seconds(self) -> float:
+        work = sum(job.remaining for job in self._waiting)
+        work += sum(track.job.remaining for track in self._running)
+        return self._pace.seconds_for(work)

@@ -1,0 +1,124 @@
+"""A request on its way through the engine, and what comes out of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.base.errors import ServingError
+from modelops.serving.failures import CancelledError, DeadlineError
+
+if TYPE_CHECKING:
+    from modelops.models.sources import ImageRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineImage:
+    """A finished image.
+
+    Attributes:
+        pixels: [H, W, 3] uint8 RGB.
+        request: the request with steps, guidance, height and width filled in.
+        queue_s, denoise_s: seconds before the first step, and from there to the pixels.
+        mean_rows: rows of the forward passes it took part in, on average.
+        batch_rows: the same for each of its steps.
+        phases: (name, start, end) of queue, text, denoise and decode, by time.monotonic().
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    request: ImageRequest
+    queue_s: float
+    denoise_s: float
+    mean_rows: float
+    batch_rows: tuple[int, ...]
+    phases: tuple[tuple[str, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One network evaluation: rows in it, requests in it, requests that waited, its seconds."""
+
+    rows: int
+    requests: int
+    waiting: int
+    seconds: float
+
+
+Preview = Callable[["Job", int, npt.NDArray[np.uint8]], None]
+MAX_PREVIEWS = 3
+
+
+class Job:
+    """A request in the engine. `future` ends with an EngineImage or a ServingError.
+
+    Args:
+        request: with every default filled in.
+        deadline: by time.monotonic(); unfinished work is dropped then.
+        rows: of each forward pass that it takes.
+        previews: how many times the unfinished picture is shown on its way, evenly spaced.
+        on_preview: called in the engine's thread as (job, index, pixels [H, W, 3] uint8); must
+            return at once.
+    """
+
+    def __init__(
+        self,
+        request: ImageRequest,
+        deadline: float | None,
+        *,
+        rows: int = 1,
+        previews: int = 0,
+        on_preview: Preview | None = None,
+    ) -> None:
+        self.request = request
+        self.rows = rows
+        self.on_preview = on_preview
+        self.preview_at = preview_steps(request.steps or 0, previews if on_preview else 0)
+        self.future: Future[EngineImage] = Future()
+        self.deadline = deadline
+        self.submitted = time.monotonic()
+        self.admitted = self.submitted
+        self.started: float | None = None
+        self.step = 0  # network evaluations done
+        self.batch_rows: list[int] = []  # how wide each of them was
+        self.overtaken = 0  # requests that were let in before this one, which came earlier
+        self._cancelled = threading.Event()
+
+    @property
+    def remaining(self) -> int:
+        """Row-steps still to be done."""
+        return self.rows * max(0, (self.request.steps or 0) - self.step)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Stop before the next step; does nothing to a finished job."""
+        self._cancelled.set()
+
+    def reason_to_stop(self) -> ServingError | None:
+        if self._cancelled.is_set():
+            return CancelledError("the request was cancelled")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return DeadlineError(
+                f"not finished in {self.deadline - self.submitted:.0f} s",
+                hint="ask for fewer steps or images, or try again when it is quieter",
+            )
+        return None
+
+
+def preview_steps(steps: int, previews: int) -> dict[int, int]:
+    """After how many of its steps a picture is shown: {step: index of the preview}.
+
+    Evenly spaced, and never after the last one; fewer than `previews` when there are few steps.
+    """
+    after = {(index + 1) * steps // (previews + 1) for index in range(previews)}
+    return {step: index for index, step in enumerate(sorted(after & set(range(1, steps))))}

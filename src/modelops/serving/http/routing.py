@@ -1,0 +1,176 @@
+"""A request through a fleet, over HTTP: on its lane, and on the stable one if a canary fails it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.responses import Response
+
+from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse
+from modelops.serving.http.answers import in_pool, wait_for_images
+from modelops.serving.http.keys import ANONYMOUS, Caller
+from modelops.serving.http.streaming import ImageStream, event_text
+from modelops.serving.rollout.rollout import Fleet
+from modelops.serving.rollout.routes import Lane
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from modelops.serving.telemetry.tracing import RequestTrace
+
+log = logging.getLogger("modelops.serving")
+
+T = TypeVar("T")
+Held = Callable[[], AbstractContextManager[None]]
+
+
+class AppState(State):
+    """`fleet`, and as `node` its stable node; a node that is set becomes a fleet of one."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "node":
+            name, value = "fleet", None if value is None else Fleet(value)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "node":
+            fleet = super().__getattr__("fleet")
+            return None if fleet is None else fleet.stable
+        return super().__getattr__(name)
+
+
+async def through_lanes(
+    fleet: Fleet,
+    request: ImagesRequest,
+    caller: Caller,
+    trace: RequestTrace,
+    attempt: Callable[[Lane], Awaitable[T]],
+    *,
+    begun: Callable[[], bool] = lambda: False,
+) -> T:
+    """What `attempt` returns on the request's lane, or on the stable one when a canary failed it.
+
+    Args:
+        begun: whether the client has seen something of it, so that it cannot be made again.
+
+    Raises:
+        ApiError: what the last attempt raised, or 404 for a model that is neither.
+    """
+    key = "" if caller is ANONYMOUS else caller.name
+    rescue = False
+    while True:
+        lane: Lane | None = None
+        try:
+            with fleet.lane(request, identity=trace.id, key=key, rescue=rescue) as lane:
+                trace.fields["release"] = f"{lane.node.model_id}@{lane.node.release.version}"
+                return await attempt(lane)
+        except Exception as error:
+            if lane is None or rescue or begun() or not lane.may_be_rescued(error):
+                raise
+            log.warning("a canary failed a request, the stable release makes it: %s", error)
+            trace.fields["rescued"] = rescue = True
+
+
+async def make_images(
+    lane: Lane, request: Request, trace: RequestTrace, held: Held
+) -> ImagesResponse | None:
+    """The images of a request on its lane; None when the client left."""
+    with held():
+        ticket = await asyncio.to_thread(lane.node.submit, lane.request, trace)
+        try:
+            images = await wait_for_images(ticket, request)
+        finally:
+            ticket.cancel()  # nothing to a finished one; stops the work of a client that left
+        if images is None:
+            return None
+        answer = await in_pool(lane.node.finishers, lane.node.finish, ticket, images)
+    lane.answered = True
+    return answer
+
+
+class _UnsaidError(Exception):
+    """A stream failed, and nobody has been told."""
+
+
+class RoutedStream(Response):
+    """An `ImageStream` on the request's lane; before its first event a canary can be rescued.
+
+    Keep-alive comments are no events: who waits for a canary that stands still has seen some.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        request: ImagesRequest,
+        caller: Caller,
+        trace: RequestTrace,
+        *,
+        turns: asyncio.Semaphore,
+        held: Held,
+    ) -> None:
+        super().__init__()
+        self._fleet = fleet
+        self._request = request
+        self._caller = caller
+        self._trace = trace
+        self._turns = turns
+        self._held = held
+        self._started = self._said = False  # headers, and an event, were sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await through_lanes(
+                self._fleet, self._request, self._caller, self._trace,
+                lambda lane: self._attempt(lane, scope, receive, send),
+                begun=lambda: self._said,
+            )  # fmt: skip
+        except ApiError as error:
+            if not self._started:
+                raise
+            self._fleet.stable.metrics.on_error(error.code)
+            self._trace.fields["code"] = error.code
+            text = event_text("error", {"type": "error", **error.body})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
+
+    async def _attempt(self, lane: Lane, scope: Scope, receive: Receive, send: Send) -> None:
+        failed: BaseException | None = None
+
+        @contextlib.contextmanager
+        def held() -> Iterator[None]:
+            nonlocal failed
+            try:
+                with self._held():
+                    yield
+            except BaseException as error:
+                failed = error
+                lane.note(error)  # once it has begun, the stream keeps errors to itself
+                raise
+
+        async def watch(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                if self._started:
+                    return
+                self._started = True
+            elif message.get("body", b"").startswith(b"event: "):
+                if failed is not None and not self._said and lane.may_be_rescued(failed):
+                    raise _UnsaidError
+                self._said = True
+            await send(message)
+
+        stream = ImageStream(
+            lane.node, lane.request, self._trace, turns=self._turns, held=held
+        )  # fmt: skip
+        try:
+            await stream(scope, receive, watch)
+        except _UnsaidError:
+            assert failed is not None
+            self._trace.fields.pop("code", None)
+            raise failed from None
+        lane.answered = self._trace.fields.get("stream") == "completed"

@@ -1,0 +1,133 @@
+"""How far a picture made in a batch is from the same picture made alone: what a release states.
+
+A runtime picks its kernels by the number of rows, and they round differently. So a picture may
+depend a little on the requests that happen to run beside it. How much is measured here, with the
+very engine that will serve: once when a release is built, and stated in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modelops.base.seeding import numpy_generator
+from modelops.models.sources import ImageRequest, PipelineSource
+from modelops.records.evaluation import SourceInfo
+from modelops.serving.node.golden import FALLBACK_FILE, GOLDEN_FILE, make_golden
+
+PROMPTS = (
+    "red heart", "a yellow sun", "flag of Japan", "cat face", "a green apple", "blue car",
+    "rainbow", "house with a garden",
+)  # fmt: skip
+_MAX_ROWS = 16
+
+
+def measure_company(
+    model_dir: str | Path,
+    *,
+    pictures: int = 16,
+    steps: int | None = None,
+    guidance: float | None = None,
+    runtime: str = "auto",
+) -> dict[str, Any]:
+    """Make the same pictures by the offline pipeline, alone in the engine, and in its batches.
+
+    The batches are mixed: every second picture is unguided, and step counts run from half the
+    default to the default, so that pictures join and leave all the time.
+
+    Args:
+        model_dir: a checkpoint or an exported artifact.
+        pictures: how many.
+        steps, guidance: the release's defaults; the pipeline's own when not given.
+        runtime: of an exported artifact.
+
+    Returns:
+        `runtime`, `pictures`, `widest_rows` that were seen, and for `company` (in batches, beside
+        alone) and `offline` (in batches, beside the pipeline that was evaluated): `identical`
+        pictures, `max_difference` and `mean_difference` in grey levels of 255.
+    """
+    from modelops.serving.engine.engine import StepEngine
+    from modelops.serving.node.load import open_model
+
+    pipeline, info = open_model(Path(model_dir), runtime=runtime, batch_size=_MAX_ROWS)
+    source = PipelineSource(pipeline, SourceInfo(kind="artifact", uri=str(model_dir)))
+    engine = StepEngine(pipeline, max_rows=_MAX_ROWS)
+    try:
+        usual = engine.fill(ImageRequest(prompt="", seed=0, steps=steps, guidance=guidance))
+        requests = _mixed(usual, pictures)
+        alone = [engine.submit([request])[0].future.result() for request in requests]
+        order = numpy_generator(0, "company").permutation(pictures)
+        jobs = engine.submit([requests[index] for index in order])
+        together = {int(index): job.future.result() for index, job in zip(order, jobs, strict=True)}
+    finally:
+        engine.close(drain=False)
+    offline = [source.generate([request])[0] for request in requests]
+    batched = [together[index].pixels for index in range(pictures)]
+    return {
+        "runtime": info.runtime,
+        "precision": info.precision,
+        "pictures": pictures,
+        "widest_rows": max(max(image.batch_rows) for image in together.values()),
+        "company": _differences(batched, [image.pixels for image in alone]),
+        "offline": _differences(batched, offline),
+    }
+
+
+def release_proofs(
+    model_dir: str | Path,
+    folder: str | Path,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    fallback: str | Path | None = None,
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a release says about serving its model: for `build_release`, `defaults` (the golden
+    picture and what company does) and `extra_files` (the picture, and that of the fallback if there
+    is one, which are written to `folder`)."""
+    golden = Path(folder) / GOLDEN_FILE
+    said: dict[str, Any] = {
+        "golden": make_golden(model_dir, golden, steps=steps, guidance=guidance),
+        "company": measure_company(model_dir, steps=steps, guidance=guidance),
+    }
+    files = {GOLDEN_FILE: golden}
+    if fallback is not None:
+        files[FALLBACK_FILE] = Path(folder) / FALLBACK_FILE
+        make_golden(fallback, files[FALLBACK_FILE], steps=steps, guidance=guidance)
+        said["golden"]["fallback_file"] = FALLBACK_FILE
+    return said, files
+
+
+def _mixed(usual: ImageRequest, pictures: int) -> list[ImageRequest]:
+    assert usual.steps is not None
+    counts = numpy_generator(0, "company-steps").integers(
+        (usual.steps + 1) // 2, usual.steps + 1, size=pictures
+    )
+    return [
+        ImageRequest(
+            prompt=PROMPTS[index % len(PROMPTS)],
+            seed=index,
+            steps=int(count),
+            guidance=usual.guidance if index % 2 else 1.0,
+            height=usual.height,
+            width=usual.width,
+        )
+        for index, count in enumerate(counts)
+    ]
+
+
+def _differences(
+    these: Sequence[npt.NDArray[np.uint8]], those: Sequence[npt.NDArray[np.uint8]]
+) -> dict[str, Any]:
+    apart = [
+        np.abs(this.astype(np.int16) - that.astype(np.int16))
+        for this, that in zip(these, those, strict=True)
+    ]
+    return {
+        "identical": sum(not difference.any() for difference in apart),
+        "max_difference": max(int(difference.max()) for difference in apart),
+        "mean_difference": round(float(np.mean([one.mean() for one in apart])), 4),
+    }

@@ -1,0 +1,128 @@
+"""The golden image: what a release must be able to make before it is called ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from modelops.base.errors import IntegrityError, ServingError
+from modelops.base.files import atomic_path, safe_join
+from modelops.base.pixels import pixels_sha256
+from modelops.models.sources import ImageRequest, PipelineSource
+from modelops.records.evaluation import SourceInfo
+
+GOLDEN_FILE, FALLBACK_FILE = "golden.png", "golden-fallback.png"
+DEFAULT_PROMPT = "red heart"
+DEFAULT_SEED = 7
+# Mean absolute difference in grey levels that another processor's rounding may make. Another model,
+# broken weights or a wrong sampler are tens of levels away.
+MEAN_BOUND = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenCheck:
+    """How the golden image of this start compares with the released one.
+
+    Attributes:
+        pixels_sha256: of this start's pixels.
+        mean_difference: in grey levels; None when the release has no golden image.
+        max_difference: in grey levels.
+    """
+
+    pixels_sha256: str
+    mean_difference: float | None = None
+    max_difference: int | None = None
+
+    @property
+    def equal(self) -> bool | None:
+        """Bitwise equal; None when the release has none."""
+        return None if self.max_difference is None else self.max_difference == 0
+
+
+def make_golden(
+    model_dir: str | Path,
+    out_path: str | Path,
+    *,
+    prompt: str = DEFAULT_PROMPT,
+    seed: int = DEFAULT_SEED,
+    steps: int | None = None,
+    guidance: float | None = None,
+    runtime: str = "auto",
+) -> dict[str, Any]:
+    """Make a model's golden image with the offline pipeline and write it as PNG.
+
+    Returns what belongs into a release's `defaults["golden"]`; the file goes to
+    `extra_files={"golden.png": out_path}` of `build_release`.
+    """
+    from modelops.serving.node.load import open_model
+
+    pipeline, _ = open_model(Path(model_dir), runtime=runtime)
+    source = PipelineSource(pipeline, SourceInfo(kind="artifact", uri=str(model_dir)), batch_size=1)
+    request = ImageRequest(prompt=prompt, seed=seed, steps=steps, guidance=guidance)
+    pixels = source.generate([request])[0]
+    with atomic_path(out_path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG")
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "file": GOLDEN_FILE,
+        "pixels_sha256": pixels_sha256(pixels),
+    }
+
+
+def golden_request(defaults: dict[str, Any]) -> ImageRequest:
+    """The golden request of a release, or the default one."""
+    golden = defaults.get("golden") or {}
+    return ImageRequest(
+        prompt=str(golden.get("prompt", DEFAULT_PROMPT)),
+        seed=int(golden.get("seed", DEFAULT_SEED)),
+        steps=golden.get("steps") or defaults.get("steps"),
+        guidance=golden.get("guidance") or defaults.get("guidance"),
+    )
+
+
+def check_golden(
+    pixels: npt.NDArray[np.uint8],
+    release_dir: Path,
+    defaults: dict[str, Any],
+    *,
+    fallback: bool = False,
+) -> GoldenCheck:
+    """Compare this start's golden image with the release's, or with that of its fallback.
+
+    Raises:
+        ServingError: further apart than rounding explains, or the image is one flat colour.
+        IntegrityError: the release's golden image cannot be read.
+    """
+    digest = pixels_sha256(pixels)
+    if int(pixels.max()) == int(pixels.min()):
+        raise ServingError("the golden image is one flat colour")
+    golden, key = defaults.get("golden") or {}, "fallback_file" if fallback else "file"
+    if key not in golden:
+        return GoldenCheck(pixels_sha256=digest)
+    path = safe_join(release_dir, str(golden[key]))
+    try:
+        with Image.open(path) as picture:
+            expected = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path}: golden image cannot be read") from error
+    if expected.shape != pixels.shape:
+        raise ServingError(f"the golden image is {pixels.shape}, released as {expected.shape}")
+    difference = np.abs(expected.astype(np.int16) - pixels.astype(np.int16))
+    if float(difference.mean()) > MEAN_BOUND:
+        raise ServingError(
+            f"the golden image is {difference.mean():.1f} grey levels from the released one "
+            f"(at most {MEAN_BOUND:g})"
+        )
+    return GoldenCheck(
+        pixels_sha256=digest,
+        mean_difference=float(difference.mean()),
+        max_difference=int(difference.max()),
+    )

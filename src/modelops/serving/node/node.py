@@ -1,0 +1,474 @@
+"""An inference node: one verified release, one engine, two filters that fail closed.
+
+    release ─▶ verify ─▶ open model ─▶ engine ─▶ golden image ─▶ filters ─▶ ready
+    request ─▶ prompt filter ─▶ engine ─▶ image filter ─▶ encode with metadata ─▶ receipt
+
+Framework-free; `modelops.serving.http.app` puts HTTP around it.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modelops.base.errors import ModelopsError, ServingError, UsageError
+from modelops.base.files import sha256_file
+from modelops.base.seeding import MAX_SEED
+from modelops.models.sources import ImageRequest
+from modelops.releases.build import RECORD_FILE, verify_release
+from modelops.safety.registry import parse_filter
+from modelops.serving.api import ApiError, ImageData, ImagesRequest, ImagesResponse
+from modelops.serving.engine.engine import StepEngine
+from modelops.serving.engine.jobs import EngineImage, Job, Preview, StepReport
+from modelops.serving.failures import (
+    FilterError,
+    ProvenanceError,
+    QueueFullError,
+    ReceiptError,
+)
+from modelops.serving.moderation.guard import FilterGuard
+from modelops.serving.moderation.quarantine import Withheld, open_quarantine
+from modelops.serving.node.golden import GoldenCheck, check_golden, golden_request
+from modelops.serving.node.load import image_filter_loader, open_released, prompt_filter_loader
+from modelops.serving.provenance.seal import Origin, Sealer
+from modelops.serving.settings import NodeSettings
+from modelops.serving.telemetry.drift import evaluation_cadence, open_drift_log
+from modelops.serving.telemetry.metrics import NodeMetrics, evaluation_time
+from modelops.serving.telemetry.tracing import RequestTrace, request_id
+from modelops.serving.workers import Worker
+
+log = logging.getLogger("modelops.serving")
+
+GOOD_PROMPT = "a smiling yellow sun"
+_FINISHERS = 8  # requests that are filtered, marked and encoded at the same time
+BAD_PROMPT = "explicit hardcore porn"
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request that was let in: its jobs in the engine."""
+
+    request: ImagesRequest
+    jobs: list[Job]
+    trace: RequestTrace
+    started: float = field(default_factory=time.monotonic)
+
+    def cancel(self) -> None:
+        """Stop the work before its next step."""
+        for job in self.jobs:
+            job.cancel()
+
+
+class InferenceNode:
+    """Serves one release. `start` makes it ready; the other methods may be called by any thread.
+
+    Args:
+        release_dir: verified here, byte by byte.
+        settings: see NodeSettings.
+        prompt_filter, image_filter: functions that load the filters, in place of those that the
+            settings name.
+        worker: which worker of a node of several this is.
+
+    Raises:
+        UsageError: the settings name a filter that does not exist.
+        ModelopsError: the release was changed, or its model cannot be opened.
+    """
+
+    def __init__(
+        self,
+        release_dir: str | Path,
+        *,
+        settings: NodeSettings | None = None,
+        prompt_filter: Callable[[], Any] | None = None,
+        image_filter: Callable[[], Any] | None = None,
+        worker: Worker | None = None,
+    ) -> None:
+        self.settings = settings or NodeSettings()
+        names = {
+            "prompt": "custom" if prompt_filter else parse_filter(self.settings.prompt_filter).name,
+            "image": "custom" if image_filter else parse_filter(self.settings.image_filter).name,
+        }
+        prompt_filter = prompt_filter or prompt_filter_loader(self.settings.prompt_filter)
+        image_filter = image_filter or image_filter_loader(self.settings.image_filter)
+        self.directory = Path(release_dir)
+        self.release = verify_release(self.directory)
+        self.release_sha256 = sha256_file(self.directory / RECORD_FILE)
+        self.metrics = NodeMetrics(names)
+        self.metrics.evaluated(
+            evaluation_time(self.directory, self.release),
+            every_days=evaluation_cadence(self.directory, self.settings),
+        )
+        limit = self.settings.filter_timeout_s
+        self.prompt_guard = FilterGuard("prompt", prompt_filter, timeout_s=limit)
+        self.image_guard = FilterGuard("image", image_filter, timeout_s=limit)
+        self.opened = open_released(
+            self.directory,
+            self.release,
+            runtime=self.settings.runtime,
+            device=self.settings.device,
+            batch_size=self.settings.max_rows,
+            threads=self.settings.threads,
+            worker=worker,
+        )
+        self.drift = open_drift_log(
+            self.settings, self.directory, self.release,
+            release_sha256=self.release_sha256, model_sha256=self.opened.sha256,
+            filters=names, registry=self.metrics.registry,
+        )  # fmt: skip
+        source = self.opened.source
+        self.runtime = source.runtime
+        if not self.runtime.startswith("torch"):
+            # What is left to torch is too small to share out, and its idle threads spin on the
+            # cores of the runtime that does the work.
+            torch.set_num_threads(1)
+        self.sealer = Sealer(
+            Origin(
+                release=self.release, release_sha256=self.release_sha256,
+                model_sha256=self.opened.sha256, source=source, filters=names,
+            ),
+            self.settings, self.metrics.registry,
+        )  # fmt: skip
+        self.on_step: Callable[[StepReport], None] | None = None  # hears of network evaluations
+        self.quarantine = open_quarantine(self.settings, self.sealer.origin, self.metrics.registry)
+        self.engine = StepEngine(
+            self.opened.pipeline,
+            max_rows=self.settings.max_rows,
+            queue_limit=self.settings.queue_limit,
+            profile_s=self.settings.profile_s,
+            on_step=self._stepped,
+            on_wasted=self.metrics.on_wasted,
+        )
+        self.size = f"{self.engine.model.width}x{self.engine.model.height}"  # of every picture
+        self.max_tokens = self.engine.model.max_tokens
+        # Finished requests wait here for the image filter, while new ones are let in or refused.
+        self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
+        self.metrics.serves(self.release, self.release_sha256, self.opened.sha256, self.runtime)
+        stated = self.release.defaults
+        self.defaults = self.engine.fill(
+            ImageRequest(
+                prompt="", seed=0, steps=stated.get("steps"), guidance=stated.get("guidance")
+            )
+        )
+        self.golden: GoldenCheck | None = None
+        self._golden_pixels: Any = None
+        self._golden_problem: str | None = "the golden image has not been made yet"
+        self._closing = False
+        self.metrics.watch(self)
+
+    def _stepped(self, report: StepReport) -> None:
+        self.metrics.on_step(report)
+        if (heard := self.on_step) is not None:
+            heard(report)
+
+    def start(self) -> None:
+        """Make the golden image and probe the filters; problems end in `readiness`."""
+        try:
+            job = self.engine.submit([golden_request(self.release.defaults)])[0]
+            image = job.future.result(self.settings.deadline_s)
+            self._golden_pixels = image.pixels
+            self.golden = check_golden(
+                image.pixels,
+                self.directory,
+                self.release.defaults,
+                fallback=bool(self.opened.fallback),
+            )
+            self._golden_problem = None
+            log.info("golden image: %s", self.golden)
+        except (ModelopsError, TimeoutError) as error:
+            self._golden_problem = f"golden image: {error}"
+            log.error(self._golden_problem)
+        self._probe_filters()
+        log.info("node: %s", self.problems() or "ready")
+
+    # --- health -----------------------------------------------------------------------------------
+
+    def alive(self) -> bool:
+        """The engine's thread works; if not, the process should be restarted."""
+        return self.engine.alive and self.engine.stalled_for() < self.settings.stalled_s
+
+    def readiness(self) -> list[str]:
+        """Why the node is not ready; empty when it is. Red filters are probed again."""
+        if not self._closing:
+            self._probe_filters(every_s=2.0)
+        return self.problems()
+
+    def problems(self) -> list[str]:
+        """Why the node is not ready; probes nothing."""
+        problems = []
+        if self._closing:
+            problems.append("shutting down")
+        if not self.alive():
+            problems.append("the engine does not answer")
+        if self._golden_problem:
+            problems.append(self._golden_problem)
+        for guard in (self.prompt_guard, self.image_guard):
+            if guard.reason:
+                problems.append(f"{guard.name} filter {guard.reason}")
+        return problems
+
+    def _probe_filters(self, *, every_s: float = 0.0) -> None:
+        for guard, check in (
+            (self.prompt_guard, self._probe_prompt),
+            (self.image_guard, self._probe_image),
+        ):
+            if guard.reason is not None and not guard.probe(check, every_s=every_s):
+                self.metrics.on_filter_failure(guard.name)
+
+    def _probe_prompt(self) -> None:
+        if self.prompt_guard.check_prompt(GOOD_PROMPT)[0]:
+            raise self.prompt_guard.broken("blocks a harmless prompt")
+        if not self.prompt_guard.check_prompt(BAD_PROMPT)[0]:
+            raise self.prompt_guard.broken("lets a known bad prompt through")
+
+    def _probe_image(self) -> None:
+        if self._golden_pixels is None:
+            raise self.image_guard.broken("has no golden image to be tried on")
+        _, blocked = self.image_guard.check_images([self._golden_pixels])
+        if blocked[0]:
+            raise self.image_guard.broken("withholds the golden image")
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    @property
+    def model_id(self) -> str:
+        """The id in /v1/models: the release's name."""
+        return self.release.name
+
+    def submit(
+        self,
+        request: ImagesRequest,
+        trace: RequestTrace | None = None,
+        *,
+        on_preview: Preview | None = None,
+    ) -> Ticket:
+        """Check a request and queue its images.
+
+        Args:
+            trace: where the phases are noted.
+            on_preview: is handed the request's partial images, see `jobs.Job`; they are unfiltered,
+                so what becomes of them goes through `preview`.
+
+        Raises:
+            ApiError: 400, 404 (model), 429 (queue) or 503 (not ready, filter).
+        """
+        problems = self.problems()
+        if problems:
+            raise ApiError(503, "not_ready", "not ready, see /readyz", retry_after_s=5)
+        self._check_possible(request)
+        trace = trace or RequestTrace(request_id(None))
+        try:
+            with trace.phase("prompt_filter"):
+                blocked, reasons = self.prompt_guard.check_prompt(request.prompt)
+        except FilterError as error:
+            self.metrics.on_filter_failure("prompt")
+            raise ApiError(
+                503, "safety_filter_unavailable", "the prompt filter gave no answer"
+            ) from error
+        self.metrics.on_phase("prompt_filter", trace.seconds()["prompt_filter"])
+        self.metrics.on_filter("prompt", 1, blocked=blocked)
+        if self.drift is not None:
+            tokens = self.engine.count_tokens(request.prompt)
+            self.drift.note_request(trace.id, request.prompt, tokens=tokens, blocked=blocked)
+        if blocked:
+            if self.quarantine is not None and self.settings.quarantine_stages == "all":
+                self.quarantine.keep_prompt(
+                    trace.id, request.prompt, request.negative_prompt or "", reasons,
+                    self.sealer.origin.filters["prompt"], self.prompt_guard.info,
+                )  # fmt: skip
+            raise ApiError(
+                400, "content_policy_violation",
+                f"the prompt is against the content policy ({', '.join(reasons) or 'blocked'})",
+                param="prompt",
+            )  # fmt: skip
+        seed = request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1)
+        wanted = [
+            ImageRequest(
+                prompt=request.prompt,
+                seed=(seed + index) % (MAX_SEED + 1),
+                steps=request.steps or self.defaults.steps,
+                guidance=self.defaults.guidance if request.guidance is None else request.guidance,
+                negative_prompt=request.negative_prompt or "",
+            )
+            for index in range(request.n or 1)
+        ]
+        try:
+            jobs = self.engine.submit(
+                wanted,
+                timeout_s=self.settings.deadline_s,
+                previews=(request.partial_images or 0) if on_preview else 0,
+                on_preview=on_preview,
+            )
+        except QueueFullError as error:
+            self.metrics.on_rejected("queue_full")
+            raise ApiError(
+                429, "rate_limit_exceeded",
+                f"too many requests are waiting; try again in {max(1, round(error.wait_s))} s",
+                retry_after_s=error.wait_s,
+            ) from error  # fmt: skip
+        except UsageError as error:
+            raise ApiError(400, "invalid_value", error.message) from error
+        except ServingError as error:
+            raise ApiError(503, "engine_unavailable", error.message) from error
+        return Ticket(request=request, jobs=jobs, trace=trace)
+
+    def _check_possible(self, request: ImagesRequest) -> None:
+        if request.model is not None and request.model != self.model_id:
+            raise ApiError(
+                404, "model_not_found",
+                f"this server has the model {self.model_id!r} only; see /v1/models", param="model",
+            )  # fmt: skip
+        if request.size not in (None, "auto", self.size):
+            raise ApiError(
+                400, "unsupported_value",
+                f"size: this model makes {self.size} pictures only; ask for {self.size!r} or "
+                "'auto'",
+                param="size",
+            )  # fmt: skip
+        for param in ("prompt", "negative_prompt"):
+            tokens = self.engine.count_tokens(getattr(request, param) or "")
+            if tokens > self.max_tokens:
+                raise ApiError(
+                    400, "prompt_too_long",
+                    f"{param}: {tokens} tokens, this model reads at most {self.max_tokens}",
+                    param=param,
+                )  # fmt: skip
+
+    def finish(self, ticket: Ticket, images: Sequence[EngineImage]) -> ImagesResponse:
+        """Filter and encode the images of a ticket.
+
+        Raises:
+            ApiError: 400 (withheld by the filter) or 503 (the filter gave no answer).
+        """
+        observe, trace = self.metrics.on_phase, ticket.trace
+        for name, began, ended in (phase for image in images for phase in image.phases):
+            observe(name, trace.add(name, began, ended))
+        with trace.phase("image_filter"):
+            scores, blocked = self._judge([one.pixels for one in images])
+        observe("image_filter", trace.seconds()["image_filter"])
+        self.metrics.on_filter("image", len(images), blocked=any(blocked))
+        if self.drift is not None:
+            seconds = {**trace.seconds(), "total": time.monotonic() - ticket.started}
+            self.drift.note_images(trace.id, images, scores, blocked, seconds)
+        if any(blocked):
+            self._keep_blocked(
+                trace, [(one.pixels, one.request, one.batch_rows) for one in images],
+                scores, blocked,
+            )  # fmt: skip
+            raise ApiError(
+                400, "content_policy_violation",
+                "the picture was withheld by the image filter; try another seed or prompt",
+            )  # fmt: skip
+        output_format = ticket.request.output_format or "png"
+        with trace.phase("encode"):
+            data = [
+                self._encode(image, output_format, score)
+                for image, score in zip(images, scores, strict=True)
+            ]
+        observe("encode", trace.seconds()["encode"])
+        observe("total", time.monotonic() - ticket.started)
+        self.metrics.on_images(output_format, len(data))
+        return ImagesResponse(
+            created=int(time.time()),
+            data=data,
+            output_format=output_format,
+            size=self.size,
+        )
+
+    def preview(self, ticket: Ticket, index: int, pixels: npt.NDArray[np.uint8]) -> bytes:
+        """A partial image of a ticket as a file that may leave: filtered and marked, no receipt.
+
+        Args:
+            index: 0-based number of the partial image.
+            pixels: [H, W, 3] uint8 RGB.
+
+        Raises:
+            ApiError: as `finish`.
+        """
+        (score,), (blocked,) = self._judge([pixels])
+        if blocked:
+            self.metrics.on_filter("image", 1, blocked=True)
+            self._keep_blocked(
+                ticket.trace, [(pixels, ticket.jobs[0].request, ())], [score], [True], partial=index
+            )
+            raise ApiError(
+                400, "content_policy_violation",
+                "an unfinished picture was withheld by the image filter, and the work stopped; try "
+                "another seed or prompt",
+            )  # fmt: skip
+        try:
+            return self.sealer.seal_partial(
+                pixels, ticket.jobs[0].request, ticket.request.output_format or "png", index
+            )
+        except ProvenanceError as error:
+            log.error("a partial picture could not be marked: %s", error.message)
+            raise ApiError(
+                503, "provenance_unavailable",
+                "the picture could not be marked as AI-generated, so it is not sent",
+            ) from error  # fmt: skip
+
+    def _judge(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> tuple[list[float], list[bool]]:
+        """(scores, blocked) of pictures; no answer of the filter is an ApiError, never a pass."""
+        try:
+            return self.image_guard.check_images(pictures)
+        except FilterError as error:
+            self.metrics.on_filter_failure("image")
+            raise ApiError(
+                503, "safety_filter_unavailable",
+                "the image filter gave no answer, so no picture is sent",
+            ) from error  # fmt: skip
+
+    def _keep_blocked(
+        self,
+        trace: RequestTrace,
+        images: Sequence[Withheld],
+        scores: Sequence[float],
+        blocked: Sequence[bool],
+        *,
+        partial: int | None = None,
+    ) -> None:
+        if self.quarantine is not None:
+            self.quarantine.keep_pictures(
+                trace.id, images, scores, blocked,
+                self.sealer.origin.filters["image"], self.image_guard.info, partial=partial,
+            )  # fmt: skip
+
+    def _encode(self, image: EngineImage, output_format: str, score: float) -> ImageData:
+        try:
+            encoded, receipt = self.sealer.seal(image, output_format, score)
+        except ProvenanceError as error:
+            log.error("a picture could not be marked: %s", error.message)
+            raise ApiError(
+                503, "provenance_unavailable",
+                "the picture could not be marked as AI-generated, so it is not sent",
+            ) from error  # fmt: skip
+        except ReceiptError as error:
+            raise ApiError(503, "receipt_unavailable", error.message) from error
+        return ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), x_modelops=receipt)
+
+    def begin_shutdown(self) -> None:
+        """Turn /readyz red; requests in hand go on."""
+        self._closing = True
+
+    def close(self, *, drain: bool = True, timeout_s: float | None = 60.0) -> None:
+        """Finish the work in hand and end the threads."""
+        self.begin_shutdown()
+        self.engine.close(drain=drain, timeout_s=timeout_s)
+        self.prompt_guard.close()
+        self.image_guard.close()
+        self.finishers.shutdown(wait=False)
+        self.sealer.close()
+        if self.quarantine is not None:
+            self.quarantine.close()
+        if self.drift is not None:
+            self.drift.close()

@@ -1,0 +1,141 @@
+"""Which of a fleet's nodes makes a request, and how that ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from modelops.base.files import sha256_bytes
+from modelops.serving.api import ApiError, ImagesRequest
+
+if TYPE_CHECKING:
+    from modelops.serving.node.node import InferenceNode
+    from modelops.serving.rollout.trial import Arm, CanaryRules
+
+
+class Seat:
+    """A node in a fleet, and how many requests it has in hand."""
+
+    def __init__(self, node: InferenceNode) -> None:
+        self.node = node
+        self.name = node.model_id
+        self.label = f"{node.model_id}@{node.release.version}"
+        self.sha256 = node.release_sha256
+        self.model_sha256 = node.opened.sha256
+        self.in_hand = 0
+
+    def about(self) -> dict[str, Any]:
+        """For a status; also of a seat that has been vacated."""
+        return {
+            "release": self.label,
+            "sha256": self.sha256,
+            "model_sha256": self.model_sha256,
+            "in_hand": self.in_hand,
+        }
+
+    def vacate(self) -> None:
+        """Let go of a closed node, whoever still knows this seat."""
+        del self.node
+
+
+class Lane:
+    """A request on its way through one node of a fleet.
+
+    Attributes:
+        node: makes it.
+        request: for `node.submit`; the model it named has been found.
+        arm: whether that node is the canary.
+        dealt: chance chose the node, not the request.
+    """
+
+    def __init__(
+        self, node: InferenceNode, request: ImagesRequest, *, arm: Arm, dealt: bool
+    ) -> None:
+        self.node = node
+        self.request = request.model_copy(update={"model": None})
+        self.arm = arm
+        self.dealt = dealt
+        self.began = time.monotonic()
+        self.answered = False
+        self._error: BaseException | None = None
+
+    def note(self, error: BaseException) -> None:
+        """What ended it without a picture."""
+        self._error = self._error or error
+
+    def outcome(self) -> str:
+        """One of OUTCOMES."""
+        error = self._error
+        if error is None:
+            return "ok" if self.answered else "left"
+        if not isinstance(error, ApiError):
+            left = isinstance(error, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt))
+            return "left" if left else "failed"
+        if error.code == "content_policy_violation":
+            return "prompt_blocked" if error.param == "prompt" else "image_blocked"
+        if error.status >= 500:
+            return "failed"
+        return "rejected" if error.status == 429 else "client_error"
+
+    def may_be_rescued(self, error: BaseException) -> bool:
+        """Whether the stable release should make it instead: chance dealt it to a canary, and that
+        failed or had no room."""
+        if self.arm != "canary" or not self.dealt:
+            return False
+        if isinstance(error, ApiError):
+            return error.status == 429 or error.status >= 500
+        return isinstance(error, Exception)
+
+
+def choose_seat(
+    model: str | None,
+    stable: Seat,
+    canary: Seat | None,
+    *,
+    rules: CanaryRules | None,
+    identity: str,
+    key: str,
+    rescue: bool,
+) -> tuple[Seat, bool]:
+    """(seat, whether chance chose it) of a request; see `Fleet.lane`.
+
+    A bare name is the stable release's if it bears it; "name@version" is that very release, well or
+    not. A caller without a key has no name to stick to, so its requests are dealt one by one.
+
+    Raises:
+        ApiError: 404 for a model that is neither.
+    """
+    if canary is None or rules is None:
+        if model in (None, stable.name, stable.label):
+            return stable, False
+        raise _unknown(stable, canary)
+    shared = model == stable.name == canary.name and rules.named
+    if model is None or shared:
+        if rescue:
+            return stable, False
+        who = key if rules.sticky == "key" and key else identity
+        dealt = draw(canary.node.release_sha256, who) < rules.share
+        # One that has turned red is on its way out; the stable one's share is no sample of chance
+        # while it stands in.
+        if dealt and canary.node.problems():
+            return stable, False
+        return (canary if dealt else stable), True
+    if model in (stable.name, stable.label):
+        return stable, False
+    if model in (canary.name, canary.label):
+        return canary, False
+    raise _unknown(stable, canary)
+
+
+def draw(salt: str, identity: str) -> float:
+    """A number in [0, 1) that belongs to an identity; each canary's salt deals anew."""
+    return int(sha256_bytes(f"{salt}\0{identity}".encode())[:13], 16) / 16**13
+
+
+def _unknown(stable: Seat, canary: Seat | None) -> ApiError:
+    other = f" and {canary.label!r}" if canary else " only"
+    return ApiError(
+        404, "model_not_found",
+        f"this server has the model {stable.name!r}{other}; see /v1/models", param="model",
+    )  # fmt: skip
