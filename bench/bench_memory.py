@@ -65,7 +65,7 @@ def measure(root: Path, count: int, stream: bool) -> None:
     """In a process of its own: evaluate `count` pictures and print what it took as JSON."""
     from modelops.evaluation.evaluate import evaluate
     from modelops.evaluation.settings import EvaluationSettings
-    from modelops.evaluation.sources import FolderSource
+    from modelops.evaluation.sources.folder import FolderSource
     from modelops.metrics.features import Lite0Extractor
 
     extractor = Lite0Extractor()

@@ -23,10 +23,11 @@ import numpy as np
 
 from modelops.base.files import sha256_file
 from modelops.data.images import read_image
-from modelops.evaluation.crew.sharing import crew_of, open_shared
 from modelops.evaluation.prompts import PlannedImage, PromptSet, image_name, plan_images
 from modelops.evaluation.samples import draw_samples
-from modelops.evaluation.sources import open_source
+from modelops.evaluation.sources.open import open_source
+from modelops.evaluation.workers.open import open_with_workers
+from modelops.evaluation.workers.tasks import Workers
 from modelops.models.sources import ImageRequest
 
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 32)
@@ -42,6 +43,7 @@ def draw(
     plan: Sequence[PlannedImage],
     request: ImageRequest,
     folder: Path,
+    workers: Workers | None = None,
     *,
     stop_after: int | None = None,
 ) -> dict[str, str]:
@@ -53,7 +55,7 @@ def draw(
             raise StoppedError
 
     with contextlib.suppress(StoppedError):
-        draw_samples(source, plan, request, folder, on_progress=watch)
+        draw_samples(source, plan, request, folder, workers=workers, on_progress=watch)
     return {path.name: sha256_file(path) for path in folder.rglob("*.png")}
 
 
@@ -102,11 +104,11 @@ def compare(checkpoint: Path, root: Path, *, images: int, steps: int) -> int:
                 "uri": str(checkpoint), "batch_size": batch, "device": "cpu", "runtime": "auto",
             }  # fmt: skip
             cache = root / f"{processes}-{batch}"
-            opened = open_shared(opening, processes) or open_source(**opening)
-            early = draw(opened, plan, request, cache, stop_after=images // 3)
-            found = draw(opened, plan, request, cache)
-            if crew := crew_of(opened):
-                crew.close()
+            opened, workers = open_with_workers(opening, processes)
+            early = draw(opened, plan, request, cache, workers, stop_after=images // 3)
+            found = draw(opened, plan, request, cache, workers)
+            if workers:
+                workers.close()
             same = sum(found.get(name) == digest for name, digest in expected.items())
             different += images - same
             print(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,7 @@ from modelops.base.errors import TrainingError
 
 from .memory import smaller_microbatch
 from .precision import StepsOnACopy, Trial, candidates, choose, measure
-
-if TYPE_CHECKING:
-    from .train import Run
+from .run import Run
 
 
 def fit(run: Run) -> dict[str, Trial]:
@@ -25,25 +22,26 @@ def fit(run: Run) -> dict[str, Trial]:
     Raises:
         TrainingError: this machine cannot train in the config's precision, or not at all.
     """
-    training, progress = run.config.training, run.progress
+    parts, progress = run.parts, run.progress
+    training = parts.config.training
     asked = progress.precision or training.precision.replace("no", "fp32")
-    names = candidates(asked, run.device)
+    names = candidates(asked, parts.device)
     if progress.precision:
         names = [asked]
-    batch = run.part_of_step(0)
-    run.say(f"measuring steps in {' and '.join(names)}")
+    batch = parts.part_of_step(0)
+    parts.say(f"measuring steps in {' and '.join(names)}")
     while True:
-        steps = StepsOnACopy(run.network, batch, run.config, run.device)
+        steps = StepsOnACopy(parts.network, batch, parts.config, parts.device)
         trials = measure(
             steps,
             names,
             asked=asked,
             microbatch=progress.microbatch,
-            per_step=run.per_rank,
+            per_step=parts.per_rank,
             limit=training.time_limit_seconds,
-            whole=run.device.type != "cpu",  # whose first step finds out as well
+            whole=parts.device.type != "cpu",  # whose first step finds out as well
         )
-        everywhere = zip(*run.gather([trial.seconds for trial in trials.values()]), strict=True)
+        everywhere = zip(*parts.gather([trial.seconds for trial in trials.values()]), strict=True)
         for name, seconds in zip(names, everywhere, strict=True):
             trials[name] = replace(trials[name], seconds=max(seconds))
         possible = [name for name in names if math.isfinite(trials[name].seconds)]
@@ -51,7 +49,7 @@ def fit(run: Run) -> dict[str, Trial]:
             break
         halve_microbatch(run)
     del steps
-    if run.device.type == "cuda":
+    if parts.device.type == "cuda":
         torch.cuda.empty_cache()
     if not progress.precision:
         choice = choose(asked, trials)
@@ -62,7 +60,7 @@ def fit(run: Run) -> dict[str, Trial]:
             else None
             for name in names
         }
-        run.say(f"precision {choice.precision}: {choice.reason}")
+        parts.say(f"precision {choice.precision}: {choice.reason}")
         if choice.warning:
             run.remark(choice.warning)
     return trials
@@ -75,7 +73,7 @@ def halve_microbatch(run: Run) -> None:
         TrainingError: it is 1 already.
     """
     progress = run.progress
-    smaller = smaller_microbatch(progress.microbatch, run.per_rank)
+    smaller = smaller_microbatch(progress.microbatch, run.parts.per_rank)
     if smaller is None:
         raise TrainingError(
             "out of memory with a microbatch of 1",
@@ -83,9 +81,9 @@ def halve_microbatch(run: Run) -> None:
         )
     line = (
         f"out of memory: microbatch {progress.microbatch} -> {smaller}, "
-        f"accumulation {run.per_rank // smaller}; the effective batch stays the same"
+        f"accumulation {run.parts.per_rank // smaller}; the effective batch stays the same"
     )
     run.remark(f"step {progress.step}: {line}")
     progress.microbatch = smaller
-    if run.device.type == "cuda":
+    if run.parts.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -7,14 +7,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .grids import prompts_to_images
 from .plan import VALIDATION_SHARE
 from .precision import Trial
-
-if TYPE_CHECKING:
-    from .train import Run
+from .run import Run
 
 FORWARD = 1 / 3  # of the time of forward and backward, for a first guess
 REHEARSAL_SHARE = 0.02  # of a time limit: a grid that is dearer to try is guessed
@@ -28,38 +25,38 @@ def first_plan(run: Run, trials: dict[str, Trial]) -> None:
 
     The losses before the first step are part of that, unless they would take a tenth of a limit.
     """
-    clock, limit = run.clock, run.clock.limit
+    parts, clock, limit = run.parts, run.clock, run.clock.limit
     total = 0
     _guess_costs(run, trials)
-    if run.is_main:
+    if parts.is_main:
         if limit is None or clock.costs["validation"] <= VALIDATION_SHARE * limit:
             run.validate()
         if limit is not None:
             _rehearse(run, limit)
         total = clock.total_steps(0, None)
-    total = run.from_main(total)
+    total = parts.from_main(total)
     run.take_plan(total)
-    if limit is not None and total < run.config.training.total_steps:
-        run.say(f"{total} steps fit into {limit:g} s, {clock.costs['step']:.2g} s each")
+    if limit is not None and total < parts.config.training.total_steps:
+        parts.say(f"{total} steps fit into {limit:g} s, {clock.costs['step']:.2g} s each")
 
 
 def correct_plan(run: Run) -> None:
     """Correct the plan of a run with a time limit after a step, which may become the last."""
-    clock, progress = run.clock, run.progress
+    parts, clock, progress = run.parts, run.clock, run.progress
     if clock.limit is None:
         return
-    if run.early is not None:
+    if parts.early is not None:
         per_image = clock.costs["step"] / progress.effective_batch
-        clock.reserve = run.early.reserve(clock.limit, per_image)
-    total = run.from_main(clock.total_steps(progress.step, run.rhythm) if run.is_main else 0)
+        clock.reserve = parts.early.reserve(clock.limit, per_image)
+    total = parts.from_main(clock.total_steps(progress.step, run.rhythm) if parts.is_main else 0)
     if total != progress.total_steps:
-        run.say(f"plan: {progress.total_steps} -> {total} steps")
+        parts.say(f"plan: {progress.total_steps} -> {total} steps")
         run.take_plan(total)
 
 
 def judge_time(run: Run, factor: float) -> None:
     """Say how a run ended; `factor` is the last one of its learning rate."""
-    training, progress, limit = run.config.training, run.progress, run.clock.limit
+    training, progress, limit = run.parts.config.training, run.progress, run.clock.limit
     run.stop_reason = "all planned steps are done"
     if limit is None:
         return
@@ -81,34 +78,39 @@ def judge_time(run: Run, factor: float) -> None:
 
 
 def _guess_costs(run: Run, trials: dict[str, Trial]) -> None:
-    training, costs = run.config.training, run.clock.costs
+    parts, costs = run.parts, run.clock.costs
+    training = parts.config.training
     taken = trials[run.progress.precision].seconds
     fp32 = trials.get("fp32", Trial(taken)).seconds
     image, image_fp32 = (
-        seconds / run.per_rank for seconds in (taken, fp32 if math.isfinite(fp32) else taken)
+        seconds / parts.per_rank for seconds in (taken, fp32 if math.isfinite(fp32) else taken)
     )
     costs["step"] = taken
-    costs["validation"] = FORWARD * image * sum(map(len, run.fixed_batches.values()))
-    passes = 2 * training.sample_steps * len(run.material.prompts)  # guided
+    costs["validation"] = FORWARD * image * sum(map(len, parts.fixed_batches.values()))
+    passes = 2 * training.sample_steps * len(parts.material.prompts)  # guided
     costs["grid"] = FORWARD * image_fp32 * passes
-    if run.early is not None and training.early_check_every_steps:
-        costs["early_check"] = run.early.expected(image)
+    if parts.early is not None and training.early_check_every_steps:
+        costs["early_check"] = parts.early.expected(image)
 
 
 def _rehearse(run: Run, limit: float) -> None:
     """Measure a grid of few sampler steps and a checkpoint; neither is kept."""
-    clock, steps = run.clock, run.config.training.sample_steps
+    parts, clock = run.parts, run.clock
+    steps = parts.config.training.sample_steps
     tried = min(2, steps)
     if clock.costs["grid"] * (tried + 1) / steps <= REHEARSAL_SHARE * limit:
         for count in (1, tried):  # the first call also sets up
             began = time.monotonic()
             prompts_to_images(
-                run.pipeline, run.material.prompts, run.config.training.seed, steps=count
+                parts.pipeline,
+                parts.material.prompts,
+                parts.config.training.seed,
+                steps=count,
             )
         clock.costs["grid"] = (time.monotonic() - began) * steps / tried
-    run.checkpoints.mkdir(exist_ok=True)
+    parts.checkpoints.mkdir(exist_ok=True)
     with (
         clock.work("checkpoint"),
-        tempfile.TemporaryDirectory(dir=run.checkpoints, prefix=".", suffix=".tmp") as folder,
+        tempfile.TemporaryDirectory(dir=parts.checkpoints, prefix=".", suffix=".tmp") as folder,
     ):
         run.save_to(Path(folder), replace(run.progress))

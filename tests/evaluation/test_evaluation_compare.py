@@ -15,7 +15,7 @@ from modelops.evaluation.compare.compare import compare_records
 from modelops.evaluation.compare.margins import Margin, parse_margins
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import FolderSource
+from modelops.evaluation.sources.folder import FolderSource
 from modelops.gates.decide import decide
 from modelops.metrics.frechet import features_to_frechet_distance
 from modelops.metrics.protocol import protocol_id

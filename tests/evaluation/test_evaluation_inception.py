@@ -17,7 +17,7 @@ from modelops.data.split import read_splits
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures import fid
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import open_source
+from modelops.evaluation.sources.open import open_source
 
 
 def test_the_reference_pictures_have_no_distance_to_themselves(corpus: Any, tmp_path: Path) -> None:

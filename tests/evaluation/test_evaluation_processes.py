@@ -15,14 +15,15 @@ import pytest
 from hostile_service import serve
 from modelops.base.errors import ProcessDiedError, UsageError
 from modelops.base.files import sha256_file
-from modelops.evaluation.crew.ranks import launched_ranks
-from modelops.evaluation.crew.sharing import SharedSource, open_shared
-from modelops.evaluation.crew.threads import threads_of
-from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.prompts import PromptSet, plan_images
 from modelops.evaluation.samples import Samples, draw_samples
-from modelops.evaluation.sources import EndpointSource, open_source
-from modelops.models.sources import ImageRequest
+from modelops.evaluation.sources.open import open_source
+from modelops.evaluation.workers.open import open_with_workers
+from modelops.evaluation.workers.pool import WorkerPool
+from modelops.evaluation.workers.ranks import launched_ranks
+from modelops.evaluation.workers.tasks import Workers
+from modelops.evaluation.workers.threads import threads_of
+from modelops.models.sources import ImageRequest, ModelSource
 
 REQUEST = ImageRequest(prompt="", seed=0, steps=2, guidance=3.0, height=32, width=32)
 PROMPTS = PromptSet(("red heart", "dog face", "house", "grinning face", "apple"))
@@ -32,16 +33,16 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in folder.rglob("*.png")}
 
 
-def draw(source: Any, folder: Path, n: int = 9) -> Samples:
+def draw(source: Any, folder: Path, n: int = 9, workers: Workers | None = None) -> Samples:
     plan = plan_images(PROMPTS, n=n, replicates=1, seed=3)
-    return draw_samples(source, plan, REQUEST, folder)
+    return draw_samples(source, plan, REQUEST, folder, workers=workers)
 
 
-def shared(checkpoint: Path, processes: int, **more: Any) -> SharedSource:
+def shared(checkpoint: Path, processes: int) -> tuple[ModelSource, Any]:
     opening = {"uri": str(checkpoint), "batch_size": 1, "device": "cpu", "runtime": "auto"}
-    found = open_shared(opening | more, processes)
-    assert found is not None
-    return found
+    source, workers = open_with_workers(opening, processes)
+    assert workers is not None
+    return source, workers
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,8 @@ def test_batch_size_does_not_change_a_byte(
 def test_two_processes_make_the_same_images_and_each_makes_its_share(
     alone: dict[str, str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    source = shared(tiny_checkpoint, 2)
-    samples = draw(source, tmp_path)
+    source, workers = shared(tiny_checkpoint, 2)
+    samples = draw(source, tmp_path, workers=workers)
     assert digests(tmp_path) == alone
     assert samples.made == list(range(9)) and not samples.failures
 
@@ -74,16 +75,16 @@ def test_two_processes_make_the_same_images_and_each_makes_its_share(
 def test_a_worker_that_is_killed_gives_one_line_and_the_next_run_goes_on(
     alone: dict[str, str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    source = shared(tiny_checkpoint, 2)
+    source, workers = shared(tiny_checkpoint, 2)
 
     def kill() -> None:
-        while not source.crew._running:  # type: ignore[attr-defined]
+        while not workers._running:
             pass
-        os.kill(source.crew._running[1]._child.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(workers._running[1]._child.pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(ProcessDiedError, match=r"process 2 of 2 was killed by SIGKILL after \d of"):
-        draw(source, tmp_path)
+        draw(source, tmp_path, workers=workers)
     assert len(digests(tmp_path)) < 9
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     draw(open_source(str(tiny_checkpoint), batch_size=4), tmp_path)
@@ -97,7 +98,7 @@ def test_a_worker_that_cannot_open_the_source_says_why(
     inner = open_source(str(tiny_checkpoint), batch_size=1)
     missing = {"uri": str(tmp_path / "gone"), "batch_size": 1, "device": "cpu"}
     with pytest.raises(ProcessDiedError, match=r"process 2 of 2 ended with 2 .*no such directory"):
-        draw(SharedSource(inner, Workers(2, missing)), tmp_path / "samples", n=2)
+        draw(inner, tmp_path / "samples", n=2, workers=WorkerPool(2, missing))
 
 
 _COMMAND = ["--prompts", "prompts.txt", "-n", "6", "--steps", "2", "--safety", "none"]
@@ -138,7 +139,7 @@ def test_endpoints_are_not_divided_and_launchers_are_recognised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve() as service, pytest.raises(UsageError, match="endpoint is not divided"):
-        SharedSource(EndpointSource(service.url), Workers(2, {}))
+        open_with_workers({"uri": service.url, "device": "cpu"}, 2)
     assert launched_ranks({}) is None
     assert launched_ranks({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}) is None
     several = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
@@ -147,7 +148,7 @@ def test_endpoints_are_not_divided_and_launchers_are_recognised(
         monkeypatch.setenv(name, value)
     opening = {"uri": str(tmp_path), "batch_size": 1, "device": "cpu", "runtime": "auto"}
     with pytest.raises(UsageError, match="within a launcher's 4 processes"):
-        open_shared(opening, 2)
+        open_with_workers(opening, 2)
 
 
 def test_threads_are_divided_and_never_none(monkeypatch: pytest.MonkeyPatch) -> None:

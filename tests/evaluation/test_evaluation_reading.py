@@ -19,13 +19,13 @@ import pytest
 
 from modelops.base.errors import ModelopsError, ProcessDiedError, UsageError
 from modelops.data.images import encode_png, read_image
-from modelops.evaluation.crew.reading import BLOCK, divide_rows
-from modelops.evaluation.crew.sharing import SharedSource
-from modelops.evaluation.crew.work import Share
-from modelops.evaluation.crew.workers import Workers
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import open_source
+from modelops.evaluation.sources.open import open_source
+from modelops.evaluation.workers.open import open_with_workers
+from modelops.evaluation.workers.pool import WorkerPool
+from modelops.evaluation.workers.reading import BLOCK, divide_rows
+from modelops.evaluation.workers.tasks import Share
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.read import read_record
 from record_numbers import numbers
@@ -86,9 +86,11 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return Material(root / "images", settings)
 
 
-def shared(folder: Path, processes: int) -> SharedSource:
+def shared(folder: Path, processes: int) -> dict[str, Any]:
+    """The first arguments of `evaluate` with several processes."""
     opening = {"uri": str(folder), "batch_size": 16, "device": "cpu", "runtime": "auto"}
-    return SharedSource(open_source(**opening), Workers(processes, opening))
+    source, workers = open_with_workers(opening, processes)
+    return {"source": source, "workers": workers}
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +112,18 @@ def test_what_is_read_does_not_depend_on_the_processes(
     """Where the features of reference images cannot be kept beside them, they go to the
     evaluation's own folder, and are not read a second time."""
     handed: list[list[Share]] = []
-    read = Workers.read
+    read = WorkerPool.read
 
-    def spy(self: Workers, shares: Any, own: Any) -> None:
+    def spy(self: WorkerPool, shares: Any, own: Any) -> None:
         handed.append(list(shares))
         read(self, shares, own)
 
-    monkeypatch.setattr(Workers, "read", spy)
-    source, out = shared(material.folder, processes), tmp_path / "record.json"
+    monkeypatch.setattr(WorkerPool, "read", spy)
+    both, out = shared(material.folder, processes), tmp_path / "record.json"
     with no_cache_beside(material) if blocked else contextlib.nullcontext():
-        evaluate(source, replace(material.settings, cache=blocked), out_path=out)
+        evaluate(settings=replace(material.settings, cache=blocked), out_path=out, **both)
     assert numbers(out) == numbers(alone)
-    assert not source.crew._running, "its workers have ended"  # type: ignore[attr-defined]
+    assert not both["workers"]._running, "its workers have ended"
     assert not list((tmp_path / "record" / "cache").glob("*.*-*.*")), "no part is left"
     # Lite0, DINOv2 of the images; the image filter and the block-list; DINOv2 of the reference.
     kinds = [share[0].reader.get("extractor", share[0].reader.get("filter")) for share in handed]
@@ -148,61 +150,61 @@ def test_streamed_features_are_those_of_one_process(material: Material, tmp_path
     settings = replace(material.settings, stream=True, safety="none", blocklist=None)
     records = [tmp_path / "one.json", tmp_path / "two.json"]
     evaluate(open_source(str(material.folder)), settings, out_path=records[0])
-    evaluate(shared(material.folder, 2), settings, out_path=records[1])
+    evaluate(settings=settings, out_path=records[1], **shared(material.folder, 2))
     assert numbers(records[0]) == numbers(records[1])
 
 
 def test_a_reader_that_is_killed_gives_one_line_and_the_next_run_goes_on(
     material: Material, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, out = shared(material.folder, 2), tmp_path / "record.json"
-    crew: Any = source.crew
-    read = Workers.read
+    both, out = shared(material.folder, 2), tmp_path / "record.json"
+    workers = both["workers"]
+    read = WorkerPool.read
 
-    def kill_while_reading(self: Workers, shares: Any, own: Any) -> None:
+    def kill_while_reading(self: WorkerPool, shares: Any, own: Any) -> None:
         def own_then_kill(share: Share) -> Any:
-            os.kill(crew._running[1]._child.pid, signal.SIGKILL)
+            os.kill(workers._running[1]._child.pid, signal.SIGKILL)
             return own(share)
 
         read(self, shares, own_then_kill)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Workers, "read", kill_while_reading)
+        patched.setattr(WorkerPool, "read", kill_while_reading)
         with pytest.raises(ProcessDiedError, match="process 2 of 2 was killed by SIGKILL while it"):
-            evaluate(source, material.settings, out_path=out)
+            evaluate(settings=material.settings, out_path=out, **both)
     assert read_record(out, EvaluationRecord).status == "failed"
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "record").rglob("*.*-*.npy")}
     assert kept, "what the other process read is kept"
-    source = shared(material.folder, 2)
+    both = shared(material.folder, 2)
     seen: dict[Path, int] = {}
 
-    def look(self: Workers, shares: Any, own: Any) -> None:
+    def look(self: WorkerPool, shares: Any, own: Any) -> None:
         read(self, shares, own)
         seen.update({s.out: s.out.stat().st_mtime_ns for s in shares if s.out in kept})
 
-    monkeypatch.setattr(Workers, "read", look)
-    evaluate(source, material.settings, out_path=out)
+    monkeypatch.setattr(WorkerPool, "read", look)
+    evaluate(settings=material.settings, out_path=out, **both)
     assert numbers(out) == numbers(alone)
     assert seen == kept
 
 
 def test_an_image_that_nobody_can_read_is_named(material: Material, tmp_path: Path) -> None:
-    from modelops.evaluation.crew.reading import failure_of
+    from modelops.evaluation.workers.reading import failure_of
 
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n, and no more")
     reader = {"extractor": "lite0", "weights": ".", "device": "cpu"}
-    crew = Workers(2, {})
+    workers = WorkerPool(2, {})
     good = sorted(material.folder.iterdir())[:2]
     shares = [Share(reader, tuple(good), tmp_path / "a.npy"),
               Share(reader, (bad,), tmp_path / "b.npy")]  # fmt: skip
     try:
         with pytest.raises(ModelopsError, match=r"bad\.png"):
-            crew.read(shares, failure_of)
+            workers.read(shares, failure_of)
         with pytest.raises(ModelopsError, match=r"bad\.png"):  # by this process
-            crew.read(shares[::-1], failure_of)
+            workers.read(shares[::-1], failure_of)
     finally:
-        crew.close()
+        workers.close()
     assert not (tmp_path / "b.npy").exists()
 
 
@@ -210,21 +212,21 @@ def test_a_filter_whose_process_dies_ends_the_evaluation(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(material.settings, dinov2_weights=None, blocklist=None)
-    source = shared(material.folder, 2)
-    crew: Any = source.crew
-    read = Workers.read
+    both = shared(material.folder, 2)
+    workers = both["workers"]
+    read = WorkerPool.read
 
-    def kill_the_filter(self: Workers, shares: Any, own: Any) -> None:
+    def kill_the_filter(self: WorkerPool, shares: Any, own: Any) -> None:
         def own_then_kill(share: Share) -> Any:
             if "filter" in share.reader:
-                os.kill(crew._running[1]._child.pid, signal.SIGKILL)
+                os.kill(workers._running[1]._child.pid, signal.SIGKILL)
             return own(share)
 
         read(self, shares, own_then_kill)
 
-    monkeypatch.setattr(Workers, "read", kill_the_filter)
+    monkeypatch.setattr(WorkerPool, "read", kill_the_filter)
     with pytest.raises(ProcessDiedError, match="was killed by SIGKILL while it read images"):
-        evaluate(source, settings, out_path=tmp_path / "record.json")
+        evaluate(settings=settings, out_path=tmp_path / "record.json", **both)
 
 
 def test_threads_change_what_is_read_by_rounding_at_most(
@@ -259,7 +261,7 @@ def alike(found: Any, expected: Any, tolerance: float) -> bool:
 def test_other_weights_on_another_machine_are_not_mixed_in(
     material: Material, tmp_path: Path
 ) -> None:
-    from modelops.evaluation.crew.reading import failure_of
+    from modelops.evaluation.workers.reading import failure_of
 
     reader = {"extractor": "lite0", "weights": ".", "device": "cpu", "protocol": "0" * 12}
     share = Share(reader, tuple(sorted(material.folder.iterdir())[:2]), tmp_path / "a.npy")
@@ -285,9 +287,9 @@ def test_a_device_that_is_not_there_is_named(material: Material, tmp_path: Path)
         pytest.skip("there is a CUDA device")
     for name, message in (("cuda", "0 CUDA devices are visible"), ("gpu", "no such name")):
         settings = replace(material.settings, extractor_device=name)
-        for source in (open_source(str(material.folder)), shared(material.folder, 2)):
+        for both in ({"source": open_source(str(material.folder))}, shared(material.folder, 2)):
             with pytest.raises(UsageError, match=message) as caught:
-                evaluate(source, settings, out_path=tmp_path / "out.json")
+                evaluate(settings=settings, out_path=tmp_path / "out.json", **both)
             assert caught.value.hint
 
 

@@ -17,8 +17,9 @@ from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures import clip, dinov2, diversity, fid
 from modelops.evaluation.per_image import read_per_image
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import FolderSource, open_source
-from modelops.models.sources import ImageRequest
+from modelops.evaluation.sources.folder import FolderSource
+from modelops.evaluation.sources.open import open_source
+from modelops.models.sources import ImageRequest, ModelSource
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.read import read_record
 from modelops.safety.image import OpenNsfwFilter, SafetyFilterError
@@ -102,13 +103,17 @@ def test_a_protocol_says_everything_that_a_value_depends_on(evaluated: Any) -> N
     assert protocol["sampling"]["steps"] == 2
 
 
-class _Interrupted:
+class _Interrupted(ModelSource):
     """A source that is killed after so many images."""
 
     def __init__(self, inner: Any, after: int) -> None:
         self.inner, self.left = inner, after
         self.info, self.scheduler_name = inner.info, inner.scheduler_name
-        self.defaults, self.batch_size = inner.defaults, 2
+        self.batch_size = 2
+
+    @property
+    def defaults(self) -> ImageRequest:
+        return self.inner.defaults  # type: ignore[no-any-return]
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[np.ndarray]:
         if self.left <= 0:

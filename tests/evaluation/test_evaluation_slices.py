@@ -27,7 +27,7 @@ from modelops.evaluation.measures.slices import (
 )
 from modelops.evaluation.per_image import read_per_image
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import open_source
+from modelops.evaluation.sources.open import open_source
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.read import read_record
 

@@ -12,7 +12,13 @@ import pytest
 from PIL import Image
 
 from hostile_service import Service, serve
-from modelops.base.errors import EvaluationError, ImageError, MissingWeightsError, UsageError
+from modelops.base.errors import (
+    EvaluationError,
+    ImageBlockedError,
+    ImageError,
+    MissingWeightsError,
+    UsageError,
+)
 from modelops.base.seeding import image_seed
 from modelops.evaluation.prompts import (
     choose_prompts,
@@ -21,13 +27,9 @@ from modelops.evaluation.prompts import (
     plan_ready_images,
     read_prompts,
 )
-from modelops.evaluation.samples import generate_each
-from modelops.evaluation.sources import (
-    EndpointSource,
-    FolderSource,
-    ImageBlockedError,
-    open_source,
-)
+from modelops.evaluation.sources.endpoint import EndpointSource
+from modelops.evaluation.sources.folder import FolderSource
+from modelops.evaluation.sources.open import open_source
 from modelops.models.sources import ImageRequest
 
 
@@ -196,7 +198,7 @@ def test_a_service_that_hangs_is_given_up_after_two_requests(service: Service) -
 
 def test_no_image_of_a_batch_is_asked_for_twice_because_another_failed(service: Service) -> None:
     names = ["sun", "blocked", "moon", "another size", "star"]
-    made = generate_each(EndpointSource(service.url), [request(name) for name in names])
+    made = EndpointSource(service.url).generate_each([request(name) for name in names])
     kinds = [type(each) for each in made]
     assert kinds == [np.ndarray, ImageBlockedError, np.ndarray, EvaluationError, np.ndarray]
     assert sorted(body["prompt"] for body in service.bodies) == sorted(names)

@@ -15,7 +15,7 @@ from modelops.evaluation.compare.compare import compare_records
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.reference import open_reference
 from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
-from modelops.evaluation.sources import FolderSource
+from modelops.evaluation.sources.folder import FolderSource
 from modelops.metrics.dinov2 import Dinov2Extractor
 from modelops.records.evaluation import EvaluationRecord
 

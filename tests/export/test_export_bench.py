@@ -20,7 +20,9 @@ from PIL import Image
 from modelops.base.environment import Environment
 from modelops.base.errors import UsageError
 from modelops.base.files import sha256_tree
-from modelops.evaluation.sources import EndpointSource, FolderSource, open_source
+from modelops.evaluation.sources.endpoint import EndpointSource
+from modelops.evaluation.sources.folder import FolderSource
+from modelops.evaluation.sources.open import open_source
 from modelops.export.bench import (
     Contender,
     bench_sources,
@@ -29,7 +31,7 @@ from modelops.export.bench import (
     make_contenders,
 )
 from modelops.export.timing import interleaved_seconds
-from modelops.models.sources import ImageRequest, PipelineSource, open_checkpoint
+from modelops.models.sources import ImageRequest, ModelSource, PipelineSource, open_checkpoint
 from modelops.records.base import InputRef
 from modelops.records.evaluation import SourceInfo
 from modelops.records.export import ArtifactRecord
@@ -50,16 +52,19 @@ def unconditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-class Still:
+class Still(ModelSource):
     """A source without a network: an image at once."""
 
     scheduler_name = "none"
 
     def __init__(self, name: str, kind: Any = "artifact", fails: str = "") -> None:
         self.info = SourceInfo(kind=kind, uri=name, runtime="still-cpu", precision="uint8")
-        self.defaults = ImageRequest(prompt="", seed=0)
         self.fails = fails
         self.seeds: list[list[int]] = []
+
+    @property
+    def defaults(self) -> ImageRequest:
+        return ImageRequest(prompt="", seed=0)
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[Any]:
         if self.fails:

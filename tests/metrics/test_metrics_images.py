@@ -18,7 +18,7 @@ from modelops.data.images import encode_png, read_image
 from modelops.evaluation.compare.agreement import compare_images, pair_images, pairwise_measures
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import open_source
+from modelops.evaluation.sources.open import open_source
 from modelops.metrics.images import Lpips, psnr, ssim
 from modelops.records.comparison import ComparisonRecord
 from modelops.records.read import read_record

@@ -25,7 +25,7 @@ from modelops.base.files import sha256_file, sha256_tree
 from modelops.cli.main import cli
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import open_source
+from modelops.evaluation.sources.open import open_source
 from modelops.metrics.features import Lite0Extractor
 from modelops.monitoring.log import read_log
 from modelops.monitoring.reference import release_files

@@ -106,3 +106,7 @@ class GateUndecidedError(ModelopsError):
     """At least one criterion could not be decided and none failed."""
 
     exit_code = 4
+
+
+class ImageBlockedError(EvaluationError):
+    """A service's own safety filter refused the prompt or the image."""

@@ -95,7 +95,7 @@ def bench(
     from functools import partial
 
     from modelops.base.environment import current_environment
-    from modelops.evaluation.sources import open_source
+    from modelops.evaluation.sources.open import open_source
     from modelops.export.bench import bench_sources, make_contenders
 
     with output.progress("opening", quiet=as_json) as on_progress:

@@ -155,9 +155,8 @@ def evaluate(
              text=f"would measure {source} and write {out}{also}")  # fmt: skip
         return 0
     from modelops.cli.report import write_report_beside
-    from modelops.evaluation.crew.sharing import open_shared
     from modelops.evaluation.evaluate import evaluate as run
-    from modelops.evaluation.sources import open_source
+    from modelops.evaluation.workers.open import open_with_workers
 
     opening: dict[str, Any] = {
         "uri": source,
@@ -166,10 +165,13 @@ def evaluate(
         "runtime": runtime,
         "timeout_s": timeout,
     }
-    opened = open_shared(opening, processes) or open_source(**opening)
+    opened, workers = open_with_workers(opening, processes)
     try:
         with progress("opening", quiet=as_json) as shown:
-            record = run(opened, settings, out_path=out, on_progress=shown, on_stage=shown.stage)
+            record = run(
+                opened, settings, out_path=out, workers=workers,
+                on_progress=shown, on_stage=shown.stage,
+            )  # fmt: skip
     except Exception:  # the record says `failed`, and so does its report
         if report and out.is_file() and (page := write_report_beside(out)):
             say(str(page))

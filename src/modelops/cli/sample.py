@@ -84,7 +84,7 @@ def sample(
              text=f"would make {len(texts) * per_prompt} images in {out}")  # fmt: skip
         return 0
     from modelops.evaluation.sampling import sample_images
-    from modelops.evaluation.sources import open_source
+    from modelops.evaluation.sources.open import open_source
 
     opened = open_source(source, batch_size=batch_size, device=device, runtime=runtime)
     with progress("Sampling", quiet=as_json) as report:

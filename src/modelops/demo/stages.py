@@ -170,7 +170,7 @@ class Stages:
         from modelops.evaluation.evaluate import evaluate
         from modelops.evaluation.report.page import write_report
         from modelops.evaluation.settings import EvaluationSettings
-        from modelops.evaluation.sources import open_source
+        from modelops.evaluation.sources.open import open_source
 
         settings = EvaluationSettings(
             manifest=self.root / MANIFEST,

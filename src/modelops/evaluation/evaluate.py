@@ -13,7 +13,6 @@ import numpy as np
 from modelops.base.environment import current_environment
 from modelops.base.errors import EvaluationError, ModelopsError
 from modelops.base.files import sha256_file, write_json
-from modelops.evaluation.crew.sharing import crew_of, inner_source
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.measures import FAMILIES
 from modelops.evaluation.prompts import (
@@ -29,8 +28,9 @@ from modelops.evaluation.prompts import (
 from modelops.evaluation.reference import RealPictures, open_reference
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources import FolderSource
+from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.workbench import Workbench
+from modelops.evaluation.workers.tasks import Workers
 from modelops.metrics.features import write_arrays
 from modelops.models.sources import ImageRequest, ModelSource
 from modelops.records.base import InputRef
@@ -45,6 +45,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     out_path: str | Path,
+    workers: Workers | None = None,
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
 ) -> EvaluationRecord:
@@ -53,7 +54,7 @@ def evaluate(
 
     Image k of a prompt depends on (seed, prompt, k) alone. A killed evaluation goes on where it
     was. If something essential fails, the record is written with status `failed`, its error and
-    whatever could be measured, and the error is raised.
+    whatever could be measured, and the error is raised. `workers` are closed in the end.
 
     Raises:
         EvaluationError: more images failed than `max_failures`, or the safety filter is broken.
@@ -68,7 +69,7 @@ def evaluate(
     )
     clock = time.monotonic()
     try:
-        problems = _evaluate(source, settings, record, out, on_progress, on_stage)
+        problems = _evaluate(source, settings, record, out, workers, on_progress, on_stage)
     except Exception as error:
         record.status = "failed"
         record.error = (
@@ -77,12 +78,12 @@ def evaluate(
             else f"{type(error).__name__}: {error}"
         )
         record.duration_s = time.monotonic() - clock
-        if not getattr(crew_of(source), "rank", 0):  # the first of a launcher's processes writes it
+        if workers is None or workers.rank == 0:  # the first of a launcher's processes writes it
             record.write(out)
         raise
     finally:
-        if crew := crew_of(source):
-            crew.close()
+        if workers:
+            workers.close()
     record.duration_s = time.monotonic() - clock
     if problems:
         record.status, record.error = "failed", "; ".join(problems)
@@ -100,6 +101,7 @@ def _evaluate(
     settings: EvaluationSettings,
     record: EvaluationRecord,
     out: Path,
+    workers: Workers | None,
     on_progress: OnProgress | None,
     on_stage: OnStage | None,
 ) -> list[str]:
@@ -123,14 +125,16 @@ def _evaluate(
             on_stage(stages[number - 1], number, len(stages))
 
     stage(1)
-    samples = draw_samples(source, plan, request, workdir / "samples", on_progress=on_progress)
+    samples = draw_samples(
+        source, plan, request, workdir / "samples", workers=workers, on_progress=on_progress
+    )
     record.n_failed_images = len(samples.failures)
 
     bench = Workbench(
         settings=settings, record=record, workdir=workdir, prompts=prompts, samples=samples,
         # Not the scheduler: it belongs to the source, as its runtime and precision do.
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
-        reference=reference, training=training, on_progress=on_progress, crew=crew_of(source),
+        reference=reference, training=training, on_progress=on_progress, workers=workers,
     )  # fmt: skip
     if len(samples.failures) > settings.max_failures:
         first = samples.failures[min(samples.failures)]
@@ -186,14 +190,14 @@ def _plan(
 ) -> tuple[PromptSet, list[PlannedImage]]:
     """The prompts and the images that are asked for."""
     n, seed = settings.n, settings.seed
-    if isinstance(folder := inner_source(source), FolderSource):
+    if isinstance(source, FolderSource):
         # Without prompts, one nameless prompt stands for all of the folder's images.
         lines, least = ["(folder of images)"], 0
         if settings.prompts_file is not None:
             read_prompts(settings.prompts_file)  # there is one that can be used
             lines = read_lines(settings.prompts_file)
             least = len(lines)  # an image is missing where there is a line and no file
-        return plan_ready_images(lines, n or max(len(folder.files), least), seed=seed)
+        return plan_ready_images(lines, n or max(len(source.files), least), seed=seed)
     if settings.prompts_file is not None:
         found = read_prompts(settings.prompts_file)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import ImageError, ModelopsError
+from modelops.base.errors import ImageError
 from modelops.base.files import remove_leftovers, sha256_json, write_bytes
-from modelops.data.images import encode_png, read_image
-from modelops.evaluation.crew.sharing import crew_of, inner_source
-from modelops.evaluation.crew.threads import fewer_threads
-from modelops.evaluation.crew.work import Job, Outcome
-from modelops.evaluation.crew.workers import Workers
+from modelops.data.images import read_image
 from modelops.evaluation.prompts import PlannedImage, image_name
-from modelops.evaluation.sources import EndpointSource, ImageBlockedError
-from modelops.models.sources import ImageRequest, ModelSource, PipelineSource
+from modelops.evaluation.workers.making import make_images
+from modelops.evaluation.workers.tasks import Job, Outcome, Workers
+from modelops.evaluation.workers.threads import fewer_threads
+from modelops.models.sources import ImageRequest, ModelSource
 
 Image = npt.NDArray[np.uint8]
 COMPLETE = "complete"
@@ -59,6 +57,7 @@ def draw_samples(
     request: ImageRequest,
     directory: Path,
     *,
+    workers: Workers | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Samples:
     """Make the images that are not in the cache yet.
@@ -69,11 +68,10 @@ def draw_samples(
             a digest (a service that does not name its release) may have changed since, so its
             images only serve to finish an evaluation that was cut short.
 
-    Processes of a crew stay for what is to be read, until it is closed; after an error they end.
+    Workers stay for the images that are to be read, until they are closed; after an error they end.
     """
     cache = directory / _sampling_key(source, request)
     is_folder = source.info.kind == "folder"
-    crew = crew_of(source)
     jobs = [
         Job(
             place,
@@ -105,20 +103,20 @@ def draw_samples(
 
     outcomes: list[Outcome] = []
     with contextlib.ExitStack() as stack:
-        if crew:
-            stack.push(lambda error, *_: crew.close() if error else None)
-        if isinstance(crew, Workers):
-            stack.enter_context(fewer_threads(crew.processes))
-        share = crew.divide(find, report) if crew else find()
+        if workers:
+            stack.push(lambda error, *_: workers.close() if error else None)
+        if workers and workers.share_cores:
+            stack.enter_context(fewer_threads(workers.processes))
+        share = workers.divide(find, report) if workers else find()
         if on_progress:
             on_progress(len(finished), len(plan))
         for outcome in make_images(source, share):
             outcomes.append(outcome)
             report(outcome)
-            if crew:
-                crew.check()
-        if crew:
-            outcomes = crew.collect(outcomes)
+            if workers:
+                workers.check()
+        if workers:
+            outcomes = workers.collect(outcomes)
 
     failed = {outcome.place: outcome for outcome in outcomes if outcome.failure is not None}
     samples = Samples(
@@ -131,61 +129,6 @@ def draw_samples(
     )
     write_bytes(cache / COMPLETE, b"")
     return samples
-
-
-def make_images(source: ModelSource, jobs: Sequence[Job]) -> Iterator[Outcome]:
-    """Make the images of jobs that share steps, guidance and size, and write them as PNG."""
-    if not jobs:
-        return
-    chunk = max(1, int(getattr(source, "batch_size", 4)))
-    inner = inner_source(source)
-    if isinstance(inner, PipelineSource):
-        rows = inner.rows_per_call(jobs[0].request)
-        chunk = -(-chunk // rows) * rows  # a call makes so many in any case
-    for start in range(0, len(jobs), chunk):
-        part = jobs[start : start + chunk]
-        images = generate_each(source, [job.request for job in part])
-        for job, made in zip(part, images, strict=True):
-            if isinstance(made, ModelopsError):
-                yield Outcome(job.place, made.message, isinstance(made, ImageBlockedError))
-            else:
-                write_bytes(job.path, encode_png(made))
-                yield Outcome(job.place)
-
-
-def generate_each(
-    source: ModelSource, requests: Sequence[ImageRequest]
-) -> list[Image | ModelopsError]:
-    """An image or the reason why not for each request; one bad image does not spoil its batch."""
-    if isinstance(source, EndpointSource):  # asks for each on its own, and for none twice
-        return [_image_or_error(made) for made in source.generate_each(requests)]
-    if len(requests) > 1:
-        try:
-            return [_checked(image) for image in source.generate(requests)]
-        except ModelopsError:
-            pass  # find out below which of them it was
-    results: list[Image | ModelopsError] = []
-    for request in requests:
-        try:
-            results.append(_checked(source.generate([request])[0]))
-        except ModelopsError as error:
-            results.append(error)
-    return results
-
-
-def _image_or_error(made: Image | ModelopsError) -> Image | ModelopsError:
-    if isinstance(made, ModelopsError):
-        return made
-    try:
-        return _checked(made)
-    except ModelopsError as error:
-        return error
-
-
-def _checked(image: Image) -> Image:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ImageError(f"the source gave an array of shape {image.shape}, {image.dtype}")
-    return image
 
 
 def _usable(path: Path) -> bool:

@@ -11,8 +11,7 @@ from modelops.base.files import sha256_bytes, write_bytes, write_json
 from modelops.base.seeding import image_seed
 from modelops.data.images import encode_png
 from modelops.evaluation.grids import write_grid
-from modelops.evaluation.samples import Image, generate_each
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.models.sources import Image, ImageRequest, ModelSource
 
 
 def sample_images(
@@ -50,10 +49,10 @@ def sample_images(
     ]  # fmt: skip
     images: list[Image | None] = []
     entries: list[dict[str, Any]] = []
-    chunk = max(1, int(getattr(source, "batch_size", 4)))
+    chunk = source.batch_size
     for start in range(0, len(requests), chunk):
         part = requests[start : start + chunk]
-        for offset, made in enumerate(generate_each(source, part)):
+        for offset, made in enumerate(source.generate_each(part)):
             index, request = start + offset, part[offset]
             entry: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
             if isinstance(made, ModelopsError):

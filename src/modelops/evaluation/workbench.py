@@ -14,7 +14,11 @@ import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError, ModelopsError
 from modelops.base.files import sha256_file, sha256_json
-from modelops.evaluation.crew.reading import (
+from modelops.evaluation.prompts import PromptSet
+from modelops.evaluation.reference import RealPictures, shared_pictures
+from modelops.evaluation.samples import Samples
+from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
+from modelops.evaluation.workers.reading import (
     check_images,
     extractor_opening,
     join_features,
@@ -23,11 +27,7 @@ from modelops.evaluation.crew.reading import (
     read_divided,
     stack_features,
 )
-from modelops.evaluation.crew.work import Crew
-from modelops.evaluation.prompts import PromptSet
-from modelops.evaluation.reference import RealPictures, shared_pictures
-from modelops.evaluation.samples import Samples
-from modelops.evaluation.settings import STREAM_FROM, EvaluationSettings
+from modelops.evaluation.workers.tasks import Workers
 from modelops.metrics.feature_files import (
     FeatureCache,
     map_features,
@@ -60,7 +60,7 @@ class Workbench:
         problems: what makes the record `failed`.
         pages: further files, by name, that the record shall name.
         on_progress: called with (done, total) by what goes through the images one by one.
-        crew: other processes that read images too.
+        workers: other processes that read images too.
     """
 
     settings: EvaluationSettings
@@ -75,7 +75,7 @@ class Workbench:
     problems: list[str] = field(default_factory=list)
     pages: dict[str, Path] = field(default_factory=dict)
     on_progress: Callable[[int, int], None] | None = None
-    crew: Crew | None = None
+    workers: Workers | None = None
     _openings: dict[str, dict[str, Any]] = field(default_factory=dict)
     _lite0: Lite0Extractor | None = None
     _features: dict[str, Features] = field(default_factory=dict)
@@ -167,12 +167,12 @@ class Workbench:
     def _divide(
         self, extractor: Extractor, paths: Sequence[Path], digests: Sequence[str]
     ) -> list[Path] | None:
-        """Feature files of the crew's shares, in order; None where one process reads them all."""
+        """Feature files of the workers' shares, in order; None where one process reads them all."""
         opening = self._openings.get(protocol_id(extractor.protocol))
         if opening is None:
             return None
         return read_divided(
-            self.crew, opening, extractor, paths, self.workdir / "cache",
+            self.workers, opening, extractor, paths, self.workdir / "cache",
             features_key(extractor, digests), on_progress=self.on_progress,
         )  # fmt: skip
 
@@ -194,7 +194,7 @@ class Workbench:
         opening = {"filter": name, "threshold": threshold}
         identity = sha256_json([opening, dict(image_filter.info), self.digests])
         parts = read_divided(
-            self.crew, opening, image_filter, self._paths, self.workdir / "cache", identity
+            self.workers, opening, image_filter, self._paths, self.workdir / "cache", identity
         )
         return check_images(image_filter, self._paths) if parts is None else join_verdicts(parts)
 
@@ -216,13 +216,13 @@ class Workbench:
         """Features of real pictures by an extractor, [N, D]; cached by content."""
         if isinstance(extractor, Lite0Extractor):
             return pictures.features
-        found = self._divided_real(pictures, extractor) if self.crew else None
+        found = self._divided_real(pictures, extractor) if self.workers else None
         if found is not None:
             return found
         return pictures.features_of(extractor, use_cache=self.settings.cache)
 
     def _divided_real(self, pictures: RealPictures, extractor: Extractor) -> Features | None:
-        """Features of real pictures that the crew has read, from the cache beside their manifest
+        """Features of real pictures that workers have read, from the cache beside their manifest
         or, where that cannot be written, the evaluation's own."""
         n, dim = len(pictures.samples), extractor.dim
         name = f"{features_key(extractor, pictures.digests)}.npy"

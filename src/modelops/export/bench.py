@@ -169,15 +169,11 @@ class _Batch:
             )
             for index in range(self.size)
         ]  # fmt: skip
-        source: Any = cell.source
-        if isinstance(source, PipelineSource):
-            source.batch_size = self.size
-        elif hasattr(source, "concurrency"):
-            source.concurrency = self.size
+        cell.source.batch_size = self.size
         if cell.threads is not None and torch.get_num_threads() != cell.threads:
             torch.set_num_threads(cell.threads)
         start = time.perf_counter()
-        source.generate(requests)
+        cell.source.generate(requests)
         return time.perf_counter() - start
 
 

@@ -2,7 +2,7 @@
 
 A checkpoint, an exported artifact and a live endpoint answer to the same protocol, so one
 evaluation serves all of them. Where a source is opened from a path or URL:
-`modelops.evaluation.sources`.
+`modelops.evaluation.sources.open`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.base.errors import MissingWeightsError, UsageError
+from modelops.base.errors import ImageError, MissingWeightsError, ModelopsError, UsageError
 from modelops.base.files import read_text, sha256_bytes, sha256_file, sha256_tree
 from modelops.models.devices import open_device
 from modelops.records.evaluation import SourceInfo
 
+Image = npt.NDArray[np.uint8]
 # sha256 of the pipeline.py of earlier releases, whose checkpoints this one's pipeline runs.
 EARLIER_PIPELINES = (
     "043d034e64a95f04a70cee52702aed0c4fff566f9808ff9af9257fe6ac1d6646",
@@ -54,23 +56,27 @@ class ImageRequest:
     negative_prompt: str = ""
 
 
-class ModelSource(Protocol):
-    """Makes images from requests. One instance is used by one thread at a time."""
+class ModelSource(ABC):
+    """Makes images from requests. One instance is used by one thread at a time.
+
+    Attributes:
+        info: kind, digest, runtime and precision, for the record.
+        scheduler_name: class name of the sampler.
+        batch_size: requests that one call of `generate` takes well.
+    """
+
+    info: SourceInfo
+    scheduler_name: str
+    batch_size: int
 
     @property
-    def info(self) -> SourceInfo:
-        """Kind, digest, runtime and precision, for the record."""
-
-    @property
-    def scheduler_name(self) -> str:
-        """Class name of the sampler."""
-
-    @property
+    @abstractmethod
     def defaults(self) -> ImageRequest:
         """A request with the source's own steps, guidance, height and width filled in."""
 
-    def generate(self, requests: Sequence[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
-        """Images [H, W, 3] uint8 RGB, one per request and in their order.
+    @abstractmethod
+    def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
+        """Make images [H, W, 3] uint8 RGB, one per request and in their order.
 
         All requests of a call must agree in steps, guidance, height and width.
 
@@ -78,13 +84,45 @@ class ModelSource(Protocol):
             ModelopsError: an image could not be made.
         """
 
+    def generate_each(self, requests: Sequence[ImageRequest]) -> list[Image | ModelopsError]:
+        """Make the image of each request, or say why there is none; see `generate`.
+
+        One image that cannot be made does not spoil the others.
+        """
+        if len(requests) > 1:
+            try:
+                return [_checked(image) for image in self.generate(requests)]
+            except ModelopsError:
+                pass  # find out below which of them it was
+        return [self.generate_one(request) for request in requests]
+
+    def generate_one(self, request: ImageRequest) -> Image | ModelopsError:
+        """Make the image of one request, or say why there is none."""
+        try:
+            return _checked(self.generate([request])[0])
+        except ModelopsError as error:
+            return error
+
+    def whole_calls(self, request: ImageRequest) -> int:
+        """Return the number of requests like this one, near `batch_size`, that waste no call."""
+        return self.batch_size
+
+    def close(self) -> None:  # noqa: B027 (most sources hold nothing)
+        """Let go of connections."""
+
+
+def _checked(image: Image) -> Image:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ImageError(f"the source gave an array of shape {image.shape}, {image.dtype}")
+    return image
+
 
 # Images of every call of a pipeline on a CPU up to SMALL pixels; larger ones fill the cores alone.
 CPU_ROWS = 8
 SMALL = 256 * 256
 
 
-class PipelineSource:
+class PipelineSource(ModelSource):
     """Any diffusers text-to-image pipeline, with its networks in torch or in another runtime.
 
     Args:
@@ -98,18 +136,12 @@ class PipelineSource:
     def __init__(self, pipeline: Any, info: SourceInfo, *, batch_size: int = 16) -> None:
         self.pipeline = pipeline
         self.batch_size = batch_size
-        self._info = info
+        self.info = info
         self._scheduler = copy.deepcopy(pipeline.scheduler)
         self._accepts = frozenset(inspect.signature(pipeline.__call__).parameters)
         pipeline.set_progress_bar_config(disable=True)
 
-    @property
-    def info(self) -> SourceInfo:
-        return self._info
-
-    @property
-    def scheduler_name(self) -> str:
-        return type(self.pipeline.scheduler).__name__
+        self.scheduler_name = type(pipeline.scheduler).__name__
 
     @property
     def defaults(self) -> ImageRequest:
@@ -128,13 +160,17 @@ class PipelineSource:
         the number of rows and round differently, so that between 1, 2 to 7, and 8 or more rows 2 to
         5 of 64 images of the pilot differed by one grey level (bench/bench_seeds.py).
         """
-        if not self._info.runtime.lower().endswith("cpu"):
+        if not self.info.runtime.lower().endswith("cpu"):
             return self.batch_size
         pixels = (request.height or 0) * (request.width or 0)
         return CPU_ROWS if 0 < pixels <= SMALL else 1
 
-    def generate(self, requests: Sequence[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
-        images: list[npt.NDArray[np.uint8]] = []
+    def whole_calls(self, request: ImageRequest) -> int:
+        rows = self.rows_per_call(request)
+        return -(-self.batch_size // rows) * rows
+
+    def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
+        images: list[Image] = []
         if not requests:
             return images
         rows = self.rows_per_call(requests[0])
@@ -147,7 +183,7 @@ class PipelineSource:
             images.extend(self._call(chunk)[:real])
         return images
 
-    def _call(self, requests: list[ImageRequest]) -> list[npt.NDArray[np.uint8]]:
+    def _call(self, requests: list[ImageRequest]) -> list[Image]:
         arguments = pipeline_arguments(self._accepts, requests)
         # A sampler keeps its place and what it saw last: every call starts with one of its own.
         self.pipeline.scheduler = copy.deepcopy(self._scheduler)

@@ -16,9 +16,9 @@ import numpy as np
 from modelops.base.errors import EvaluationError, ModelopsError, ProcessDiedError
 from modelops.base.files import sha256_json, write_json
 from modelops.base.seeding import numpy_generator
-from modelops.evaluation.crew.reading import check_images, read_verdicts
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.workbench import Workbench
+from modelops.evaluation.workers.reading import check_images, read_verdicts
 from modelops.metrics.clustered import ClusteredRate, clustered_rate
 from modelops.metrics.intervals import clopper_pearson
 from modelops.metrics.protocol import protocol_id

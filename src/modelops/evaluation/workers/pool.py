@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modelops.base.errors import ProcessDiedError, UsageError
-from modelops.evaluation.crew.threads import device_of, fewer_threads, threads_of
-from modelops.evaluation.crew.work import (
+from modelops.evaluation.workers.tasks import (
     Failure,
     Job,
     OnOutcome,
@@ -25,9 +24,10 @@ from modelops.evaluation.crew.work import (
     job_to_json,
     share_to_json,
 )
+from modelops.evaluation.workers.threads import device_of, fewer_threads, threads_of
 
 
-class Workers:
+class WorkerPool:
     """`processes` processes on this machine: this one, and workers that it starts.
 
     A worker ends with this process, however that ends: its standard input closes.
@@ -36,6 +36,9 @@ class Workers:
         opening: keyword arguments of `open_source`, with "uri", that open the source again. On
             device "cuda" each process takes the next GPU; see `device_of`.
     """
+
+    rank = 0
+    share_cores = True
 
     def __init__(self, processes: int, opening: Mapping[str, Any]) -> None:
         if processes < 2:
@@ -104,7 +107,7 @@ class _Worker:
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "modelops.evaluation.crew.worker"],
+            [sys.executable, "-m", "modelops.evaluation.workers.process"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads_of(count))},
             start_new_session=True,  # a Ctrl-C ends it through us

@@ -19,8 +19,8 @@ import numpy as np
 from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError
 from modelops.base.files import atomic_path, remove_leftovers, write_json
 from modelops.data.images import read_image
-from modelops.evaluation.crew.work import Crew, Failure, OnRead, Share
 from modelops.evaluation.settings import EvaluationSettings
+from modelops.evaluation.workers.tasks import Failure, OnRead, Share, Workers
 from modelops.metrics.feature_files import map_features, release, row_chunks, write_features
 from modelops.metrics.features import Extractor, Features, Lite0Extractor
 from modelops.metrics.protocol import protocol_id
@@ -137,7 +137,7 @@ def divide_rows(count: int, processes: int) -> list[range]:
 
 
 def read_divided(
-    crew: Crew | None,
+    workers: Workers | None,
     opening: Mapping[str, Any],
     reader: Extractor | ImageFilter,
     paths: Sequence[Path],
@@ -147,7 +147,7 @@ def read_divided(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Path] | None:
     """The answers of several processes, one file each, in the order of the images; None where one
-    process is to read everything: without a crew, or with no more than one block of images.
+    process is to read everything: without a workers, or with no more than one block of images.
 
     Args:
         opening, reader: how other processes open the reader, and it, opened.
@@ -155,11 +155,11 @@ def read_divided(
             features that were read are not read again by as many processes.
 
     Raises:
-        ModelopsError: as `Crew.read`.
+        ModelopsError: as `Workers.read`.
     """
-    if crew is None or crew.processes < 2:
+    if workers is None or workers.processes < 2:
         return None
-    runs = divide_rows(len(paths), crew.processes)
+    runs = divide_rows(len(paths), workers.processes)
     if len(runs) < 2:
         return None
     suffix = "json" if "filter" in opening else "npy"
@@ -177,7 +177,7 @@ def read_divided(
         if on_progress:  # the others are about as far
             on_progress(min(len(paths), done * len(shares)), len(paths))
 
-    crew.read(shares, lambda share: failure_of(share, reader, shown))
+    workers.read(shares, lambda share: failure_of(share, reader, shown))
     return [share.out for share in shares]
 
 

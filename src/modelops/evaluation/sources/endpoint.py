@@ -1,4 +1,4 @@
-"""Open a model source from a path or URL: checkpoint, exported artifact, live endpoint, folder."""
+"""A running service that speaks the OpenAI Images API, as a model source."""
 
 from __future__ import annotations
 
@@ -7,112 +7,22 @@ import binascii
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from modelops.base.errors import EvaluationError, ModelopsError, UsageError
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.base.errors import EvaluationError, ImageBlockedError, ModelopsError, UsageError
+from modelops.models.sources import Image, ImageRequest, ModelSource
 from modelops.records.evaluation import SourceInfo
 
-Image = npt.NDArray[np.uint8]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 BLOCKED_CODES = ("content_policy_violation", "content_filter", "moderation_blocked")
+
 ENDPOINT = "/v1/images/generations"
+
 TIMEOUT_S = 120.0  # for the answer to one request
+
 TIMEOUTS = 2  # of one image: a service that hung twice will hang again
 
 
-class ImageBlockedError(EvaluationError):
-    """A service's own safety filter refused the prompt or the image."""
-
-
-def open_source(
-    uri: str,
-    *,
-    batch_size: int = 16,
-    device: str = "cpu",
-    runtime: str = "auto",
-    timeout_s: float = TIMEOUT_S,
-) -> ModelSource:
-    """A model source from what the user named.
-
-    Args:
-        uri: a diffusers directory or hub id, an artifact directory (one with artifact.json), an
-            http(s) URL of a service that speaks the OpenAI Images API, or a folder of images.
-        batch_size: images per call; does not change any image.
-        device: of torch, for a checkpoint.
-        runtime: of an artifact: "auto", "onnxruntime" or "openvino".
-        timeout_s: of an endpoint, for the answer to one request.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if uri.startswith(("http://", "https://")):
-        return EndpointSource(uri, concurrency=min(batch_size, 4), timeout_s=timeout_s)
-    path = Path(uri)
-    if (path / "artifact.json").is_file():
-        from modelops.export.artifact.open import open_artifact
-
-        return open_artifact(path, runtime=runtime, batch_size=batch_size)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()):
-            return FolderSource(path)
-        raise UsageError(
-            f"{uri}: neither a diffusers checkpoint, an artifact, nor a folder of images",
-            hint="name a directory such as runs/pilot/checkpoints/step-1000",
-        )
-    if not path.exists() and (uri.count("/") != 1 or uri.startswith((".", "/", "~"))):
-        raise UsageError(f"{uri}: no such directory", hint="name a checkpoint or artifact")
-    from modelops.models.sources import open_checkpoint
-
-    return open_checkpoint(uri, device=device, batch_size=batch_size)
-
-
-class FolderSource:
-    """Ready-made images, one per file in order of name; requests beyond them fail.
-
-    Prompts and seeds are not used: image k answers request k of the source's life.
-    """
-
-    scheduler_name = "none"
-
-    def __init__(self, folder: Path) -> None:
-        from modelops.base.files import sha256_file, sha256_json
-
-        found = sorted(folder.iterdir())
-        self.files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-        digest = sha256_json({file.name: sha256_file(file) for file in self.files})
-        self.info = SourceInfo(
-            kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",
-            details={"images": len(self.files), "other_files": len(found) - len(self.files)},
-        )  # fmt: skip
-
-    @property
-    def defaults(self) -> ImageRequest:
-        return ImageRequest(prompt="", seed=0)
-
-    def read(self, index: int) -> Image:
-        """Image `index` [H, W, 3] uint8.
-
-        Raises:
-            EvaluationError: there are fewer images.
-            ImageError: it cannot be read.
-        """
-        from modelops.data.images import read_image
-
-        if index >= len(self.files):
-            raise EvaluationError(f"{self.info.uri}: only {len(self.files)} images")
-        return read_image(self.files[index])
-
-    def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
-        """Images by position; the seed of a request is its position in the folder."""
-        return [self.read(request.seed) for request in requests]
-
-
-class EndpointSource:
+class EndpointSource(ModelSource):
     """A running service that speaks the OpenAI Images API with modelops' seed, steps, guidance.
 
     Args:
@@ -143,7 +53,7 @@ class EndpointSource:
         self.base = base.rstrip("/").removesuffix(ENDPOINT).removesuffix("/v1")
         self.attempts, self.max_wait_s = max(1, attempts), max_wait_s
         self.timeout_s = timeout_s
-        self.concurrency = max(1, concurrency)
+        self.batch_size = max(1, concurrency)
         key = api_key or os.environ.get("MODELOPS_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(timeout=timeout_s, headers=headers, follow_redirects=False)
@@ -170,11 +80,17 @@ class EndpointSource:
         return images
 
     def generate_each(self, requests: Sequence[ImageRequest]) -> list[Image | ModelopsError]:
-        """The image of each request, or why there is none; `concurrency` of them at a time."""
-        if self.concurrency == 1 or len(requests) == 1:
-            return [self._one_or_error(request) for request in requests]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._one_or_error, requests))
+        """Ask for each image once, `batch_size` of them at a time."""
+        if self.batch_size == 1 or len(requests) == 1:
+            return [self.generate_one(request) for request in requests]
+        with ThreadPoolExecutor(self.batch_size) as pool:
+            return list(pool.map(self.generate_one, requests))
+
+    def generate_one(self, request: ImageRequest) -> Image | ModelopsError:
+        try:
+            return self._one(request)
+        except ModelopsError as error:
+            return error
 
     def close(self) -> None:
         """Close the connections."""
@@ -195,12 +111,6 @@ class EndpointSource:
         except (ValueError, KeyError, IndexError, TypeError):
             return {}
         return listed if isinstance(listed, dict) else {}
-
-    def _one_or_error(self, request: ImageRequest) -> Image | ModelopsError:
-        try:
-            return self._one(request)
-        except ModelopsError as error:
-            return error
 
     def _one(self, request: ImageRequest) -> Image:
         body: dict[str, Any] = {

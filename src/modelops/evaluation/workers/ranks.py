@@ -10,9 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from modelops.base.errors import ProcessDiedError
-from modelops.evaluation.crew.reading import failure_of
-from modelops.evaluation.crew.threads import device_of
-from modelops.evaluation.crew.work import (
+from modelops.evaluation.workers.reading import failure_of
+from modelops.evaluation.workers.tasks import (
     Failure,
     Job,
     OnOutcome,
@@ -23,6 +22,7 @@ from modelops.evaluation.crew.work import (
     share_from_json,
     share_to_json,
 )
+from modelops.evaluation.workers.threads import device_of
 
 
 class LaunchedRanks:
@@ -32,6 +32,8 @@ class LaunchedRanks:
     on to measure and writes the record; the others read what it wants read, and end with it. Files
     must be in a place that all of them see.
     """
+
+    share_cores = False
 
     def __init__(self, rank: int, world: int, local: int | None = None) -> None:
         self.rank, self.processes = rank, world

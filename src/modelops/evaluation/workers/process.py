@@ -1,4 +1,4 @@
-"""A process that does a share of an evaluation's work: `python -m modelops.evaluation.crew.worker`.
+"""Do a share of an evaluation's work, as `python -m modelops.evaluation.workers.process`.
 
 Standard input: a line of JSON for each piece of work, either {"opening", "jobs"}, images to make,
 or {"share"}, images to read; its end means that the evaluation is over, or gone. Standard output: a
@@ -39,18 +39,18 @@ def main() -> int:
 
 
 def _do(task: dict[str, Any], answers: TextIO) -> None:
-    from modelops.evaluation.crew.work import job_from_json, share_from_json
+    from modelops.evaluation.workers.tasks import job_from_json, share_from_json
 
     if "share" in task:
-        from modelops.evaluation.crew.reading import failure_of
+        from modelops.evaluation.workers.reading import failure_of
 
         failure = failure_of(share_from_json(task["share"]))
         _say({"failure": asdict(failure) if failure else None}, answers)
         return
     import torch
 
-    from modelops.evaluation.samples import make_images
-    from modelops.evaluation.sources import open_source
+    from modelops.evaluation.sources.open import open_source
+    from modelops.evaluation.workers.making import make_images
 
     opening = task["opening"]
     source = open_source(opening.pop("uri"), **opening)

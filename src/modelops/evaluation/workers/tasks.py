@@ -91,8 +91,16 @@ OnOutcome = Callable[[Outcome], None]
 OnRead = Callable[[int], None]  # images read by this process so far
 
 
-class Crew(Protocol):
-    """How the work of one evaluation is divided among processes."""
+class Workers(Protocol):
+    """Processes that share the work of one evaluation.
+
+    Attributes:
+        rank: this process's; the first one's is 0.
+        share_cores: whether they run on this machine's cores without a launcher that divides them.
+    """
+
+    rank: int
+    share_cores: bool
 
     @property
     def processes(self) -> int:

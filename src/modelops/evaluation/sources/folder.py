@@ -1,0 +1,54 @@
+"""A folder of ready-made images as a model source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modelops.base.errors import EvaluationError
+from modelops.models.sources import Image, ImageRequest, ModelSource
+from modelops.records.evaluation import SourceInfo
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class FolderSource(ModelSource):
+    """Ready-made images, one per file in order of name; requests beyond them fail.
+
+    Prompts and seeds are not used: image k answers request k of the source's life.
+    """
+
+    scheduler_name = "none"
+    batch_size = 16
+
+    def __init__(self, folder: Path) -> None:
+        from modelops.base.files import sha256_file, sha256_json
+
+        found = sorted(folder.iterdir())
+        self.files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+        digest = sha256_json({file.name: sha256_file(file) for file in self.files})
+        self.info = SourceInfo(
+            kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",
+            details={"images": len(self.files), "other_files": len(found) - len(self.files)},
+        )  # fmt: skip
+
+    @property
+    def defaults(self) -> ImageRequest:
+        return ImageRequest(prompt="", seed=0)
+
+    def read(self, index: int) -> Image:
+        """Image `index` [H, W, 3] uint8.
+
+        Raises:
+            EvaluationError: there are fewer images.
+            ImageError: it cannot be read.
+        """
+        from modelops.data.images import read_image
+
+        if index >= len(self.files):
+            raise EvaluationError(f"{self.info.uri}: only {len(self.files)} images")
+        return read_image(self.files[index])
+
+    def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
+        """Images by position; the seed of a request is its position in the folder."""
+        return [self.read(request.seed) for request in requests]
