@@ -30,7 +30,7 @@ from modelops.base.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.graphs.graph import process_cores
 from modelops.export.int8.options import ERROR_BUDGET
-from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.qdq import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import search_groups
 from modelops.export.int8.sensitivity import scan_groups

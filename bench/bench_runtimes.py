@@ -27,7 +27,7 @@ from denoisers import NAMES, Denoiser, make_denoiser
 from modelops.base.environment import current_environment
 from modelops.export.calibration import TrajectoryRows
 from modelops.export.graphs.graph import Graph, available_runtimes, process_cores
-from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.qdq import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.precision import openvino_has_bfloat16

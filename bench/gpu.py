@@ -201,7 +201,7 @@ def write_graphs(
 ) -> dict[str, Path]:
     """fp32, fp16 and INT8 graphs of the module; a conversion that fails is left out."""
     from modelops.base.errors import ModelopsError
-    from modelops.export.int8.quantize import quantize_graph
+    from modelops.export.int8.qdq import quantize_graph
     from modelops.export.int8.ranges import Calibration
     from modelops.export.onnx.precision import convert_precision
     from modelops.export.onnx.writer import write_graph

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from modelops.data.corpora.openmoji import list_drawings, render_drawing
-from modelops.metrics.inception import build_network, clean
+from modelops.metrics.inception import build_network
+from modelops.metrics.inception_resize import clean
 
 Features = npt.NDArray[np.float32]
 KINDS = ("RGBA png", "RGB jpg", "L png", "RGB png", "L jpg", "LA png")

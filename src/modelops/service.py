@@ -79,7 +79,7 @@ class ImageGenerator:
 
     def __init__(self) -> None:
         from modelops.serving.node.node import InferenceNode
-        from modelops.serving.rollout.rollout import open_fleet
+        from modelops.serving.rollout.rollout import open_rollout
 
         end_with_parent()
         # After each step the engine's thread waits until another one lets go of the interpreter.
@@ -88,7 +88,7 @@ class ImageGenerator:
         self.worker = this_worker(bentoml.server_context.worker_index)
         self.lines.addFilter(WorkerField(self.worker))
         configure_tracing(os.environ)
-        self.fleet = open_fleet(
+        self.rollout = open_rollout(
             release_from_environment(),
             settings,
             lambda path: InferenceNode(path, settings=settings, worker=self.worker),
@@ -96,22 +96,22 @@ class ImageGenerator:
         )
         self.lines.on_lost = self._count_lost_lines
         limits.on_closed = self._count_closed
-        self.fleet.stable.start()
-        app.state.fleet = self.fleet
+        self.rollout.stable.start()
+        app.state.rollout = self.rollout
 
     # The stable node may be another one by then.
     def _count_lost_lines(self, lines: int) -> None:
-        self.fleet.stable.metrics.log_lost.inc(lines)
+        self.rollout.stable.metrics.log_lost.inc(lines)
 
     def _count_closed(self, reason: str) -> None:
-        self.fleet.stable.metrics.on_closed(reason)
+        self.rollout.stable.metrics.on_closed(reason)
 
     @bentoml.on_startup
     async def meet_the_others(self) -> None:
         """Answer the other workers' questions, and ask them."""
         if self.worker.count > 1:
             app.state.peers = Peers(
-                self.worker, node=lambda: self.fleet.stable, text=self.fleet.text
+                self.worker, node=lambda: self.rollout.stable, text=self.rollout.text
             )
             await app.state.peers.start()
 
@@ -128,15 +128,15 @@ class ImageGenerator:
             raise SystemExit(f"error: {error}") from error
 
     def __is_alive__(self) -> bool:
-        return self.fleet.stable.alive()
+        return self.rollout.stable.alive()
 
     def __is_ready__(self) -> bool:
-        return not self.fleet.stable.readiness()
+        return not self.rollout.stable.readiness()
 
     @bentoml.on_shutdown
     def drain(self) -> None:
         """Finish the work in hand, and write what is to be written about it."""
-        self.fleet.close()
+        self.rollout.close()
         if app.state.peers is not None:
             app.state.peers.close()
         flush_tracing()

@@ -15,74 +15,143 @@ from modelops.cli.main import COMMANDS
 
 ROOT = Path(modelops.__file__).parent
 TRAINER = Path(modelops.trainer.__file__).parent
-BASE = {
-    "config",
-    "environment",
-    "errors",
-    "extras",
-    "files",
-    "launch",
-    "processor",
-    "records",
-    "release",
-    "scaffold",
-    "seeding",
-    "steps",
-}
 ALLOWED = {
-    "models": BASE,
-    "data": BASE | {"models"},
-    "metrics": BASE | {"models"},
-    "safety": BASE | {"models"},
-    "export": BASE | {"models", "data", "metrics"},
-    "evaluation": BASE | {"models", "data", "metrics", "safety", "export"},
-    "monitoring": BASE | {"metrics"},
-    "gates": BASE | {"evaluation", "export", "metrics", "monitoring"},
-    "cards": BASE | {"data", "evaluation", "export", "gates"},
-    "serving": BASE | {"models", "safety", "export", "metrics", "monitoring"},
-    "service": BASE | {"safety", "serving"},
-    "trainer": BASE | {"models", "data", "evaluation", "metrics"},
-    "doctor": BASE | {"models"},
-    "demo": BASE
-    | {"models", "data", "metrics", "safety", "export", "evaluation", "gates", "cards", "serving"}
-    | {"monitoring"},
+    "base": set(),
+    "records": {"base"},
+    "models": {"base", "records"},
+    "training": {"base", "records"},
+    "releases": {"base", "records"},
+    "metrics": {"base", "records", "models"},
+    "safety": {"base", "records", "models"},
+    "data": {"base", "records", "models"},
+    "export": {"base", "records", "models", "metrics"},
+    "evaluation": {"base", "records", "models", "data", "metrics", "safety", "export"},
+    "abtest": {"base", "records", "data", "metrics", "evaluation"},
+    "monitoring": {"base", "records", "metrics", "releases"},
+    "gates": {"base", "records", "metrics", "export", "evaluation", "monitoring"},
+    "cards": {"base", "records", "data", "export", "evaluation", "gates"},
+    "serving": {
+        "base", "records", "models", "safety", "export", "metrics", "monitoring", "releases",
+    },
+    "service": {"base", "serving"},
+    "trainer": {"base", "records", "models", "data", "metrics", "evaluation", "training"},
+    "doctor": {"base", "models"},
+    "demo": {
+        "base", "records", "models", "training", "data", "metrics", "safety", "export",
+        "evaluation", "monitoring", "gates", "cards", "releases", "serving",
+    },
+}  # fmt: skip
+# Inside a room, from bottom to top: a part imports parts before it alone.
+FLOORS = {
+    "serving": (
+        "settings", "failures", "api", "workers", "engine", "telemetry", "provenance", "moderation",
+        "node", "rollout", "http", "deploy",
+    ),
+    "export": (
+        "timing", "graphs", "signatures", "calls", "tensorrt", "onnx", "runtimes", "components",
+        "pictures", "calibration", "parity", "artifact", "source", "bench", "exporting", "int8",
+        "to_onnx", "to_int8", "to_tensorrt", "to_torchscript",
+    ),
+    "evaluation": (
+        "grids", "lit", "per_image", "prompts", "reference", "settings", "sources", "workers",
+        "samples", "sampling", "compare", "workbench", "overfitting", "report", "measures",
+        "evaluate",
+    ),
+    "data": (
+        "images", "manifest", "neighbours", "rates", "candidates", "check", "corpora", "embeddings",
+        "units", "calibration", "dedup", "split", "shards", "stats", "smoke",
+    ),
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    """Dotted name below `modelops` of a file of the package or of the trainer."""
+    top, below = (TRAINER, ("trainer",)) if path.is_relative_to(TRAINER) else (ROOT, ())
+    parts = (*below, *path.relative_to(top).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    module_name(path): path
+    for top in (ROOT, TRAINER)
+    for path in sorted(top.rglob("*.py"))
+    if module_name(path)
 }
 
 
-def imported_packages(path: Path) -> set[str]:
-    """Names directly below `modelops` that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def imported_by(name: str) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            modules = [node.module]
-            if node.module == "modelops":
-                modules = [f"modelops.{alias.name}" for alias in node.names]
-        else:
-            continue
-        names |= {m.split(".")[1] for m in modules if m.startswith("modelops.")}
-    return names - {"__version__"}
+            found |= {alias.name.removeprefix("modelops.") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:  # of the trainer, which is flat
+            assert node.level == 1 and name.startswith("trainer"), name
+            found |= {f"trainer.{node.module}"} if node.module else set()
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            module = node.module.removeprefix("modelops").removeprefix(".")
+            if node.module.split(".")[0] == "modelops":
+                inside = {f"{module}.{alias.name}".strip(".") for alias in node.names}
+                found |= (inside & FILES.keys()) or {module}
+    return (found & FILES.keys()) - {name}
 
 
-def rooms() -> list[tuple[str, Path]]:
-    found = [("trainer", path) for path in sorted(TRAINER.rglob("*.py"))]
-    for path in sorted(ROOT.rglob("*.py")):
-        found.append((path.relative_to(ROOT).parts[0].removesuffix(".py"), path))
-    return found
+ARROWS = {name: imported_by(name) for name in FILES}
 
 
-@pytest.mark.parametrize(("room", "path"), rooms(), ids=lambda value: str(value).rsplit("/", 1)[-1])
-def test_imports_point_one_way(room: str, path: Path) -> None:
-    imports = imported_packages(path) - {room}
-    assert room == "trainer" or "trainer" not in imports, "nothing imports trainer"
-    assert room == "cli" or "cli" not in imports, "nobody imports cli"
-    if room in BASE | {"__init__"}:
-        assert imports <= BASE
-    elif room in ALLOWED:
-        assert imports <= ALLOWED[room], f"{path.name}: {imports - ALLOWED[room]}"
-    else:
-        assert room == "cli", f"{room}: a new room needs an entry in this table"
+@pytest.mark.parametrize("room", sorted({name.split(".")[0] for name in FILES} - {"cli"}))
+def test_imports_point_one_way(room: str) -> None:
+    assert room in ALLOWED, f"{room}: a new room needs an entry in this table"
+    for name in (name for name in FILES if name.split(".")[0] == room):
+        others = {imported.split(".")[0] for imported in ARROWS[name]} - {room}
+        assert others <= ALLOWED[room], f"{name}: {others - ALLOWED[room]}"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_inside_a_room_imports_point_one_way_too(room: str) -> None:
+    floors = {part: height for height, part in enumerate(FLOORS[room])}
+    for name in (name for name in FILES if name.startswith(f"{room}.")):
+        part = name.split(".")[1]
+        assert part in floors, f"{name}: a new part needs a place in this table"
+        for imported in ARROWS[name]:
+            other = imported.removeprefix(f"{room}.").split(".")[0]
+            if imported.startswith(f"{room}.") and other != part:
+                assert floors[other] < floors[part], f"{name} imports {imported}"
+
+
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of names that reach each other."""
+    above: dict[str, set[str]] = {}
+    for start in arrows:
+        reached, ahead = set(), [start]
+        while ahead:
+            for name in arrows.get(ahead.pop(), set()) - reached:
+                reached.add(name)
+                ahead.append(name)
+        above[start] = reached
+    return [{n for n in above[name] if name in above[n]} for name in above if name in above[name]]
+
+
+def test_no_circle_of_files_or_folders_at_any_level() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}] * 2
+    assert circles(ARROWS) == []
+    for depth in (1, 2, 3):
+        folders: dict[str, set[str]] = {}
+        for name, imports in ARROWS.items():
+            here = name.split(".")
+            for there in (imported.split(".") for imported in imports):
+                if here[: depth - 1] == there[: depth - 1] and here[:depth] != there[:depth]:
+                    folders.setdefault(".".join(here[:depth]), set()).add(".".join(there[:depth]))
+        assert circles(folders) == [], f"at level {depth}"
+
+
+def test_no_file_or_class_is_too_long_to_read_at_once() -> None:
+    for name, path in FILES.items():
+        text = path.read_text("utf-8")
+        assert text.count("\n") <= 450, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.end_lineno is not None:
+                assert node.end_lineno - node.lineno < 300, f"{name}: {node.name}"
 
 
 def test_the_pipeline_that_checkpoints_carry_imports_only_torch_and_diffusers() -> None:

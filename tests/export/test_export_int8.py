@@ -17,9 +17,9 @@ from modelops.export.artifact.layers import searched_layers
 from modelops.export.artifact.open import open_artifact
 from modelops.export.calibration import collect_rows
 from modelops.export.int8 import job, ortcpu
-from modelops.export.int8.gates import require_faster
+from modelops.export.int8.accept import require_faster
 from modelops.export.int8.lint import lint_qdq
-from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.qdq import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.search import Decision, GroupCost
 from modelops.export.parity import BOUNDS, psnr_db, require_parity

@@ -11,13 +11,11 @@ import pytest
 
 from modelops.base.errors import ExportError, UsageError
 from modelops.export.graphs.graph import Array
-from modelops.export.int8.columns import split_columns
+from modelops.export.int8.accept import onnxruntime_execution, openvino_execution, unproven_layers
 from modelops.export.int8.groups import group_of, node_groups, role_of, stage_of
 from modelops.export.int8.lint import lint_ort_cpu, lint_qdq
 from modelops.export.int8.ortcpu import choose_kind, judge_ort_cpu, write_ort_cpu
-from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
-from modelops.export.int8.qdq import QdqWriter, round_weights
-from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.qdq import QdqWriter, quantize_graph, round_weights
 from modelops.export.int8.ranges import (
     METHODS,
     Calibration,
@@ -27,6 +25,7 @@ from modelops.export.int8.ranges import (
     percentile_bin,
     visit_tensors,
 )
+from modelops.export.int8.rewrite import split_columns
 from modelops.export.int8.variants import Variants
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.open import open_graph

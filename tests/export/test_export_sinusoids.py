@@ -14,7 +14,7 @@ from torch import nn
 from modelops.base.seeding import torch_generator
 from modelops.export.artifact.directory import GRAPH
 from modelops.export.components import find_components
-from modelops.export.int8.proof import openvino_execution
+from modelops.export.int8.accept import openvino_execution
 from modelops.export.onnx.writer import write_graph
 from modelops.export.runtimes import openvino as runtime
 from modelops.export.runtimes.openvino import OpenVinoGraph

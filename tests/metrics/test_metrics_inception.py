@@ -19,15 +19,8 @@ from modelops.base.errors import EvaluationError, IntegrityError, MissingWeights
 from modelops.evaluation.settings import EXTRACTOR_DTYPES, FID_MODES
 from modelops.metrics.features import in_threads
 from modelops.metrics.frechet import features_to_frechet_distance
-from modelops.metrics.inception import (
-    DTYPES,
-    MODES,
-    InceptionExtractor,
-    clean,
-    legacy_pytorch,
-    legacy_tensorflow,
-    logits_to_inception_score,
-)
+from modelops.metrics.inception import DTYPES, InceptionExtractor, logits_to_inception_score
+from modelops.metrics.inception_resize import MODES, clean, legacy_pytorch, legacy_tensorflow
 from modelops.metrics.kernel import kernel_distance
 from modelops.metrics.prdc import prdc
 

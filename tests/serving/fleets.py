@@ -1,4 +1,4 @@
-"""A folder of real releases, and a fleet of them behind a real HTTP server."""
+"""A folder of real releases, and a rollout of them behind a real HTTP server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from modelops.serving.http.app import create_app
 from modelops.serving.node.node import InferenceNode
-from modelops.serving.rollout.rollout import Fleet, open_fleet
+from modelops.serving.rollout.rollout import Rollout, open_rollout
 from modelops.serving.settings import NodeSettings
 
 EVERY = ("stable", "next", "twin", "golden", "torn")
@@ -117,9 +117,9 @@ class Caller:
 
 @dataclass
 class LiveFleet(Caller):
-    """A server of this process, so that its fleet can be looked into."""
+    """A server of this process, so that its rollout can be looked into."""
 
-    fleet: Fleet = field(kw_only=True)
+    rollout: Rollout = field(kw_only=True)
 
 
 @dataclass
@@ -174,11 +174,11 @@ def live(
     releases: Path,
     keys: Path | None = None,
     *,
-    fleet: Fleet | None = None,
+    rollout: Rollout | None = None,
     settings: NodeSettings | None = None,
     monkeypatch: Any = None,
 ) -> Iterator[LiveFleet]:
-    """A fleet whose stable release is `releases/stable`."""
+    """A rollout whose stable release is `releases/stable`."""
     admin = user = ""
     if keys is not None:
         from modelops.serving.http.keys import create_key
@@ -186,23 +186,23 @@ def live(
         admin, user = create_key(keys, "ops", admin=True), create_key(keys, "alice")
         monkeypatch.setenv("MODELOPS_API_KEYS_FILE", str(keys))
     settings = settings or NodeSettings(max_rows=4, profile_s=0, releases=str(releases))
-    fleet = fleet or open_fleet(
+    rollout = rollout or open_rollout(
         releases / "stable", settings, lambda path: InferenceNode(path, settings=settings)
     )
-    fleet.stable.start()
+    rollout.stable.start()
     server = uvicorn.Server(
-        uvicorn.Config(create_app(fleet=fleet), host="127.0.0.1", port=0, log_level="warning")
+        uvicorn.Config(create_app(rollout=rollout), host="127.0.0.1", port=0, log_level="warning")
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield LiveFleet(f"http://127.0.0.1:{port}", admin, user, fleet=fleet)
+        yield LiveFleet(f"http://127.0.0.1:{port}", admin, user, rollout=rollout)
     finally:
         server.should_exit = True
         thread.join(20)
-        fleet.close(drain=False, timeout_s=10)
+        rollout.close(drain=False, timeout_s=10)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:

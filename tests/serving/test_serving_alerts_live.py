@@ -39,7 +39,7 @@ from modelops.serving.deploy.scaffold import ScaffoldOptions, write_scaffold
 from modelops.serving.http.app import create_app
 from modelops.serving.node.golden import make_golden
 from modelops.serving.node.node import InferenceNode
-from modelops.serving.rollout.rollout import Fleet, open_fleet
+from modelops.serving.rollout.rollout import Rollout, open_rollout
 from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.logs import configure_logging
@@ -85,13 +85,13 @@ def ask(url: str, *, pause_s: float, **body: Any) -> None:
 
 @dataclass
 class Lab:
-    """Prometheus, the two nodes, and a little traffic to both; `near` stands in `fleet`."""
+    """Prometheus, the two nodes, and a little traffic to both; `near` stands in `rollout`."""
 
     prometheus: str
     far: RunningServer
     near: InferenceNode
     near_url: str
-    fleet: Fleet
+    rollout: Rollout
     began: float = field(default_factory=time.monotonic)
     busy: dict[str, bool] = field(default_factory=lambda: {"far": True, "near": True})
     ended: threading.Event = field(default_factory=threading.Event)
@@ -161,23 +161,25 @@ def release(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @contextlib.contextmanager
-def near_node(release: Path) -> Iterator[tuple[Fleet, str]]:
+def near_node(release: Path) -> Iterator[tuple[Rollout, str]]:
     settings = NodeSettings(max_rows=2, queue_limit=2, releases=str(release.parent))
-    fleet = open_fleet(release, settings, lambda path: InferenceNode(path, settings=settings))
-    fleet.stable.start()
-    assert fleet.stable.readiness() == []
-    config = uvicorn.Config(create_app(fleet=fleet), host="127.0.0.1", port=0, log_level="warning")
+    rollout = open_rollout(release, settings, lambda path: InferenceNode(path, settings=settings))
+    rollout.stable.start()
+    assert rollout.stable.readiness() == []
+    config = uvicorn.Config(
+        create_app(rollout=rollout), host="127.0.0.1", port=0, log_level="warning"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield fleet, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield rollout, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
-        fleet.close(drain=False, timeout_s=10)
+        rollout.close(drain=False, timeout_s=10)
 
 
 @contextlib.contextmanager
@@ -215,10 +217,10 @@ def lab(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab
         far = stack.enter_context(
             start_server(release, log_path=folder / "far.log", environment=environment)
         )
-        fleet, near_url = stack.enter_context(near_node(release))
+        rollout, near_url = stack.enter_context(near_node(release))
         targets = [url.removeprefix("http://") for url in (far.url, near_url)]
         url = stack.enter_context(prometheus(folder, targets))
-        made = Lab(prometheus=url, far=far, near=fleet.stable, near_url=near_url, fleet=fleet)
+        made = Lab(prometheus=url, far=far, near=rollout.stable, near_url=near_url, rollout=rollout)
 
         def traffic(name: str, target: str) -> None:
             while not made.ended.wait(0.3):
@@ -431,16 +433,16 @@ def canary(lab: Lab, **rules: Any) -> Iterator[Any]:
 
     A scrape may be late while this process loads it, which is no fault of the canary's.
     """
-    lab.fleet.start_canary("next", CanaryRules(share=0.5, **rules))
-    lab.wait(lambda: lab.fleet.canary is not None, "no canary")
-    node = lab.fleet.canary
+    lab.rollout.start_canary("next", CanaryRules(share=0.5, **rules))
+    lab.wait(lambda: lab.rollout.canary is not None, "no canary")
+    node = lab.rollout.canary
     assert node is not None
     try:
         yield node.image_guard._filter
     finally:
-        if lab.fleet.canary is not None:
-            lab.fleet.roll_back()
-        lab.wait(lambda: not lab.fleet.status()["draining"], "it still drains")
+        if lab.rollout.canary is not None:
+            lab.rollout.roll_back()
+        lab.wait(lambda: not lab.rollout.status()["draining"], "it still drains")
 
 
 @pytest.mark.parametrize("auto", [False, True])
@@ -451,13 +453,13 @@ def test_a_canary_is_worse(lab: Lab, auto: bool) -> None:
         image_filter.check = lambda images: [replace(one, blocked=True) for one in check(images)]
         with clients(1, lambda: ask(lab.near_url, pause_s=0.1)):
             lab.until("ModelopsCanaryWorse")
-        assert (lab.fleet.canary is None) == auto
+        assert (lab.rollout.canary is None) == auto
         if not auto:
-            lab.fleet.roll_back(by="a test")
+            lab.rollout.roll_back(by="a test")
         lab.quiet()
-    ended = [entry["event"] for entry in lab.fleet.status()["events"]]
+    ended = [entry["event"] for entry in lab.rollout.status()["events"]]
     assert ended[-2:] == ["rolled_back_worse" if auto else "rolled_back", "drained"]
-    assert lab.fleet.stable is lab.near
+    assert lab.rollout.stable is lab.near
 
 
 def test_a_canary_turns_red(lab: Lab) -> None:
@@ -469,7 +471,7 @@ def test_a_canary_turns_red(lab: Lab) -> None:
     with canary(lab) as image_filter, lab.fault("ModelopsCanaryFailed"):
         image_filter.check = raises
         lab.until("ModelopsCanaryFailed")
-        assert lab.fleet.canary is None
+        assert lab.rollout.canary is None
         lab.quiet()
 
 

@@ -14,8 +14,9 @@ from modelops.base.errors import ServingError, UsageError
 from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
 from modelops.records.evaluation import SourceInfo
 from modelops.serving.engine.batch_profile import profile_from_seconds
-from modelops.serving.engine.engine import MAX_OVERTAKEN, StepEngine
+from modelops.serving.engine.engine import StepEngine
 from modelops.serving.engine.jobs import StepReport
+from modelops.serving.engine.queue import MAX_OVERTAKEN
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
 
 MIXED = [

@@ -24,7 +24,7 @@ from modelops.base.files import sha256_file
 from modelops.cli.main import main
 from modelops.serving.http.keys import KeyRing, create_key, read_keys
 from modelops.serving.rollout.active_release import (
-    read_standing,
+    read_active_release,
     release_from_environment,
     release_to_serve,
 )
@@ -36,7 +36,7 @@ from modelops.serving.settings import NodeSettings
 
 @pytest.fixture(scope="module")
 def made(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("fleet")
+    home = tmp_path_factory.mktemp("rollout")
     other = second_checkpoint(tiny_checkpoint, home / "checkpoint")
     build_releases(home / "releases", tiny_checkpoint, other)
     return home / "releases"
@@ -79,7 +79,7 @@ def test_swaps_under_load_lose_nothing(
 ) -> None:
     pages: list[str] = []
     with live(releases, tmp_path / "keys.json", monkeypatch=monkeypatch) as node:
-        old = weakref.ref(node.fleet.stable.engine)
+        old = weakref.ref(node.rollout.stable.engine)
         load, done = Load(node), threading.Event()
 
         def scrape() -> None:
@@ -93,7 +93,7 @@ def test_swaps_under_load_lose_nothing(
             load.more(5)
             # A canary, chosen by each request's id.
             assert node.swap("canary", {"release": "next", "share": 0.5})[0] == 202
-            wait_until(lambda: node.fleet.canary is not None)
+            wait_until(lambda: node.rollout.canary is not None)
             load.more(4)
             first = len(load.answers)
             load.more(40)
@@ -116,7 +116,7 @@ def test_swaps_under_load_lose_nothing(
             refused = len(load.answers)
             # A canary that takes everything, and is rolled back.
             assert node.swap("canary", {"release": "twin", "share": 1.0})[0] == 202
-            wait_until(lambda: node.fleet.canary is not None)
+            wait_until(lambda: node.rollout.canary is not None)
             load.more(4)
             all_canary = len(load.answers)
             load.more(8)
@@ -150,7 +150,7 @@ def test_swaps_under_load_lose_nothing(
     ]  # fmt: skip
     assert event(status, "rolled_back")["by"] == "ops"
     assert event(status, "promoted")["reason"].startswith("forced, undecided: ")
-    standing = read_standing(releases)
+    standing = read_active_release(releases)
     assert standing is not None and standing.sha256 == following and standing.by == "ops"
 
     # No counter ever went back, or jumped: http requests and images tell the same story.
@@ -175,9 +175,9 @@ def test_a_canary_that_breaks_costs_no_answer(releases: Path) -> None:
     with live(releases) as node:
         load = Load(node)
         with load.running(3):
-            node.fleet.start_canary("next", CanaryRules(share=0.5))
-            wait_until(lambda: node.fleet.canary is not None)
-            canary = node.fleet.canary
+            node.rollout.start_canary("next", CanaryRules(share=0.5))
+            wait_until(lambda: node.rollout.canary is not None)
+            canary = node.rollout.canary
             assert canary is not None
             load.more(10)
 
@@ -185,9 +185,9 @@ def test_a_canary_that_breaks_costs_no_answer(releases: Path) -> None:
                 raise RuntimeError("a test breaks the network")
 
             canary.engine.pipeline.predict_velocity = broken
-            wait_until(lambda: node.fleet.canary is None)  # nobody told it
+            wait_until(lambda: node.rollout.canary is None)  # nobody told it
             load.more(10)
-        status = node.fleet.status()
+        status = node.rollout.status()
         assert "the engine does not answer" in event(status, "rolled_back_red")["reason"]
         failed = value(node.text(), "modelops_canary_requests_total", outcome="failed")
         assert failed >= 1
@@ -201,9 +201,9 @@ def test_a_red_filter_of_the_canary_rolls_it_back(releases: Path) -> None:
     with live(releases) as node:
         load = Load(node)
         with load.running(2):
-            node.fleet.start_canary("twin", CanaryRules(share=1.0))
-            wait_until(lambda: node.fleet.canary is not None)
-            canary = node.fleet.canary
+            node.rollout.start_canary("twin", CanaryRules(share=1.0))
+            wait_until(lambda: node.rollout.canary is not None)
+            canary = node.rollout.canary
             assert canary is not None
             load.more(4)
 
@@ -211,10 +211,10 @@ def test_a_red_filter_of_the_canary_rolls_it_back(releases: Path) -> None:
                 raise ValueError("a test breaks the filter")
 
             canary.image_guard._filter.check = nan
-            wait_until(lambda: node.fleet.canary is None)
+            wait_until(lambda: node.rollout.canary is None)
             load.more(6)
-        assert "image filter" in event(node.fleet.status(), "rolled_back_red")["reason"]
-        assert node.fleet.stable.problems() == []
+        assert "image filter" in event(node.rollout.status(), "rolled_back_red")["reason"]
+        assert node.rollout.stable.problems() == []
     assert load.releases()
 
 
@@ -231,8 +231,8 @@ def test_a_model_can_be_named(releases: Path) -> None:
 
         assert version(ask("tiny@0.1")) == version(ask("tiny")) == version(ask(None)) == "0.1"
         assert ask("tiny@0.2")[0] == 404
-        node.fleet.start_canary("next", CanaryRules(share=1.0))
-        wait_until(lambda: node.fleet.canary is not None)
+        node.rollout.start_canary("next", CanaryRules(share=1.0))
+        wait_until(lambda: node.rollout.canary is not None)
         assert version(ask("tiny")) == version(ask("tiny@0.1")) == "0.1"
         assert version(ask("tiny@0.2")) == version(ask(None)) == "0.2"
         listed = node.post("/v1/models")[1]["data"]
@@ -243,16 +243,16 @@ def test_a_model_can_be_named(releases: Path) -> None:
         # The two have other weights, so the same seed gives other pictures.
         first, second = ask("tiny@0.1")[1], ask("tiny@0.2")[1]
         assert np.abs(pixels(first) - pixels(second)).max() > 1
-        status = node.fleet.status()
+        status = node.rollout.status()
         # Those that named a model chose for themselves.
         assert status["canary"]["measured"] == 1 == status["canary"]["so_far"]["canary"]["ok"]
 
         # The same id goes the same way, whoever asks again.
-        node.fleet.roll_back()
-        wait_until(lambda: not node.fleet.status()["draining"])
+        node.rollout.roll_back()
+        wait_until(lambda: not node.rollout.status()["draining"])
         assert ask("tiny@0.2")[0] == 404
-        node.fleet.start_canary("next", CanaryRules(share=0.5, named=True))
-        wait_until(lambda: node.fleet.canary is not None)
+        node.rollout.start_canary("next", CanaryRules(share=0.5, named=True))
+        wait_until(lambda: node.rollout.canary is not None)
         ways = {name: version(ask("tiny", name)) for name in map(str, range(12))}
         assert set(ways.values()) == {"0.1", "0.2"}
         assert ways == {name: version(ask(None, name)) for name in ways}
@@ -274,9 +274,9 @@ def streamed(node: Any, **more: Any) -> tuple[list[dict[str, Any]], int]:
 @pytest.mark.slow
 def test_a_stream_that_has_begun_ends_on_the_canary_that_is_rolled_back(releases: Path) -> None:
     with live(releases) as node:
-        node.fleet.start_canary("next", CanaryRules(share=1.0))
-        wait_until(lambda: node.fleet.canary is not None)
-        canary = node.fleet.canary
+        node.rollout.start_canary("next", CanaryRules(share=1.0))
+        wait_until(lambda: node.rollout.canary is not None)
+        canary = node.rollout.canary
         assert canary is not None
         pipeline, plain = canary.engine.pipeline, canary.engine.pipeline.predict_velocity
         go_on = threading.Event()
@@ -290,14 +290,14 @@ def test_a_stream_that_has_begun_ends_on_the_canary_that_is_rolled_back(releases
         thread = threading.Thread(target=lambda: found.extend(streamed(node)[0]))
         thread.start()
         wait_until(lambda: canary.engine.running > 0)
-        node.fleet.roll_back()
-        assert node.fleet.status()["draining"][0]["in_hand"] == 1
+        node.rollout.roll_back()
+        assert node.rollout.status()["draining"][0]["in_hand"] == 1
         assert streamed(node)[0][-1]["x_modelops"]["release"]["version"] == "0.1"
         go_on.set()
         thread.join(60)
         assert found[-1]["type"] == "image_generation.completed"
         assert found[-1]["x_modelops"]["release"]["version"] == "0.2"
-        wait_until(lambda: not node.fleet.status()["draining"])
+        wait_until(lambda: not node.rollout.status()["draining"])
 
 
 @pytest.mark.slow
@@ -311,12 +311,12 @@ def test_streams_take_the_canary_too_and_are_rescued(
 
     comments = 0
     with live(releases) as node:
-        node.fleet.start_canary("next", CanaryRules(share=1.0))
-        wait_until(lambda: node.fleet.canary is not None)
+        node.rollout.start_canary("next", CanaryRules(share=1.0))
+        wait_until(lambda: node.rollout.canary is not None)
         assert stream(node)[-1]["x_modelops"]["release"]["version"] == "0.2"
         assert stream(node, model="tiny")[-1]["x_modelops"]["release"]["version"] == "0.1"
         assert value(node.text(), "modelops_canary_requests_total", outcome="ok") == 1
-        canary = node.fleet.canary
+        canary = node.rollout.canary
         assert canary is not None
 
         def broken(*tensors: Any) -> Any:
@@ -328,7 +328,7 @@ def test_streams_take_the_canary_too_and_are_rescued(
 
         # It fails only after comments have kept the connection open.
         monkeypatch.setattr("modelops.serving.http.streaming.KEEP_ALIVE_S", 0.05)
-        monkeypatch.setattr(node.fleet, "_tick_s", 60.0)  # nobody rolls it back meanwhile
+        monkeypatch.setattr(node.rollout, "_tick_s", 60.0)  # nobody rolls it back meanwhile
 
         def late(*tensors: Any) -> Any:
             time.sleep(0.5)
@@ -340,7 +340,7 @@ def test_streams_take_the_canary_too_and_are_rescued(
         assert not [one for one in events if one["type"] == "error"]
         assert value(node.text(), "modelops_canary_requests_total", outcome="failed") == 2
         # And if the stable release cannot either, the stream that has begun says so.
-        node.fleet.stable.engine.pipeline.predict_velocity = broken
+        node.rollout.stable.engine.pipeline.predict_velocity = broken
         assert [one["type"] for one in stream(node)] == ["error"] and comments >= 3
 
 
@@ -348,7 +348,7 @@ def test_streams_take_the_canary_too_and_are_rescued(
 def test_requests_in_hand_are_finished_where_they_are(releases: Path) -> None:
     """A long request taken by the stable node before the swap is its answer after it."""
     with live(releases) as node:
-        slow = node.fleet.stable.engine.pipeline
+        slow = node.rollout.stable.engine.pipeline
         plain = slow.predict_velocity
 
         def slowly(*tensors: Any) -> Any:
@@ -356,8 +356,8 @@ def test_requests_in_hand_are_finished_where_they_are(releases: Path) -> None:
             return plain(*tensors)
 
         slow.predict_velocity = slowly
-        node.fleet.start_canary("next", CanaryRules(share=0.5))
-        wait_until(lambda: node.fleet.canary is not None)
+        node.rollout.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: node.rollout.canary is not None)
         answers: list[Any] = []
 
         def ask() -> None:
@@ -366,15 +366,15 @@ def test_requests_in_hand_are_finished_where_they_are(releases: Path) -> None:
 
         thread = threading.Thread(target=ask)
         thread.start()
-        wait_until(lambda: node.fleet.stable.engine.running > 0)
-        node.fleet.promote(force=True)
-        assert node.fleet.status()["draining"][0]["in_hand"] == 1
+        wait_until(lambda: node.rollout.stable.engine.running > 0)
+        node.rollout.promote(force=True)
+        assert node.rollout.status()["draining"][0]["in_hand"] == 1
         with pytest.raises(Exception, match="still finishes its work"):
-            node.fleet.start_canary("twin", CanaryRules())
+            node.rollout.start_canary("twin", CanaryRules())
         thread.join(60)
         assert answers[0][0] == 200
         assert answers[0][1]["data"][0]["x_modelops"]["release"]["version"] == "0.1"
-        wait_until(lambda: not node.fleet.status()["draining"])
+        wait_until(lambda: not node.rollout.status()["draining"])
 
 
 @pytest.mark.slow
@@ -384,13 +384,13 @@ def test_automatic_promotion_and_rollback(releases: Path) -> None:
     with live(releases) as node:
         load = Load(node)
         with load.running(4, guidance=2.0):
-            node.fleet.start_canary("next", CanaryRules(**quick, latency_margin=50.0))
-            wait_until(lambda: node.fleet.stable.release.version == "0.2")
-            wait_until(lambda: not node.fleet.status()["draining"])
+            node.rollout.start_canary("next", CanaryRules(**quick, latency_margin=50.0))
+            wait_until(lambda: node.rollout.stable.release.version == "0.2")
+            wait_until(lambda: not node.rollout.status()["draining"])
             # The same, but made slow: no answer is wrong, and yet it has to go.
-            node.fleet.start_canary("twin", CanaryRules(**quick, latency_margin=1.5))
-            wait_until(lambda: node.fleet.canary is not None)
-            canary = node.fleet.canary
+            node.rollout.start_canary("twin", CanaryRules(**quick, latency_margin=1.5))
+            wait_until(lambda: node.rollout.canary is not None)
+            canary = node.rollout.canary
             assert canary is not None
             plain = canary.engine.pipeline.predict_velocity
 
@@ -399,12 +399,12 @@ def test_automatic_promotion_and_rollback(releases: Path) -> None:
                 return plain(*tensors)
 
             canary.engine.pipeline.predict_velocity = slowly
-            wait_until(lambda: node.fleet.canary is None)
-        status = node.fleet.status()
+            wait_until(lambda: node.rollout.canary is None)
+        status = node.rollout.status()
         assert event(status, "promoted")["by"] == "auto"
         assert "latency" in event(status, "rolled_back_worse")["reason"]
         assert status["last_verdict"]["answer"] in ("worse", "undecided")
-        assert node.fleet.stable.release.version == "0.2"
+        assert node.rollout.stable.release.version == "0.2"
     assert load.releases()
 
 
@@ -426,8 +426,8 @@ def test_a_receipt_of_the_canary_replays_with_its_release(
         receipts_prompts="text",
     )  # fmt: skip
     with live(releases, settings=settings) as node:
-        node.fleet.start_canary("next", CanaryRules(share=1.0))
-        wait_until(lambda: node.fleet.canary is not None)
+        node.rollout.start_canary("next", CanaryRules(share=1.0))
+        wait_until(lambda: node.rollout.canary is not None)
         answer = node.post("/v1/images/generations", {"prompt": "sun", "steps": 2})[1]
         listed = node.post("/v1/models")[1]["data"][1]["x_modelops"]["signing"]
     receipt = answer["data"][0]["x_modelops"]
@@ -456,7 +456,7 @@ def test_only_an_admin_key_swaps(
             ):  # fmt: skip
                 found, answer = node.post(f"/admin/swap{path}", body, key=key)
                 assert (found, answer["error"]["code"]) == (status, code)
-        assert node.fleet.status()["events"] == []
+        assert node.rollout.status()["events"] == []
         assert node.swap()[0] == 200
         assert node.swap("promote", {})[1]["error"]["code"] == "swap_conflict"
         assert node.swap("rollback", {})[0] == 409
@@ -502,12 +502,12 @@ def test_without_keys_nobody_swaps_and_without_a_folder_nothing(
 def test_a_disk_that_is_full_promotes_nothing(releases: Path) -> None:
     """A restart would go back to the former release in silence."""
     with live(releases) as node:
-        node.fleet.start_canary("next", CanaryRules(share=0.5))
-        wait_until(lambda: node.fleet.canary is not None)
+        node.rollout.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: node.rollout.canary is not None)
         (releases / "serving.json").mkdir()  # cannot be replaced by a file
         with pytest.raises(Exception, match="a restart would not know"):
-            node.fleet.promote(force=True)
-        assert node.fleet.stable.release.version == "0.1" and node.fleet.canary is not None
+            node.rollout.promote(force=True)
+        assert node.rollout.stable.release.version == "0.1" and node.rollout.canary is not None
 
 
 def test_old_key_files_go_on_working_in_both_directions(tmp_path: Path) -> None:
@@ -529,9 +529,9 @@ def test_what_was_promoted_stands_after_a_restart(releases: Path, tmp_path: Path
     with pytest.raises(UsageError, match="several releases"):
         release_to_serve(releases)
     with live(releases) as node:
-        node.fleet.start_canary("next", CanaryRules())
-        wait_until(lambda: node.fleet.canary is not None)
-        node.fleet.promote(by="ops", force=True)
+        node.rollout.start_canary("next", CanaryRules())
+        wait_until(lambda: node.rollout.canary is not None)
+        node.rollout.promote(by="ops", force=True)
     for environment in (
         {"MODELOPS_RELEASES": str(releases)},
         {"MODELOPS_RELEASES": str(releases), "MODELOPS_RELEASE": str(releases)},
@@ -561,60 +561,60 @@ def test_what_was_promoted_stands_after_a_restart(releases: Path, tmp_path: Path
 def test_a_canary_that_leaves_breaks_no_status_and_no_scrape(releases: Path) -> None:
     """A status and a scrape that began before it was rolled back end after it was let go."""
     with live(releases) as node:
-        fleet, done, broken = node.fleet, threading.Event(), []
+        rollout, done, broken = node.rollout, threading.Event(), []
 
         def look() -> None:
             while not done.is_set():
                 try:
-                    fleet.status()
-                    fleet.text()
-                    fleet.models()
+                    rollout.status()
+                    rollout.text()
+                    rollout.models()
                 except Exception as error:
                     broken.append(error)
 
-        fleet.start_canary("next", CanaryRules(share=0.5))
-        wait_until(lambda: fleet.canary is not None)
-        seat = fleet._canary
-        assert seat is not None
+        rollout.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: rollout.canary is not None)
+        slot = rollout.slots.canary
+        assert slot is not None
         thread = threading.Thread(target=look)
         thread.start()
-        fleet.roll_back()
-        wait_until(lambda: not fleet.status()["draining"])
+        rollout.roll_back()
+        wait_until(lambda: not rollout.status()["draining"])
         done.set()
         thread.join(30)
         assert not broken
         with pytest.raises(AttributeError):
-            _ = seat.node  # let go
-        assert seat.about()["release"] == "tiny@0.2"  # as of a status that knew it before
+            _ = slot.node  # let go
+        assert slot.about()["release"] == "tiny@0.2"  # as of a status that knew it before
 
 
 def test_a_release_that_is_being_loaded_can_be_stopped(releases: Path) -> None:
     with live(releases) as node:
-        node.fleet.start_canary("next", CanaryRules(share=0.5), by="pipeline")
-        ordered = node.fleet.status()
-        node.fleet.roll_back(by="ops")
-        wait_until(lambda: node.fleet.status()["loading"] is None)
-        status = node.fleet.status()
+        node.rollout.start_canary("next", CanaryRules(share=0.5), by="pipeline")
+        ordered = node.rollout.status()
+        node.rollout.roll_back(by="ops")
+        wait_until(lambda: node.rollout.status()["loading"] is None)
+        status = node.rollout.status()
         assert [one["event"] for one in status["events"]] == ["loading", "rolled_back"]
         stopped = event(status, "rolled_back")
         assert (stopped["by"], stopped["reason"]) == ("ops", "stopped while it was loaded")
-        assert node.fleet.canary is None and trial_exit_code(ordered, status) == 3
+        assert node.rollout.canary is None and trial_exit_code(ordered, status) == 3
 
 
 def test_a_node_that_shuts_down_rolls_nothing_back(releases: Path) -> None:
     """Its canary is red then, as everything in it, which says nothing about the release."""
     with live(releases) as node:
-        fleet = node.fleet
-        fleet.start_canary("next", CanaryRules(share=0.5))
-        wait_until(lambda: fleet.canary is not None)
-        seat = fleet._canary
-        assert seat is not None
-        fleet.close(drain=False, timeout_s=10)
-        assert "shutting down" in seat.node.problems()
-        fleet._decide(seat, "rolled_back_red", "what the watching thread saw a moment ago")
-        assert [one["event"] for one in fleet.status()["events"]] == ["loading", "canary"]
+        rollout = node.rollout
+        rollout.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: rollout.canary is not None)
+        slot = rollout.slots.canary
+        assert slot is not None
+        rollout.close(drain=False, timeout_s=10)
+        assert "shutting down" in slot.node.problems()
+        rollout._decide(slot, "rolled_back_red", "what the watching thread saw a moment ago")
+        assert [one["event"] for one in rollout.status()["events"]] == ["loading", "canary"]
         with pytest.raises(Exception, match="shutting down"):
-            fleet.promote(force=True)
+            rollout.promote(force=True)
         assert not (releases / "serving.json").exists()
 
 
@@ -623,18 +623,18 @@ def test_a_node_that_shuts_down_rolls_nothing_back(releases: Path) -> None:
 
 def test_who_waits_for_a_canary_learns_what_became_of_it(releases: Path) -> None:
     with live(releases) as node:
-        before = node.fleet.status()
-        node.fleet.start_canary("./next/", CanaryRules(share=0.5))
-        ordered = node.fleet.status()
-        wait_until(lambda: node.fleet.canary is not None)
-        assert trial_exit_code(ordered, node.fleet.status()) == 0  # it is a canary
+        before = node.rollout.status()
+        node.rollout.start_canary("./next/", CanaryRules(share=0.5))
+        ordered = node.rollout.status()
+        wait_until(lambda: node.rollout.canary is not None)
+        assert trial_exit_code(ordered, node.rollout.status()) == 0  # it is a canary
         # A process that was started again knows nothing of it: not promoted, whatever it serves.
         with pytest.raises(ServingError, match=r"next: .*started again.*serves tiny@0.1"):
             trial_exit_code(ordered, before)
-        node.fleet.roll_back(by="ops")
-        wait_until(lambda: not node.fleet.status()["draining"])
-        assert trial_exit_code(ordered, node.fleet.status()) == 3
-        assert exit_code(node.fleet.status()) == 0  # nothing is on trial
+        node.rollout.roll_back(by="ops")
+        wait_until(lambda: not node.rollout.status()["draining"])
+        assert trial_exit_code(ordered, node.rollout.status()) == 3
+        assert exit_code(node.rollout.status()) == 0  # nothing is on trial
 
 
 def test_commands(
@@ -654,7 +654,7 @@ def test_commands(
         assert json.loads(capsys.readouterr().out)["verdict"]["answer"] == "undecided"
         assert main([*swap, "promote", node.url]) == 4
         assert "0 of 400 requests" in capsys.readouterr().err
-        trial = node.fleet._trial
+        trial = node.rollout.slots.trial
         assert trial is not None
         for _ in range(50):
             trial.count("stable", "ok")
@@ -664,10 +664,10 @@ def test_commands(
         assert "errors 50 of 50 against 0 of 50" in said and "so far 50 failed; the next" in said
         assert value(node.text(), "modelops_canary_worse") == 1
         assert main([*swap, "promote", node.url]) == 3  # a release that is worse
-        assert node.fleet.stable.release.version == "0.1"
+        assert node.rollout.stable.release.version == "0.1"
         assert main([*swap, "promote", node.url, "--force", "--wait"]) == 0
-        assert node.fleet.stable.release.version == "0.2"
-        forced = event(node.fleet.status(), "promoted")
+        assert node.rollout.stable.release.version == "0.2"
+        forced = event(node.rollout.status(), "promoted")
         assert forced["reason"].startswith("forced, worse: errors 50 of 50")
         assert main([*swap, "rollback", node.url]) == 1  # there is none
         assert "no canary" in capsys.readouterr().err

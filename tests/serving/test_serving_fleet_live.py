@@ -30,7 +30,11 @@ from modelops.serving.deploy.launch import free_port, stop_server
 from modelops.serving.http.keys import create_key
 from modelops.serving.provenance.receipts import utc_now, verify_receipt
 from modelops.serving.provenance.signing import VerifyingKey, load_verifying_key
-from modelops.serving.rollout.active_release import Standing, read_standing, write_standing
+from modelops.serving.rollout.active_release import (
+    ActiveRelease,
+    read_active_release,
+    write_active_release,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +45,7 @@ def releases(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "releases"
     other = second_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
     build_releases(folder, tiny_checkpoint, other, names=("stable", "next"))
-    write_standing(folder, Standing(
+    write_active_release(folder, ActiveRelease(
         release="stable", name="tiny", version="0.1", promoted=utc_now(), by="a test",
         sha256=sha256_file(folder / "stable" / RECORD_FILE),
     ))  # fmt: skip
@@ -189,7 +193,7 @@ def test_a_swap_under_bentoml_loses_no_request(
             clients.more(12)
         status = caller.swap()[1]
         assert (status["stable"]["release"], status["after_restart"]) == ("tiny@0.2", "tiny@0.2")
-        standing = read_standing(releases)
+        standing = read_active_release(releases)
         assert standing is not None and standing.release == "next" and standing.by == "ops"
 
         # A worker that is killed comes back with what was promoted.

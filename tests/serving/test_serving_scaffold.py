@@ -27,7 +27,7 @@ from modelops.serving.deploy.scaffold import (
     scale_duration,
     write_scaffold,
 )
-from modelops.serving.rollout.metrics import FleetMetrics
+from modelops.serving.rollout.metrics import RolloutMetrics
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.workers import worker_count
@@ -199,8 +199,8 @@ def _exported() -> set[str]:
 
 
 def _canary() -> list[Any]:
-    """What a fleet exports beside its nodes."""
-    registry = FleetMetrics().registry
+    """What a rollout exports beside its nodes."""
+    registry = RolloutMetrics().registry
     return list(text_string_to_metric_families(generate_latest(registry).decode()))
 
 

@@ -183,7 +183,7 @@ def test_a_filter_that_stops_a_partial_picture_ends_the_stream_and_the_work(
     wait_until(lambda: stage.node.engine.running == 0)
     assert stage.gate.evaluations - done <= 1
     assert stage.streams(outcome) == before + 1 and stage.live.metric(cancelled) > wasted
-    stage.node._probe_filters()
+    stage.node.filters.probe(stage.node._golden_pixels)
     assert stage.node.problems() == []
 
 

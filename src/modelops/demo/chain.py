@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modelops.base.steps import Chain, Step
 from modelops.demo.budgets import Budget, trainer_config
+from modelops.demo.data_stages import DataStages
 from modelops.demo.project import (
     CARDS,
     CONFIG,
@@ -40,7 +41,8 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
     resolution = load_config(
         config if config.exists() else trainer_config(budget.config)
     ).model.resolution
-    stages = Stages(root, budget, resolution)
+    data = DataStages(root, budget, resolution)
+    stages = Stages(root, budget)
     size = {
         "prompts": budget.prompts,
         "steps": budget.steps,
@@ -50,26 +52,26 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
     evaluated = [MANIFEST, SPLITS, LIT]
     steps = [
         Step(
-            name="corpus", title="Draw and caption the pictures", run=stages.corpus,
+            name="corpus", title="Draw and caption the pictures", run=data.corpus,
             outputs=[MANIFEST, "data/images"],
             settings={"pictures": budget.pictures, "resolution": resolution},
         ),
         Step(
-            name="dedup", title="Find near-duplicates", run=stages.dedup,
+            name="dedup", title="Find near-duplicates", run=data.dedup,
             inputs=[MANIFEST, "data/images"], outputs=[DEDUP],
         ),
         Step(
-            name="split", title="Split without leaks", run=stages.split,
+            name="split", title="Split without leaks", run=data.split,
             inputs=[MANIFEST, DEDUP], outputs=[SPLITS, "data/split.json"],
             settings={"seed": SEED},
         ),
         Step(
-            name="shards", title="Pack shards", run=stages.shards,
+            name="shards", title="Pack shards", run=data.shards,
             inputs=[MANIFEST, SPLITS, "data/images"], outputs=["data/shards", SHARDS],
             settings={"resolution": resolution},
         ),
         Step(
-            name="loader", title="Test the data loader", run=stages.loader,
+            name="loader", title="Test the data loader", run=data.loader,
             inputs=[SHARDS, "data/shards"], outputs=["data/smoke.json"],
         ),
         Step(

@@ -1,4 +1,4 @@
-"""What each step of the demo does: it calls the function behind one command."""
+"""The demo's steps from training to serving; each calls the function behind a command."""
 
 from __future__ import annotations
 
@@ -50,68 +50,11 @@ from modelops.records.train import TrainRecord
 
 
 class Stages:
-    """The stages of one demo; each returns one line about what it made."""
+    """Steps on the model; each returns one line about what it made."""
 
-    def __init__(self, root: Path, budget: Budget, resolution: int) -> None:
+    def __init__(self, root: Path, budget: Budget) -> None:
         self.root = root
         self.budget = budget
-        self.resolution = resolution
-
-    def corpus(self, report: OnProgress) -> str:
-        from modelops.data.corpora.openmoji import build_corpus
-        from modelops.data.manifest import read_manifest
-
-        manifest = read_manifest(
-            build_corpus(
-                self.root / "data",
-                resolution=self.resolution,
-                limit=self.budget.pictures,
-                seed=SEED,
-                on_progress=report,
-            )
-        )
-        groups = len({row.group for row in manifest.rows})
-        return f"{len(manifest.rows)} pictures of {groups} emoji at {self.resolution} px"
-
-    def dedup(self, report: OnProgress) -> str:
-        from modelops.data.dedup import deduplicate
-
-        found = deduplicate(
-            self.root / MANIFEST, self.root / DEDUP, threshold=0.95, on_progress=report
-        )
-        return (
-            f"{len(found.clusters)} clusters at cosine {found.threshold}, "
-            f"{found.n_exact_duplicates} exact duplicates"
-        )
-
-    def split(self, report: OnProgress) -> str:
-        from modelops.data.split import split_manifest
-
-        made = split_manifest(
-            self.root / MANIFEST, self.root / DEDUP, self.root / "data", seed=SEED
-        )
-        return ", ".join(f"{count} {name}" for name, count in made.counts.items())
-
-    def shards(self, report: OnProgress) -> str:
-        from modelops.data.shards import read_shard_manifest, write_shards
-
-        path = write_shards(
-            self.root / MANIFEST,
-            self.root / SPLITS,
-            self.root / "data",
-            resolution=self.resolution,
-            samples_per_shard=1000,
-            on_progress=report,
-        )
-        rows = read_shard_manifest(path)
-        return f"{len(rows)} tars, {sum(row.bytes for row in rows) / 1e6:.1f} MB"
-
-    def loader(self, report: OnProgress) -> str:
-        from modelops.data.smoke import smoke_test
-
-        found = smoke_test(self.root / SHARDS, self.root / "data/smoke.json", on_progress=report)
-        reasons = f": {'; '.join(found.reasons)}" if found.reasons else ""
-        return f"{found.verdict}, {found.images_per_second:.0f} images/s{reasons}"
 
     def train(self, report: OnProgress) -> str:
         from modelops.training.launch import launch_training, plan_run

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.errors import EvaluationError
 from modelops.base.files import sha256_file, sha256_json
 from modelops.evaluation.prompts import PromptSet
 from modelops.evaluation.reference import RealPictures, shared_pictures
@@ -25,11 +24,11 @@ from modelops.evaluation.workers.reading import (
     join_verdicts,
     open_reader,
     read_divided,
+    real_features_by_workers,
     stack_features,
 )
 from modelops.evaluation.workers.tasks import Workers
 from modelops.metrics.feature_files import (
-    FeatureCache,
     map_features,
     row_chunks,
     write_features,
@@ -216,34 +215,15 @@ class Workbench:
         """Features of real pictures by an extractor, [N, D]; cached by content."""
         if isinstance(extractor, Lite0Extractor):
             return pictures.features
-        found = self._divided_real(pictures, extractor) if self.workers else None
+        found = None
+        if self.workers:
+            found = real_features_by_workers(
+                pictures, extractor, self.workdir / "cache",
+                use_cache=self.settings.cache, divide=partial(self._divide, extractor),
+            )  # fmt: skip
         if found is not None:
             return found
         return pictures.features_of(extractor, use_cache=self.settings.cache)
-
-    def _divided_real(self, pictures: RealPictures, extractor: Extractor) -> Features | None:
-        """Features of real pictures that workers have read, from the cache beside their manifest
-        or, where that cannot be written, the evaluation's own."""
-        n, dim = len(pictures.samples), extractor.dim
-        name = f"{features_key(extractor, pictures.digests)}.npy"
-        own = self.workdir / "cache" / name
-        shared = FeatureCache(pictures.cache_dir if self.settings.cache else None)
-        places = [shared.folder / name, own] if shared.folder else [own]
-        for path in places:
-            if (found := map_features(path, n, dim)) is not None:
-                with suppress(OSError):  # the cache forgets what was used longest ago
-                    os.utime(path)
-                return found
-        parts = self._divide(extractor, pictures.paths, pictures.digests)
-        if parts is None:
-            return None
-        if shared.folder:
-            with suppress(ModelopsError, OSError):
-                join_features(parts, dim, shared.folder / name)
-                shared.tidy(keep=shared.folder / name)
-                return map_features(shared.folder / name, n, dim)
-        join_features(parts, dim, own)
-        return map_features(own, n, dim)
 
     def frechet(
         self, first: Features, second: Features, *, known: Statistics | None = None

@@ -21,7 +21,7 @@ from modelops.export.artifact.directory import (
 )
 from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
 from modelops.export.exporting import OnProgress, OnStage, Stages, about_files, about_source
-from modelops.export.int8.gates import require_budget, require_faster
+from modelops.export.int8.accept import require_budget, require_faster
 from modelops.export.int8.job import Int8Job
 from modelops.export.int8.options import Int8Options
 from modelops.export.parity import require_parity

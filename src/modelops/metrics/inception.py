@@ -22,9 +22,9 @@ from modelops.base.errors import EvaluationError, IntegrityError, MissingWeights
 from modelops.base.files import sha256_file
 from modelops.base.seeding import numpy_generator
 from modelops.metrics.features import Features, Image, in_threads
+from modelops.metrics.inception_resize import MODES, RESIZE, Floats
 from modelops.metrics.intervals import Interval
 
-SIZE = 299  # pixels
 DIM = 2048
 CLASSES = 1008
 SPLITS = 10  # of the Inception Score
@@ -38,50 +38,6 @@ KNOWN_WEIGHTS = {
         "inception-2015-12-05.pt",
 }  # fmt: skip
 _WHICH = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth, torch-fidelity's, or clean-fid's"
-
-Floats = npt.NDArray[np.floating]
-
-
-def clean(image: Image) -> Floats:
-    """clean-fid's `clean`: each channel float32, PIL bicubic (antialiased), clipped, not rounded.
-
-    uint8 [H, W, 3] to float32 [3, 299, 299] in [0, 255] (Parmar et al., 2022).
-    """
-    from PIL import Image as Pillow
-
-    out = np.empty((3, SIZE, SIZE), np.float32)
-    for channel, picture in enumerate(Pillow.fromarray(image).split()):
-        resized = picture.convert("F").resize((SIZE, SIZE), Pillow.Resampling.BICUBIC)
-        out[channel] = np.asarray(resized)
-    return np.clip(out, 0.0, 255.0, out=out)
-
-
-def legacy_pytorch(image: Image) -> Floats:
-    """pytorch-fid's: bilinear between half-pixel centres, without antialiasing.
-
-    uint8 [H, W, 3] to float32 [3, 299, 299] in [0, 255]; `interpolate(..., align_corners=False)`.
-    """
-    return _bilinear(image, half_pixel=True)
-
-
-def legacy_tensorflow(image: Image) -> Floats:
-    """TensorFlow 1's: bilinear between corners, without antialiasing; torch-fidelity's only mode.
-
-    uint8 [H, W, 3] to float32 [3, 299, 299] in [0, 255].
-    """
-    return _bilinear(image, half_pixel=False)
-
-
-MODES: dict[str, Callable[[Image], Floats]] = {
-    "clean": clean,
-    "legacy_pytorch": legacy_pytorch,
-    "legacy_tensorflow": legacy_tensorflow,
-}
-_RESIZE = {
-    "clean": "299 px, PIL bicubic on float32 channels, antialiased",
-    "legacy_pytorch": "299 px, bilinear, half-pixel centres, not antialiased",
-    "legacy_tensorflow": "299 px, bilinear, TensorFlow 1 corners, not antialiased",
-}
 
 
 class InceptionExtractor:
@@ -142,7 +98,7 @@ class InceptionExtractor:
             "layer": "pool3",
             "dim": DIM,
             "mode": mode,
-            "resize": _RESIZE[mode],
+            "resize": RESIZE[mode],
             "clamp": "[0, 255]",
             "quantised": False,
             "normalisation": "2 x / 255 - 1" if pytorch else "(x - 128) / 128",
@@ -435,33 +391,3 @@ def _from_torchscript(path: Path, dtype: Any) -> tuple[Any, npt.NDArray[np.float
     found += [v.T for v in archive.state_dict().values() if tuple(v.shape) == (DIM, CLASSES)]
     classifier = found[0].double().numpy() if len(found) == 1 else None
     return layers, classifier
-
-
-def _bilinear(image: Image, *, half_pixel: bool) -> Floats:
-    """Bilinear resampling as both legacy codes do it, their coordinates in float32.
-
-    In numpy, because torch would start a second pool of threads beside the network's.
-    """
-    low_y, high_y, part_y = _positions(image.shape[0], half_pixel)
-    low_x, high_x, part_x = _positions(image.shape[1], half_pixel)
-    pixels = image.transpose(2, 0, 1).astype(np.float32)
-    left = pixels[:, :, low_x]
-    rows = left + (pixels[:, :, high_x] - left) * part_x
-    top = rows[:, low_y]
-    return np.asarray(top + (rows[:, high_y] - top) * part_y[:, None])
-
-
-def _positions(
-    length: int, half_pixel: bool
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """For each of 299 output pixels: the two input pixels, and how far it is to the second."""
-    scale = np.float32(length / SIZE)
-    places = np.arange(SIZE, dtype=np.float32)
-    if half_pixel:
-        half = np.float32(0.5)
-        places = np.maximum((places + half) * scale - half, np.float32(0.0))
-    else:
-        places = places * scale
-    low = np.minimum(places.astype(np.intp), length - 1)
-    high = np.minimum(low + 1, length - 1)
-    return low, high, places - low.astype(np.float32)

@@ -58,7 +58,7 @@ class NodeSettings:
         quarantine_prompts: "digest" keeps entries without the prompt's text, "text" with it.
         quarantine_key: a reviewer's X25519 public key (PEM); entries are encrypted to it.
         watermark_key: key file of the invisible watermark; "" embeds none.
-        releases: folder of releases that may be swapped in while the node runs (see `fleet`); ""
+        releases: folder of releases that may be swapped in while the node runs (see `rollout`); ""
             turns that off.
         drift_log: folder of the drift log, which `modelops monitor` reads; "" keeps none.
         drift_sample: share of the requests that it logs.

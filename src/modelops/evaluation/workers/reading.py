@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,22 @@ import numpy as np
 from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError
 from modelops.base.files import atomic_path, remove_leftovers, write_json
 from modelops.data.images import read_image
+from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workers.tasks import Failure, OnRead, Share, Workers
-from modelops.metrics.feature_files import map_features, release, row_chunks, write_features
-from modelops.metrics.features import Extractor, Features, Lite0Extractor
+from modelops.metrics.feature_files import (
+    FeatureCache,
+    map_features,
+    release,
+    row_chunks,
+    write_features,
+)
+from modelops.metrics.features import (
+    Extractor,
+    Features,
+    Lite0Extractor,
+    features_key,
+)
 from modelops.metrics.protocol import protocol_id
 from modelops.safety.image import (
     ImageFilter,
@@ -275,3 +288,45 @@ def _opened(opening: str) -> Any:
             hint="give all machines the same files",
         )
     return reader
+
+
+def real_features_by_workers(
+    pictures: RealPictures,
+    extractor: Extractor,
+    own_cache: Path,
+    *,
+    use_cache: bool,
+    divide: Callable[[Sequence[Path], Sequence[str]], list[Path] | None],
+) -> Features | None:
+    """Return features [N, D] of real images that workers have read, or None if none did.
+
+    They come from the cache beside the images' manifest or, where that cannot be written, from the
+    evaluation's own.
+
+    Args:
+        pictures: the real images.
+        extractor: the one that reads them.
+        own_cache: the evaluation's own folder.
+        use_cache: whether the one beside the manifest may be used.
+        divide: has files with these digests read; returns files of features, in order.
+    """
+    n, dim = len(pictures.samples), extractor.dim
+    name = f"{features_key(extractor, pictures.digests)}.npy"
+    own = own_cache / name
+    shared = FeatureCache(pictures.cache_dir if use_cache else None)
+    places = [shared.folder / name, own] if shared.folder else [own]
+    for path in places:
+        if (found := map_features(path, n, dim)) is not None:
+            with contextlib.suppress(OSError):  # the cache forgets what was used longest ago
+                os.utime(path)
+            return found
+    parts = divide(pictures.paths, pictures.digests)
+    if parts is None:
+        return None
+    if shared.folder:
+        with contextlib.suppress(ModelopsError, OSError):
+            join_features(parts, dim, shared.folder / name)
+            shared.tidy(keep=shared.folder / name)
+            return map_features(shared.folder / name, n, dim)
+    join_features(parts, dim, own)
+    return map_features(own, n, dim)

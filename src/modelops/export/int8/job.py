@@ -17,16 +17,20 @@ from modelops.export.calibration import TrajectoryRows, collect_rows
 from modelops.export.components import Component
 from modelops.export.exporting import OnProgress, carry_parts, carry_probe
 from modelops.export.graphs.graph import Graph, RuntimeName, available_runtimes
+from modelops.export.int8.accept import (
+    measure_speed,
+    onnxruntime_execution,
+    openvino_execution,
+    unproven_layers,
+)
 from modelops.export.int8.lint import lint_qdq
 from modelops.export.int8.options import ERROR_BUDGET, Int8Options
-from modelops.export.int8.proof import onnxruntime_execution, openvino_execution, unproven_layers
-from modelops.export.int8.quantize import quantize_graph
+from modelops.export.int8.qdq import quantize_graph
 from modelops.export.int8.ranges import Calibration
 from modelops.export.int8.saturation import WeightRangeChoice, choose_weight_range
 from modelops.export.int8.search import Decision, SearchResult, search_groups
 from modelops.export.int8.sensitivity import plot_sensitivity, scan_groups
 from modelops.export.int8.smoothquant import choose_smoothing, smoothable_tensors
-from modelops.export.int8.speed import measure_speed
 from modelops.export.int8.variants import Variants, root_mean_square
 from modelops.export.onnx.storage import store_rest_in_half
 from modelops.export.parity import (

@@ -14,9 +14,9 @@ from typing import Any
 
 from modelops.base.errors import UsageError
 from modelops.export.graphs.external import remove_graph
+from modelops.export.int8.accept import onnxruntime_execution
 from modelops.export.int8.groups import included_nodes
 from modelops.export.int8.lint import lint_ort_cpu
-from modelops.export.int8.proof import onnxruntime_execution
 from modelops.export.int8.qdq import QdqWriter
 from modelops.export.int8.ranges import Calibration, Range
 from modelops.export.int8.variants import Variants, root_mean_square

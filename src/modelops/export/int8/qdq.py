@@ -15,9 +15,15 @@ import numpy as np
 from modelops.base.errors import ExportError
 from modelops.export.graphs.external import load_graph, save_graph
 from modelops.export.graphs.graph import Array
-from modelops.export.int8.columns import split_columns
-from modelops.export.int8.groups import MAX_GROUPS, group_nodes, product_nodes, weighted_nodes
+from modelops.export.int8.groups import (
+    MAX_GROUPS,
+    group_nodes,
+    included_nodes,
+    product_nodes,
+    weighted_nodes,
+)
 from modelops.export.int8.ranges import Calibration, Range
+from modelops.export.int8.rewrite import split_columns
 from modelops.export.onnx.weight_range import WEIGHT_TOPS, WeightRange, write_weight_range
 
 Scheme = Literal["sym", "ort-cpu"]
@@ -321,3 +327,36 @@ def _scale_and_zero(bounds: Range, scheme: Scheme, top: int = 127) -> tuple[floa
         return 1.0, np.array(0, np.uint8)
     zero = int(np.clip(np.rint(-bounds.low / scale), 0, 255))
     return scale, np.array(zero, np.uint8)
+
+
+def quantize_graph(
+    source: Path,
+    target: Path,
+    calibration: Calibration,
+    *,
+    keep_fp32: Collection[str] = (),
+    scheme: Scheme = "sym",
+    weight_range: WeightRange = "full",
+) -> None:
+    """Write a QDQ graph.
+
+    Args:
+        source: the fp32 model.onnx.
+        target: where the quantised one goes.
+        calibration: of that graph.
+        keep_fp32: groups (see `groups.group_of`) that are not quantised.
+        scheme: "sym" (S8S8, per-channel weights, float bias, no Q on outputs; for TensorRT and
+            OpenVINO) or "ort-cpu" (U8S8, Q on outputs of Conv; for onnxruntime on a CPU).
+        weight_range: "full" 8 bits, or "reduced" 7 that no processor's sums saturate with.
+
+    Raises:
+        ExportError: nothing to quantise, a weight or activation is not finite, or the table is of
+            another graph or method.
+    """
+    writer = QdqWriter(source)
+    groups = writer.groups()
+    if not groups:
+        raise ExportError(f"{source}: no layer with constant weights to quantise")
+    ranges = writer.ranges(calibration)
+    included = included_nodes(groups, keep_fp32)
+    writer.write(target, ranges, included, scheme=scheme, weight_range=weight_range)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,13 +23,13 @@ import torch
 from modelops.base.errors import ModelopsError, ServingError, UsageError
 from modelops.models.sources import ImageRequest
 from modelops.serving.engine.batch_profile import BatchProfile, Pace, measure_profile
-from modelops.serving.engine.jobs import MAX_PREVIEWS, EngineImage, Job, Preview, StepReport
+from modelops.serving.engine.jobs import MAX_PREVIEWS, Job, Preview, StepReport, job_to_image
+from modelops.serving.engine.queue import JobQueue
 from modelops.serving.engine.step_model import StepModel, Track, step_model
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
 
 log = logging.getLogger("modelops.serving")
 
-MAX_OVERTAKEN = 4
 MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
 
 
@@ -63,10 +62,9 @@ class StepEngine:
         self.pipeline = pipeline
         self.model: StepModel[Any] = step_model(pipeline)
         self.max_rows = max_rows
-        self.queue_limit = queue_limit
         self._on_step = on_step or (lambda report: None)
         self._on_wasted = on_wasted or (lambda steps, reason: None)
-        self._waiting: deque[Job] = deque()
+        self._waiting = JobQueue(queue_limit)
         self._running: list[Track] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -117,9 +115,8 @@ class StepEngine:
         with self._changed:
             if self._stopping or not self.alive:
                 raise EngineError("the engine is not running")
-            if self._waiting and len(self._waiting) + len(jobs) > self.queue_limit:
+            if not self._waiting.add(jobs):
                 raise QueueFullError(self._backlog_seconds())
-            self._waiting.extend(jobs)
             self._changed.notify()
         return jobs
 
@@ -148,7 +145,7 @@ class StepEngine:
     def oldest_wait(self) -> float:
         """Seconds that the request at the head of the queue has waited; 0 without one."""
         with self._changed:
-            return time.monotonic() - self._waiting[0].submitted if self._waiting else 0.0
+            return self._waiting.oldest_wait()
 
     @property
     def running(self) -> int:
@@ -190,7 +187,8 @@ class StepEngine:
                         if not self._waiting and not self._running:
                             return
                         self._drop_stopped()
-                        joining = self._admit()
+                        rows = sum(track.rows for track in self._running)
+                        joining = self._waiting.admit(rows, self.profile)
                     self._start(joining)
                     for tracks in self._groups():
                         self._step(tracks)
@@ -207,8 +205,7 @@ class StepEngine:
             self.model.close()
 
     def _drop_stopped(self) -> None:
-        for job in [job for job in self._waiting if job.reason_to_stop()]:
-            self._waiting.remove(job)
+        for job in self._waiting.take_stopped():
             self._fail(job, job.reason_to_stop())
         for track in [track for track in self._running if track.job.reason_to_stop()]:
             self._running.remove(track)
@@ -228,41 +225,6 @@ class StepEngine:
             return
         self._pace.expect(self.profile.rows_per_second(self.profile.wide))
         log.info("batching profile: %s", self.profile)
-
-    def _cap(self, used: int) -> int:
-        """Rows that may run now: the wide cap only where the queue fills it."""
-        queued = used
-        for job in self._waiting:
-            queued += job.rows
-            if queued >= self.profile.wide:
-                return self.profile.wide
-        return self.profile.narrow
-
-    def _admit(self) -> list[Job]:
-        """First in, first out; but one row that the head has no use for may go to a later request,
-        and no request is overtaken more than `MAX_OVERTAKEN` times."""
-        if not self.profile.pays and self._running:
-            return []
-        used = sum(track.rows for track in self._running)
-        cap = self._cap(used) if self.profile.pays else 0
-        joining: list[Job] = []
-        while (
-            self._waiting
-            and (not joining or self.profile.pays)
-            and (used + self._waiting[0].rows <= cap or not (used or joining))
-        ):
-            joining.append(self._waiting.popleft())
-            used += joining[-1].rows
-        if self.profile.pays and used == cap - 1 and self._waiting:
-            head = self._waiting[0]  # needs two rows
-            narrow = next((job for job in self._waiting if job.rows == 1), None)
-            if narrow is not None and head.overtaken < MAX_OVERTAKEN:
-                head.overtaken += 1
-                self._waiting.remove(narrow)
-                joining.append(narrow)
-        for job in joining:
-            job.admitted = time.monotonic()
-        return joining
 
     def _start(self, jobs: list[Job]) -> None:
         if not jobs:
@@ -353,23 +315,8 @@ class StepEngine:
             reason = error.message if isinstance(error, ModelopsError) else type(error).__name__
             self._fail(job, EngineError(f"no usable image: {reason}"))
             return
-        assert job.started is not None
-        result = EngineImage(
-            pixels=pixels,
-            request=job.request,
-            queue_s=job.started - job.submitted,
-            denoise_s=time.monotonic() - job.started,
-            mean_rows=sum(job.batch_rows) / job.step,
-            batch_rows=tuple(job.batch_rows),
-            phases=(
-                ("queue", job.submitted, job.admitted),
-                ("text", job.admitted, job.started),
-                ("denoise", job.started, stepped),
-                ("decode", stepped, time.monotonic()),
-            ),
-        )
         if job.future.set_running_or_notify_cancel():
-            job.future.set_result(result)
+            job.future.set_result(job_to_image(job, pixels, stepped=stepped))
 
     def _fail(self, job: Job, error: ServingError | None) -> None:
         reason = {CancelledError: "cancelled", DeadlineError: "deadline"}.get(type(error), "failed")  # type: ignore[arg-type]

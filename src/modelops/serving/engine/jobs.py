@@ -122,3 +122,29 @@ def preview_steps(steps: int, previews: int) -> dict[int, int]:
     """
     after = {(index + 1) * steps // (previews + 1) for index in range(previews)}
     return {step: index for index, step in enumerate(sorted(after & set(range(1, steps))))}
+
+
+def job_to_image(job: Job, pixels: npt.NDArray[np.uint8], *, stepped: float) -> EngineImage:
+    """Return the result of a job.
+
+    Args:
+        job: all of its steps are done.
+        pixels: [H, W, 3] uint8 RGB.
+        stepped: time of its last step, of `time.monotonic`.
+    """
+    assert job.started is not None
+    ended = time.monotonic()
+    return EngineImage(
+        pixels=pixels,
+        request=job.request,
+        queue_s=job.started - job.submitted,
+        denoise_s=ended - job.started,
+        mean_rows=sum(job.batch_rows) / job.step,
+        batch_rows=tuple(job.batch_rows),
+        phases=(
+            ("queue", job.submitted, job.admitted),
+            ("text", job.admitted, job.started),
+            ("denoise", job.started, stepped),
+            ("decode", stepped, ended),
+        ),
+    )

@@ -20,7 +20,7 @@ from modelops.base.errors import UsageError
 from modelops.serving.api import ApiError
 from modelops.serving.http.answers import check_key, read_body
 from modelops.serving.http.keys import FILE_VARIABLE, Caller
-from modelops.serving.rollout.rollout import Fleet
+from modelops.serving.rollout.rollout import Rollout
 from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.telemetry.tracing import SCOPE_KEY
 
@@ -72,12 +72,12 @@ def add_admin_routes(app: FastAPI) -> None:
 
     @app.get("/admin/swap", include_in_schema=False)
     async def status(request: Request) -> Response:
-        fleet, _ = _let_in(app, request)
-        return JSONResponse(await asyncio.to_thread(fleet.status))
+        rollout, _ = _let_in(app, request)
+        return JSONResponse(await asyncio.to_thread(rollout.status))
 
     @app.post("/admin/swap/canary", include_in_schema=False)
     async def canary(request: Request) -> Response:
-        fleet, caller = _let_in(app, request)
+        rollout, caller = _let_in(app, request)
         order = await _order(request, CanaryOrder)
         wanted = order.model_dump(exclude_none=True, exclude={"release"})
         try:
@@ -85,26 +85,26 @@ def add_admin_routes(app: FastAPI) -> None:
         except UsageError as error:
             param = error.message.split(":")[0]
             raise ApiError(400, "invalid_value", error.message, param=param) from error
-        await asyncio.to_thread(fleet.start_canary, order.release, rules, by=caller.name)
-        return JSONResponse(await asyncio.to_thread(fleet.status), status_code=202)
+        await asyncio.to_thread(rollout.start_canary, order.release, rules, by=caller.name)
+        return JSONResponse(await asyncio.to_thread(rollout.status), status_code=202)
 
     @app.post("/admin/swap/promote", include_in_schema=False)
     async def promote(request: Request) -> Response:
-        fleet, caller = _let_in(app, request)
+        rollout, caller = _let_in(app, request)
         order = await _order(request, PromoteOrder)
-        await asyncio.to_thread(fleet.promote, by=caller.name, force=order.force)
-        return JSONResponse(await asyncio.to_thread(fleet.status))
+        await asyncio.to_thread(rollout.promote, by=caller.name, force=order.force)
+        return JSONResponse(await asyncio.to_thread(rollout.status))
 
     @app.post("/admin/swap/rollback", include_in_schema=False)
     async def roll_back(request: Request) -> Response:
-        fleet, caller = _let_in(app, request)
+        rollout, caller = _let_in(app, request)
         order = await _order(request, RollbackOrder)
-        await asyncio.to_thread(fleet.roll_back, by=caller.name, reason=order.reason)
-        return JSONResponse(await asyncio.to_thread(fleet.status))
+        await asyncio.to_thread(rollout.roll_back, by=caller.name, reason=order.reason)
+        return JSONResponse(await asyncio.to_thread(rollout.status))
 
 
-def _let_in(app: FastAPI, request: Request) -> tuple[Fleet, Caller]:
-    """The fleet and an admin.
+def _let_in(app: FastAPI, request: Request) -> tuple[Rollout, Caller]:
+    """The rollout and an admin.
 
     Raises:
         ApiError: 401 for an unknown key, 403 for one without the role and on a server without keys,
@@ -123,10 +123,10 @@ def _let_in(app: FastAPI, request: Request) -> tuple[Fleet, Caller]:
             "this key may not swap releases; one of `modelops serve key create NAME --admin` may",
         )  # fmt: skip
     request.scope[SCOPE_KEY].fields["key"] = caller.name
-    if app.state.fleet is None:
+    if app.state.rollout is None:
         raise ApiError(503, "not_ready", "the server is starting", retry_after_s=5)
-    fleet: Fleet = app.state.fleet
-    return fleet, caller
+    rollout: Rollout = app.state.rollout
+    return rollout, caller
 
 
 async def _order(request: Request, kind: type[Order]) -> Order:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from modelops.serving.engine.jobs import Job
     from modelops.serving.http.access import Access
     from modelops.serving.http.keys import Caller
-    from modelops.serving.node.node import Ticket
+    from modelops.serving.node.answers import Ticket
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from modelops.serving.http.answers import check_key, error_response, read_body
 from modelops.serving.http.observe import ROUTES, Observe, note_request
 from modelops.serving.http.openapi import describe
 from modelops.serving.http.page import add_page
-from modelops.serving.http.routing import AppState, RoutedStream, make_images, through_lanes
+from modelops.serving.http.routing import AppState, RoutedStream, make_images, through_routes
 from modelops.serving.http.streaming import MEDIA_TYPE as EVENTS
 from modelops.serving.telemetry.logs import PROMPTS
 from modelops.serving.telemetry.metrics import CONTENT_TYPE
@@ -30,18 +30,18 @@ from modelops.serving.telemetry.tracing import SCOPE_KEY, RequestTrace
 if TYPE_CHECKING:
     from modelops.serving.http.peers import Peers
     from modelops.serving.node.node import InferenceNode
-    from modelops.serving.rollout.rollout import Fleet
-    from modelops.serving.rollout.routes import Lane
+    from modelops.serving.rollout.rollout import Rollout
+    from modelops.serving.rollout.routes import Route
 
 log = logging.getLogger("modelops.serving")
 
 
-def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None) -> FastAPI:
+def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = None) -> FastAPI:
     """The FastAPI application of a node.
 
     Args:
         node: may also be set later as `app.state.node`; until then everything answers 503.
-        fleet: in place of a single node; may also be set later as `app.state.fleet`.
+        rollout: in place of a single node; may also be set later as `app.state.rollout`.
     """
     app = FastAPI(
         title="modelops inference node",
@@ -51,7 +51,7 @@ def create_app(node: InferenceNode | None = None, *, fleet: Fleet | None = None)
         redoc_url=None,
         **_without_own_telemetry(),
     )
-    app.state = AppState({"fleet": fleet})
+    app.state = AppState({"rollout": rollout})
     if node is not None:
         app.state.node = node
     app.state.access = Access.from_environment(os.environ)
@@ -136,12 +136,12 @@ def _add_images(app: FastAPI) -> None:
 
         if wanted.stream:
             turns: asyncio.Semaphore = app.state.preview_turns
-            return RoutedStream(app.state.fleet, wanted, caller, trace, turns=turns, held=held)
+            return RoutedStream(app.state.rollout, wanted, caller, trace, turns=turns, held=held)
 
-        async def attempt(lane: Lane) -> ImagesResponse | None:
-            return await make_images(lane, request, trace, held)
+        async def attempt(route: Route) -> ImagesResponse | None:
+            return await make_images(route, request, trace, held)
 
-        answer = await through_lanes(app.state.fleet, wanted, caller, trace, attempt)
+        answer = await through_routes(app.state.rollout, wanted, caller, trace, attempt)
         if answer is None:
             return Response(status_code=499)
         return Response(answer.model_dump_json(), media_type="application/json")
@@ -150,8 +150,10 @@ def _add_images(app: FastAPI) -> None:
     async def models(request: Request) -> JSONResponse:
         check_key(app, request)
         _node(app)
-        fleet: Fleet = app.state.fleet
-        entries = [{"id": name, **_model_entry(role, node)} for name, role, node in fleet.models()]
+        rollout: Rollout = app.state.rollout
+        entries = [
+            {"id": name, **_model_entry(role, node)} for name, role, node in rollout.models()
+        ]
         return JSONResponse({"object": "list", "data": entries})
 
 
@@ -183,7 +185,7 @@ def _add_health(app: FastAPI) -> None:
     async def metrics() -> Response:
         peers: Peers | None = app.state.peers
         _node(app)
-        text = app.state.fleet.text() if peers is None else await peers.exposition()
+        text = app.state.rollout.text() if peers is None else await peers.exposition()
         return Response(text, media_type=CONTENT_TYPE)
 
 

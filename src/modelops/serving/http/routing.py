@@ -1,4 +1,4 @@
-"""A request through a fleet, over HTTP: on its lane, and on the stable one if a canary fails it."""
+"""Requests on their routes over HTTP, and on the stable one if a canary fails them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse
 from modelops.serving.http.answers import in_pool, wait_for_images
 from modelops.serving.http.keys import ANONYMOUS, Caller
 from modelops.serving.http.streaming import ImageStream, event_text
-from modelops.serving.rollout.rollout import Fleet
-from modelops.serving.rollout.routes import Lane
+from modelops.serving.rollout.rollout import Rollout
+from modelops.serving.rollout.routes import Route
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -32,30 +32,30 @@ Held = Callable[[], AbstractContextManager[None]]
 
 
 class AppState(State):
-    """`fleet`, and as `node` its stable node; a node that is set becomes a fleet of one."""
+    """`rollout`, and as `node` its stable node; a node that is set becomes a rollout of one."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "node":
-            name, value = "fleet", None if value is None else Fleet(value)
+            name, value = "rollout", None if value is None else Rollout(value)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "node":
-            fleet = super().__getattr__("fleet")
-            return None if fleet is None else fleet.stable
+            rollout = super().__getattr__("rollout")
+            return None if rollout is None else rollout.stable
         return super().__getattr__(name)
 
 
-async def through_lanes(
-    fleet: Fleet,
+async def through_routes(
+    rollout: Rollout,
     request: ImagesRequest,
     caller: Caller,
     trace: RequestTrace,
-    attempt: Callable[[Lane], Awaitable[T]],
+    attempt: Callable[[Route], Awaitable[T]],
     *,
     begun: Callable[[], bool] = lambda: False,
 ) -> T:
-    """What `attempt` returns on the request's lane, or on the stable one when a canary failed it.
+    """What `attempt` returns on the request's route, or on the stable one when a canary failed it.
 
     Args:
         begun: whether the client has seen something of it, so that it cannot be made again.
@@ -66,32 +66,32 @@ async def through_lanes(
     key = "" if caller is ANONYMOUS else caller.name
     rescue = False
     while True:
-        lane: Lane | None = None
+        route: Route | None = None
         try:
-            with fleet.lane(request, identity=trace.id, key=key, rescue=rescue) as lane:
-                trace.fields["release"] = f"{lane.node.model_id}@{lane.node.release.version}"
-                return await attempt(lane)
+            with rollout.route(request, identity=trace.id, key=key, rescue=rescue) as route:
+                trace.fields["release"] = f"{route.node.model_id}@{route.node.release.version}"
+                return await attempt(route)
         except Exception as error:
-            if lane is None or rescue or begun() or not lane.may_be_rescued(error):
+            if route is None or rescue or begun() or not route.may_be_rescued(error):
                 raise
             log.warning("a canary failed a request, the stable release makes it: %s", error)
             trace.fields["rescued"] = rescue = True
 
 
 async def make_images(
-    lane: Lane, request: Request, trace: RequestTrace, held: Held
+    route: Route, request: Request, trace: RequestTrace, held: Held
 ) -> ImagesResponse | None:
-    """The images of a request on its lane; None when the client left."""
+    """The images of a request on its route; None when the client left."""
     with held():
-        ticket = await asyncio.to_thread(lane.node.submit, lane.request, trace)
+        ticket = await asyncio.to_thread(route.node.submit, route.request, trace)
         try:
             images = await wait_for_images(ticket, request)
         finally:
             ticket.cancel()  # nothing to a finished one; stops the work of a client that left
         if images is None:
             return None
-        answer = await in_pool(lane.node.finishers, lane.node.finish, ticket, images)
-    lane.answered = True
+        answer = await in_pool(route.node.finishers, route.node.finish, ticket, images)
+    route.answered = True
     return answer
 
 
@@ -100,14 +100,14 @@ class _UnsaidError(Exception):
 
 
 class RoutedStream(Response):
-    """An `ImageStream` on the request's lane; before its first event a canary can be rescued.
+    """An `ImageStream` on the request's route; before its first event a canary can be rescued.
 
     Keep-alive comments are no events: who waits for a canary that stands still has seen some.
     """
 
     def __init__(
         self,
-        fleet: Fleet,
+        rollout: Rollout,
         request: ImagesRequest,
         caller: Caller,
         trace: RequestTrace,
@@ -116,7 +116,7 @@ class RoutedStream(Response):
         held: Held,
     ) -> None:
         super().__init__()
-        self._fleet = fleet
+        self._rollout = rollout
         self._request = request
         self._caller = caller
         self._trace = trace
@@ -126,20 +126,20 @@ class RoutedStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await through_lanes(
-                self._fleet, self._request, self._caller, self._trace,
-                lambda lane: self._attempt(lane, scope, receive, send),
+            await through_routes(
+                self._rollout, self._request, self._caller, self._trace,
+                lambda route: self._attempt(route, scope, receive, send),
                 begun=lambda: self._said,
             )  # fmt: skip
         except ApiError as error:
             if not self._started:
                 raise
-            self._fleet.stable.metrics.on_error(error.code)
+            self._rollout.stable.metrics.on_error(error.code)
             self._trace.fields["code"] = error.code
             text = event_text("error", {"type": "error", **error.body})
             await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
 
-    async def _attempt(self, lane: Lane, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _attempt(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         failed: BaseException | None = None
 
         @contextlib.contextmanager
@@ -150,7 +150,7 @@ class RoutedStream(Response):
                     yield
             except BaseException as error:
                 failed = error
-                lane.note(error)  # once it has begun, the stream keeps errors to itself
+                route.note(error)  # once it has begun, the stream keeps errors to itself
                 raise
 
         async def watch(message: Any) -> None:
@@ -159,13 +159,13 @@ class RoutedStream(Response):
                     return
                 self._started = True
             elif message.get("body", b"").startswith(b"event: "):
-                if failed is not None and not self._said and lane.may_be_rescued(failed):
+                if failed is not None and not self._said and route.may_be_rescued(failed):
                     raise _UnsaidError
                 self._said = True
             await send(message)
 
         stream = ImageStream(
-            lane.node, lane.request, self._trace, turns=self._turns, held=held
+            route.node, route.request, self._trace, turns=self._turns, held=held
         )  # fmt: skip
         try:
             await stream(scope, receive, watch)
@@ -173,4 +173,4 @@ class RoutedStream(Response):
             assert failed is not None
             self._trace.fields.pop("code", None)
             raise failed from None
-        lane.answered = self._trace.fields.get("stream") == "completed"
+        route.answered = self._trace.fields.get("stream") == "completed"

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from modelops.serving.engine.jobs import EngineImage
-    from modelops.serving.node.node import InferenceNode, Ticket
+    from modelops.serving.node.answers import Ticket
+    from modelops.serving.node.node import InferenceNode
     from modelops.serving.telemetry.tracing import RequestTrace
 
 log = logging.getLogger("modelops.serving")

@@ -8,13 +8,10 @@ Framework-free; `modelops.serving.http.app` puts HTTP around it.
 
 from __future__ import annotations
 
-import base64
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +24,17 @@ from modelops.base.files import sha256_file
 from modelops.base.seeding import MAX_SEED
 from modelops.models.sources import ImageRequest
 from modelops.releases.build import RECORD_FILE, verify_release
-from modelops.safety.registry import parse_filter
-from modelops.serving.api import ApiError, ImageData, ImagesRequest, ImagesResponse
+from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse
 from modelops.serving.engine.engine import StepEngine
-from modelops.serving.engine.jobs import EngineImage, Job, Preview, StepReport
+from modelops.serving.engine.jobs import EngineImage, Preview, StepReport
 from modelops.serving.failures import (
-    FilterError,
-    ProvenanceError,
     QueueFullError,
-    ReceiptError,
 )
-from modelops.serving.moderation.guard import FilterGuard
-from modelops.serving.moderation.quarantine import Withheld, open_quarantine
+from modelops.serving.moderation.quarantine import open_quarantine
+from modelops.serving.node.answers import AnswerMaker, Ticket
+from modelops.serving.node.filters import NodeFilters
 from modelops.serving.node.golden import GoldenCheck, check_golden, golden_request
-from modelops.serving.node.load import image_filter_loader, open_released, prompt_filter_loader
+from modelops.serving.node.load import open_released
 from modelops.serving.provenance.seal import Origin, Sealer
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.drift import evaluation_cadence, open_drift_log
@@ -50,24 +44,7 @@ from modelops.serving.workers import Worker
 
 log = logging.getLogger("modelops.serving")
 
-GOOD_PROMPT = "a smiling yellow sun"
 _FINISHERS = 8  # requests that are filtered, marked and encoded at the same time
-BAD_PROMPT = "explicit hardcore porn"
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A request that was let in: its jobs in the engine."""
-
-    request: ImagesRequest
-    jobs: list[Job]
-    trace: RequestTrace
-    started: float = field(default_factory=time.monotonic)
-
-    def cancel(self) -> None:
-        """Stop the work before its next step."""
-        for job in self.jobs:
-            job.cancel()
 
 
 class InferenceNode:
@@ -95,23 +72,17 @@ class InferenceNode:
         worker: Worker | None = None,
     ) -> None:
         self.settings = settings or NodeSettings()
-        names = {
-            "prompt": "custom" if prompt_filter else parse_filter(self.settings.prompt_filter).name,
-            "image": "custom" if image_filter else parse_filter(self.settings.image_filter).name,
-        }
-        prompt_filter = prompt_filter or prompt_filter_loader(self.settings.prompt_filter)
-        image_filter = image_filter or image_filter_loader(self.settings.image_filter)
+        self.filters = NodeFilters(self.settings, prompt_filter, image_filter)
+        self.prompt_guard, self.image_guard = self.filters.prompt, self.filters.image
+        names = self.filters.names
         self.directory = Path(release_dir)
         self.release = verify_release(self.directory)
         self.release_sha256 = sha256_file(self.directory / RECORD_FILE)
-        self.metrics = NodeMetrics(names)
+        self.metrics = self.filters.metrics = NodeMetrics(names)
         self.metrics.evaluated(
             evaluation_time(self.directory, self.release),
             every_days=evaluation_cadence(self.directory, self.settings),
         )
-        limit = self.settings.filter_timeout_s
-        self.prompt_guard = FilterGuard("prompt", prompt_filter, timeout_s=limit)
-        self.image_guard = FilterGuard("image", image_filter, timeout_s=limit)
         self.opened = open_released(
             self.directory,
             self.release,
@@ -151,6 +122,10 @@ class InferenceNode:
         )
         self.size = f"{self.engine.model.width}x{self.engine.model.height}"  # of every picture
         self.max_tokens = self.engine.model.max_tokens
+        self.answers = AnswerMaker(
+            self.filters, self.sealer, self.metrics, size=self.size,
+            quarantine=self.quarantine, drift=self.drift,
+        )  # fmt: skip
         # Finished requests wait here for the image filter, while new ones are let in or refused.
         self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
         self.metrics.serves(self.release, self.release_sha256, self.opened.sha256, self.runtime)
@@ -188,7 +163,7 @@ class InferenceNode:
         except (ModelopsError, TimeoutError) as error:
             self._golden_problem = f"golden image: {error}"
             log.error(self._golden_problem)
-        self._probe_filters()
+        self.filters.probe(self._golden_pixels)
         log.info("node: %s", self.problems() or "ready")
 
     # --- health -----------------------------------------------------------------------------------
@@ -200,7 +175,7 @@ class InferenceNode:
     def readiness(self) -> list[str]:
         """Why the node is not ready; empty when it is. Red filters are probed again."""
         if not self._closing:
-            self._probe_filters(every_s=2.0)
+            self.filters.probe(self._golden_pixels, every_s=2.0)
         return self.problems()
 
     def problems(self) -> list[str]:
@@ -212,31 +187,7 @@ class InferenceNode:
             problems.append("the engine does not answer")
         if self._golden_problem:
             problems.append(self._golden_problem)
-        for guard in (self.prompt_guard, self.image_guard):
-            if guard.reason:
-                problems.append(f"{guard.name} filter {guard.reason}")
-        return problems
-
-    def _probe_filters(self, *, every_s: float = 0.0) -> None:
-        for guard, check in (
-            (self.prompt_guard, self._probe_prompt),
-            (self.image_guard, self._probe_image),
-        ):
-            if guard.reason is not None and not guard.probe(check, every_s=every_s):
-                self.metrics.on_filter_failure(guard.name)
-
-    def _probe_prompt(self) -> None:
-        if self.prompt_guard.check_prompt(GOOD_PROMPT)[0]:
-            raise self.prompt_guard.broken("blocks a harmless prompt")
-        if not self.prompt_guard.check_prompt(BAD_PROMPT)[0]:
-            raise self.prompt_guard.broken("lets a known bad prompt through")
-
-    def _probe_image(self) -> None:
-        if self._golden_pixels is None:
-            raise self.image_guard.broken("has no golden image to be tried on")
-        _, blocked = self.image_guard.check_images([self._golden_pixels])
-        if blocked[0]:
-            raise self.image_guard.broken("withholds the golden image")
+        return problems + self.filters.problems()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -267,16 +218,7 @@ class InferenceNode:
             raise ApiError(503, "not_ready", "not ready, see /readyz", retry_after_s=5)
         self._check_possible(request)
         trace = trace or RequestTrace(request_id(None))
-        try:
-            with trace.phase("prompt_filter"):
-                blocked, reasons = self.prompt_guard.check_prompt(request.prompt)
-        except FilterError as error:
-            self.metrics.on_filter_failure("prompt")
-            raise ApiError(
-                503, "safety_filter_unavailable", "the prompt filter gave no answer"
-            ) from error
-        self.metrics.on_phase("prompt_filter", trace.seconds()["prompt_filter"])
-        self.metrics.on_filter("prompt", 1, blocked=blocked)
+        blocked, reasons = self.filters.check_prompt(request.prompt, trace)
         if self.drift is not None:
             tokens = self.engine.count_tokens(request.prompt)
             self.drift.note_request(trace.id, request.prompt, tokens=tokens, blocked=blocked)
@@ -345,116 +287,12 @@ class InferenceNode:
                 )  # fmt: skip
 
     def finish(self, ticket: Ticket, images: Sequence[EngineImage]) -> ImagesResponse:
-        """Filter and encode the images of a ticket.
-
-        Raises:
-            ApiError: 400 (withheld by the filter) or 503 (the filter gave no answer).
-        """
-        observe, trace = self.metrics.on_phase, ticket.trace
-        for name, began, ended in (phase for image in images for phase in image.phases):
-            observe(name, trace.add(name, began, ended))
-        with trace.phase("image_filter"):
-            scores, blocked = self._judge([one.pixels for one in images])
-        observe("image_filter", trace.seconds()["image_filter"])
-        self.metrics.on_filter("image", len(images), blocked=any(blocked))
-        if self.drift is not None:
-            seconds = {**trace.seconds(), "total": time.monotonic() - ticket.started}
-            self.drift.note_images(trace.id, images, scores, blocked, seconds)
-        if any(blocked):
-            self._keep_blocked(
-                trace, [(one.pixels, one.request, one.batch_rows) for one in images],
-                scores, blocked,
-            )  # fmt: skip
-            raise ApiError(
-                400, "content_policy_violation",
-                "the picture was withheld by the image filter; try another seed or prompt",
-            )  # fmt: skip
-        output_format = ticket.request.output_format or "png"
-        with trace.phase("encode"):
-            data = [
-                self._encode(image, output_format, score)
-                for image, score in zip(images, scores, strict=True)
-            ]
-        observe("encode", trace.seconds()["encode"])
-        observe("total", time.monotonic() - ticket.started)
-        self.metrics.on_images(output_format, len(data))
-        return ImagesResponse(
-            created=int(time.time()),
-            data=data,
-            output_format=output_format,
-            size=self.size,
-        )
+        """Filter and encode the images of a ticket; see `AnswerMaker.finish`."""
+        return self.answers.finish(ticket, images)
 
     def preview(self, ticket: Ticket, index: int, pixels: npt.NDArray[np.uint8]) -> bytes:
-        """A partial image of a ticket as a file that may leave: filtered and marked, no receipt.
-
-        Args:
-            index: 0-based number of the partial image.
-            pixels: [H, W, 3] uint8 RGB.
-
-        Raises:
-            ApiError: as `finish`.
-        """
-        (score,), (blocked,) = self._judge([pixels])
-        if blocked:
-            self.metrics.on_filter("image", 1, blocked=True)
-            self._keep_blocked(
-                ticket.trace, [(pixels, ticket.jobs[0].request, ())], [score], [True], partial=index
-            )
-            raise ApiError(
-                400, "content_policy_violation",
-                "an unfinished picture was withheld by the image filter, and the work stopped; try "
-                "another seed or prompt",
-            )  # fmt: skip
-        try:
-            return self.sealer.seal_partial(
-                pixels, ticket.jobs[0].request, ticket.request.output_format or "png", index
-            )
-        except ProvenanceError as error:
-            log.error("a partial picture could not be marked: %s", error.message)
-            raise ApiError(
-                503, "provenance_unavailable",
-                "the picture could not be marked as AI-generated, so it is not sent",
-            ) from error  # fmt: skip
-
-    def _judge(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> tuple[list[float], list[bool]]:
-        """(scores, blocked) of pictures; no answer of the filter is an ApiError, never a pass."""
-        try:
-            return self.image_guard.check_images(pictures)
-        except FilterError as error:
-            self.metrics.on_filter_failure("image")
-            raise ApiError(
-                503, "safety_filter_unavailable",
-                "the image filter gave no answer, so no picture is sent",
-            ) from error  # fmt: skip
-
-    def _keep_blocked(
-        self,
-        trace: RequestTrace,
-        images: Sequence[Withheld],
-        scores: Sequence[float],
-        blocked: Sequence[bool],
-        *,
-        partial: int | None = None,
-    ) -> None:
-        if self.quarantine is not None:
-            self.quarantine.keep_pictures(
-                trace.id, images, scores, blocked,
-                self.sealer.origin.filters["image"], self.image_guard.info, partial=partial,
-            )  # fmt: skip
-
-    def _encode(self, image: EngineImage, output_format: str, score: float) -> ImageData:
-        try:
-            encoded, receipt = self.sealer.seal(image, output_format, score)
-        except ProvenanceError as error:
-            log.error("a picture could not be marked: %s", error.message)
-            raise ApiError(
-                503, "provenance_unavailable",
-                "the picture could not be marked as AI-generated, so it is not sent",
-            ) from error  # fmt: skip
-        except ReceiptError as error:
-            raise ApiError(503, "receipt_unavailable", error.message) from error
-        return ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), x_modelops=receipt)
+        """Filter and encode a partial image of a ticket; see `AnswerMaker.preview`."""
+        return self.answers.preview(ticket, index, pixels)
 
     def begin_shutdown(self) -> None:
         """Turn /readyz red; requests in hand go on."""
@@ -464,8 +302,7 @@ class InferenceNode:
         """Finish the work in hand and end the threads."""
         self.begin_shutdown()
         self.engine.close(drain=drain, timeout_s=timeout_s)
-        self.prompt_guard.close()
-        self.image_guard.close()
+        self.filters.close()
         self.finishers.shutdown(wait=False)
         self.sealer.close()
         if self.quarantine is not None:

@@ -28,7 +28,7 @@ STATE_FILE = "serving.json"
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Standing(BaseModel):
+class ActiveRelease(BaseModel):
     """serving.json. `release` is a path below the folder, `sha256` that of its release.json."""
 
     model_config = ConfigDict(extra="forbid")
@@ -58,7 +58,7 @@ def release_below(folder: str | Path, name: str) -> Path:
     return path
 
 
-def write_standing(folder: str | Path, standing: Standing) -> None:
+def write_active_release(folder: str | Path, standing: ActiveRelease) -> None:
     """Say which release a restart serves.
 
     Raises:
@@ -67,7 +67,7 @@ def write_standing(folder: str | Path, standing: Standing) -> None:
     write_text(Path(folder) / STATE_FILE, standing.model_dump_json(indent=2) + "\n")
 
 
-def read_standing(folder: str | Path) -> Standing | None:
+def read_active_release(folder: str | Path) -> ActiveRelease | None:
     """serving.json; None when there is none.
 
     Raises:
@@ -77,7 +77,7 @@ def read_standing(folder: str | Path) -> Standing | None:
     if not path.exists():
         return None
     try:
-        return Standing.model_validate_json(read_text(path))
+        return ActiveRelease.model_validate_json(read_text(path))
     except ValidationError as error:
         raise UsageError(
             f"{path}: not what a promotion writes",
@@ -97,7 +97,7 @@ def release_to_serve(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / RECORD_FILE).is_file() or not folder.is_dir():
         return folder  # what is no release is refused when it is verified
-    standing = read_standing(folder)
+    standing = read_active_release(folder)
     if standing is not None:
         found = release_below(folder, standing.release)
         if sha256_file(found / RECORD_FILE) != standing.sha256:

@@ -177,8 +177,8 @@ def describe_status(found: dict[str, Any]) -> str:
             f"; the next look at {canary['next_look']}" if arm == "canary" else " of the stable one"
         ) for arm in ("canary", "stable")]  # fmt: skip
     lines += [
-        f"drains   {_release(seat)}: {seat['in_hand']} requests in hand"
-        for seat in found["draining"]
+        f"drains   {_release(slot)}: {slot['in_hand']} requests in hand"
+        for slot in found["draining"]
     ]
     if verdict := found["verdict"]:
         lines.append(f"verdict  {verdict['sentence']}")

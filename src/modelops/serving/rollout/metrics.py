@@ -1,4 +1,4 @@
-"""The metrics of a fleet as one page: the stable release's series, the canary's, and the swaps.
+"""The metrics of a rollout as one page: the stable release's series, the canary's, and the swaps.
 
 The stable node's series keep their names, so that alerts and dashboards need not know of swapping.
 When a canary is promoted the counters go on from where the former node's stood: they neither fall
@@ -27,8 +27,8 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
-class FleetMetrics:
-    """What a fleet counts beyond its nodes; its counters run on from one canary to the next."""
+class RolloutMetrics:
+    """What a rollout counts beyond its nodes; its counters run on from one canary to the next."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -154,12 +154,14 @@ class RunningTotals:
         return families
 
 
-def exposition(totals: RunningTotals, stable: CollectorRegistry, fleet: CollectorRegistry) -> bytes:
+def exposition(
+    totals: RunningTotals, stable: CollectorRegistry, rollout: CollectorRegistry
+) -> bytes:
     """Everything as one page for Prometheus."""
 
     class Both:
         def collect(self) -> Iterator[Any]:
             yield from totals.collect(stable)
-            yield from fleet.collect()
+            yield from rollout.collect()
 
     return generate_latest(cast("CollectorRegistry", Both()))

@@ -1,4 +1,4 @@
-"""Which of a fleet's nodes makes a request, and how that ended."""
+"""Which of a rollout's nodes makes a request, and how that ended."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from modelops.serving.rollout.trial import Arm, CanaryRules
 
 
-class Seat:
-    """A node in a fleet, and how many requests it has in hand."""
+class Slot:
+    """A node in a rollout, and how many requests it has in hand."""
 
     def __init__(self, node: InferenceNode) -> None:
         self.node = node
@@ -26,7 +26,7 @@ class Seat:
         self.in_hand = 0
 
     def about(self) -> dict[str, Any]:
-        """For a status; also of a seat that has been vacated."""
+        """For a status; also of a slot that has been vacated."""
         return {
             "release": self.label,
             "sha256": self.sha256,
@@ -35,12 +35,12 @@ class Seat:
         }
 
     def vacate(self) -> None:
-        """Let go of a closed node, whoever still knows this seat."""
+        """Let go of a closed node, whoever still knows this slot."""
         del self.node
 
 
-class Lane:
-    """A request on its way through one node of a fleet.
+class Route:
+    """A request on its way through one node of a rollout.
 
     Attributes:
         node: makes it.
@@ -88,17 +88,17 @@ class Lane:
         return isinstance(error, Exception)
 
 
-def choose_seat(
+def choose_slot(
     model: str | None,
-    stable: Seat,
-    canary: Seat | None,
+    stable: Slot,
+    canary: Slot | None,
     *,
     rules: CanaryRules | None,
     identity: str,
     key: str,
     rescue: bool,
-) -> tuple[Seat, bool]:
-    """(seat, whether chance chose it) of a request; see `Fleet.lane`.
+) -> tuple[Slot, bool]:
+    """(slot, whether chance chose it) of a request; see `Rollout.route`.
 
     A bare name is the stable release's if it bears it; "name@version" is that very release, well or
     not. A caller without a key has no name to stick to, so its requests are dealt one by one.
@@ -133,7 +133,7 @@ def draw(salt: str, identity: str) -> float:
     return int(sha256_bytes(f"{salt}\0{identity}".encode())[:13], 16) / 16**13
 
 
-def _unknown(stable: Seat, canary: Seat | None) -> ApiError:
+def _unknown(stable: Slot, canary: Slot | None) -> ApiError:
     other = f" and {canary.label!r}" if canary else " only"
     return ApiError(
         404, "model_not_found",
