@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from modelops.base.errors import ModelopsError
-from modelops.data.embeddings import pixel_digest
+from modelops.base.pixels import pixels_sha256
 from modelops.metrics.features import Lite0Extractor, cached_features
 from modelops.metrics.memorization import (
     CopyingVerdict,
@@ -149,7 +149,7 @@ class EarlyChecks:
         images = part.images(np.arange(len(part)))
         return cached_features(
             self._extractor,
-            [pixel_digest(image) for image in images],
+            [pixels_sha256(image) for image in images],
             images.__getitem__,
             self.cache,
         )

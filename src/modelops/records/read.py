@@ -14,6 +14,7 @@ from modelops.records.comparison import AbTestRecord, ComparisonRecord
 from modelops.records.data import DedupReport, SmokeReport, SplitReport
 from modelops.records.evaluation import AlignmentModelRecord, EvaluationRecord
 from modelops.records.export import ArtifactRecord
+from modelops.records.monitoring import MonitorRecord
 from modelops.records.release import PreflightRecord, ReleaseRecord, SignOff, Verdict
 from modelops.records.train import TrainRecord
 
@@ -31,6 +32,7 @@ RECORD_KINDS: dict[str, type[Record]] = {
     "abtest": AbTestRecord,
     "artifact": ArtifactRecord,
     "verdict": Verdict,
+    "monitor": MonitorRecord,
     "preflight": PreflightRecord,
     "release": ReleaseRecord,
     "signoff": SignOff,
