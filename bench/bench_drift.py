@@ -40,7 +40,7 @@ from modelops.base.seeding import numpy_generator
 from modelops.data.images import read_image
 from modelops.metrics.features import Lite0Extractor, write_arrays
 from modelops.metrics.intervals import clopper_pearson
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 from modelops.monitoring.judge import compare_samples
 from modelops.monitoring.policy import Margins, MonitoringPolicy
 from modelops.monitoring.reference import FilterRate

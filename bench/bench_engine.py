@@ -23,7 +23,8 @@ import numpy as np
 
 from modelops.base.environment import current_environment
 from modelops.base.seeding import numpy_generator
-from modelops.models.sources import ImageRequest, pipeline_arguments
+from modelops.models.pipelines.arguments import pipeline_arguments
+from modelops.models.request import ImageRequest
 from modelops.serving.engine import engine as engine_module
 from modelops.serving.engine.diffusers import PipelineModel
 from modelops.serving.engine.engine import StepEngine

@@ -28,7 +28,8 @@ from modelops.base.environment import current_environment
 from modelops.base.seeding import numpy_generator
 from modelops.export.artifact.open import open_artifact
 from modelops.export.graphs.graph import process_cores
-from modelops.models.sources import ImageRequest, PipelineSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import PipelineSource
 
 GOAL = 0.05
 # The calls that are the networks, in each runtime.

@@ -28,7 +28,7 @@ from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.sources.open import open_source
 from modelops.evaluation.workers.open import open_with_workers
 from modelops.evaluation.workers.tasks import Workers
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 32)
 WORDS = ("red heart", "dog face", "flag: Japan", "grinning face", "house", "bicycle", "apple")

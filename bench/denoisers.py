@@ -20,7 +20,7 @@ from torch import nn
 from modelops.base.seeding import image_seed, numpy_generator, torch_generator
 from modelops.export.calibration import DEFAULT_PROMPTS, TrajectoryRows
 from modelops.export.onnx.writer import write_graph
-from modelops.export.signatures import Example
+from modelops.models.pipelines.signatures import Example
 from modelops.models.sources import load_checkpoint
 
 Array = Any

@@ -390,7 +390,7 @@ def check_artifacts(
     from modelops.export.artifact.open import open_artifact
     from modelops.export.to_onnx import export_onnx
     from modelops.export.to_tensorrt import export_tensorrt
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
 
     onnx, engines = folder / "onnx", folder / "tensorrt"
     exports: dict[str, tuple[Path, str, Callable[[], Any]]] = {

@@ -18,7 +18,8 @@ from modelops.base.errors import (
 from modelops.base.files import sha256_file, sha256_tree
 from modelops.records.base import Answer
 from modelops.records.release import Verdict
-from modelops.releases.build import build_release, verify_release
+from modelops.releases.build import build_release
+from modelops.releases.verify import verify_release
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 
 from modelops.base.files import write_bytes
 from modelops.base.seeding import image_seed, numpy_generator
-from modelops.models.sources import floats_to_uint8
+from modelops.models.pipelines.arguments import floats_to_uint8
 from modelops.training.config import TrainConfig
 
 from .batches import Batch

@@ -48,7 +48,7 @@ FLOORS = {
         "node", "rollout", "http", "deploy",
     ),
     "export": (
-        "timing", "graphs", "signatures", "calls", "tensorrt", "onnx", "runtimes", "components",
+        "timing", "graphs", "tensorrt", "onnx", "runtimes", "components",
         "pictures", "calibration", "parity", "artifact", "source", "bench", "exporting", "int8",
         "to_onnx", "to_int8", "to_tensorrt", "to_torchscript",
     ),

@@ -23,7 +23,8 @@ from modelops.evaluation.workers.pool import WorkerPool
 from modelops.evaluation.workers.ranks import launched_ranks
 from modelops.evaluation.workers.tasks import Workers
 from modelops.evaluation.workers.threads import threads_of
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import ModelSource
 
 REQUEST = ImageRequest(prompt="", seed=0, steps=2, guidance=3.0, height=32, width=32)
 PROMPTS = PromptSet(("red heart", "dog face", "house", "grinning face", "apple"))

@@ -19,7 +19,8 @@ from modelops.evaluation.per_image import read_per_image
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.sources.open import open_source
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import ModelSource
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.read import read_record
 from modelops.safety.image import OpenNsfwFilter, SafetyFilterError

@@ -30,7 +30,7 @@ from modelops.evaluation.prompts import (
 from modelops.evaluation.sources.endpoint import EndpointSource
 from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.sources.open import open_source
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 
 
 def png(color: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> bytes:

@@ -31,7 +31,8 @@ from modelops.export.bench import (
     make_contenders,
 )
 from modelops.export.timing import interleaved_seconds
-from modelops.models.sources import ImageRequest, ModelSource, PipelineSource, open_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import ModelSource, PipelineSource, open_checkpoint
 from modelops.records.base import InputRef
 from modelops.records.evaluation import SourceInfo
 from modelops.records.export import ArtifactRecord

@@ -21,10 +21,11 @@ from modelops.export.artifact.directory import GRAPH, read_artifact
 from modelops.export.artifact.open import open_artifact
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import Stages
-from modelops.export.signatures import Fields, Signature, rebuild, template_of
 from modelops.export.source import Lora, load_source
 from modelops.export.to_int8 import Int8Options, export_int8
-from modelops.models.sources import ImageRequest, open_checkpoint
+from modelops.models.pipelines.signatures import Fields, Signature, rebuild, template_of
+from modelops.models.request import ImageRequest
+from modelops.models.sources import open_checkpoint
 
 FolderOf = Callable[[str], Path]
 

@@ -25,7 +25,8 @@ from modelops.export.int8.search import Decision, GroupCost
 from modelops.export.parity import BOUNDS, psnr_db, require_parity
 from modelops.export.source import component_from, load_source
 from modelops.export.to_int8 import Int8Options, export_int8, refused_record
-from modelops.models.sources import ImageRequest, open_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import open_checkpoint
 from modelops.records.base import Measurement
 from modelops.records.export import ArtifactRecord, ParityCheck
 from modelops.records.read import read_record

@@ -31,7 +31,8 @@ from modelops.export.runtimes.openvino import batch_bucket
 from modelops.export.runtimes.probe import PROBE
 from modelops.export.source import load_source
 from modelops.export.to_onnx import export_onnx
-from modelops.models.sources import ImageRequest, open_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import open_checkpoint
 
 REQUESTS = [
     ImageRequest(prompt=text, seed=seed, steps=3) for seed, text in enumerate(["red heart", "dog"])

@@ -26,7 +26,7 @@ from modelops.export.int8.sensitivity import order_of_interest, plot_sensitivity
 from modelops.export.int8.variants import Variants, multiply_adds
 from modelops.export.onnx.writer import write_graph
 from modelops.export.runtimes.onnxruntime import OrtGraph
-from modelops.export.signatures import Example
+from modelops.models.pipelines.signatures import Example
 from small_graphs import Transformer, random_rows, shared_network
 
 

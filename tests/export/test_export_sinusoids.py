@@ -21,8 +21,8 @@ from modelops.export.runtimes.openvino import OpenVinoGraph
 from modelops.export.runtimes.precision import openvino_has_bfloat16
 from modelops.export.runtimes.probe import relative_errors
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
-from modelops.export.signatures import Example
 from modelops.export.source import load_source
+from modelops.models.pipelines.signatures import Example
 
 pytest.importorskip("openvino")
 bfloat16 = pytest.mark.skipif(not openvino_has_bfloat16(), reason="no bfloat16 in OpenVINO here")

@@ -21,7 +21,7 @@ from modelops.export.runtimes.torchscript import (
     write_exported_program,
     write_torchscript,
 )
-from modelops.export.signatures import Example
+from modelops.models.pipelines.signatures import Example
 
 WRITERS = [("model.pt", write_torchscript), ("model.pt2", write_exported_program)]
 Writer = Callable[..., list[str]]

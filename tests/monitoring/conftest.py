@@ -11,7 +11,8 @@ import pytest
 from modelops.base.files import sha256_file, sha256_tree
 from modelops.monitoring.reference import release_files
 from modelops.records.release import Verdict
-from modelops.releases.build import RECORD_FILE, build_release
+from modelops.releases.build import build_release
+from modelops.releases.verify import RECORD_FILE
 
 
 @dataclass(frozen=True)

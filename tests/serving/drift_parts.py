@@ -32,7 +32,7 @@ def open_log(folder: Path, **options: Any) -> tuple[DriftLog, CollectorRegistry]
 
 
 def picture(side: int = 8) -> EngineImage:
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
     from modelops.serving.engine.jobs import EngineImage
 
     request = ImageRequest(prompt="x", seed=1, steps=2, guidance=1.0, height=side, width=side)

@@ -32,7 +32,8 @@ from modelops.monitoring.reference import release_files
 from modelops.monitoring.rows import PREFIX, text_to_features
 from modelops.monitoring.scripts import script_shares
 from modelops.records.release import Verdict
-from modelops.releases.build import RECORD_FILE, build_release
+from modelops.releases.build import build_release
+from modelops.releases.verify import RECORD_FILE
 from modelops.serving.node.golden import make_golden
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from modelops.base.errors import ServingError, UsageError
-from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import PipelineSource, load_checkpoint
 from modelops.records.evaluation import SourceInfo
 from modelops.serving.engine.batch_profile import profile_from_seconds
 from modelops.serving.engine.engine import StepEngine

@@ -13,7 +13,7 @@ from modelops.cli.main import main
 from modelops.evaluation.compare.agreement import compare_images
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.read import read_record
-from modelops.releases.build import RECORD_FILE
+from modelops.releases.verify import RECORD_FILE
 
 
 def test_the_endpoint_is_measured_like_the_checkpoint_it_serves(

@@ -24,7 +24,7 @@ from PIL import Image
 from modelops.base.errors import ServingError
 from modelops.base.files import sha256_bytes, sha256_file
 from modelops.cli.main import main
-from modelops.releases.build import RECORD_FILE
+from modelops.releases.verify import RECORD_FILE
 from modelops.serving.deploy.check import get
 from modelops.serving.deploy.launch import free_port, stop_server
 from modelops.serving.http.keys import create_key

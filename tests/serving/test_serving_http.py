@@ -87,7 +87,8 @@ def test_check_endpoint(server: RunningServer, tiny_release: Path) -> None:
 
 
 def test_image_is_the_offline_pipelines(client: openai.OpenAI, tiny_checkpoint: Path) -> None:
-    from modelops.models.sources import ImageRequest, open_checkpoint
+    from modelops.models.request import ImageRequest
+    from modelops.models.sources import open_checkpoint
 
     answer = client.images.generate(
         prompt="a star", size="32x32", n=2,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modelops.export.runtimes.openvino import batch_bucket
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 from modelops.serving.engine.flow import FlowModel
 from modelops.serving.engine.jobs import Job
 from modelops.serving.node.load import open_model

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelops.base.errors import UsageError
-from modelops.models.sources import ImageRequest, load_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import load_checkpoint
 from modelops.serving.api import ApiError
 from modelops.serving.engine import engine as engine_module
 from modelops.serving.engine.engine import StepEngine

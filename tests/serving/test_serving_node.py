@@ -301,7 +301,8 @@ def test_a_changed_release_is_not_opened(tiny_release: Path, tmp_path: Path) -> 
 
 
 def test_another_models_golden_image_is_red(tiny_release: Path, tmp_path: Path) -> None:
-    from modelops.releases.build import build_release, verify_release
+    from modelops.releases.build import build_release
+    from modelops.releases.verify import verify_release
 
     record = verify_release(tiny_release)
     Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(tmp_path / "golden.png")

@@ -26,11 +26,13 @@ from modelops.base.files import sha256_tree
 from modelops.cli.main import main
 from modelops.export.artifact.open import open_artifact
 from modelops.export.to_onnx import export_onnx
-from modelops.models.sources import ImageRequest, PipelineSource, load_checkpoint, native_size
+from modelops.models.pipelines.arguments import native_size
+from modelops.models.pipelines.merge import answers, merged, read_call
+from modelops.models.request import ImageRequest
+from modelops.models.sources import PipelineSource, load_checkpoint
 from modelops.records.evaluation import SourceInfo
 from modelops.records.release import Verdict
 from modelops.releases.build import build_release
-from modelops.serving.engine.calls import answers, merged, read_call
 from modelops.serving.engine.diffusers import PipelineModel
 from modelops.serving.engine.engine import StepEngine
 from modelops.serving.failures import CancelledError, EngineError

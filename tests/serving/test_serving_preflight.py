@@ -21,7 +21,8 @@ from modelops.cli.main import main
 from modelops.export.runtimes.probe import PROBE
 from modelops.records.read import read_record
 from modelops.records.release import PreflightRecord, ReleaseRecord, Verdict
-from modelops.releases.build import RECORD_FILE, build_release, check_fallback, verify_release
+from modelops.releases.build import build_release
+from modelops.releases.verify import RECORD_FILE, check_fallback, verify_release
 from modelops.serving.deploy.preflight import require_preflight, run_preflight
 from modelops.serving.node.batch_invariance import release_proofs
 from modelops.serving.node.node import InferenceNode

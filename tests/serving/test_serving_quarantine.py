@@ -25,7 +25,8 @@ from browsers import chromium, page_of
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.base.pixels import pixels_sha256
 from modelops.cli.main import main
-from modelops.models.sources import ImageRequest, load_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import load_checkpoint
 from modelops.safety.image import ImageVerdict, OpenNsfwFilter
 from modelops.serving.moderation.encryption import read_private_key, read_public_key
 from modelops.serving.moderation.quarantine import Quarantine

@@ -22,7 +22,8 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from modelops.base.errors import IntegrityError
 from modelops.cli.main import main
-from modelops.models.sources import ImageRequest, load_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import load_checkpoint
 from modelops.serving.deploy.launch import start_server
 from modelops.serving.engine.engine import StepEngine
 from modelops.serving.node.replay import (
@@ -158,7 +159,8 @@ def test_a_picture_is_not_compared_with_another(
 def test_another_release_is_not_asked(
     made: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from modelops.releases.build import build_release, verify_release
+    from modelops.releases.build import build_release
+    from modelops.releases.verify import verify_release
 
     record = verify_release(made.release)
     build_release(

@@ -107,7 +107,8 @@ def build(
 
     from modelops.base.files import read_text, sha256_tree
     from modelops.monitoring.reference import release_files
-    from modelops.releases.build import build_release, check_fallback, check_verdict
+    from modelops.releases.build import build_release, check_verdict
+    from modelops.releases.verify import check_fallback
     from modelops.serving.node.batch_invariance import release_proofs
 
     if dry_run:
@@ -179,7 +180,7 @@ def verify(directory: Path, as_json: bool) -> None:
     Example:
       modelops release verify release
     """
-    from modelops.releases.build import verify_release
+    from modelops.releases.verify import verify_release
 
     record = verify_release(directory)
     emit(

@@ -137,7 +137,7 @@ def run(
     import os
     import shlex
 
-    from modelops.releases.build import verify_release
+    from modelops.releases.verify import verify_release
     from modelops.serving.deploy.check import curl_line
     from modelops.serving.deploy.launch import check_address, run_server, serve_command
     from modelops.serving.http.access import INSECURE_VARIABLE, check_open_address

@@ -136,7 +136,8 @@ class Stages:
     def grid(self, report: OnProgress) -> str:
         from modelops.base.seeding import image_seed
         from modelops.evaluation.grids import write_grid
-        from modelops.models.sources import ImageRequest, open_checkpoint
+        from modelops.models.request import ImageRequest
+        from modelops.models.sources import open_checkpoint
 
         source = open_checkpoint(self.final_checkpoint)
         base = source.defaults

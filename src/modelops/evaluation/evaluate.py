@@ -32,7 +32,8 @@ from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.workbench import Workbench
 from modelops.evaluation.workers.tasks import Workers
 from modelops.metrics.features import write_arrays
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import ModelSource
 from modelops.records.base import InputRef
 from modelops.records.evaluation import EvaluationRecord, Sampling
 

@@ -19,7 +19,8 @@ from modelops.evaluation.prompts import PlannedImage, image_name
 from modelops.evaluation.workers.making import make_images
 from modelops.evaluation.workers.tasks import Job, Outcome, Workers
 from modelops.evaluation.workers.threads import fewer_threads
-from modelops.models.sources import ImageRequest, ModelSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import ModelSource
 
 Image = npt.NDArray[np.uint8]
 COMPLETE = "complete"

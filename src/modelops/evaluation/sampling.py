@@ -11,7 +11,8 @@ from modelops.base.files import sha256_bytes, write_bytes, write_json
 from modelops.base.seeding import image_seed
 from modelops.data.images import encode_png
 from modelops.evaluation.grids import write_grid
-from modelops.models.sources import Image, ImageRequest, ModelSource
+from modelops.models.request import Image, ImageRequest
+from modelops.models.sources import ModelSource
 
 
 def sample_images(

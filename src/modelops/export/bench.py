@@ -20,7 +20,8 @@ from modelops.base.files import sha256_tree
 from modelops.export.artifact.directory import is_artifact, read_artifact
 from modelops.export.graphs.graph import process_cores
 from modelops.export.timing import speed_ratio
-from modelops.models.sources import TRAINING_STATE, ImageRequest, ModelSource, PipelineSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import TRAINING_STATE, ModelSource, PipelineSource
 from modelops.records.base import Measurement
 
 _WARM_CALLS = 2  # TorchScript specialises in its second call

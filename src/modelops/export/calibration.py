@@ -12,10 +12,16 @@ import torch
 from modelops.base.errors import ExportError, UsageError
 from modelops.base.files import sha256_bytes, sha256_json
 from modelops.base.seeding import image_seed, numpy_generator
-from modelops.export.calls import ONE_GUIDED_PROMPT, CaughtCall, Probe, call_pipeline, catching
 from modelops.export.components import Component
 from modelops.export.graphs.graph import Array
-from modelops.export.signatures import TIMESTEP_NAMES, Method
+from modelops.models.pipelines.signatures import TIMESTEP_NAMES, Method
+from modelops.models.pipelines.watch import (
+    ONE_GUIDED_PROMPT,
+    CaughtCall,
+    Probe,
+    call_pipeline,
+    catching,
+)
 from modelops.models.sources import CPU_ROWS, SMALL
 
 DEFAULT_PROMPTS = (

@@ -15,14 +15,8 @@ from typing import Any, Literal
 import torch
 
 from modelops.base.errors import ExportError
-from modelops.export.calls import (
-    CaughtCall,
-    Key,
-    Probe,
-    first_call,
-    first_that_works,
-)
-from modelops.export.signatures import (
+from modelops.models.pipelines.arguments import native_size
+from modelops.models.pipelines.signatures import (
     TIMESTEP_NAMES,
     Example,
     Method,
@@ -31,7 +25,13 @@ from modelops.export.signatures import (
     rebuild,
     template_of,
 )
-from modelops.models.sources import native_size
+from modelops.models.pipelines.watch import (
+    CaughtCall,
+    Key,
+    Probe,
+    first_call,
+    first_that_works,
+)
 
 Role = Literal["denoiser", "control", "text_encoder", "encoder", "decoder"]
 Axes = dict[str, dict[int, str]]

@@ -22,7 +22,6 @@ from modelops.export.calibration import (
     collect_rows,
     rows_at_once,
 )
-from modelops.export.calls import OMITTED
 from modelops.export.components import Component
 from modelops.export.graphs.graph import Graph
 from modelops.export.parity import (
@@ -33,6 +32,7 @@ from modelops.export.parity import (
 )
 from modelops.export.runtimes.probe import PROBE_ROWS, write_probe
 from modelops.export.source import ExportSource, Lora
+from modelops.models.pipelines.watch import OMITTED
 from modelops.records.base import InputRef
 from modelops.records.export import ExportedComponent, ParityCheck
 

@@ -14,13 +14,13 @@ from modelops.base.errors import ExportError
 from modelops.base.extras import has_module
 from modelops.base.seeding import image_seed
 from modelops.export.calibration import Feed, TrajectoryRows, rows_at_once
-from modelops.export.calls import Probe, call_pipeline
 from modelops.export.components import Component
 from modelops.export.graphs.graph import Array, Graph
 from modelops.export.pictures import check_pictures
 from modelops.export.runtimes.probe import relative_errors
 from modelops.metrics.images import SSIM_WINDOW, ssim
-from modelops.models.sources import floats_to_uint8
+from modelops.models.pipelines.arguments import floats_to_uint8
+from modelops.models.pipelines.watch import Probe, call_pipeline
 from modelops.records.export import ParityCheck
 
 PARITY_BATCHES = (1, 2, 8)

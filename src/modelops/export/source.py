@@ -13,7 +13,8 @@ from modelops.base.files import sha256_file, sha256_json, sha256_tree, tree_file
 from modelops.export.artifact.directory import is_artifact, read_signature
 from modelops.export.components import Component, FlatModule
 from modelops.export.onnx.writer import check_weights
-from modelops.models.sources import TRAINING_STATE, load_checkpoint, native_size
+from modelops.models.pipelines.arguments import native_size
+from modelops.models.sources import TRAINING_STATE, load_checkpoint
 from modelops.records.export import ArtifactRecord, ExportedComponent
 
 

@@ -51,7 +51,7 @@ from modelops.monitoring.shifts import Found, latency_shift, mix_shift, rank_shi
 from modelops.records.base import InputRef
 from modelops.records.monitoring import DriftTest, MonitorAnswer, MonitorRecord
 from modelops.records.release import ReleaseRecord
-from modelops.releases.build import (
+from modelops.releases.verify import (
     RECORD_FILE,
     evaluation_end,
     released_evaluations,

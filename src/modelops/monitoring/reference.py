@@ -31,7 +31,7 @@ from modelops.records.base import InputRef, Record
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.read import read_record
 from modelops.records.release import ReleaseRecord
-from modelops.releases.build import RECORD_FILE, released_evaluations
+from modelops.releases.verify import RECORD_FILE, released_evaluations
 
 FOLDER = "monitoring"
 RECORD_NAME = "reference.json"

@@ -12,7 +12,6 @@ release/
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,6 @@ from modelops.base.errors import (
     GateFailedError,
     GateUndecidedError,
     IntegrityError,
-    ModelopsError,
     UsageError,
 )
 from modelops.base.files import (
@@ -38,12 +36,11 @@ from modelops.base.files import (
     write_text,
 )
 from modelops.records.base import InputRef
-from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord, ReproductionCheck
 from modelops.records.read import read_any_record, read_record
 from modelops.records.release import PreflightRecord, ReleaseFile, ReleaseRecord, Verdict
+from modelops.releases.verify import RECORD_FILE, _is_release, _short, check_fallback
 
-RECORD_FILE = "release.json"
 MODEL_FOLDER, FALLBACK_FOLDER = "model", "fallback"
 CARD_SIDECARS = (".sources.json", ".statistics.json")
 _TRAINING_STATE = "training_state"  # as in modelops.models.sources, which imports torch
@@ -150,33 +147,6 @@ def build_release(
     return record
 
 
-def check_fallback(fallback: str | Path, model_dir: str | Path) -> None:
-    """An artifact that may stand in for a release's model where that is not right.
-
-    Raises:
-        UsageError: it, or the model, is not an artifact, or it is INT8 itself.
-        IntegrityError: it was made from another checkpoint, or was kept although not equal to it.
-    """
-    other = read_record(Path(fallback) / "artifact.json", ArtifactRecord)
-    model = read_record(Path(model_dir) / "artifact.json", ArtifactRecord)
-    if other.format != "onnx":
-        raise UsageError(f"{fallback}: {other.format} is no fallback", hint="name an onnx artifact")
-    if other.inputs.get("checkpoint") is None or model.inputs.get("checkpoint") is None:
-        raise IntegrityError(f"{fallback}: does not say which checkpoint it was made from")
-    if other.inputs["checkpoint"].sha256 != model.inputs["checkpoint"].sha256:
-        raise IntegrityError(
-            f"{fallback}: was not made from the checkpoint of {model_dir}",
-            hint="export the checkpoint to onnx again",
-        )
-    failed = [check for check in other.parity if not check.passed]
-    if failed or other.error or not other.parity:
-        raise IntegrityError(
-            f"{fallback}: is not equal to its checkpoint "
-            f"({other.error or (failed[0].name if failed else 'it was not compared')})",
-            hint="export it again without --allow",
-        )
-
-
 def known_reproductions(
     model_dir: str | Path, model_sha256: str, preflights: Iterable[str | Path] = ()
 ) -> list[ReproductionCheck]:
@@ -239,83 +209,6 @@ def check_verdict(
     return answer, model_sha256
 
 
-def verify_release(directory: str | Path) -> ReleaseRecord:
-    """Read a release and make sure that every byte is the one that was released.
-
-    Raises:
-        UsageError: no release there, or a release.json that cannot be read.
-        IntegrityError: names the first missing, changed, additional or linked file, or says that
-            verdict and model do not belong together.
-    """
-    root = Path(directory)
-    if not (root / RECORD_FILE).is_file():
-        raise UsageError(
-            f"{root}: not a release (no {RECORD_FILE})",
-            hint="make one with `modelops release build`",
-        )
-    record = read_record(root / RECORD_FILE, ReleaseRecord)
-    present = tree_files(root)
-    for relative, expected in sorted(record.files.items()):
-        path = safe_join(root, relative)
-        if relative not in present:
-            raise IntegrityError(f"{path}: missing from the release", hint=_REBUILD)
-        size = path.stat().st_size
-        if size != expected.bytes:
-            raise IntegrityError(
-                f"{path}: changed, {size} bytes instead of {expected.bytes}", hint=_REBUILD
-            )
-        if sha256_file(path) != expected.sha256:
-            raise IntegrityError(f"{path}: changed, its sha256 is another", hint=_REBUILD)
-    for relative, path in present.items():
-        if relative not in record.files and relative != RECORD_FILE:
-            raise IntegrityError(f"{path}: is not part of the release", hint="remove the file")
-    verdict = root / "verdict.json"
-    if "verdict.json" not in record.files or sha256_file(verdict) != record.verdict_sha256:
-        raise IntegrityError(f"{verdict}: not the verdict this release was built on", hint=_REBUILD)
-    answer = read_record(verdict, Verdict)
-    if answer.subject_sha256 != record.model_sha256:
-        raise IntegrityError(f"{verdict}: is about another model", hint=_REBUILD)
-    if answer.answer != "pass" and not record.allowed_without_pass:
-        raise IntegrityError(f"{verdict}: answers {answer.answer}", hint=_REBUILD)
-    if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
-        raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
-    if record.fallback is not None:
-        fallback = safe_join(root, record.fallback)
-        if sha256_tree(fallback) != record.fallback_sha256:
-            raise IntegrityError(f"{fallback}: not the fallback that was released", hint=_REBUILD)
-        check_fallback(fallback, safe_join(root, record.model))
-    return record
-
-
-def released_evaluations(
-    release_dir: str | Path, record: ReleaseRecord
-) -> dict[str, EvaluationRecord]:
-    """Evaluations of the very model of a release that succeeded, by their path in it; the newest
-    last."""
-    found: dict[str, EvaluationRecord] = {}
-    for relative in record.files:
-        if not relative.endswith(".json") or relative.startswith(f"{record.model}/"):
-            continue
-        path = Path(release_dir) / relative
-        try:
-            if json.loads(path.read_text("utf-8")).get("kind") != "evaluation":
-                continue
-            evaluation = read_record(path, EvaluationRecord)
-        except (AttributeError, OSError, ValueError, ModelopsError):
-            continue
-        if evaluation.status == "ok" and evaluation.source.sha256 == record.model_sha256:
-            found[relative] = evaluation
-    return dict(sorted(found.items(), key=lambda item: evaluation_end(item[1])))
-
-
-def evaluation_end(evaluation: EvaluationRecord) -> float:
-    """When an evaluation ended, in Unix seconds."""
-    return evaluation.started_at.timestamp() + evaluation.duration_s
-
-
-_REBUILD = "copy the release again, or rebuild it with `modelops release build`"
-
-
 def _card_files(card: Path) -> dict[str, Path]:
     """A card, the pictures it shows and its sources, as {path below cards/: file}.
 
@@ -358,16 +251,8 @@ def _copy_tree(source: Path, target: Path, *, exclude: Iterable[str]) -> None:
         _copy(path, target / relative)
 
 
-def _is_release(directory: Path) -> bool:
-    return (directory / RECORD_FILE).is_file()
-
-
 def _check_label(what: str, value: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", value):
         raise UsageError(
             f"{what} {value!r}: use up to 64 letters, digits, dots, dashes and underscores"
         )
-
-
-def _short(digest: str | None) -> str:
-    return f"model {digest[:12]}" if digest else "no model"

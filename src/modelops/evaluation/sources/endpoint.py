@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from modelops.base.errors import EvaluationError, ImageBlockedError, ModelopsError, UsageError
-from modelops.models.sources import Image, ImageRequest, ModelSource
+from modelops.models.request import Image, ImageRequest
+from modelops.models.sources import ModelSource
 from modelops.records.evaluation import SourceInfo
 
 BLOCKED_CODES = ("content_policy_violation", "content_filter", "moderation_blocked")

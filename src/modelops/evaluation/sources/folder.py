@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelops.base.errors import EvaluationError
-from modelops.models.sources import Image, ImageRequest, ModelSource
+from modelops.models.request import Image, ImageRequest
+from modelops.models.sources import ModelSource
 from modelops.records.evaluation import SourceInfo
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -21,7 +21,7 @@ from modelops.base.errors import (
     ModelopsError,
     UsageError,
 )
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 
 _KINDS: dict[str, type[ModelopsError]] = {
     kind.__name__: kind

@@ -23,7 +23,7 @@ from modelops.base.files import read_json, safe_join, sha256_file, sha256_json, 
 from modelops.export.graphs.axes import read_multiples
 from modelops.export.graphs.external import check_data, data_path, load_structure
 from modelops.export.graphs.graph import RuntimeName
-from modelops.export.signatures import Signature
+from modelops.models.pipelines.signatures import Signature
 from modelops.records.base import InputRef
 from modelops.records.export import ArtifactRecord, ExportedComponent
 from modelops.records.read import read_record

@@ -17,11 +17,11 @@ from modelops.export.artifact.directory import (
     read_signature,
     verify_artifact,
 )
-from modelops.export.calls import OMITTED
 from modelops.export.graphs.graph import RUNTIMES, RUNTIMES_OF, Graph, RuntimeName
 from modelops.export.runtimes.modules import ExportedControl, ExportedModule, Part, library_class
 from modelops.export.runtimes.open import open_graph
-from modelops.export.signatures import Method
+from modelops.models.pipelines.signatures import Method
+from modelops.models.pipelines.watch import OMITTED
 from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
 from modelops.records.export import ArtifactRecord

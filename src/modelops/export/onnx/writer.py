@@ -25,7 +25,7 @@ from modelops.export.graphs.external import (
     write_values,
 )
 from modelops.export.onnx.simplify import drop_empty_squeezes, simplify
-from modelops.export.signatures import Example, is_variadic, quiet_libraries
+from modelops.models.pipelines.signatures import Example, is_variadic, quiet_libraries
 
 _SLACK = 256 << 20
 _LARGEST_STEP = 256  # sizes that are tried to learn what a network's axes must be a multiple of

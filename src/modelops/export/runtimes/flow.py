@@ -16,8 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from modelops.export.graphs.graph import Array, Graph
 from modelops.export.runtimes.modules import ExportedModule
-from modelops.export.signatures import TIMESTEP_NAMES
 from modelops.models.pipeline import PixelFlowPipeline
+from modelops.models.pipelines.signatures import TIMESTEP_NAMES
 
 
 def is_plain_euler(scheduler: Any) -> bool:

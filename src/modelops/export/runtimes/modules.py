@@ -10,7 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from modelops.base.errors import UsageError
 from modelops.export.graphs.graph import Graph
-from modelops.export.signatures import Method, Signature
+from modelops.models.pipelines.signatures import Method, Signature
 
 Part = tuple[Graph, Signature]
 

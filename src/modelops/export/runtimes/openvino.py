@@ -12,7 +12,7 @@ from modelops.base.extras import require_module
 from modelops.export.graphs.axes import read_axes
 from modelops.export.graphs.graph import Array, RuntimeName, process_cores
 from modelops.export.runtimes.sinusoids import keep_sinusoids_in_float32
-from modelops.export.signatures import TIMESTEP_NAMES
+from modelops.models.pipelines.signatures import TIMESTEP_NAMES
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _MAX_COMPILED = 12  # shapes that are kept compiled; each holds its own packed weights

@@ -27,7 +27,7 @@ from modelops.base.errors import ExportError, UsageError
 from modelops.base.files import atomic_path
 from modelops.base.seeding import torch_generator
 from modelops.export.graphs.graph import Array
-from modelops.export.signatures import Example, is_variadic, quiet_libraries
+from modelops.models.pipelines.signatures import Example, is_variadic, quiet_libraries
 
 INTERFACE = "interface.json"
 _ROOT = "model"  # the folder inside an archive; torch would take the file's name

@@ -23,7 +23,7 @@ from modelops.base.files import sha256_tree
 from modelops.records.base import InputRef
 from modelops.records.export import ReproductionCheck
 from modelops.records.release import PreflightRecord, ReleaseRecord
-from modelops.releases.build import RECORD_FILE, verify_release
+from modelops.releases.verify import RECORD_FILE, verify_release
 
 _TIMEOUT_S = 900.0
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from modelops.base.errors import UsageError
-from modelops.releases.build import verify_release
+from modelops.releases.verify import verify_release
 from modelops.safety.registry import check_image_filter, check_prompt_filter
 from modelops.serving.deploy.preflight import require_preflight
 from modelops.serving.http.access import INSECURE_VARIABLE

@@ -25,14 +25,10 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.export.runtimes.modules import ExportedModule
-from modelops.export.signatures import parameters_of
-from modelops.models.sources import (
-    ImageRequest,
-    floats_to_uint8,
-    native_size,
-    pipeline_arguments,
-)
-from modelops.serving.engine.calls import Call, answers, content_key, merged, read_call
+from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
+from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_call
+from modelops.models.pipelines.signatures import parameters_of
+from modelops.models.request import ImageRequest
 from modelops.serving.engine.jobs import Job
 
 _DENOISERS = ("transformer", "unet")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from modelops.base.errors import ModelopsError, ServingError, UsageError
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 from modelops.serving.engine.batch_profile import BatchProfile, Pace, measure_profile
 from modelops.serving.engine.jobs import MAX_PREVIEWS, Job, Preview, StepReport, job_to_image
 from modelops.serving.engine.queue import JobQueue

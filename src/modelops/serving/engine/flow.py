@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from modelops.base.errors import UsageError
-from modelops.models.sources import ImageRequest, floats_to_uint8
+from modelops.models.pipelines.arguments import floats_to_uint8
+from modelops.models.request import ImageRequest
 from modelops.serving.engine.batch_profile import widths
 from modelops.serving.engine.jobs import Job
 from modelops.serving.engine.stepping import Schedule, Stepper, guide

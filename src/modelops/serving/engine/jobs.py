@@ -16,7 +16,7 @@ from modelops.base.errors import ServingError
 from modelops.serving.failures import CancelledError, DeadlineError
 
 if TYPE_CHECKING:
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

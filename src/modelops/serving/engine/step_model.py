@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from modelops.models.sources import ImageRequest
+from modelops.models.request import ImageRequest
 from modelops.serving.engine.jobs import Job
 
 

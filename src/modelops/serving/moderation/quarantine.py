@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
     from modelops.serving.provenance.seal import Origin
     from modelops.serving.settings import NodeSettings
 
@@ -151,7 +151,7 @@ class Quarantine:
         filter_info: Mapping[str, Any],
     ) -> bool:
         """Write an entry of a prompt that was refused; False when it is lost."""
-        from modelops.models.sources import ImageRequest
+        from modelops.models.request import ImageRequest
 
         def make() -> Entry:
             request = ImageRequest(prompt=prompt, seed=0, negative_prompt=negative_prompt)

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.seeding import numpy_generator
-from modelops.models.sources import ImageRequest, PipelineSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
 from modelops.serving.node.golden import FALLBACK_FILE, GOLDEN_FILE, make_golden
 

@@ -13,7 +13,8 @@ from PIL import Image
 from modelops.base.errors import IntegrityError, ServingError
 from modelops.base.files import atomic_path, safe_join
 from modelops.base.pixels import pixels_sha256
-from modelops.models.sources import ImageRequest, PipelineSource
+from modelops.models.request import ImageRequest
+from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
 
 GOLDEN_FILE, FALLBACK_FILE = "golden.png", "golden-fallback.png"

@@ -22,8 +22,8 @@ import torch
 from modelops.base.errors import ModelopsError, ServingError, UsageError
 from modelops.base.files import sha256_file
 from modelops.base.seeding import MAX_SEED
-from modelops.models.sources import ImageRequest
-from modelops.releases.build import RECORD_FILE, verify_release
+from modelops.models.request import ImageRequest
+from modelops.releases.verify import RECORD_FILE, verify_release
 from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse
 from modelops.serving.engine.engine import StepEngine
 from modelops.serving.engine.jobs import EngineImage, Preview, StepReport

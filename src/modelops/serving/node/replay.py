@@ -18,13 +18,13 @@ from PIL import Image
 
 from modelops.base.errors import IntegrityError, UsageError
 from modelops.base.files import sha256_bytes, sha256_file
-from modelops.releases.build import RECORD_FILE, verify_release
+from modelops.releases.verify import RECORD_FILE, verify_release
 from modelops.serving.provenance.manifests import picture_format, read_mark
 from modelops.serving.provenance.receipts import Receipt, read_receipt, text_digest, verify_receipt
 from modelops.serving.provenance.signing import VerifyingKey
 
 if TYPE_CHECKING:
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
     from modelops.records.release import ReleaseRecord
 
 Answer = Literal["equal", "within tolerance", "differs"]
@@ -205,7 +205,7 @@ def replay_recipe(
         ModelopsError: the release cannot be opened here, or gives no image.
     """
     from modelops.base.pixels import pixels_sha256
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
     from modelops.serving.node.load import open_released
 
     release = check_release(recipe, release_dir)

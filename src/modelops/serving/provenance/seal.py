@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from prometheus_client import CollectorRegistry
 
-    from modelops.models.sources import ImageRequest
+    from modelops.models.request import ImageRequest
     from modelops.records.evaluation import SourceInfo
     from modelops.records.release import ReleaseRecord
     from modelops.serving.engine.jobs import EngineImage

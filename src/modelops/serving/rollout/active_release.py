@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modelops.base.errors import IntegrityError, UsageError
 from modelops.base.files import read_text, safe_join, sha256_file, write_text
-from modelops.releases.build import RECORD_FILE
+from modelops.releases.verify import RECORD_FILE
 
 RELEASE_VARIABLE = "MODELOPS_RELEASE"
 RELEASES_VARIABLE = "MODELOPS_RELEASES"

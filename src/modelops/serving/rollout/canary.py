@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelops.base.errors import ModelopsError, ServingError
 from modelops.base.files import sha256_file
-from modelops.releases.build import RECORD_FILE
+from modelops.releases.verify import RECORD_FILE
 from modelops.serving.provenance.receipts import utc_now
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelops.base.errors import ModelopsError, UsageError
-from modelops.releases.build import RECORD_FILE
+from modelops.releases.verify import RECORD_FILE
 from modelops.serving.api import ApiError, ImagesRequest
 from modelops.serving.provenance.receipts import utc_now
 from modelops.serving.rollout.active_release import (

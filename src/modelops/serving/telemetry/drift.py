@@ -32,7 +32,7 @@ from modelops.monitoring.extractors import features_protocol, open_extractor
 from modelops.monitoring.policy import DEFAULT_EVALUATE_EVERY_DAYS, released_monitoring
 from modelops.monitoring.rows import PREFIX, features_to_text
 from modelops.monitoring.scripts import script_shares
-from modelops.releases.build import released_evaluations
+from modelops.releases.verify import released_evaluations
 from modelops.serving.telemetry.outage import EVERY_S
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 from modelops.serving.workers import worker_count

@@ -21,7 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from modelops.releases.build import evaluation_end, released_evaluations
+from modelops.releases.verify import evaluation_end, released_evaluations
 
 if TYPE_CHECKING:
     from modelops.records.release import ReleaseRecord

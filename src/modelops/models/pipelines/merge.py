@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modelops.export.signatures import (
+from modelops.models.pipelines.signatures import (
     TIMESTEP_NAMES,
     Fields,
     Template,

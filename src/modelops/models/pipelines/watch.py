@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from modelops.base.errors import ExportError, UsageError
-from modelops.export.signatures import Method, parameters_of, template_of
+from modelops.models.pipelines.signatures import Method, parameters_of, template_of
 
 OMITTED = ("safety_checker", "image_encoder")  # modelops' own filters stand in for the first
 # With guidance diffusers 0.42 gives their transformer two timesteps whatever the number of prompts.
