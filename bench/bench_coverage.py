@@ -158,7 +158,7 @@ def frechet(pair: Pair, n: int, m: int) -> Case:
 
 
 def infinity(pair: Pair, n: int, m: int) -> Case:
-    """FD-infinity, of the distance of the whole generated population to m reference pictures."""
+    """FD-infinity, of the distance of the whole generated population to m reference images."""
     return Case(
         "infinity", f"FD-infinity, of the truth: {pair.name}, n {n}, m {m}",
         lambda generator, index: frechet_infinity(

@@ -1,11 +1,11 @@
-"""How often `modelops monitor` cries wolf, and what it notices: real pictures, many windows.
+"""How often `modelops monitor` cries wolf, and what it notices: real images, many windows.
 
     python bench/bench_drift.py my-demo --json drift.json
     python bench/bench_drift.py my-demo --repetitions 40 --pictures 395     # smaller
 
 `my-demo` is what `modelops demo my-demo` left. Each repetition deals the evaluated prompts of the
-released model out to a reference and a window, at random; nothing drifted if the window's pictures
-are the model's own. Then the same window with other pictures: of another checkpoint, other
+released model out to a reference and a window, at random; nothing drifted if the window's images
+are the model's own. Then the same window with other images: of another checkpoint, other
 settings, other colours. A window is judged as the command judges it, at the policy's default alpha:
 1.25 % of windows a false alarm at most.
 
@@ -56,7 +56,7 @@ NO_MARGINS = Margins(**dict.fromkeys(Margins.model_fields, 0.0))
 
 
 class Lab:
-    """The evaluated prompts of a demo, and features of several sets of pictures of them."""
+    """The evaluated prompts of a demo, and features of several sets of images of them."""
 
     def __init__(self, demo: Path, pictures: int, cache: Path) -> None:
         self.demo, self.cache = demo, cache
@@ -84,13 +84,13 @@ class Lab:
             return np.asarray(stored["features"][[place[p] for p in self.prompts]], np.float16)
 
     def changed(self, change: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]) -> Features:
-        """Features of the model's own pictures, changed."""
+        """Features of the model's own images, changed."""
         folder = self.demo / "evaluations/int8"
         images = (change(read_image(folder / row["image"])) for row in self.rows)
         return self.extractor.images_to_features(images).astype(np.float16)
 
     def made(self, **options: Any) -> Features:
-        """Features of new pictures by the released model; kept in the cache."""
+        """Features of new images by the released model; kept in the cache."""
         path = self.cache / f"{sha256_json({'n': len(self.prompts), **options})[:16]}.npz"
         if path.is_file():
             with np.load(path) as stored:
@@ -112,7 +112,7 @@ class Lab:
         return features
 
     def sample(self, features: Features, rows: Rows) -> Sample:
-        """Those prompts and pictures as one side of the tests."""
+        """Those prompts and images as one side of the tests."""
         return Sample(
             features=features[rows], scores=self.scores[rows], characters=self.characters[rows],
             scripts=self.scripts[rows],
@@ -224,7 +224,7 @@ def main() -> None:
         ("no drift, margins off", lambda: own, loose, False, options.repetitions, whole),
         ("fp32 for INT8", lambda: fp32, rules, False, few, whole),
         ("5 % darker", lambda: lab.changed(dimmer), rules, False, few, whole),
-        ("grey pictures", lambda: lab.changed(grey), rules, False, few, whole),
+        ("grey images", lambda: lab.changed(grey), rules, False, few, whole),
         ("checkpoint at 6 % of training", lambda: early, rules, False, few, whole),
         ("the shorter half of the prompts", lambda: own, small, False, few, short),
         ("other topics", lambda: own, rules, True, few, whole),
@@ -233,7 +233,7 @@ def main() -> None:
         ("new seeds", lambda: lab.made(seed=1), rules, False, few, whole),
     ]
     n = round(options.share * len(lab.prompts))
-    print(f"reference {len(lab.prompts) - n} pictures, window {n}; alpha of a window "
+    print(f"reference {len(lab.prompts) - n} images, window {n}; alpha of a window "
           f"{rules.window_alpha:.4f}; {lab.groups.max() + 1} groups")  # fmt: skip
     print(f"{'window':34} {'found':>6} {'95 % interval':>15}   mean   cov length   effects")
     results = {}

@@ -69,7 +69,7 @@ def main() -> None:
                     for a, b in zip(made[name], made["one by one"], strict=True))  # fmt: skip
         print(f"{name:13} {options.images / np.median(times):7.2f} images/s, "
               f"{np.median(ratios):.2f} x one by one ({ratios.min():.2f} to {ratios.max():.2f}), "
-              f"pictures at most {apart} levels of 255 apart")  # fmt: skip
+              f"images at most {apart} levels of 255 apart")  # fmt: skip
 
 
 TOOK: list[float] = []  # seconds of the last run, without opening the engine

@@ -3,7 +3,7 @@
     python bench/bench_memory.py
     python bench/bench_memory.py --counts 500 2000 8000 --modes stream memory
 
-Each evaluation of a folder of small pictures (OpenMoji drawings with noise, made here) against the
+Each evaluation of a folder of small images (OpenMoji drawings with noise, made here) against the
 same reference runs in a process of its own, in full: sampling, features, Fréchet, kernel and
 extrapolated distance, precision and recall, memorization, diversity, the record. Peak is what the
 kernel says of the process (VmHWM), counted from where imports, the network and one batch have left
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 SIZE = 32
-REFERENCE = 400  # pictures, of which a quarter is the reference and the rest training pictures
+REFERENCE = 400  # images, of which a quarter is the reference and the rest training images
 
 
 def resident_mb(which: str) -> float:
@@ -36,7 +36,7 @@ def resident_mb(which: str) -> float:
 
 
 def make_pictures(root: Path, count: int) -> tuple[Path, Path]:
-    """(manifest, splits) of the reference; root/images gets `count` pictures to evaluate."""
+    """(manifest, splits) of the reference; root/images gets `count` images to evaluate."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -62,7 +62,7 @@ def make_pictures(root: Path, count: int) -> tuple[Path, Path]:
 
 
 def measure(root: Path, count: int, stream: bool) -> None:
-    """In a process of its own: evaluate `count` pictures and print what it took as JSON."""
+    """In a process of its own: evaluate `count` images and print what it took as JSON."""
     from modelops.evaluation.evaluate import evaluate
     from modelops.evaluation.settings import EvaluationSettings
     from modelops.evaluation.sources.folder import FolderSource

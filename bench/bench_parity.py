@@ -108,10 +108,10 @@ def extract(mode: str, lab: dict[str, Any], name: str) -> Any:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=120, help="pictures a side")
+    parser.add_argument("--count", type=int, default=120, help="images a side")
     parser.add_argument("--weights", type=Path, help="a state dict of the FID Inception")
     parser.add_argument("--archive", type=Path, help="clean-fid's inception-2015-12-05.pt")
-    parser.add_argument("--first", type=Path, help="a folder of pictures")
+    parser.add_argument("--first", type=Path, help="a folder of images")
     parser.add_argument("--second", type=Path, help="another")
     parser.add_argument("--limit", type=float, default=1e-4)
     parser.add_argument("--json", action="store_true")

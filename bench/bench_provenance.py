@@ -1,4 +1,4 @@
-"""What marking a picture costs: C2PA manifest with read-back, and its signed receipt.
+"""What marking an image costs: C2PA manifest with read-back, and its signed receipt.
 
     python bench/bench_provenance.py [--repeats 30]
 

@@ -2,11 +2,11 @@
 
     python bench/bench_watermark.py [--pictures 24] [--keys 20000] [--no-peers]
 
-Each cell: share of pictures in which it is found at a false-alarm bound of 1e-6, median z.
+Each cell: share of images in which it is found at a false-alarm bound of 1e-6, median z.
 Drawings are OpenMoji rendered at that size, photographs scikit-image's. Then false alarms over
 random keys, and what invisible-watermark's dwtDct (32 bits; found is at most 2 bits wrong, a
 false-alarm rate of 1.2e-7) and Cox et al.'s additive spread spectrum (blind, the same band, at the
-same PSNR) do with the same pictures.
+same PSNR) do with the same images.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def false_alarms(keys: int) -> None:
 
 
 def pictures(kind: str, size: int, count: int) -> list[Pixels]:
-    """Square pictures [size, size, 3]."""
+    """Square images [size, size, 3]."""
     if kind == "drawings":
         drawings = list_drawings()
         chosen = np.linspace(0, len(drawings) - 1, count).astype(int)

@@ -200,7 +200,7 @@ def _example(shape: tuple[int, ...], text: tuple[int, ...], axes: dict[int, str]
 def _synthetic_rows(
     shape: tuple[int, ...], text: tuple[int, ...]
 ) -> Callable[[int, int], TrajectoryRows]:
-    """Smooth pictures mixed with noise as rectified flow does, at evenly spaced levels."""
+    """Smooth images mixed with noise as rectified flow does, at evenly spaced levels."""
 
     def make(rows: int, seed: int) -> TrajectoryRows:
         generator = numpy_generator(seed, "bench-rows")

@@ -381,9 +381,9 @@ def check_artifacts(
     skipped: dict[str, str],
     failures: list[str],
 ) -> dict[str, Any]:
-    """Export the checkpoint as `modelops export` does and draw a picture from what was written.
+    """Export the checkpoint as `modelops export` does and draw an image from what was written.
 
-    An export compares every network and the pictures with torch on the CPU; one that differs or
+    An export compares every network and the images with torch on the CPU; one that differs or
     fails is in `failures`, one whose packages are missing in `skipped`.
     """
     from modelops.base.errors import MissingExtraError, ModelopsError

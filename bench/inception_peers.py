@@ -1,4 +1,4 @@
-"""Random Inception weights in the published formats, real pictures, and the peers' code on both.
+"""Random Inception weights in the published formats, real images, and the peers' code on both.
 
 Shared by bench_parity.py, bench_fid.py and tests/metrics/test_metrics_inception.py. Nothing is
 downloaded: the networks that clean-fid and torch-fidelity build are given the same local weights.
@@ -46,7 +46,7 @@ def write_pictures(folder: Path, count: int, *, offset: int = 0, size: int | Non
 
 
 def write_photographs(folder: Path, count: int, *, largest: int = 512) -> Path:
-    """Crops of scikit-image's data pictures, in RGB and grey, PNG and JPEG."""
+    """Crops of scikit-image's data images, in RGB and grey, PNG and JPEG."""
     import skimage.data
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def random_weights(folder: Path, *, calibration: list[Path] | None = None, seed: int = 0) -> Path:
-    """`inception-random.pth`: He weights, batch norms fitted to pictures so that features vary.
+    """`inception-random.pth`: He weights, batch norms fitted to images so that features vary.
 
     In the older, not zipped format, as the published file is.
     """

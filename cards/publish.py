@@ -3,7 +3,7 @@
     python cards/publish.py DEMO_DIR
     python cards/publish.py --check
 
-Copies to cards/openmoji-pilot/ the cards with their pictures, every record they print and the
+Copies to cards/openmoji-pilot/ the cards with their images, every record they print and the
 verdict, in the project's own layout, so that links and `modelops card check` hold; and prints the
 README's table from those records.
 """
@@ -72,28 +72,28 @@ def readme_table(project: Path) -> str:
     rows = [
         ("Fréchet distance (Lite0 features, not FID)", describe(final[distance]),
          f"{describe(early[distance])} at 5 % of training, so a ratio of {ratio:.2f}; "
-         f"{describe(final[f'{distance}_floor'])} for real training pictures"),
+         f"{describe(final[f'{distance}_floor'])} for real training images"),
         (f"the same of the {served} artifact that is served", describe(released[distance]), ""),
         ("alignment with own prompt (LiT cosine)", describe(final["lit_alignment"]),
          f"{describe(final['lit_alignment_shuffled'])} with shuffled prompts; "
-         f"{describe(final['lit_alignment_real'])} for real pictures"),
+         f"{describe(final['lit_alignment_real'])} for real images"),
         ("alignment gain, paired", describe(final["lit_alignment_gain"]),
          f"{describe(early['lit_alignment_gain'])} at 5 % of training"),
         ("the judge's own held-out retrieval, top-1",
          describe(final["lit_heldout_retrieval_top1"]),
          f"top-5 {describe(final['lit_heldout_retrieval_top5'])}"),
-        ("nearest training picture (1 − cosine)", describe(final["nearest_train_distance"]),
-         f"{describe(final['nearest_train_distance_heldout'])} for real held-out pictures"),
-        ("unsafe pictures (open_nsfw)", describe(released["unsafe_rate"]), ""),
+        ("nearest training image (1 − cosine)", describe(final["nearest_train_distance"]),
+         f"{describe(final['nearest_train_distance_heldout'])} for real held-out images"),
+        ("unsafe images (open_nsfw)", describe(released["unsafe_rate"]), ""),
         ("INT8 denoiser at batch 8", f"× {speed['torch_eager']} eager torch",
          f"× {speed['onnxruntime_fp32']} onnxruntime fp32, × {speed['openvino_fp32']} OpenVINO "
-         f"fp32; pictures within {psnr:.1f} dB PSNR"),
+         f"fp32; images within {psnr:.1f} dB PSNR"),
         ("gate", f"**{verdict.answer}**", f"{passed} of {len(verdict.criteria)} criteria, "
          "[policy](cards/openmoji-pilot/policy.yaml), "
          "[verdict](cards/openmoji-pilot/gate/verdict.json)"),
     ]  # fmt: skip
     head = (
-        f"{train.steps} steps, {train.images_seen:,} pictures seen, {train.training_seconds:.0f} s "
+        f"{train.steps} steps, {train.images_seen:,} images seen, {train.training_seconds:.0f} s "
         f"on {train.environment.cores if train.environment else '?'} CPU cores; "
         f"n = {final[distance].n} held-out captions, 95 % intervals.\n\n"
         "| measure | value | beside it |\n|---|---|---|\n"

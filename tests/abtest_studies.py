@@ -31,7 +31,7 @@ def write_samples(
     size: int = 16,
     failed: Sequence[str] = (),
 ) -> Path:
-    """Flat pictures with a little noise; each PNG says in its metadata where it comes from."""
+    """Flat images with a little noise; each PNG says in its metadata where it comes from."""
     folder.mkdir(parents=True)
     entries: list[dict[str, Any]] = []
     for index, prompt in enumerate(prompts):

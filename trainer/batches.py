@@ -1,6 +1,6 @@
 """What a step is trained on, as a pure function of (seed, position in the run).
 
-Sample k of a run (k = step * effective batch + place in the batch) is the same picture with the
+Sample k of a run (k = step * effective batch + place in the batch) is the same image with the
 same noise, flip and caption drop whether the run was killed and resumed, split over more processes,
 or cut into other microbatches.
 """
@@ -55,7 +55,7 @@ class TrainingBatches:
     """The batches of a run.
 
     Args:
-        pictures: the training split.
+        images: the training split.
         texts: embeddings of its captions and of the empty caption.
         config: seed, dropout, flips, noise-level distribution.
         effective_batch: samples per step over all processes.
@@ -74,7 +74,7 @@ class TrainingBatches:
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def step_to_indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Which pictures step `step` (from 0) is trained on, [effective batch]."""
+        """Which images step `step` (from 0) is trained on, [effective batch]."""
         positions = np.arange(step * self.effective_batch, (step + 1) * self.effective_batch)
         epochs, places = np.divmod(positions, len(self.pictures))
         return np.array(
@@ -114,19 +114,19 @@ class TrainingBatches:
         )
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The pictures of one epoch in order; with weights, a weighted draw of as many."""
+        """The images of one epoch in order; with weights, a weighted draw of as many."""
         count = len(self.pictures)
         random = numpy_generator(self.config.training.seed, "order", epoch)
         if self._weights is None:
             return random.permutation(count).astype(np.int64)
-        # Systematic draw: a picture of weight w comes floor(w) or ceil(w) times in an epoch.
+        # Systematic draw: an image of weight w comes floor(w) or ceil(w) times in an epoch.
         ladder = np.cumsum(self._weights) * count / self._weights.sum()
         chosen = np.searchsorted(ladder, np.arange(count) + random.random(), side="right")
         return random.permutation(chosen.clip(max=count - 1)).astype(np.int64)
 
 
 def fixed_batch(pictures: PictureSet, texts: TextTable, config: TrainConfig, purpose: str) -> Batch:
-    """Every picture of a small set once, at noise levels and with noise that never change."""
+    """Every image of a small set once, at noise levels and with noise that never change."""
     seed, shape, count = config.training.seed, latent_shape(config), len(pictures)
     pooled, tokens, mask = texts.lookup(pictures.captions)
     return Batch(

@@ -1,4 +1,4 @@
-"""Early checks: are a few samples closer to training pictures than new pictures are, and does the
+"""Early checks: are a few samples closer to training images than new images are, and does the
 held-out loss still follow the training loss? By the same code as the evaluation's verdict.
 
 They run between two steps, in the process and thread of the training: a second thread would bring
@@ -41,12 +41,12 @@ RESAMPLES = 200
 
 
 class EarlyChecks:
-    """Samples from fixed training and held-out captions against their nearest training pictures.
+    """Samples from fixed training and held-out captions against their nearest training images.
 
     Args:
-        pictures: with a validation split.
+        images: with a validation split.
         pipeline: of the averaged weights.
-        cache: folder for the features of the pictures.
+        cache: folder for the features of the images.
     """
 
     def __init__(self, pictures: Pictures, config: TrainConfig, pipeline: Any, cache: Path) -> None:
@@ -165,7 +165,7 @@ def make_early_checks(
         return None
     if validation is None or len(validation) < 2 or len(pictures.train) < 2:
         if every:
-            warn("no early checks of samples: there are no held-out pictures to compare with")
+            warn("no early checks of samples: there are no held-out images to compare with")
         return None
     return EarlyChecks(pictures, config, pipeline, run_dir / ".cache")
 
@@ -187,7 +187,7 @@ def say_overfitting(step: int, found: Overfitting) -> None:
 def say_copies(step: int, verdict: CopyingVerdict) -> None:
     """Warn a person, and tell the launching process."""
     event("copies", step=step)
-    warn(f"step {step}: copies of training pictures: {verdict.reason}")
+    warn(f"step {step}: copies of training images: {verdict.reason}")
 
 
 def spread(count: int, limit: int) -> list[int]:

@@ -25,7 +25,7 @@ GRID_SIZE = 16
 DEFAULT_PROMPTS = (
     "red heart", "sun", "star", "grinning face", "thumbs up", "house", "tree", "flag",
 )  # fmt: skip
-CHUNK = 32  # pictures per forward pass while sampling and validating
+CHUNK = 32  # images per forward pass while sampling and validating
 
 
 def grid_prompts(config: TrainConfig, pictures: Pictures) -> list[str]:
@@ -40,7 +40,7 @@ def grid_prompts(config: TrainConfig, pictures: Pictures) -> list[str]:
 
 
 def prompts_to_grid(pipeline: Any, prompts: Sequence[str], seed: int) -> npt.NDArray[np.uint8]:
-    """One picture per prompt, laid out in rows: [rows * H, columns * W, 3] uint8."""
+    """One image per prompt, laid out in rows: [rows * H, columns * W, 3] uint8."""
     return tile(prompts_to_images(pipeline, prompts, seed))
 
 
@@ -48,9 +48,9 @@ def prompts_to_grid(pipeline: Any, prompts: Sequence[str], seed: int) -> npt.NDA
 def prompts_to_images(
     pipeline: Any, prompts: Sequence[str], seed: int, *, steps: int | None = None
 ) -> list[npt.NDArray[np.uint8]]:
-    """One picture [H, W, 3] uint8 per prompt, in `steps` or the pipeline's own number of steps.
+    """One image [H, W, 3] uint8 per prompt, in `steps` or the pipeline's own number of steps.
 
-    Picture of a prompt depends on (seed, prompt), the steps and the weights alone.
+    Image of a prompt depends on (seed, prompt), the steps and the weights alone.
     """
     pipeline.set_progress_bar_config(disable=True)
     images: list[npt.NDArray[np.uint8]] = []

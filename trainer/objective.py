@@ -1,7 +1,7 @@
 """Rectified flow: x_s = (1 - s) x0 + s eps, and a network that predicts the velocity eps - x0.
 
 Liu et al. 2022, "Flow Straight and Fast" (arXiv:2209.03003); logit-normal times from Esser et al.
-2024 (arXiv:2403.03206). Noise level s (sigma) is 0 at the picture and 1 at pure noise.
+2024 (arXiv:2403.03206). Noise level s (sigma) is 0 at the image and 1 at pure noise.
 
 Shapes: N batch, C = 3 p^2 channels, h = w = resolution / p, D text width, L text tokens.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from modelops.base.seeding import numpy_generator
 
-SMALLEST_LEVEL = 0.05  # a picture prediction becomes a velocity by 1 / max(s, this)
-# Velocity errors of a picture prediction grow as 1 / s; in the loss no further than to this level,
-# or training would spend itself on nearly clean pictures.
+SMALLEST_LEVEL = 0.05  # an image prediction becomes a velocity by 1 / max(s, this)
+# Velocity errors of an image prediction grow as 1 / s; in the loss no further than to this level,
+# or training would spend itself on nearly clean images.
 WEIGHTED_LEVEL = 0.25
 
 
@@ -88,7 +88,7 @@ def flow_losses(
     prediction: str,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """Mean squared velocity error of each sample, [N] float32; with a picture prediction its
+    """Mean squared velocity error of each sample, [N] float32; with an image prediction its
     weight falls below s = 0.25.
 
     Args:

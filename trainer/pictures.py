@@ -1,4 +1,4 @@
-"""The pictures and captions of one split, decoded once where they fit into memory."""
+"""The images and captions of one split, decoded once where they fit into memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Reader = Callable[[int], npt.NDArray[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class PictureSet:
-    """Pictures with captions and groups; `read` decodes one when they are not cached.
+    """Images with captions and groups; `read` decodes one when they are not cached.
 
     Attributes:
-        ids, captions, groups: one per picture.
-        cached: all pictures [N, H, W, 3] uint8, or None.
-        read: index to picture [H, W, 3] uint8.
+        ids, captions, groups: one per image.
+        cached: all images [N, H, W, 3] uint8, or None.
+        read: index to image [H, W, 3] uint8.
     """
 
     ids: list[str]
@@ -38,10 +38,10 @@ class PictureSet:
         return len(self.ids)
 
     def images(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """A fresh array [N, H, W, 3] of the pictures at `indices`.
+        """A fresh array [N, H, W, 3] of the images at `indices`.
 
         Raises:
-            TrainingError: a picture that is decoded on demand cannot be read.
+            TrainingError: an image that is decoded on demand cannot be read.
         """
         if self.cached is not None:
             picked: npt.NDArray[np.uint8] = self.cached[indices]
@@ -50,12 +50,12 @@ class PictureSet:
             return np.stack([self.read(int(index)) for index in indices])
         except ImageError as error:
             raise TrainingError(
-                f"a picture became unreadable while training: {error.message}",
+                f"an image became unreadable while training: {error.message}",
                 hint="repair or remove it, then go on with --resume",
             ) from error
 
     def subset(self, indices: Sequence[int]) -> PictureSet:
-        """Some of the pictures, cached."""
+        """Some of the images, cached."""
         chosen = list(indices)
         images = self.images(np.array(chosen, np.int64))
         return PictureSet(
@@ -84,7 +84,7 @@ def load_pictures(config: TrainConfig, root: Path) -> Pictures:
 
     Raises:
         UsageError: a file is missing or does not fit.
-        TrainingError: no picture is left to train on.
+        TrainingError: no image is left to train on.
     """
     if config.data.shards is not None:
         return _load_shards(config, root)
@@ -171,7 +171,7 @@ def _checked(
     if train is None:
         first = next(iter(quarantined.items()), None)
         reason = f"; {len(quarantined)} left out, first {first[0]}: {first[1]}" if first else ""
-        raise TrainingError(f"{name}: no picture to train on{reason}", hint="modelops data check")
+        raise TrainingError(f"{name}: no image to train on{reason}", hint="modelops data check")
     return Pictures(train, validation, quarantined)
 
 
@@ -184,7 +184,7 @@ def _cache(
 ) -> tuple[PictureSet, dict[str, str]]:
     """Decode what fits; leave out what cannot be read, with the reason.
 
-    `open_picture` gives pictures of any size; they are cut and scaled to the config's resolution.
+    `open_picture` gives images of any size; they are cut and scaled to the config's resolution.
     """
     side = config.model.resolution
 

@@ -80,8 +80,8 @@ def _text(
         f"| peak memory | {_number(record.peak_memory_gb)} GB |",
         f"| loss | {_number(record.final_train_loss)}, trend {record.loss_trend} |",
         f"| held-out loss | {_number(record.final_validation_loss)} |",
-        f"| same measure on training pictures | {_number(_last(curves['train_probe_loss']))} |",
-        f"| nearest training picture: samples minus held-out pictures | "
+        f"| same measure on training images | {_number(_last(curves['train_probe_loss']))} |",
+        f"| nearest training image: samples minus held-out images | "
         f"{_number(_last(curves['early_nearest_train_gap']))} |",
         f"| left out | {len(record.quarantined)} image(s) |",
         "",
@@ -107,8 +107,8 @@ def _plot(curves: dict[str, list[tuple[int, float]]]) -> bytes:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     labels = {
         "loss": "training (live weights)",
-        "train_probe_loss": "training pictures, fixed noise (averaged weights)",
-        "validation_loss": "held-out pictures, fixed noise (averaged weights)",
+        "train_probe_loss": "training images, fixed noise (averaged weights)",
+        "validation_loss": "held-out images, fixed noise (averaged weights)",
     }
     for name, label in labels.items():
         if curves[name]:
@@ -151,5 +151,5 @@ def _rates(record: TrainRecord) -> str:
 
 def _epochs(record: TrainRecord) -> str:
     if not record.n_train_images:
-        return "no pictures"
+        return "no images"
     return f"{record.images_seen / record.n_train_images:.1f} epochs of {record.n_train_images}"

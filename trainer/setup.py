@@ -26,7 +26,7 @@ class Material:
     """All that a run is trained and judged on.
 
     Attributes:
-        pictures: the splits.
+        images: the splits.
         batches: of the training split.
         probe, held_out: fixed batches of the training and the validation split; the second is None
             without one.

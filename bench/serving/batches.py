@@ -1,9 +1,9 @@
-"""Lists of requests to pictures without a step scheduler: what one can write with stock tools.
+"""Lists of requests to images without a step scheduler: what one can write with stock tools.
 
 Three ways to run a batch of mixed step counts on the artifact's own pipeline:
 
 - longest: one loop over the longest request's steps. All rows stay in the forward pass to its end;
-  a row whose own steps are done keeps its picture. What a batched service does by nature.
+  a row whose own steps are done keeps its image. What a batched service does by nature.
 - groups: the pipeline's own call, for each (steps, guidance) of the batch. No loop to write.
 - dropped: as longest, but a finished row leaves the forward pass. Half way to a step scheduler.
 """
@@ -60,7 +60,7 @@ class BatchMaker:
                 pipeline.predict_velocity(torch.zeros(rows, *shape), torch.ones(rows), *text)
 
     def make(self, requests: Sequence[Request], way: str) -> list[Pixels]:
-        """Pictures of the requests, each with its own seed, step count and guidance."""
+        """Images of the requests, each with its own seed, step count and guidance."""
         if way == "groups":
             return self._groups(requests)
         order = sorted(range(len(requests)), key=lambda index: -requests[index].steps)
@@ -145,7 +145,7 @@ class BatchMaker:
 
 
 class Checker:
-    """The node's own image filter on all cores: a thread for each, with a share of the pictures."""
+    """The node's own image filter on all cores: a thread for each, with a share of the images."""
 
     def __init__(self, threads: int) -> None:
         from modelops.safety.image import OpenNsfwFilter
@@ -155,7 +155,7 @@ class Checker:
         self._threads = threads
 
     def check(self, pictures: Sequence[Pixels]) -> list[bool]:
-        """Which pictures are blocked."""
+        """Which images are blocked."""
         shares = [s.tolist() for s in np.array_split(np.arange(len(pictures)), self._threads)]
         parts = self._pool.map(
             lambda share: self._filter.check([pictures[index] for index in share]) if share else [],

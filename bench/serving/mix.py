@@ -17,7 +17,7 @@ BLOCK = len(STEPS) * len(GUIDANCE)  # requests in which each kind occurs once
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One picture to be made; guidance 1 takes one row of a forward pass, else two."""
+    """One image to be made; guidance 1 takes one row of a forward pass, else two."""
 
     prompt: str
     seed: int

@@ -34,7 +34,7 @@ def packed(mix: Sequence[Wanted], max_rows: int) -> list[list[Wanted]]:
 
 
 def plain(maker: BatchMaker, batches: list[list[Wanted]]) -> None:
-    """Pictures only."""
+    """Images only."""
     for batch in batches:
         maker.make(batch, "dropped")
 

@@ -57,7 +57,7 @@ class Server:
 
     @property
     def generate(self) -> str:
-        """Where pictures are asked for."""
+        """Where images are asked for."""
         return self.url + ("/v1/images/generations" if self.name == NODE else "/generate")
 
     def body(self, wanted: Wanted, **more: object) -> str:

@@ -122,7 +122,7 @@ def picture_of(server: Server, wanted: Wanted) -> Any:
 
 
 def _compared(pictures: dict[str, list[Any]]) -> dict[str, float]:
-    print("\nThe same pictures? Mean difference to the node's, of 255 levels, 4 requests")
+    print("\nThe same images? Mean difference to the node's, of 255 levels, 4 requests")
     own = pictures[NODE]
     differences = {
         name: float(np.mean([np.abs(a - b).mean() for a, b in zip(made, own, strict=True)]))

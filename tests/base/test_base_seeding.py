@@ -15,7 +15,7 @@ from modelops.base.seeding import (
 
 
 def test_seeds_are_the_same_in_every_process_and_for_ever() -> None:
-    # A literal: a change of the derivation would change every picture of every release.
+    # A literal: a change of the derivation would change every image of every release.
     assert derive_seed(0, "image", "red heart", 0) == 5130108849500540
     code = "from modelops.base.seeding import *; print(image_seed(0, 'red heart'))"
     for hash_seed in ("0", "1"):

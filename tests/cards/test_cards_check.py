@@ -111,7 +111,7 @@ def test_added_and_removed_lines_are_found(root: Path) -> None:
     edit(card, "## Limitations", "It is perfect.\n\n## Limitations")
     assert any("added: It is perfect." in finding for finding in check_card(card))
     write_model(root)
-    edit(card, "- Decisions about people, or pictures passed off as somebody's drawing.\n", "")
+    edit(card, "- Decisions about people, or images passed off as somebody's drawing.\n", "")
     assert any("removed: - Decisions about people" in finding for finding in check_card(card))
 
 
@@ -128,9 +128,9 @@ def test_a_record_that_changed_makes_the_card_stale(root: Path) -> None:
 def test_pictures_are_part_of_the_card(root: Path) -> None:
     card = write_model(root)
     (root / "cards/grid.png").write_bytes(b"another")
-    assert check_card(card) == ["grid.png: the picture was changed"]
+    assert check_card(card) == ["grid.png: the image was changed"]
     (root / "cards/grid.png").unlink()
-    assert check_card(card) == ["grid.png: the picture is missing"]
+    assert check_card(card) == ["grid.png: the image is missing"]
     write_model(root)
     original = root / "evaluations/final/grid.png"
     original.write_bytes(original.read_bytes() + b"new")
@@ -209,7 +209,7 @@ def test_the_sources_name_no_machine_path_and_may_not(root: Path) -> None:
 
 def test_the_dataset_card_counts_and_escapes(root: Path) -> None:
     text = write_dataset(root).read_text("utf-8")
-    assert "| Pictures | 3,786 |" in text
+    assert "| Images | 3,786 |" in text
     assert "| train | 3,030 | 80.0 % |" in text
     assert "*and 15 more*" in text
     assert "openmoji \\| &lt;i&gt;" in text

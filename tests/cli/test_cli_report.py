@@ -33,7 +33,7 @@ def test_a_report_lies_beside_its_record_in_the_words_of_the_cards(
     page = record.with_suffix(".html")
     assert capsys.readouterr().out == f"written: {page}\n"
     text = page.read_text("utf-8")
-    assert "Unsafe pictures" in text and '<b class="value">0.5</b> [0.25, 0.75]' in text
+    assert "Unsafe images" in text and '<b class="value">0.5</b> [0.25, 0.75]' in text
 
 
 def test_check_says_whether_the_page_belongs_to_the_record(

@@ -1,4 +1,4 @@
-"""`modelops train` as a user calls it, on real pictures."""
+"""`modelops train` as a user calls it, on real images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = {
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder with 24 pictures and a config; the current directory is elsewhere."""
+    """A project folder with 24 images and a config; the current directory is elsewhere."""
     from modelops.data.corpora.openmoji import build_corpus
 
     root = tmp_path / "project"

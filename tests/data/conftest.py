@@ -18,7 +18,7 @@ LIMIT = 120
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 120 real OpenMoji pictures at 32 pixels. Read only."""
+    """A folder with 120 real OpenMoji images at 32 pixels. Read only."""
     from modelops.data.corpora.openmoji import build_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
@@ -54,7 +54,7 @@ def shards(corpus: Path, split: Path) -> Path:
 
 @pytest.fixture
 def add_picture(tmp_path: Path) -> Callable[..., Sample]:
-    """Writes a picture of random pixels below tmp_path and returns its row; `data` replaces it."""
+    """Writes an image of random pixels below tmp_path and returns its row; `data` replaces it."""
 
     def make(name: str, *, data: bytes | None = None, seed: int = 0, **changes: Any) -> Sample:
         path = tmp_path / changes.get("filepath", f"images/{name}.png")
@@ -67,7 +67,7 @@ def add_picture(tmp_path: Path) -> Callable[..., Sample]:
         row = {
             "id": name,
             "filepath": f"images/{name}.png",
-            "caption": f"picture {name}",
+            "caption": f"image {name}",
             "license": "CC0-1.0",
             "source": "made here",
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -23,7 +23,7 @@ Add = Callable[..., Sample]
 
 
 class Thumbnails:
-    """A real, quick encoder: the picture at 6 x 6, about its mean. Counts what it is asked for."""
+    """A real, quick encoder: the image at 6 x 6, about its mean. Counts what it is asked for."""
 
     name = "thumbnail-6"
     weights_sha256 = "0" * 64
@@ -96,7 +96,7 @@ def test_bad_pictures_are_quarantined_with_a_reason(tmp_path: Path, add_picture:
     assert report.n_images == 4
     assert "mislabelled" in report.quarantined["mislabelled"]
     assert "damaged" in report.quarantined["truncated"]
-    with pytest.raises(UsageError, match="none of its pictures"):
+    with pytest.raises(UsageError, match="none of its images"):
         deduplicate(
             write_manifest(tmp_path / "bad.parquet", bad), tmp_path / "r.json", encoder=Thumbnails()
         )
@@ -144,7 +144,7 @@ def test_lite0_on_real_pictures(corpus: Path, deduped: Path) -> None:
         for member in cluster.members:
             assert unit[place[cluster.keeper]] @ unit[place[member]] >= 0.95 - 1e-5
     members = [member for cluster in report.clusters for member in cluster.members]
-    assert len(members) == len(set(members)), "a picture is deleted at most once"
+    assert len(members) == len(set(members)), "an image is deleted at most once"
     recall = report.calibration["recall_brightness"]
     assert recall.value is not None and recall.value > 0.9
     assert set(report.files) == {"dedup_candidates.png"}

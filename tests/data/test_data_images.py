@@ -1,4 +1,4 @@
-"""Pictures of every mode, and files made to hurt."""
+"""Images of every mode, and files made to hurt."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_an_embedded_profile_is_converted() -> None:
     ("name", "data", "said"),
     [
         ("a.png", b"", "empty"),
-        ("a.png", b"hello", "not a picture"),
+        ("a.png", b"hello", "not an image"),
         ("a.gif", png_bytes(Image.fromarray(COLOUR)), "mislabelled"),
         ("a.jpg", png_bytes(Image.fromarray(COLOUR)), "mislabelled: the content is PNG"),
         ("a.svg", b"<svg/>", "extension"),
@@ -100,7 +100,7 @@ def test_an_embedded_profile_is_converted() -> None:
         ("a.png", bomb(20_000, 20_000), "20000x20000|pixels"),
         ("a.png", bomb(9_000, 9_000), "9000x9000"),
         ("a.png", bomb(2**31 - 1, 2**31 - 1), "pixels|damaged"),
-        ("a.png", bomb(0, 4), "damaged|not a picture"),
+        ("a.png", bomb(0, 4), "damaged|not an image"),
         ("a.png", bomb(64, 64), "truncated or damaged"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_chain_is_one_component_but_many_stars() -> None:
     for keeper, *members in clusters:
         assert all(unit[keeper] @ unit[member] >= 0.95 for member in members)
     together = [node for cluster in clusters for node in cluster]
-    assert len(together) == len(set(together)), "no picture is in two clusters"
+    assert len(together) == len(set(together)), "no image is in two clusters"
 
 
 def test_a_group_is_never_divided_and_a_long_chain_is_capped() -> None:

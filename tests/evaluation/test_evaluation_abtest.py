@@ -89,14 +89,14 @@ def test_nothing_that_raters_get_tells_a_from_b(tmp_path: Path) -> None:
     for path in (folder / "images").iterdir():
         data = path.read_bytes()
         assert len(path.stem) == 14 and int(path.stem, 16) >= 0
-        # Only the chunks that a picture cannot do without.
+        # Only the chunks that an image cannot do without.
         kinds, at = set(), 8
         while at < len(data):
             length = int.from_bytes(data[at : at + 4], "big")
             kinds.add(data[at + 4 : at + 8])
             at += 12 + length
         assert kinds == {b"IHDR", b"IDAT", b"IEND"}
-    # By chance alone, a picture's name, or its time of writing, must not sort A before B.
+    # By chance alone, an image's name, or its time of writing, must not sort A before B.
     names = sorted(path.stem for path in (folder / "images").iterdir())
     ranks = [names.index(pair.b) > names.index(pair.a) for pair in key.pairs]
     assert 0 < sum(ranks) < len(ranks)
@@ -323,7 +323,7 @@ def test_a_changed_picture_or_key_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="not the key of this study"):
         score_study(folder)
     next((folder / "images").iterdir()).unlink()
-    with pytest.raises(IntegrityError, match="missing, or not the picture"):
+    with pytest.raises(IntegrityError, match="missing, or not the image"):
         Session(folder)
     assert read_study(folder)[0].trials == study.trials
 

@@ -20,7 +20,7 @@ from modelops.abtest.score import score_study
 
 pytestmark = pytest.mark.browser
 READY = "#vote[aria-busy=false]:not([hidden]), #done:not([hidden])"
-# What a person does: look at the two pictures, and choose the redder one.
+# What a person does: look at the two images, and choose the redder one.
 REDDER = """() => {
   const red = (id) => {
     const canvas = document.createElement("canvas");
@@ -130,7 +130,7 @@ def test_the_page_does_not_tell_a_from_b(browser: Any, tmp_path: Path) -> None:
         images = [address for address in page.requested if "/image/" in address]
         assert images and all(re.fullmatch(rf"{url}image/[0-9a-f]{{14}}\.png", i) for i in images)
         assert {page.get_attribute(f"#{side}-image", "alt") for side in ("left", "right")} == {
-            "Left picture", "Right picture",
+            "Left image", "Right image",
         }  # fmt: skip
         sizes = [page.locator(f"#{side}-image").bounding_box() for side in ("left", "right")]
         assert sizes[0]["width"] == sizes[1]["width"] and sizes[0]["y"] == sizes[1]["y"]
@@ -150,7 +150,7 @@ def test_keyboard_focus_and_names_for_screen_readers(browser: Any, tmp_path: Pat
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
             assert outline == "solid", stops
         assert stops == ["prompt", "left", "right", "equal"]
-        for name in ("Left picture Left is better", "Right picture Right is better", "About equal"):
+        for name in ("Left image Left is better", "Right image Right is better", "About equal"):
             assert page.get_by_role("button", name=name, exact=True).is_visible()
         page.keyboard.press("Enter")  # on the focused "About equal"
         page.get_by_text("1 of 7", exact=True).wait_for()

@@ -48,7 +48,7 @@ def real(corpus: Any) -> list[str]:
 
 @pytest.fixture
 def folder(corpus: Any, tmp_path: Path) -> Path:
-    """Six real pictures."""
+    """Six real images."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for path in sorted((corpus.manifest.parent / "images").iterdir())[:6]:
@@ -86,7 +86,7 @@ def failed(record: EvaluationRecord) -> tuple[int, int]:
 def test_a_folder_with_pictures_that_cannot_be_read(
     eval_: Eval, real: list[str], folder: Path
 ) -> None:
-    """Unreadable and NaN pictures fail; other sizes, modes and formats are measured."""
+    """Unreadable and NaN images fail; other sizes, modes and formats are measured."""
     (folder / "zz1.png").write_bytes(b"\x89PNG\r\n broken")
     Image.fromarray(np.full((16, 16), np.nan, np.float32)).save(folder / "zz2.tiff")
     Image.new("RGB", (200, 90), (200, 10, 10)).save(folder / "zz3.png")
@@ -219,7 +219,7 @@ def test_a_model_that_gives_nan_for_one_prompt(
 
 @pytest.fixture
 def broken(corpus: Any, tmp_path: Path) -> tuple[list[str], dict[str, int]]:
-    """(options, {split: pictures}) of a copy of the corpus with a broken picture in each split."""
+    """(options, {split: pictures}) of a copy of the corpus with a broken image in each split."""
     root, options = copied_corpus(corpus, tmp_path)
     manifest = read_manifest(root / "manifest.parquet")
     splits = read_splits(root / "splits.parquet")
@@ -239,14 +239,14 @@ def test_real_pictures_that_cannot_be_used(
     total = counts["test"]
     code, record, _ = eval_(folder, *options)
     assert code == 1
-    assert f"1 of {total} reference pictures cannot be used, 0 allowed" in (record.error or "")
+    assert f"1 of {total} reference images cannot be used, 0 allowed" in (record.error or "")
     code, record, _ = eval_(folder, *options, "--max-failures", "1")
     assert code == 0
     for name in ("frechet_distance_lite0", "kernel_distance_lite0", "precision_lite0"):
         warnings = record.metrics[name].warnings
-        assert f"1 of {total} reference pictures cannot be used and are left out" in warnings
+        assert f"1 of {total} reference images cannot be used and are left out" in warnings
     assert record.memorization is not None
-    assert any("1 training pictures cannot be used" in c for c in record.memorization.caveats)
+    assert any("1 training images cannot be used" in c for c in record.memorization.caveats)
     details = record.metrics["failed_image_rate"].details
     assert details["unusable_reference_pictures"] == details["unusable_training_pictures"] == 1
 
@@ -279,7 +279,7 @@ def test_reference_pictures_that_were_trained_on_are_found_in_another_encoding_t
     pq.write_table(pa.table({"id": ids, "split": names, "group": ids}), root / "splits.parquet")
     code, record, _ = eval_(folder, *options)
     assert code == 0
-    note = f"2 of {len(test)} reference pictures are training pictures"
+    note = f"2 of {len(test)} reference images are training images"
     for name in ("frechet_distance_lite0", "kernel_distance_lite0", "recall_lite0"):
         assert note in record.metrics[name].warnings, name
     assert record.memorization is not None

@@ -1,4 +1,4 @@
-"""Comparisons of real evaluations: real pictures with little and with much noise."""
+"""Comparisons of real evaluations: real images with little and with much noise."""
 
 from __future__ import annotations
 
@@ -398,8 +398,8 @@ def test_farther_from_the_training_pictures_is_not_better(tmp_path: Path) -> Non
 
 
 def test_authenticity_is_guarded_by_that_of_real_pictures(root: Path) -> None:
-    """Noise is farthest from all training pictures; less far than noise is not worse. Below what
-    real held-out pictures get it is."""
+    """Noise is farthest from all training images; less far than noise is not worse. Below what
+    real held-out images get it is."""
     found = {}
     for first, second, base in (
         (1.0, 0.9, 0.8),
@@ -422,5 +422,5 @@ def test_authenticity_is_guarded_by_that_of_real_pictures(root: Path) -> None:
     assert [row.verdict for row in found.values()] == [
         "within noise", "worse", "within noise", "better",
     ]  # fmt: skip
-    assert "real held-out pictures' value that this metric guards" in found[1.0, 0.9, 0.8].reason
+    assert "real held-out images' value that this metric guards" in found[1.0, 0.9, 0.8].reason
     assert "p < 0.0001, < 0.0001 by Holm over 1 metrics" in found[1.0, 0.9, 0.95].reason

@@ -1,4 +1,4 @@
-"""The verdict on copying and its page, on real pictures with known copies among the samples."""
+"""The verdict on copying and its page, on real images with known copies among the samples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_bench(corpus: Any, tmp_path: Path) -> Make:
     """A workbench whose samples are the given images, one per prompt."""
 
     def make(
-        images: list[np.ndarray], *, prompt: str = "a picture", uri: str = "x", **more: Any
+        images: list[np.ndarray], *, prompt: str = "an image", uri: str = "x", **more: Any
     ) -> Workbench:
         settings = EvaluationSettings(
             **{"manifest": corpus.manifest, "splits": corpus.splits, "resamples": 50,
@@ -98,7 +98,7 @@ def test_held_out_pictures_that_were_trained_on_are_left_out(make_bench: Make, c
     memorization.measure(bench)
     verdict = bench.record.memorization
     assert verdict is not None and verdict.answer == "cannot tell"
-    assert verdict.reason == "every held-out picture is a training picture"
+    assert verdict.reason == "every held-out image is a training image"
     assert any("24 of 24 held-out" in caveat for caveat in verdict.caveats)
 
 
@@ -133,13 +133,13 @@ def test_the_page_is_whole_and_escapes_what_others_wrote(make_bench: Make, corpu
     page = _Page(text)
     assert "script" not in page.tags and "b" not in page.tags and "link" not in page.tags
     assert "\u202e" not in text and "\x00" not in text
-    # Three pairs a side, every picture inside the page and with words for it.
+    # Three pairs a side, every image inside the page and with words for it.
     assert len(page.images) == 12
     assert all(str(image["src"]).startswith("data:image/png;base64,") for image in page.images)
     assert all(image.get("alt") for image in page.images)
     assert all(target.startswith("data:") for target in page.targets)
-    assert sum("Training picture: " in str(image["alt"]) for image in page.images) == 6
-    assert sum("Held-out picture: " in str(image["alt"]) for image in page.images) == 3
+    assert sum("Training image: " in str(image["alt"]) for image in page.images) == 6
+    assert sum("Held-out image: " in str(image["alt"]) for image in page.images) == 3
     levels = [int(tag[1]) for tag in page.tags if tag in ("h1", "h2", "h3", "h4")]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))

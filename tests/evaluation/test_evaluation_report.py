@@ -266,7 +266,7 @@ def test_images_that_are_gone_or_changed_are_named(build: Build, tmp_path: Path)
     folder = tmp_path / "final" / "samples" / "key"
     (folder / "0.png").unlink()
     (folder / "1.png").write_bytes((folder / "2.png").read_bytes())
-    (folder / "3.png").write_bytes(b"no picture")
+    (folder / "3.png").write_bytes(b"no image")
     text = Page(write_report(record)).text
     assert "no longer in the samples folder" in text and "changed since it was measured" in text
     for path in folder.iterdir():
@@ -390,9 +390,9 @@ def test_slices_that_are_all_equal_need_no_table_and_real_pictures_stand_beside(
         ],
     )  # fmt: skip
     page = Page(write_report(record))
-    assert "Unsafe pictures by words: 0 in every slice and in the rest." in page.text
+    assert "Unsafe images by words: 0 in every slice and in the rest." in page.text
     assert page.text.count("one 6 prompts, 5 groups") == 1
-    assert "real pictures 0.5, of the rest 0.75" in page.text
+    assert "real images 0.5, of the rest 0.75" in page.text
 
 
 def test_values_with_one_unit_share_an_axis() -> None:

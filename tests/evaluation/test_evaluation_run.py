@@ -197,7 +197,7 @@ def test_a_folder_with_an_unreadable_picture(corpus: Any, tmp_path: Path) -> Non
     folder.mkdir()
     for path in sorted((corpus.manifest.parent / "images").iterdir())[:6]:
         shutil.copy(path, folder)
-    (folder / "zz.png").write_bytes(b"no picture")
+    (folder / "zz.png").write_bytes(b"no image")
     settings = settings_of(corpus, n=None, max_failures=1)
     record = evaluate(FolderSource(folder), settings, out_path=tmp_path / "folder.json")
     assert record.n_failed_images == 1

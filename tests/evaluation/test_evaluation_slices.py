@@ -1,4 +1,4 @@
-"""Slices, diversity and CLIP scores of whole evaluations of folders of real pictures."""
+"""Slices, diversity and CLIP scores of whole evaluations of folders of real images."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def folder(drawn: tuple[Path, Path]) -> tuple[Path, Path]:
-    """(folder of a picture for each held-out caption, the captions): the left side's are copies of
-    training pictures, the right side's the held-out ones with noise."""
+    """(folder of an image for each held-out caption, the captions): the left side's are copies of
+    training images, the right side's the held-out ones with noise."""
     manifest = read_manifest(drawn[0])
     folder = drawn[0].parent / "made"
     folder.mkdir()

@@ -44,7 +44,7 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy held-out pictures, and prompts beside them for two images each."""
+    """Noisy held-out images, and prompts beside them for two images each."""
     root = tmp_path_factory.mktemp("noisy")
     real = open_reference(corpus.manifest, corpus.splits, ("test",))["test"]
     generator = np.random.default_rng(0)

@@ -155,7 +155,7 @@ def test_nonsense_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="at least 1"):
             bench_sources([contender(Still("a"))], **wrong)
     Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    with pytest.raises(UsageError, match="a folder of pictures makes none"):
+    with pytest.raises(UsageError, match="a folder of images makes none"):
         bench_sources([contender(FolderSource(tmp_path), has_threads=False)])
 
 

@@ -1,4 +1,4 @@
-"""Pipelines of every family export, run and make the same pictures; nothing knows them by name."""
+"""Pipelines of every family export, run and make the same images; nothing knows them by name."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ FAMILIES = {
 
 
 def check_pictures_of(family: str, checkpoint: Path, artifact: Path) -> None:
-    # One wants a picture, which no request carries; the others draw at a size of their own list and
-    # scale: their pictures are compared at export alone, where that is turned off.
+    # One wants an image, which no request carries; the others draw at a size of their own list and
+    # scale: their images are compared at export alone, where that is turned off.
     if family in ("controlnet", "pixart", "sana", "prx", "prx_pixel"):
         return
     size = {} if family == "ddpm" else {"height": 32, "width": 32}

@@ -1,4 +1,4 @@
-"""INT8: the rules of the graph, the pictures, the proof, and what is refused."""
+"""INT8: the rules of the graph, the images, the proof, and what is refused."""
 
 from __future__ import annotations
 

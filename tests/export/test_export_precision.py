@@ -1,4 +1,4 @@
-"""Mixed 16-bit graphs: what is converted, what is kept, and that the pictures survive."""
+"""Mixed 16-bit graphs: what is converted, what is kept, and that the images survive."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Decoder(torch.nn.Module):
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VAE decoder whose first resnet reaches some 200,000 between its two convolutions, where a
-    norm follows, so that its pictures are those of any other VAE."""
+    norm follows, so that its images are those of any other VAE."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_a_vae_that_overflows_in_float16_keeps_its_pictures(
     broken = OrtGraph(naive).run(latents[0])
     assert not np.isfinite(broken).all()
     faults = check_pictures(_pictures(broken), _pictures(expected))
-    assert faults == [f"picture {i} is all black, its source's is not" for i in range(2)]
+    assert faults == [f"image {i} is all black, its source's is not" for i in range(2)]
 
     mixed = tmp_path / "mixed" / "model.onnx"
     report = convert_precision(decoder, mixed, "float16", feeds=latents)
@@ -342,11 +342,11 @@ def test_pictures_at_fault() -> None:
     missing = ramp / np.float32(255)
     missing[0, 0, 0] = np.nan
     assert check_pictures([ramp, black], [ramp, ramp]) == [
-        "picture 1 is all black, its source's is not"
+        "image 1 is all black, its source's is not"
     ]
     assert "of one colour" in check_pictures([green], [ramp])[0]
     assert "not numbers" in check_pictures([missing], [ramp / np.float32(255)])[0]
     assert check_pictures([black, green], [black, green]) == []  # no fault of the export
     assert check_pictures([black], [green])
-    with pytest.raises(ValueError, match="2 pictures, 1 references"):
+    with pytest.raises(ValueError, match="2 images, 1 references"):
         check_pictures([ramp, ramp], [ramp])

@@ -1,4 +1,4 @@
-"""An exported artifact makes the checkpoint's pictures, and refuses to be anything else."""
+"""An exported artifact makes the checkpoint's images, and refuses to be anything else."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_features_are_those_of_transformers_one_by_one(weights: Path) -> None:
     features = extractor.images_to_features(iter(pictures()), on_progress=counted.append)
     assert features.shape == (5, extractor.dim) and features.dtype == np.float32
     assert features == pytest.approx(np.array(expected), rel=1e-4, abs=1e-4)
-    assert np.ptp(features, axis=0).max() > 0.1, "pictures differ"
+    assert np.ptp(features, axis=0).max() > 0.1, "images differ"
     assert counted == [2, 4, 5]
     assert Dinov2Extractor(weights).images_to_features([]).shape == (0, extractor.dim)
 

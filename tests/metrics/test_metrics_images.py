@@ -40,7 +40,7 @@ def test_psnr_closed_forms() -> None:
 
 def test_ssim_closed_forms(pictures: list[Any]) -> None:
     assert ssim(pictures[0], pictures[0]) == pytest.approx(1.0)
-    # Flat pictures differ in luminance alone: (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2.
+    # Flat images differ in luminance alone: (2ab + c) / (a^2 + b^2 + c), c = (0.01 * 255)^2.
     a, b, c = 50, 200, 2.55**2
     flat = (np.full((16, 16, 3), a, np.uint8), np.full((16, 16, 3), b, np.uint8))
     assert ssim(*flat) == pytest.approx((2 * a * b + c) / (a * a + b * b + c), abs=1e-9)
@@ -127,7 +127,7 @@ def test_other_weights_than_the_backbones_are_refused(alexnet: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def records(pictures: list[Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two evaluations of folders of 6 pictures for 3 prompts: one picture is brighter by one level
+    """Two evaluations of folders of 6 images for 3 prompts: one image is brighter by one level
     in the second, one has another drawing."""
     root = tmp_path_factory.mktemp("records")
     (root / "prompts.txt").write_text("one\ntwo\nthree\n")

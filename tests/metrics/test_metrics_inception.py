@@ -52,7 +52,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def assert_features_agree(ours: Any, theirs: Any) -> None:
     """To float32's rounding, carried through 94 layers of random weights."""
     assert ours.shape == theirs.shape
-    assert theirs.std(axis=0).mean() > 0.01  # pictures differ, so there is something to get wrong
+    assert theirs.std(axis=0).mean() > 0.01  # images differ, so there is something to get wrong
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=5e-4)
 
 
@@ -292,7 +292,7 @@ def test_threads_keep_the_order_and_do_not_run_ahead() -> None:
         next(made)
 
     def broken(item: int) -> int:
-        raise EvaluationError(f"picture {item}")
+        raise EvaluationError(f"image {item}")
 
-    with pytest.raises(EvaluationError, match="picture 0"):
+    with pytest.raises(EvaluationError, match="image 0"):
         list(in_threads(broken, range(9), workers=2, ahead=4))

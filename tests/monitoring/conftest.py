@@ -1,4 +1,4 @@
-"""A release with a reference; its model is a file, since nothing here makes a picture."""
+"""A release with a reference; its model is a file, since nothing here makes an image."""
 
 from __future__ import annotations
 

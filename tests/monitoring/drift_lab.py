@@ -103,7 +103,7 @@ def rows(
     blocked: float = 0.0, prompt_blocked: float = 0.0, steps: int = 4, score: float = 0.1,
     extractor: str | None = protocol_id(PROTOCOL),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A request and an image row for each picture, spread over a time."""
+    """A request and an image row for each image, spread over a time."""
     generator = np.random.default_rng(seed)
     made: list[dict[str, Any]] = []
     for index, (one, text) in enumerate(zip(pictures, texts, strict=True)):

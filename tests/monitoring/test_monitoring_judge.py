@@ -100,7 +100,7 @@ def test_what_was_not_tested_is_not_called_the_same(tmp_path: Path, released: Re
     log = log_of(tmp_path / "log", released, texts=texts, extractor=None)
     record = monitor(log, released.path)
     assert record.answer == "investigate" and outcomes(record)["feature_mean"] == "undecided"
-    assert "whether the pictures are the same could not be tested" in record.reasons[0]
+    assert "whether the images are the same could not be tested" in record.reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_few_rows_are_undecided(tmp_path: Path, released: Released) -> None:
 
 
 def test_repeated_prompts_count_once(tmp_path: Path, released: Released) -> None:
-    """Many pictures of few prompts say little of the mean: they are no independent rows."""
+    """Many images of few prompts say little of the mean: they are no independent rows."""
     texts = prompts(2, 40) * 5
     record = monitor(log_of(tmp_path / "log", released, texts=texts, shift=3.0), released.path)
     assert record.n_images == 200 and record.n_prompts == 40 and record.answer == "undecided"
@@ -191,7 +191,7 @@ def test_other_settings_are_left_out_and_said(tmp_path: Path, released: Released
     )  # fmt: skip
     record = monitor(write_log(tmp_path / "log", ours, other), released.path)
     assert record.answer == "keep"
-    assert any(warning.startswith("50% of the pictures") for warning in record.warnings)
+    assert any(warning.startswith("50% of the images") for warning in record.warnings)
     assert record.tests[0].n_window == 150
 
 

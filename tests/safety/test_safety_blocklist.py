@@ -1,4 +1,4 @@
-"""The image block-list: knows a listed picture again, not another, and refuses bad lists."""
+"""The image block-list: knows a listed image again, not another, and refuses bad lists."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_lists_that_cannot_be_used_are_refused(folder: Path, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="no hashes"):
         read_blocklist(tmp_path / "bad.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no pictures"):
+    with pytest.raises(UsageError, match="no images"):
         read_blocklist(tmp_path / "empty")
-    (folder / "damaged.png").write_bytes(b"no picture")
+    (folder / "damaged.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"damaged\.png"):
         read_blocklist(folder)
     with pytest.raises(UsageError, match="empty"):

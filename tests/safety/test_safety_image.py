@@ -1,4 +1,4 @@
-"""The image filter on real pictures, and that it fails closed."""
+"""The image filter on real images, and that it fails closed."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class Load:
         wait_until(lambda: len(self.answers) >= goal)
 
     def releases(self) -> dict[str, str]:
-        """Release digest by request; every answer was a picture."""
+        """Release digest by request; every answer was an image."""
         bad = [(name, status, answer) for name, status, answer in self.answers if status != 200]
         assert not bad, bad[:3]
         return {

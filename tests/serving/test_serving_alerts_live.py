@@ -447,7 +447,7 @@ def canary(lab: Lab, **rules: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("auto", [False, True])
 def test_a_canary_is_worse(lab: Lab, auto: bool) -> None:
-    """Its image filter stops every picture. A person rolls it back, or nobody has to."""
+    """Its image filter stops every image. A person rolls it back, or nobody has to."""
     with canary(lab, auto=auto) as image_filter, lab.fault("ModelopsCanaryWorse"):
         check = image_filter.check
         image_filter.check = lambda images: [replace(one, blocked=True) for one in check(images)]

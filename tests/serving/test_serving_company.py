@@ -1,4 +1,4 @@
-"""What a release states of pictures made in batches is what its engine does."""
+"""What a release states of images made in batches is what its engine does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_batches_are_measured_beside_alone_and_offline(tiny_checkpoint: Path) ->
     said = measure_company(tiny_checkpoint, pictures=6)
     assert said["runtime"] == "torch-cpu"
     assert said["pictures"] == 6
-    assert said["widest_rows"] >= 6  # three guided pictures take two rows each
+    assert said["widest_rows"] >= 6  # three guided images take two rows each
     for beside in ("company", "offline"):
         assert said[beside]["max_difference"] <= 2
         assert (said[beside]["identical"] == 6) == (said[beside]["max_difference"] == 0)

@@ -44,7 +44,7 @@ SECRET = "a zebra that nobody shall read about"
 
 @pytest.fixture(scope="module")
 def monitored(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release with a real evaluation of 24 pictures, its reference, and a cadence of 9 days."""
+    """A release with a real evaluation of 24 images, its reference, and a cadence of 9 days."""
     folder = tmp_path_factory.mktemp("drift")
     model = sha256_tree(tiny_checkpoint)
     prompts = folder / "prompts.txt"
@@ -62,7 +62,7 @@ def monitored(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     files, remark = release_files(
         [folder / "final.json"], model_sha256=model, folder=folder / "reference"
     )
-    assert "24 pictures of final.json" in remark
+    assert "24 images of final.json" in remark
     golden = make_golden(tiny_checkpoint, folder / "golden.png")
     build_release(
         folder / "release", model_dir=tiny_checkpoint, verdict=folder / "v.json",
@@ -117,7 +117,7 @@ def test_traffic_to_a_verdict(monitored: Path, tmp_path: Path) -> None:
         assert {"queue", "denoise", "image_filter", "total"} <= set(row["seconds"])
         assert row["seconds"]["denoise"] <= row["seconds"]["total"]
         assert row["release"] == sha256_file(monitored / RECORD_FILE)
-    # The features are those that an evaluation of the very picture sent would take.
+    # The features are those that an evaluation of the very image sent would take.
     import base64
     import io
 
@@ -197,7 +197,7 @@ def test_the_nodes_own_cadence_comes_first(monitored: Path, tiny_release: Path) 
 
 
 class SlowExtractor:
-    """Lite0's interface; holds every picture until it is let go."""
+    """Lite0's interface; holds every image until it is let go."""
 
     protocol = Lite0Extractor().protocol
     dim = 1280

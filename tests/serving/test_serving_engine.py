@@ -293,7 +293,7 @@ def test_previews_come_in_order_and_change_nothing(make: Callable[..., StepEngin
 
 
 def test_a_preview_is_where_the_straight_way_on_ends(make: Callable[..., StepEngine]) -> None:
-    """The estimate is the very picture when a single Euler step is left."""
+    """The estimate is the very image when a single Euler step is left."""
     seen: list[Any] = []
     job = make().submit(
         [ImageRequest(prompt="star", seed=5, steps=2, guidance=1.0)],

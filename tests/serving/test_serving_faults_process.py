@@ -44,7 +44,7 @@ FAST = {"OMP_NUM_THREADS": "1", "MODELOPS_PROFILE_S": "0"}
 
 
 def ask(url: str, **fields: Any) -> str:
-    """`whole` for a 200 with whole pictures, an error's code, or `cut` without an answer.
+    """`whole` for a 200 with whole images, an error's code, or `cut` without an answer.
 
     Anything else, such as half an answer, fails.
     """

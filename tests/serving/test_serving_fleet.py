@@ -240,7 +240,7 @@ def test_a_model_can_be_named(releases: Path) -> None:
         assert [entry["x_modelops"]["role"] for entry in listed] == ["stable", "canary"]
         status, answer = ask("other")
         assert status == 404 and answer["error"]["code"] == "model_not_found"
-        # The two have other weights, so the same seed gives other pictures.
+        # The two have other weights, so the same seed gives other images.
         first, second = ask("tiny@0.1")[1], ask("tiny@0.2")[1]
         assert np.abs(pixels(first) - pixels(second)).max() > 1
         status = node.rollout.status()

@@ -153,7 +153,7 @@ def picture(client: openai.OpenAI, stream: bool) -> tuple[str, dict[str, Any]]:
 
 
 def check(file: str, receipt: dict[str, Any], key: VerifyingKey) -> str:
-    """The version that a picture names: by its signed receipt and by its own metadata."""
+    """The version that an image names: by its signed receipt and by its own metadata."""
     verified = verify_receipt(receipt, key)
     data = base64.b64decode(file)
     assert sha256_bytes(data) == verified.output_sha256

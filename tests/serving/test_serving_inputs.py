@@ -41,7 +41,7 @@ def alone(pipeline: Any, request: ImageRequest) -> Any:
 
 @torch.no_grad()
 def drive(model: FlowModel, requests: list[ImageRequest], between: Any = None) -> list[Any]:
-    """Pictures of requests that start together, each leaving when it is done."""
+    """Images of requests that start together, each leaving when it is done."""
     jobs = []
     for request in requests:
         filled = model.fill(request)

@@ -141,14 +141,14 @@ def test_a_picture_is_seen_to_come(page: Any, stage: Stage) -> None:
     stage.gate.allow(2)
     ask(page)
     image = page.locator(".card img")
-    page.get_by_alt_text("Unfinished picture 1 of 2").wait_for()
+    page.get_by_alt_text("Unfinished image 1 of 2").wait_for()
     assert page.is_disabled("#make") and not page.is_disabled("#stop")
-    assert page.inner_text("#status") == "Unfinished picture 1 of 2"
+    assert page.inner_text("#status") == "Unfinished image 1 of 2"
     stage.gate.allow(2)
-    page.get_by_alt_text("Unfinished picture 2 of 2").wait_for()
+    page.get_by_alt_text("Unfinished image 2 of 2").wait_for()
     stage.gate.open()
     card = finished(page)
-    assert image.get_attribute("alt") == "AI-generated picture: a red heart"
+    assert image.get_attribute("alt") == "AI-generated image: a red heart"
     page.locator("img.small").wait_for()
     shown = image.evaluate("i => [i.naturalWidth, getComputedStyle(i).imageRendering]")
     assert shown == [32, "pixelated"]
@@ -209,7 +209,7 @@ def test_errors_are_said_in_words(page: Any, stage: Stage) -> None:
     stage.gate.close()
     stage.gate.allow(2)
     ask(page)
-    page.get_by_alt_text("Unfinished picture 1 of 2").wait_for()
+    page.get_by_alt_text("Unfinished image 1 of 2").wait_for()
     stage.filter.blocks = True
     stage.gate.open()
     problem.wait_for()

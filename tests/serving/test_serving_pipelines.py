@@ -1,4 +1,4 @@
-"""Any diffusers pipeline in the engine: its own pictures, in shared network evaluations."""
+"""Any diffusers pipeline in the engine: its own images, in shared network evaluations."""
 
 from __future__ import annotations
 
@@ -368,7 +368,7 @@ def test_a_release_of_another_pipeline_is_served_and_replayed(
     assert answer.size == "32x32"
     data = base64.b64decode(answer.data[0].b64_json)
     assert difference(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), expected) <= 1
-    # Nobody knows what this pipeline's latents look like, so only the finished picture comes.
+    # Nobody knows what this pipeline's latents look like, so only the finished image comes.
     assert [event.type for event in events] == ["image_generation.completed"]
     receipt = answer.data[0].model_extra["x_modelops"]
     assert receipt["batch_rows"] == [4, 4, 4]

@@ -247,7 +247,7 @@ def test_the_development_key_is_private_and_made_once(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_marked_is_no_picture(marker: Marker, encoded: dict[str, bytes]) -> None:
-    for data in (b"", b"not a picture", encoded["jpeg"]):
+    for data in (b"", b"not an image", encoded["jpeg"]):
         with pytest.raises(ProvenanceError):
             marker.embed(data, "png", SAID)
 

@@ -1,4 +1,4 @@
-"""Blocked pictures are kept for review when asked, for nobody else to see, and never in the way."""
+"""Blocked images are kept for review when asked, for nobody else to see, and never in the way."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_written_changes_no_answer(
 def test_the_oldest_go_when_the_bytes_run_out(node: InferenceNode, tmp_path: Path) -> None:
     registry = CollectorRegistry()
     quarantine = own_quarantine(node, tmp_path / "q", max_bytes=30_000, registry=registry)
-    (tmp_path / "q" / "review.html").write_text("holds pictures")
+    (tmp_path / "q" / "review.html").write_text("holds images")
     for seed in range(12):
         assert keep(quarantine, seed)
         assert sum(file.size for file in list_files(tmp_path / "q")) <= 30_000
@@ -233,7 +233,7 @@ def test_a_folder_that_was_away_for_a_while_is_tidied_again(
 
 def test_a_page_that_was_finished_after_its_last_entry_went_goes_too(reviewed: Path) -> None:
     assert tidy_folder(reviewed, max_age_s=0)[0] == 5
-    (reviewed / "review.html").write_text("holds pictures")
+    (reviewed / "review.html").write_text("holds images")
     assert tidy_folder(reviewed, max_age_s=1e6) == (0, 0)
     assert not (reviewed / "review.html").exists()
 

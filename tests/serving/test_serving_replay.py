@@ -153,7 +153,7 @@ def test_a_picture_is_not_compared_with_another(
         of_it = (made.file(name), "--prompt", PROMPT, "--image")
         assert replay(made, *of_it, made.file(name)) == 0
         assert replay(made, *of_it, made.file(name, 1)) == 1
-        assert "not the picture that was sent" in capsys.readouterr().err
+        assert "not the image that was sent" in capsys.readouterr().err
 
 
 def test_another_release_is_not_asked(
@@ -191,7 +191,7 @@ def test_it_says_how_far(
     assert (code, result["answer"], result["max_difference"]) == (1, "differs", None)
     image = made.file(name)
     code, result = replay_json(made, capsys, tmp_path / "wrong.json", "--image", image)
-    # Picture 1 of the same request was made from that seed.
+    # Image 1 of the same request was made from that seed.
     one, other = (
         np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
         for path in (image, made.file(name, 1))
@@ -205,7 +205,7 @@ def test_it_says_how_far(
     assert replay_json(made, capsys, tmp_path / "wrong.json", *within)[0] == 0
     assert replay(made, tmp_path / "wrong.json", "--tolerance", "1") == 2
     assert replay(made, tmp_path / "wrong.json", "--image", made.file("webp", 1)) == 1
-    assert "not the picture that was sent" in capsys.readouterr().err
+    assert "not the image that was sent" in capsys.readouterr().err
 
 
 def test_the_release_states_how_far_batches_may_change_a_picture() -> None:

@@ -1,6 +1,6 @@
-"""Streamed pictures over a real server: OpenAI's client, hang-ups, slow readers, filters that stop.
+"""Streamed images over a real server: OpenAI's client, hang-ups, slow readers, filters that stop.
 
-The network's evaluations pass a gate, so that a test decides how far a picture has come.
+The network's evaluations pass a gate, so that a test decides how far an image has come.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def test_a_slow_reader_is_dropped_and_nobody_waits_for_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = stage.node.sealer.seal_partial
-    # As large as a partial picture of a large model can be, so that no buffer takes it all.
+    # As large as a partial image of a large model can be, so that no buffer takes it all.
     monkeypatch.setattr(stage.node.sealer, "seal_partial", lambda *a: real(*a) + bytes(12_000_000))
     before = stage.streams("slow_reader")
     stage.gate.close()

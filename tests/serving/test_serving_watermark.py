@@ -107,7 +107,7 @@ def test_false_alarms_stay_below_the_bound(picture: Pixels) -> None:
 
 
 def test_one_look_has_mean_0_and_variance_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a picture full of structure, over keys; this is what the bound stands on."""
+    """For an image full of structure, over keys; this is what the bound stands on."""
     monkeypatch.setattr("modelops.serving.provenance.watermark._STEPS", np.array([0.5]))
     monkeypatch.setattr("modelops.serving.provenance.watermark._CUTS", (96.0,))
     picture = drawing(32)
@@ -144,7 +144,7 @@ def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_of_many_that_make_a_key_at_once_one_does(tmp_path: Path) -> None:
-    """A key that was replaced cannot be made again, and its pictures are never found again."""
+    """A key that was replaced cannot be made again, and its images are never found again."""
     path, together = tmp_path / "key", threading.Barrier(8)
     made: list[str] = []
     refused: list[UsageError] = []

@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data/manifest.parquet and splits: 60 OpenMoji pictures. Read only."""
+    """A folder with data/manifest.parquet and splits: 60 OpenMoji images. Read only."""
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -63,7 +63,7 @@ def test_a_run_with_checks_learns_what_a_run_without_learns(
     for name, value in weights[0].items():
         assert np.array_equal(value, weights[1][name]), name
     report = (tmp_path / "every-4" / "report.md").read_text()
-    assert "samples minus held-out pictures | not measured" not in report
+    assert "samples minus held-out images | not measured" not in report
     record = read_record(tmp_path / "every-4" / "train.json", TrainRecord)
     probe = [row["train_probe_loss"] for row in _rows(tmp_path / "every-4")
              if "train_probe_loss" in row]  # fmt: skip
@@ -76,7 +76,7 @@ def test_an_untrained_network_is_far_from_training_pictures_and_copies_are_seen(
     config = load_config(write_config(training={"early_check_every_steps": 1}))
 
     class Memory:
-        """A pipeline that knows the pictures of some captions by heart."""
+        """A pipeline that knows the images of some captions by heart."""
 
         def set_progress_bar_config(self, **_: Any) -> None: ...
 
@@ -128,7 +128,7 @@ def test_checks_are_off_when_told_or_without_held_out_pictures(
     assert capsys.readouterr().err == ""
     asked = load_config(write_config(training={"early_check_every_steps": 5}))
     assert make_early_checks(alone, asked, None, tmp_path) is None
-    assert "no held-out pictures" in capsys.readouterr().err
+    assert "no held-out images" in capsys.readouterr().err
 
 
 def test_overfitting_is_said_once_for_each_kind() -> None:

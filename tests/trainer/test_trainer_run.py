@@ -1,4 +1,4 @@
-"""Whole runs of the trainer as a process, on real pictures."""
+"""Whole runs of the trainer as a process, on real images."""
 
 from __future__ import annotations
 

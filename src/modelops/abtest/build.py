@@ -33,7 +33,7 @@ from modelops.base.seeding import MAX_SEED, derive_seed, numpy_generator
 from modelops.data.images import encode_png, read_image
 from modelops.evaluation.samples import Image
 
-QUESTION = "Which picture shows the prompt better?"
+QUESTION = "Which image shows the prompt better?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,9 @@ class StudySettings:
     Attributes:
         n: pairs to show, chosen by the seed; None shows all.
         repeat: share of the pairs that is shown a second time with sides swapped, 0 to 1.
-        attention: checks in which one picture's pixels are shuffled; the other one is expected.
+        attention: checks in which one image's pixels are shuffled; the other one is expected.
         seed: of the choice, sides and names. None draws one: whoever knows the seed and has both
-            records can find out which picture is whose.
+            records can find out which image is whose.
         title, question: shown to the raters.
         allow: settings of the sampling that may differ, of ALLOWED_DIFFERENCES.
     """
@@ -89,15 +89,15 @@ def build_study(
     """Write a study of two evaluation records, or `modelops sample` folders, into `directory`.
 
     study.json and images/ are what raters get to see; key.json, which `modelops abtest score`
-    needs, may be kept elsewhere. Pictures are decoded and encoded again, so that nothing but their
-    pixels is left of the files they were. One picture is held in memory at a time.
+    needs, may be kept elsewhere. Images are decoded and encoded again, so that nothing but their
+    pixels is left of the files they were. One image is held in memory at a time.
 
     Args:
         dry_run: write nothing; the study that is returned has no digests.
 
     Raises:
         UsageError: the directory is not empty, or an input cannot be used.
-        EvaluationError: prompts, seeds or protocol differ (all of it is named), or two pictures of
+        EvaluationError: prompts, seeds or protocol differ (all of it is named), or two images of
             a pair differ in size.
     """
     settings = settings or StudySettings()
@@ -222,7 +222,7 @@ class _Draft:
 
 
 def _scramble(read: Callable[[], Image], seed: int, index: int) -> Image:
-    """A picture with its pixels in a random order."""
+    """An image with its pixels in a random order."""
     picture = read()
     pixels = picture.reshape(-1, 3)
     order = numpy_generator(seed, "abtest-scramble", index).permutation(len(pixels))

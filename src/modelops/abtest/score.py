@@ -58,7 +58,7 @@ class Judgement:
 
     @property
     def left_score(self) -> float:
-        """1 for the left picture, 0 for the right one, 0.5 for equal."""
+        """1 for the left image, 0 for the right one, 0.5 for equal."""
         return self.score if self.b_left else 1 - self.score
 
 
@@ -256,7 +256,7 @@ def _sign_test(judged: list[Judgement]) -> SignTest:
 
 
 def _position_bias(judged: list[Judgement]) -> Measurement:
-    """Share of votes for the left picture, ties half, above the 0.5 of a rater without a bias.
+    """Share of votes for the left image, ties half, above the 0.5 of a rater without a bias.
 
     The mean over votes with A and votes with B on the left, so that it does not matter if one of
     them was there more often.

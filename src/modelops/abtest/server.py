@@ -52,7 +52,7 @@ class Session:
 
     Raises:
         UsageError: there is no study in the directory.
-        IntegrityError: a picture is missing or changed, or votes.jsonl is damaged.
+        IntegrityError: an image is missing or changed, or votes.jsonl is damaged.
         ServingError: another process serves the study.
     """
 
@@ -64,9 +64,7 @@ class Session:
         self.images = {name: folder / IMAGES / f"{name}.png" for name in self.study.images}
         for name, path in self.images.items():
             if not path.is_file() or sha256_file(path) != self.study.images[name]:
-                raise IntegrityError(
-                    f"{path}: missing, or not the picture the study was built with"
-                )
+                raise IntegrityError(f"{path}: missing, or not the image the study was built with")
         self.log = VoteLog(folder / VOTES, self._sha256)
         self._on_finished = on_finished
         self._lock = threading.Lock()
@@ -290,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 body = session.images[image[1]].read_bytes()
             except OSError:
-                return _problem(HTTPStatus.GONE, "the picture is no longer there")
+                return _problem(HTTPStatus.GONE, "the image is no longer there")
             return _Answer(HTTPStatus.OK, "image/png", body, "private, max-age=86400, immutable")
         return _problem(HTTPStatus.NOT_FOUND, "nothing here")
 

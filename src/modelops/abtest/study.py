@@ -23,11 +23,11 @@ class _Model(BaseModel):
 
 
 class Trial(_Model):
-    """One showing of two pictures.
+    """One showing of two images.
 
     Attributes:
         id: opaque.
-        images: the pictures' names; which is left is decided for each rater, see `rater_order`.
+        images: the images' names; which is left is decided for each rater, see `rater_order`.
         again_of: id of the trial whose pair this one shows again, sides swapped.
     """
 
@@ -38,10 +38,10 @@ class Trial(_Model):
 
 
 class Study(Record):
-    """study.json. Nothing in it, or in the pictures' names and order, tells A from B.
+    """study.json. Nothing in it, or in the images' names and order, tells A from B.
 
     Attributes:
-        records: what A and B were read from; not which picture is whose.
+        records: what A and B were read from; not which image is whose.
         trials: sorted by their opaque ids.
         images: {name: sha256 of its PNG}.
         left_out: {reason: pairs} of the pairs that are not shown.
@@ -64,7 +64,7 @@ class Study(Record):
 class TrialKey(_Model):
     """What a trial is: a pair's first or second showing, or an attention check.
 
-    `expected` is the picture that an attentive rater prefers in a check.
+    `expected` is the image that an attentive rater prefers in a check.
     """
 
     role: Literal["first", "again", "attention"]
@@ -84,7 +84,7 @@ class Pair(_Model):
 
 
 class StudyKey(Record):
-    """key.json: which picture is whose. The server neither reads nor serves it."""
+    """key.json: which image is whose. The server neither reads nor serves it."""
 
     kind: Literal["abtest_key"] = "abtest_key"
     seed: int

@@ -26,8 +26,8 @@ class Vote(BaseModel):
 
     Attributes:
         study: sha256 of study.json.
-        left, right: names of the pictures as they were shown.
-        latency_ms: from both pictures being on the screen to the choice, as the page measured it.
+        left, right: names of the images as they were shown.
+        latency_ms: from both images being on the screen to the choice, as the page measured it.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -4,7 +4,7 @@ ModelopsError                exit 1  a known failure
 ├── UsageError               exit 2  an option, a config key, a file the user named
 │   ├── ConfigError          exit 2  a config or policy file
 │   └── ManifestError        exit 2  a manifest row or column
-├── ImageError               exit 1  a picture that cannot be read or is unsafe to read
+├── ImageError               exit 1  an image that cannot be read or is unsafe to read
 ├── IntegrityError           exit 1  bytes that are not the bytes their digest promised
 ├── MissingExtraError        exit 1  an optional package is not installed
 ├── MissingWeightsError      exit 1  model weights are neither here nor fetchable
@@ -57,7 +57,7 @@ class ManifestError(UsageError):
 
 
 class ImageError(ModelopsError):
-    """A picture is truncated, mislabelled, too large or otherwise unreadable."""
+    """An image is truncated, mislabelled, too large or otherwise unreadable."""
 
 
 class IntegrityError(ModelopsError):

@@ -22,7 +22,7 @@ class About(BaseModel):
         summary: two sentences at the top of the model card.
         license: of the weights, as a Hugging Face licence id.
         license_reason: why that licence.
-        dataset_id, dataset_name, dataset_summary, dataset_license: of the pictures.
+        dataset_id, dataset_name, dataset_summary, dataset_license: of the images.
         attribution: lines that the licences ask to be shown.
         openness: what is open: weights, code, data, documentation.
         example_prompt: of the how-to-use snippets.

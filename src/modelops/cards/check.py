@@ -43,10 +43,10 @@ def find_cards(path: str | Path) -> list[Path]:
 
 
 def check_card(path: str | Path) -> list[str]:
-    """Compare a card with the records and pictures that it was rendered from.
+    """Compare a card with the records and images that it was rendered from.
 
     Returns:
-        One line per finding, each naming the file or line: a record or picture that changed or is
+        One line per finding, each naming the file or line: a record or image that changed or is
         missing, a line that was edited outside the notes, or that nothing says what the card was
         made from. Empty when the card holds.
     """
@@ -109,9 +109,9 @@ def _changed_pictures(sources: CardSources, folder: Path) -> list[str]:
         path = folder / picture.file
         original = folder / picture.original.path if picture.original else None
         if not path.is_file():
-            findings.append(f"{picture.file}: the picture is missing")
+            findings.append(f"{picture.file}: the image is missing")
         elif sha256_file(path) != picture.sha256:
-            findings.append(f"{picture.file}: the picture was changed")
+            findings.append(f"{picture.file}: the image was changed")
         if (
             original is not None
             and picture.original is not None

@@ -174,7 +174,7 @@ def _column(item: Measured, train: TrainRecord) -> dict[str, Any]:
 
 
 def _samplings(evaluations: list[Measured]) -> list[tuple[str, str]]:
-    """(how pictures were sampled, which evaluations), grouped."""
+    """(how images were sampled, which evaluations), grouped."""
     groups: dict[str, list[str]] = {}
     for item in evaluations:
         s = item.record.sampling

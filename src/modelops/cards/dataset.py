@@ -26,7 +26,7 @@ from modelops.records.data import DedupReport, SmokeReport, SplitReport
 
 COLUMNS = (
     ("id", "text", "names the sample"),
-    ("filepath", "text", "of the picture, relative to the manifest"),
+    ("filepath", "text", "of the image, relative to the manifest"),
     ("caption", "text", "in English"),
     ("license", "text", "of this sample"),
     ("source", "text", "where it comes from"),
@@ -50,14 +50,14 @@ def write_dataset_card(
     about: About | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a dataset card, its pictures, NAME.statistics.json and NAME.sources.json beside it.
+    """Write a dataset card, its images, NAME.statistics.json and NAME.sources.json beside it.
 
     Args:
         out_path: where the card goes; notes that an earlier card holds are kept.
         statistics: of `data.stats.manifest_statistics`, or a JSON file of them.
         manifest, shard_manifest: what they describe; watched for changes where present.
         dedup, split, smoke: records of the data.
-        pictures: what it shows -> picture.
+        images: what it shows -> image.
         about: sources, biases and licences; by default those of OpenMoji.
         force: replace a file that is not such a card.
 

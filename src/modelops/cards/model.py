@@ -35,7 +35,7 @@ def write_model_card(
     dataset_card: str | Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a model card, its pictures and NAME.sources.json beside it.
+    """Write a model card, its images and NAME.sources.json beside it.
 
     Args:
         out_path: where the card goes; notes that an earlier card holds are kept.
@@ -46,7 +46,7 @@ def write_model_card(
         verdict: verdict.json.
         split, dedup: records of the data.
         config: the run's frozen config; by default config.json beside train.json, when there.
-        pictures: what it shows -> picture. The first stands at the top (the grid).
+        images: what it shows -> image. The first stands at the top (the grid).
         about: purpose, limits and licences; by default those of OpenMoji.
         dataset_card: is linked.
         force: replace a file that is not such a card.
@@ -55,7 +55,7 @@ def write_model_card(
         `out_path`.
 
     Raises:
-        UsageError: a record or picture is missing, unreadable or of another kind.
+        UsageError: a record or image is missing, unreadable or of another kind.
         ModelopsError: the card would print an undefined or non-finite value.
     """
     card = Path(out_path)

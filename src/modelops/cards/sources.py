@@ -31,7 +31,7 @@ class _Model(BaseModel):
 
 
 class PictureRef(_Model):
-    """A picture beside the card; `original` is where it was copied from."""
+    """An image beside the card; `original` is where it was copied from."""
 
     file: str
     sha256: str
@@ -88,7 +88,7 @@ def read_sources(card: str | Path) -> CardSources:
     if any(Path(reference.path).is_absolute() for reference in named):
         raise UsageError(f"{path}: holds an absolute path")
     if any(Path(picture.file).name != picture.file for picture in sources.pictures):
-        raise UsageError(f"{path}: a picture lies outside the card's folder")
+        raise UsageError(f"{path}: an image lies outside the card's folder")
     return sources
 
 
@@ -108,7 +108,7 @@ def reference(path: str | Path, folder: Path) -> InputRef:
 
 
 def copy_picture(picture: str | Path, alt: str, folder: Path, taken: set[str]) -> PictureRef:
-    """Copy a picture beside the card, if it does not lie there, under a name of its own.
+    """Copy an image beside the card, if it does not lie there, under a name of its own.
 
     Raises:
         UsageError: it is missing or not a PNG, JPEG, GIF or WebP file.
@@ -120,7 +120,7 @@ def copy_picture(picture: str | Path, alt: str, folder: Path, taken: set[str]) -
         raise UsageError(f"{picture}: {error.strerror or error}") from error
     suffix = next((end for head, end in _PICTURE_HEADS.items() if data.startswith(head)), None)
     if suffix is None:
-        raise UsageError(f"{picture}: not a PNG, JPEG, GIF or WebP picture")
+        raise UsageError(f"{picture}: not a PNG, JPEG, GIF or WebP image")
     digest = sha256_bytes(data)
     if source.resolve().parent == folder.resolve():
         taken.add(source.name)

@@ -42,7 +42,7 @@ def summary(statistics: dict[str, Any]) -> list[tuple[str, Markup]]:
     """(what, value) rows of single figures."""
     nsfw, dates = statistics.get("nsfw") or {}, statistics.get("dates") or {}
     words = statistics.get("caption_words") or {}
-    rows: list[tuple[str, Markup]] = [("Pictures", value(statistics.get("samples")))]
+    rows: list[tuple[str, Markup]] = [("Images", value(statistics.get("samples")))]
     if "groups" in statistics:
         rows.append(("Groups of variants", value(statistics["groups"])))
     if "bytes" in statistics:

@@ -43,11 +43,11 @@ def abtest() -> None:
 @click.option("--repeat", type=click.FloatRange(0, 1), default=0.2, show_default=True,
               metavar="SHARE", help="Show so many of the pairs again, sides swapped.")  # fmt: skip
 @click.option("--attention", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-              help="Checks with a scrambled picture.")  # fmt: skip
+              help="Checks with a scrambled image.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**53 - 1),
               help="Of choice and sides; lifts the blind.  [default: random]")  # fmt: skip
 @click.option("--title", default="Which is better?", show_default=True, help="Heads the page.")
-@click.option("--question", default="Which picture shows the prompt better?", show_default=True,
+@click.option("--question", default="Which image shows the prompt better?", show_default=True,
               help="What raters are asked.")  # fmt: skip
 @click.option("--allow", type=click.Choice(["steps", "guidance"]), multiple=True,
               help="May differ between A and B; can be given twice.")  # fmt: skip
@@ -58,7 +58,7 @@ def build(
 ) -> None:
     """Make a study of A and B: evaluation records, or folders written by `modelops sample`.
 
-    Both must have the same prompts, seeds and settings; what differs is listed. Pictures get names
+    Both must have the same prompts, seeds and settings; what differs is listed. Images get names
     that tell nothing. DIR/key.json says which is whose: the server does not read it, and it may be
     kept elsewhere until the votes are in.
 

@@ -33,7 +33,7 @@ def _about_option(command: click.decorators.FC) -> click.decorators.FC:
 def _picture_option(command: click.decorators.FC) -> click.decorators.FC:
     return click.option(
         "--picture", "pictures", multiple=True, metavar="TEXT=FILE",
-        help="A picture and what it shows; the first stands at the top. May be repeated.",
+        help="An image and what it shows; the first stands at the top. May be repeated.",
     )(command)  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def dataset(
 def check(path: Path, as_json: bool) -> int:
     """Compare cards with the records they print; exits 1 with one line per finding.
 
-    PATH is a card or a folder of cards. A record or picture that changed, and a line edited
+    PATH is a card or a folder of cards. A record or image that changed, and a line edited
     outside the notes, are findings.
 
     \b

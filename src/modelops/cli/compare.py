@@ -27,7 +27,7 @@ EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 @click.option("--adjust", type=click.Choice(["holm", "none"]), default="holm", show_default=True,
               help="How p-values are adjusted for the number of metrics.")  # fmt: skip
 @click.option("--manifest", type=_FILE, metavar="FILE",
-              help="The reference pictures, if they are not where the records say.")  # fmt: skip
+              help="The reference images, if they are not where the records say.")  # fmt: skip
 @click.option("--splits", type=_FILE, metavar="FILE", help="Their splits, likewise.")
 @click.option("--lpips-weights", type=_FILE, metavar="FILE",
               help="torchvision's weights of LPIPS's backbone: measures how far apart the images "

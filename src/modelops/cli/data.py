@@ -29,7 +29,7 @@ def data() -> None:
 
 @data.group()
 def corpus() -> None:
-    """Make a corpus: pictures with a manifest.
+    """Make a corpus: images with a manifest.
 
     \b
     Example:
@@ -44,9 +44,9 @@ def corpus() -> None:
     default=64,
     show_default=True,
     metavar="PIXELS",
-    help="Height and width of a picture.",
+    help="Height and width of an image.",
 )
-@click.option("--limit", type=int, metavar="N", help="At most N pictures, in whole groups.")
+@click.option("--limit", type=int, metavar="N", help="At most N images, in whole groups.")
 @click.option("--seed", default=0, show_default=True, help="Which groups a limit takes.")
 @dry_run_option
 @json_option
@@ -55,7 +55,7 @@ def openmoji(
 ) -> None:
     """Render OpenMoji into DIRECTORY/images with DIRECTORY/manifest.parquet.
 
-    The pictures are CC BY-SA 4.0: show the attribution where you show them.
+    The images are CC BY-SA 4.0: show the attribution where you show them.
 
     \b
     Example:
@@ -69,7 +69,7 @@ def openmoji(
         emit(
             {"status": "planned", "samples": planned, "directory": str(directory)},
             as_json=as_json,
-            text=f"would render {planned} pictures into {directory / 'images'}",
+            text=f"would render {planned} images into {directory / 'images'}",
         )
         return
     with progress("rendering", quiet=as_json) as on_progress:
@@ -90,7 +90,7 @@ def openmoji(
             "drawings_without_name": counts.unnamed, "attribution": credit,
         },
         as_json=as_json,
-        text=f"{path}: {len(found.rows)} pictures in {groups} groups; "
+        text=f"{path}: {len(found.rows)} images in {groups} groups; "
         f"{counts.unnamed} drawings without an English name skipped\n{credit['text']}",
     )  # fmt: skip
 
@@ -131,14 +131,14 @@ def check(manifest: Path, as_json: bool) -> int:
     default=0.95,
     show_default=True,
     metavar="COSINE",
-    help="Similarity from which pictures are near-duplicates.",
+    help="Similarity from which images are near-duplicates.",
 )
 @click.option(
     "--neighbours",
     default=5,
     show_default=True,
     metavar="K",
-    help="Neighbours looked at for each picture.",
+    help="Neighbours looked at for each image.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of calibration and shown pairs.")
 @click.option(
@@ -184,7 +184,7 @@ def dedup(
     if as_json:
         return
     rows = [
-        ["pictures", str(found.n_images)],
+        ["images", str(found.n_images)],
         ["quarantined", str(len(found.quarantined))],
         ["exact copies", str(found.n_exact_duplicates)],
         [f"pairs at cosine {threshold}", str(found.n_candidate_pairs)],
@@ -266,10 +266,10 @@ def split(
     default=64,
     show_default=True,
     metavar="PIXELS",
-    help="Height and width of a picture.",
+    help="Height and width of an image.",
 )
 @click.option(
-    "--samples-per-shard", default=1000, show_default=True, metavar="N", help="Pictures in a tar."
+    "--samples-per-shard", default=1000, show_default=True, metavar="N", help="Images in a tar."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the order in the shards.")
 @dry_run_option
@@ -332,9 +332,7 @@ def shard(
 @data.command()
 @click.argument("shard_manifest", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="[default: smoke.json beside it]")
-@click.option(
-    "--batch-size", default=64, show_default=True, metavar="N", help="Pictures in a batch."
-)
+@click.option("--batch-size", default=64, show_default=True, metavar="N", help="Images in a batch.")
 @click.option(
     "--workers",
     default=0,

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def demo(
     directory: Path, budget_name: str, force: tuple[str, ...], dry_run: bool, as_json: bool
 ) -> None:
-    """Run the whole chain on OpenMoji in DIRECTORY: pictures, deduplication, split, shards,
-    training, evaluation, export, cards, gate, release, and one picture from the served release.
+    """Run the whole chain on OpenMoji in DIRECTORY: images, deduplication, split, shards,
+    training, evaluation, export, cards, gate, release, and one image from the served release.
 
     The default budget measures this machine for some seconds first and says what it will do and
     how long each step should take; --dry-run says it and stops there. Run again, it keeps that plan

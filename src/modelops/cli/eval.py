@@ -18,9 +18,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command("eval")
 @click.argument("source")
-@click.option("--manifest", type=_FILE, metavar="FILE", help="Real pictures.")
+@click.option("--manifest", type=_FILE, metavar="FILE", help="Real images.")
 @click.option("--splits", type=_FILE, metavar="FILE", help="Their splits.")
-@click.option("--split", default="test", show_default=True, help="Reference pictures and prompts.")
+@click.option("--split", default="test", show_default=True, help="Reference images and prompts.")
 @click.option("--train-split", default="train", show_default=True, help="Must not be copied from.")
 @click.option(
     "--prompts", "prompts_file", type=_FILE, metavar="FILE", help="One prompt a line, UTF-8."
@@ -69,7 +69,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--audit-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
               show_default=True, help="Its score from which an image is unsafe.")  # fmt: skip
 @click.option("--blocklist", type=click.Path(path_type=Path), metavar="DIR|FILE",
-              help="Pictures, or their hashes, that must not come out again.")  # fmt: skip
+              help="Images, or their hashes, that must not come out again.")  # fmt: skip
 @click.option("--train-record", type=_FILE, metavar="FILE",
               help="The run's train.json: its losses enter the note on overfitting.")  # fmt: skip
 @click.option("--slice-by", multiple=True, metavar="COLUMN|tags|words",
@@ -83,7 +83,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
               help="Keep features in files and read them chunk by chunk, so that memory does not "
               "grow with the number of images.  [default: from 10,000 images on]")  # fmt: skip
 @click.option("--cache/--no-cache", default=True, show_default=True,
-              help="Keep features of the reference pictures beside their manifest, and use those "
+              help="Keep features of the reference images beside their manifest, and use those "
               "that are kept.")  # fmt: skip
 @click.option("--max-failures", type=click.IntRange(0), default=0, show_default=True,
               help="So many images may fail.")  # fmt: skip

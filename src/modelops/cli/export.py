@@ -214,7 +214,7 @@ def export(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Export CHECKPOINT for a runtime, and prove that it makes the same pictures.
+    """Export CHECKPOINT for a runtime, and prove that it makes the same images.
 
     CHECKPOINT is a diffusers directory or hub id of any text-to-image or unconditional pipeline;
     each of its networks becomes a graph. An export that is not equal to its source within the

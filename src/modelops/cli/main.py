@@ -13,7 +13,7 @@ from modelops.cli.errors import report_error
 
 # name -> (module:attribute, one line for the listing). In the order of a release.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("modelops.cli.demo:demo", "Run the whole chain on OpenMoji, pictures to release."),
+    "demo": ("modelops.cli.demo:demo", "Run the whole chain on OpenMoji, images to release."),
     "init": ("modelops.cli.init:init", "Write charter, config and policy for a new project."),
     "data": ("modelops.cli.data:data", "Make and check manifests, splits and shards."),
     "train": ("modelops.cli.train:train", "Train a model from a config."),
@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("modelops.cli.serve:serve", "Serve a release with BentoML."),
     "monitor": ("modelops.cli.monitor:monitor", "Say whether a served release has drifted."),
     "watermark": ("modelops.cli.watermark:watermark", "Make a watermark key; find the watermark."),
-    "replay": ("modelops.cli.replay:replay", "Make a served picture again from its receipt."),
+    "replay": ("modelops.cli.replay:replay", "Make a served image again from its receipt."),
     "doctor": ("modelops.cli.doctor:doctor", "Say what this machine can do."),
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def monitor(
     """Say whether what a release is asked for, and what it makes, has drifted.
 
     LOG is the folder that `modelops serve run --drift-log` writes. Tested are the mean and the
-    covariance of the pictures' features, the image filter's scores, how often each filter stops
+    covariance of the images' features, the image filter's scores, how often each filter stops
     something, the prompts' length and scripts, and with --baseline the latencies.
 
     Exits 0 for keep, 3 for investigate and retrain, 4 for undecided. The answer is `investigate`,
@@ -127,7 +127,7 @@ def _print(record: MonitorRecord) -> None:
         "evaluation": "the release's evaluation",
         "none": "nothing: there is no reference",
     }[record.reference]
-    print(f"{record.release}, {record.window}: {record.n_images} pictures, {record.n_requests} "
+    print(f"{record.release}, {record.window}: {record.n_images} images, {record.n_requests} "
           f"requests, {record.n_prompts} prompts, against {against}")  # fmt: skip
     for reason, count in sorted(record.refused.items()):
         print(f"left out: {count} rows {reason}")

@@ -46,7 +46,7 @@ def release() -> None:
 )  # fmt: skip
 @click.option(
     "--card", "cards", multiple=True, metavar="FILE",
-    type=click.Path(exists=True, path_type=Path), help="A card to include with its pictures.",
+    type=click.Path(exists=True, path_type=Path), help="A card to include with its images.",
 )  # fmt: skip
 @click.option(
     "--fallback", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -64,12 +64,12 @@ def release() -> None:
 @click.option("--guidance", type=click.FloatRange(1, 20), help="Guidance scale served by default.")
 @click.option(
     "--notice", metavar="FILE", type=click.Path(exists=True, path_type=Path),
-    help="Attribution text for pictures and weights.",
+    help="Attribution text for images and weights.",
 )  # fmt: skip
 @click.option(
     "--golden/--no-golden", default=True, show_default=True,
-    help="Run the model here: a golden picture that a node must make again before it is ready, and "
-    "how far batches change pictures.",
+    help="Run the model here: a golden image that a node must make again before it is ready, and "
+    "how far batches change images.",
 )  # fmt: skip
 @click.option("--allow", is_flag=True, help="Build although the gate did not pass; recorded.")
 @dry_run_option
@@ -96,7 +96,7 @@ def build(
     """Copy a model, its verdict, records and cards to DIRECTORY, with digests.
 
     If an evaluation of this model is among the records, and its features lie beside it, the release
-    also gets the reference that `modelops monitor` holds served pictures against.
+    also gets the reference that `modelops monitor` holds served images against.
 
     \b
     Example:
@@ -126,7 +126,7 @@ def build(
     with tempfile.TemporaryDirectory() as folder:
         extra: dict[str, Path] = {}
         if golden:
-            say("making the golden picture, and the same pictures alone and in batches")
+            say("making the golden image, and the same images alone and in batches")
             said, extra = release_proofs(
                 model_dir, folder, steps=steps, guidance=guidance, fallback=fallback
             )

@@ -1,4 +1,4 @@
-"""`modelops replay`: was this picture made by this release?"""
+"""`modelops replay`: was this image made by this release?"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from modelops.cli.output import dry_run_option, emit, json_option
 @click.argument("receipt", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--release", required=True, metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="The release that made the picture.",
+    help="The release that made the image.",
 )  # fmt: skip
 @click.option("--prompt", help="The prompt, when the receipt has only its digest.")
 @click.option("--negative-prompt", help="The negative prompt, likewise.")
 @click.option(
     "--image", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The picture that was sent; says how far pixels that differ are.",
+    help="The image that was sent; says how far pixels that differ are.",
 )  # fmt: skip
 @click.option(
     "--key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -29,7 +29,7 @@ from modelops.cli.output import dry_run_option, emit, json_option
 @click.option("--id", "receipt_id", help="Which receipt, where RECEIPT holds several.")
 @click.option(
     "--receipts", metavar="DIR", type=click.Path(exists=True, path_type=Path),
-    help="Where to look for the receipt of a picture given as RECEIPT.",
+    help="Where to look for the receipt of an image given as RECEIPT.",
 )  # fmt: skip
 @click.option("--runtime", help="Another runtime than the one that made it.")
 @click.option(
@@ -53,10 +53,10 @@ def replay(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make the picture of RECEIPT again and say whether the pixels are equal.
+    """Make the image of RECEIPT again and say whether the pixels are equal.
 
     RECEIPT is a receipt (`x_modelops` of an answer), a whole answer, a .jsonl file or folder of
-    receipts, or the picture itself with its C2PA manifest. Its signature, the digests of prompt,
+    receipts, or the image itself with its C2PA manifest. Its signature, the digests of prompt,
     release and model are checked first; --dry-run stops there.
 
     \b
@@ -80,7 +80,7 @@ def replay(
     from modelops.serving.provenance.signing import find_verifying_key
 
     if tolerance and image is None and picture_of(receipt) is None:
-        raise click.UsageError("--tolerance needs the picture: --image FILE")
+        raise click.UsageError("--tolerance needs the image: --image FILE")
     trusted = find_verifying_key(key)
     recipe = open_recipe(receipt, trusted, receipt_id=receipt_id, receipts=receipts)
     texts = recipe_texts(recipe, {"prompt": prompt, "negative_prompt": negative_prompt})
@@ -104,7 +104,7 @@ def replay(
 
 
 def picture_of(path: Path) -> Path | None:
-    """The path, if it is a picture."""
+    """The path, if it is an image."""
     from modelops.serving.provenance.manifests import picture_format
 
     if not path.is_file():

@@ -57,7 +57,7 @@ serve.add_command(review)
 @click.option("--insecure", is_flag=True, help="Let everybody in on an open address, without keys.")
 @click.option(
     "--receipts", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the signed receipt of each picture here, 256 MB at most.",
+    help="Keep the signed receipt of each image here, 256 MB at most.",
 )  # fmt: skip
 @click.option(
     "--drift-log", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
@@ -69,7 +69,7 @@ serve.add_command(review)
 )  # fmt: skip
 @click.option(
     "--signing-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="P-256 key (PEM) that signs pictures and receipts; else a development key.",
+    help="P-256 key (PEM) that signs images and receipts; else a development key.",
 )  # fmt: skip
 @click.option(
     "--signing-chain", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -77,11 +77,11 @@ serve.add_command(review)
 )  # fmt: skip
 @click.option(
     "--watermark-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Put an invisible watermark into each picture; `modelops watermark key` makes a key.",
+    help="Put an invisible watermark into each image; `modelops watermark key` makes a key.",
 )  # fmt: skip
 @click.option(
     "--quarantine", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep blocked pictures here for `modelops serve review`, 256 MB and 30 days at most.",
+    help="Keep blocked images here for `modelops serve review`, 256 MB and 30 days at most.",
 )  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log; left out otherwise.")
 @click.option(
@@ -116,7 +116,7 @@ def run(
 ) -> None:
     """Verify RELEASE and serve it with BentoML, as OpenAI's Images API.
 
-    Every picture carries a signed C2PA manifest and comes with a signed receipt, which `modelops
+    Every image carries a signed C2PA manifest and comes with a signed receipt, which `modelops
     replay` checks. On an address that others can reach, API keys are needed.
 
     RELEASE may be a folder of releases: then the one that was promoted last is served, and others

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--pictures", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Write the pictures of ID here.",
+    help="Write the images of ID here.",
 )  # fmt: skip
-@click.option("--page", is_flag=True, help="Write DIR/review.html, with blurred pictures.")
+@click.option("--page", is_flag=True, help="Write DIR/review.html, with blurred images.")
 @click.option(
     "--purge-older", type=click.FloatRange(min=0), metavar="DAYS",
     help="Delete entries that are this old; decisions stay.",
@@ -105,7 +105,7 @@ def review(
             path = write_page(directory, listed, evidence)
             emit({"status": "ok", "page": str(path), "entries": len(listed)}, as_json=as_json,
                  text=str(path))  # fmt: skip
-            say("it holds the pictures; it is deleted when the first of them is")
+            say("it holds the images; it is deleted when the first of them is")
             return
         _list(directory, listed, evidence, as_json=as_json)
 
@@ -188,7 +188,7 @@ def _show(listed: Listed, pictures: Path | None, *, as_json: bool) -> None:
         lines.append(f"  partial   image {entry.partial} of a request that was not finished")
     for picture in entry.pictures:
         lines.append(
-            f"  picture {picture.index} score {picture.score:.4f} "
+            f"  image {picture.index} score {picture.score:.4f} "
             f"{'blocked' if picture.blocked else 'not blocked, not kept'}: seed {picture.seed}, "
             f"{request.steps} steps, guidance {request.guidance:g}"
         )

@@ -1,4 +1,4 @@
-"""`modelops watermark`: a key, and whether a picture carries its watermark."""
+"""`modelops watermark`: a key, and whether an image carries its watermark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modelops.cli.output import emit, json_option, say, table
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def watermark() -> None:
-    """Make a watermark key, or look for its watermark in pictures.
+    """Make a watermark key, or look for its watermark in images.
 
     \b
     Examples:
@@ -54,15 +54,15 @@ def key(file: Path, as_json: bool) -> None:
 def detect(images: tuple[Path, ...], key_file: Path, as_json: bool) -> None:
     """Say of each IMAGE whether it carries the watermark of a key.
 
-    p bounds the chance that an unmarked picture, whatever it shows, looks this much like a marked
-    one; yes means at most one in a million. A picture without the watermark may still have been
+    p bounds the chance that an unmarked image, whatever it shows, looks this much like a marked
+    one; yes means at most one in a million. An image without the watermark may still have been
     made by the model: cropping or rotating it takes the watermark off, and under 32 pixels it is
     not reliable.
 
     \b
     Exit codes:
       0  all of them carry it (p at most 1e-6)
-      2  usage, or a file that is no picture
+      2  usage, or a file that is no image
       3  at least one does not
     \b
     Example:
@@ -97,6 +97,6 @@ def detect(images: tuple[Path, ...], key_file: Path, as_json: bool) -> None:
             ],
         )  # fmt: skip
         if any(min(map(int, r["size"].split("x"))) < RELIABLE_SIDE for r in results):
-            say(f"a picture under {RELIABLE_SIDE} pixels: a no means little")
+            say(f"an image under {RELIABLE_SIDE} pixels: a no means little")
     if missing:
         raise click.exceptions.Exit(3)

@@ -1,7 +1,7 @@
-"""What a similarity threshold finds and what it finds wrongly, measured on the pictures at hand.
+"""What a similarity threshold finds and what it finds wrongly, measured on the images at hand.
 
-A cosine of 0.95 means something else for every encoder and corpus. Positives are pictures against
-light alterations of themselves; hard negatives are pictures against their nearest neighbour from
+A cosine of 0.95 means something else for every encoder and corpus. Positives are images against
+light alterations of themselves; hard negatives are images against their nearest neighbour from
 another metadata group.
 """
 
@@ -21,7 +21,7 @@ from modelops.data.neighbours import Pairs, normalize_rows
 from modelops.data.rates import count_to_rate
 from modelops.records.base import Measurement
 
-SAMPLED = 64  # pictures altered, at most; a quarter of a small corpus, at least 16
+SAMPLED = 64  # images altered, at most; a quarter of a small corpus, at least 16
 MAX_FALSE_RATE = 0.05  # of hard negatives, at the suggested threshold
 Image = npt.NDArray[np.uint8]
 
@@ -71,7 +71,7 @@ def calibrate_threshold(
     threshold: float,
     seed: int,
 ) -> tuple[dict[str, Measurement], list[str]]:
-    """Measure a threshold on at most 64 sampled pictures; returns (measurements, warnings).
+    """Measure a threshold on at most 64 sampled images; returns (measurements, warnings).
 
     Measurements: recall_shift, recall_jpeg, recall_resize, recall_brightness, recall (all four),
     hard_negative_rate (nearest of another group at or above the threshold), precision_balanced
@@ -113,7 +113,7 @@ def calibrate_threshold(
     if false.value is not None and false.value > MAX_FALSE_RATE:
         warnings.append(
             f"cosine {threshold} with {encoder.name} takes {false.value:.0%} of the nearest "
-            "pictures of other groups for duplicates; see suggested_threshold"
+            "images of other groups for duplicates; see suggested_threshold"
         )
     if not any(sample.extra.get("group") for sample in samples):
         warnings.append("the manifest has no group column: hard negatives may be real duplicates")
@@ -123,9 +123,9 @@ def calibrate_threshold(
 def _balanced_precision(recall: Measurement, false: Measurement) -> Measurement:
     """recall / (recall + false rate), with the bounds that the two intervals allow."""
     if not recall.value or recall.low is None or recall.high is None:
-        return Measurement.missing("no altered picture was found again")
+        return Measurement.missing("no altered image was found again")
     if false.value is None or false.low is None or false.high is None:
-        return Measurement.missing("there are no pictures of other groups")
+        return Measurement.missing("there are no images of other groups")
     low = recall.low / (recall.low + false.high)
     high = recall.high / (recall.high + false.low)
     return Measurement(
@@ -137,7 +137,7 @@ def _balanced_precision(recall: Measurement, false: Measurement) -> Measurement:
 def _suggest(nearest: npt.NDArray[np.float32], seed: int) -> Measurement:
     """The 95th percentile of hard negatives' cosines, with a bootstrap interval."""
     if not len(nearest):
-        return Measurement.missing("there are no pictures of other groups")
+        return Measurement.missing("there are no images of other groups")
     values = nearest.astype(np.float64)
     draws = numpy_generator(seed, "dedup suggestion").integers(0, len(values), (1000, len(values)))
     quantiles = np.quantile(values[draws], 1 - MAX_FALSE_RATE, axis=1)

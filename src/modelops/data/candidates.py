@@ -1,4 +1,4 @@
-"""Near-duplicate pairs side by side on one picture, for a person to judge."""
+"""Near-duplicate pairs side by side on one image, for a person to judge."""
 
 from __future__ import annotations
 

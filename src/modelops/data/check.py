@@ -1,4 +1,4 @@
-"""A manifest to a verdict on every row: the table, the bytes, and whether each picture decodes."""
+"""A manifest to a verdict on every row: the table, the bytes, and whether each image decodes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Manifest to duplicate report: equal bytes, equal pixels, near neighbours of an image encoder.
 
 Two groupings come out, for two uses. *Clusters* are for deletion: each member is at or above the
-threshold to its keeper, so a chain of small steps never removes an unlike picture. *Components* are
+threshold to its keeper, so a chain of small steps never removes an unlike image. *Components* are
 for splitting: everything that is linked, directly or by a chain.
 """
 
@@ -61,15 +61,15 @@ def deduplicate(
     Args:
         manifest_path: the manifest.
         report_path: where dedup_report.json goes.
-        threshold: cosine at or above which two pictures are candidates, in (0, 1].
-        neighbours: nearest neighbours asked for each picture, at least 1.
+        threshold: cosine at or above which two images are candidates, in (0, 1].
+        neighbours: nearest neighbours asked for each image, at least 1.
         encoder: what makes the embeddings; EfficientNet-Lite0 if not given.
         seed: which samples calibrate the threshold and which pairs are shown.
-        on_progress: called with (done, total) pictures embedded.
+        on_progress: called with (done, total) images embedded.
 
     Raises:
         ManifestError: the manifest is malformed.
-        UsageError: an argument is out of range, or no picture can be read.
+        UsageError: an argument is out of range, or no image can be read.
     """
     if not 0.0 < threshold <= 1.0:
         raise UsageError(f"threshold {threshold} is out of range", hint="use 0.95, or up to 1")
@@ -82,7 +82,7 @@ def deduplicate(
     samples = embedded.samples
     if not samples:
         raise UsageError(
-            f"{manifest_path}: none of its pictures can be read",
+            f"{manifest_path}: none of its images can be read",
             hint=f"modelops data check {manifest_path}",
         )
     unit = normalize_rows(embedded.features)
@@ -102,7 +102,7 @@ def deduplicate(
     )
     if not complete:
         warnings.append(
-            f"{len(samples)} pictures: components come from {neighbours} neighbours each, "
+            f"{len(samples)} images: components come from {neighbours} neighbours each, "
             "not from every pair"
         )
     report = DedupReport(
@@ -214,7 +214,7 @@ def _compare_captions(samples: Sequence[Sample]) -> str:
 def _near_clusters(
     samples: Sequence[Sample], linked: Pairs, copies: Collection[str]
 ) -> list[DuplicateCluster]:
-    """Star clusters over the pictures that are not exact copies of another."""
+    """Star clusters over the images that are not exact copies of another."""
     distinct = np.array([sample.id not in copies for sample in samples], bool)
     keep = distinct[linked.first] & distinct[linked.second] if len(linked) else np.zeros(0, bool)
     pairs = Pairs(linked.first[keep], linked.second[keep], linked.cosine[keep])

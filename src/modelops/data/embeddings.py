@@ -1,4 +1,4 @@
-"""Pictures of a manifest to embeddings, in chunks cached on disk, so that a killed run goes on."""
+"""Images of a manifest to embeddings, in chunks cached on disk, so that a killed run goes on."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Embeddings:
     Attributes:
         samples: the readable samples, in manifest order.
         features: float32 [N, D], as the encoder gave them (not normalised).
-        pixels: sha256 of each decoded picture (shape and bytes).
+        pixels: sha256 of each decoded image (shape and bytes).
         faults: {id: reason} of the samples that cannot be decoded.
     """
 
@@ -86,7 +86,7 @@ def embed_manifest(
     *,
     on_progress: OnProgress | None = None,
 ) -> Embeddings:
-    """Embed every picture; chunks already cached for the same bytes and weights are not redone.
+    """Embed every image; chunks already cached for the same bytes and weights are not redone.
 
     Args:
         manifest: read with its files checked, because the cache goes by sha256.

@@ -1,4 +1,4 @@
-"""Picture file to uint8 RGB array, and resizing. Hostile files end in ImageError, never worse."""
+"""Image file to uint8 RGB array, and resizing. Hostile files end in ImageError, never worse."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modelops.base.errors import ImageError
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 64_000_000  # an 8000 x 8000 picture; 192 MB as RGB
+MAX_PIXELS = 64_000_000  # an 8000 x 8000 image; 192 MB as RGB
 MAX_FILE_BYTES = 256 << 20
 FORMAT_OF_SUFFIX = {
     ".bmp": "BMP", ".gif": "GIF", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG",
@@ -30,7 +30,7 @@ _DECODER_ERRORS = (
 
 
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """Read a picture as uint8 [H, W, 3], sRGB, values 0 to 255.
+    """Read an image as uint8 [H, W, 3], sRGB, values 0 to 255.
 
     The EXIF orientation is applied, an embedded colour profile is converted to sRGB, transparency
     is laid on white, 16 bits are scaled to 8, and of an animation the first frame is taken.
@@ -50,7 +50,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray
 
 
 def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
-    """The bytes of a picture file to uint8 [H, W, 3]; see `read_image`.
+    """The bytes of an image file to uint8 [H, W, 3]; see `read_image`.
 
     Args:
         data: the file's bytes.
@@ -83,12 +83,12 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> npt
             if width * height > max_pixels:
                 raise ImageError(
                     f"{name}: {width}x{height} is more than {max_pixels} pixels",
-                    hint="scale the picture down",
+                    hint="scale the image down",
                 )
             picture.load()
             return _picture_to_rgb(ImageOps.exif_transpose(picture))
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a picture of a known format") from error
+        raise ImageError(f"{name}: not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: more than {max_pixels} pixels") from error
     except _DECODER_ERRORS as error:
@@ -119,7 +119,7 @@ def encode_png(image: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _picture_to_rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:
-    """A loaded picture of any mode to uint8 [H, W, 3] in sRGB, transparency on white."""
+    """A loaded image of any mode to uint8 [H, W, 3] in sRGB, transparency on white."""
     from PIL import Image
 
     if picture.mode.startswith("I") or picture.mode == "F":

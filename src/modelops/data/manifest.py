@@ -72,7 +72,7 @@ class Manifest:
     quarantined: dict[str, str]
 
     def image_path(self, sample: Sample) -> Path:
-        """Where a sample's picture lies."""
+        """Where a sample's image lies."""
         return self.root / sample.filepath
 
 

@@ -74,7 +74,7 @@ def write_shards(
 ) -> Path:
     """Write `data_dir/shards/SPLIT-NNNNNN.tar` and `data_dir/shard_manifest.csv`.
 
-    Pictures are scaled and centre-cropped to resolution x resolution and stored as PNG without
+    Images are scaled and centre-cropped to resolution x resolution and stored as PNG without
     metadata. Samples stand in an order shuffled by `seed`, so that reading a shard in order is
     already mixed. The same input gives the same bytes.
 
@@ -82,7 +82,7 @@ def write_shards(
 
     Raises:
         UsageError: a size is out of range, or the splits name a sample that the manifest lacks.
-        ImageError: a picture cannot be read (it was readable when the splits were made).
+        ImageError: an image cannot be read (it was readable when the splits were made).
         ModelopsError: the folder cannot be written.
     """
     if not 8 <= resolution <= 4096:
@@ -218,7 +218,7 @@ class ShardDataset:
 
         Raises:
             IndexError: out of range.
-            ImageError: the stored picture cannot be decoded.
+            ImageError: the stored image cannot be decoded.
         """
         name, _, _ = self._index[index]
         record = json.loads(self._read(index, "json"))
@@ -231,7 +231,7 @@ class ShardDataset:
         )
 
     def caption(self, index: int) -> str:
-        """The caption at `index`, without decoding its picture."""
+        """The caption at `index`, without decoding its image."""
         return self._read(index, "txt").decode("utf-8")
 
     def captions(self) -> list[str]:

@@ -53,7 +53,7 @@ def smoke_test(
 ) -> SmokeReport:
     """Read every sample of every split through a torch DataLoader and judge what comes out.
 
-    The verdict is `pass` when every sample decodes, all pictures have one size, no caption is
+    The verdict is `pass` when every sample decodes, all images have one size, no caption is
     empty, ids are unique within and across splits, and no batch stalls: slower than 20 times the
     median and 1 s. Damage found while reading is a reason in the report, not an exception.
 
@@ -110,7 +110,7 @@ def smoke_test(
         read_seconds += last - begin
         dataset.close()
     if len(sizes) > 1:
-        reasons.append(f"pictures differ in size: {_list_sizes(sizes)}")
+        reasons.append(f"images differ in size: {_list_sizes(sizes)}")
     if done != total:
         reasons.append(f"{done} samples read, {total} listed in {Path(shard_manifest).name}")
     median = float(np.median(warm)) if warm else 0.0

@@ -180,7 +180,7 @@ def _count_leaks(
 
 
 def _same_picture_pairs(samples: Sequence[Sample], report: DedupReport) -> list[tuple[int, int]]:
-    """Pairs of indices that show the same picture: never to be separated."""
+    """Pairs of indices that show the same image: never to be separated."""
     place = {sample.id: index for index, sample in enumerate(samples)}
     return [
         (place[cluster.keeper], place[member])

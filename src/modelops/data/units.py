@@ -64,7 +64,7 @@ def build_units(
     *,
     fractions: Sequence[float],
 ) -> Units:
-    """Join samples of one group and of one picture always, near duplicates while units stay small.
+    """Join samples of one group and of one image always, near duplicates while units stay small.
 
     Near-duplicate pairs are taken from the most alike down (single linkage), and a pair whose
     union would exceed half of the smallest split is left out: chains of small steps would otherwise
@@ -126,7 +126,7 @@ def deal_units(units: Units, fractions: Sequence[float], *, seed: int) -> list[i
     if len(units) < len(fractions):
         raise UsageError(
             f"{len(units)} groups cannot fill {len(fractions)} splits",
-            hint="add pictures that are not variants of one another",
+            hint="add images that are not variants of one another",
         )
     total = sum(units.sizes)
     order = sorted(

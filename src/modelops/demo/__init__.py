@@ -1,1 +1,1 @@
-"""The whole chain on OpenMoji: pictures to a gated, served release."""
+"""The whole chain on OpenMoji: images to a gated, served release."""

@@ -52,7 +52,7 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
     evaluated = [MANIFEST, SPLITS, LIT]
     steps = [
         Step(
-            name="corpus", title="Draw and caption the pictures", run=data.corpus,
+            name="corpus", title="Draw and caption the images", run=data.corpus,
             outputs=[MANIFEST, "data/images"],
             settings={"pictures": budget.pictures, "resolution": resolution},
         ),
@@ -131,7 +131,7 @@ def demo_chain(root: Path, budget: Budget) -> Chain:
             outputs=["release"],
         ),
         Step(
-            name="serve", title="Serve it once and ask for a picture", run=stages.serve,
+            name="serve", title="Serve it once and ask for an image", run=stages.serve,
             inputs=["release"], outputs=[ENDPOINT],
         ),
     ]  # fmt: skip

@@ -31,7 +31,7 @@ class DataStages:
             )
         )
         groups = len({row.group for row in manifest.rows})
-        return f"{len(manifest.rows)} pictures of {groups} emoji at {self.resolution} px"
+        return f"{len(manifest.rows)} images of {groups} emoji at {self.resolution} px"
 
     def dedup(self, report: OnProgress) -> str:
         from modelops.data.dedup import deduplicate

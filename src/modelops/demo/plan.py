@@ -15,7 +15,7 @@ from modelops.demo.budgets import Budget
 from modelops.demo.machine import Rates
 
 PICTURES, PROMPTS, GRID = 3953, 395, 64  # of the corpus, of its test split, of the fixed grid
-CALIBRATION = 256  # altered pictures with which deduplication judges its threshold
+CALIBRATION = 256  # altered images with which deduplication judges its threshold
 # Training is not forward and backward alone: optimizer, averaging, validation, samples.
 TRAINING_SHARE = 0.7
 SETUP_S = 25.0  # of a training process, before its time limit begins

@@ -149,14 +149,14 @@ def headline(root: Path) -> list[tuple[str, str, str]]:
     int8 = read_record(root / int8_record(root), ArtifactRecord)
     key = "frechet_distance_lite0"
     rows = [
-        ("Fréchet distance at 5 %", early.metrics[key], "Lite0 features, to held-out pictures"),
+        ("Fréchet distance at 5 %", early.metrics[key], "Lite0 features, to held-out images"),
         ("Fréchet distance, final", final.metrics[key], "lower is better"),
         (f"Fréchet distance, {artifact.precision}", released.metrics[key],
          "the artifact that is served"),
-        ("... of training pictures", final.metrics[f"{key}_floor"], "the floor at this n"),
+        ("... of training images", final.metrics[f"{key}_floor"], "the floor at this n"),
         ("alignment gain", final.metrics["lit_alignment_gain"], "own minus shuffled prompts"),
         ("nearest-neighbour gap", final.metrics["nearest_train_distance_gap"],
-         "above 0: farther from training pictures than held-out ones are"),
+         "above 0: farther from training images than held-out ones are"),
         ("unsafe rate", released.metrics["unsafe_rate"], "open_nsfw, exact interval"),
         *((name, value, f"INT8, {'in use' if int8.status == 'ok' else 'refused'}")
           for name, value in int8.speed.items()),

@@ -174,14 +174,14 @@ def _real_pictures(
 
 
 def _unusable_pictures(bench: Workbench) -> list[str]:
-    """What is wrong where more reference pictures cannot be used than images may fail."""
+    """What is wrong where more reference images cannot be used than images may fail."""
     reference, allowed = bench.reference, bench.settings.max_failures
     if reference is None or len(reference.unusable) <= allowed:
         return []
     total = len(reference.samples) + len(reference.unusable)
     first = min(reference.unusable)
     return [
-        f"{len(reference.unusable)} of {total} reference pictures cannot be used, {allowed} "
+        f"{len(reference.unusable)} of {total} reference images cannot be used, {allowed} "
         f"allowed; the first, {first}: {reference.unusable[first]}"
     ]
 

@@ -56,9 +56,9 @@ def write_grid(
 
 
 def image_to_inline(path: Path, largest: int) -> tuple[bytes, str, int, int]:
-    """A picture file for a page: (bytes, media type, width, height).
+    """An image file for a page: (bytes, media type, width, height).
 
-    Width and height are the file's own. A picture of up to `largest` pixels a side is a PNG of the
+    Width and height are the file's own. An image of up to `largest` pixels a side is a PNG of the
     very pixels; a larger one is a smaller WebP, to look at only.
 
     Raises:

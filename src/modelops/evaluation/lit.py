@@ -1,4 +1,4 @@
-"""Fit the offline alignment model on the training split, and measure it on held-out pictures."""
+"""Fit the offline alignment model on the training split, and measure it on held-out images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a model fits its training pictures better than new ones: distances and losses."""
+"""Whether a model fits its training images better than new ones: distances and losses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNo
     words = []
     if closer is not None:
         words.append(
-            f"samples {'lie' if closer.found else 'do not lie'} closer to training pictures than "
-            f"held-out pictures do (adjusted p {closer.p_adjusted:.2g})"
+            f"samples {'lie' if closer.found else 'do not lie'} closer to training images than "
+            f"held-out images do (adjusted p {closer.p_adjusted:.2g})"
         )
     losses, about = _losses(bench)
     trend = find_overfitting(losses) if losses else None
@@ -35,10 +35,10 @@ def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNo
     elif last:
         words.append(
             f"at step {last.step} the loss is {last.training:.4f} on training and "
-            f"{last.validation:.4f} on held-out pictures, and they fall together"
+            f"{last.validation:.4f} on held-out images, and they fall together"
             if len(losses) > 3
             else f"at step {last.step} the loss is {last.training:.4f} on training and "
-            f"{last.validation:.4f} on held-out pictures"
+            f"{last.validation:.4f} on held-out images"
         )
     words.append(about)
     answer: Literal["overfitting", "no sign of overfitting", "cannot tell"]
@@ -83,7 +83,7 @@ def _losses(bench: Workbench) -> tuple[list[Losses], str]:
     probe, held_out = run.final_train_probe_loss, run.final_validation_loss
     if not found and probe is not None and held_out is not None and steps in ([], [run.steps]):
         found = [Losses(run.steps, held_out, probe)]
-    return found, remark if found else "the run measured no losses on held-out pictures"
+    return found, remark if found else "the run measured no losses on held-out images"
 
 
 def _exported_from(artifact: Path) -> InputRef | None:

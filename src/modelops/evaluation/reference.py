@@ -1,4 +1,4 @@
-"""Real pictures that samples are compared with: held-out and training features of a manifest."""
+"""Real images that samples are compared with: held-out and training features of a manifest."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CACHE = Path(".cache/reference")  # below the manifest's folder
 
 @dataclass(frozen=True, slots=True)
 class RealPictures:
-    """The usable pictures of one split with their Lite0 features, row for row.
+    """The usable images of one split with their Lite0 features, row for row.
 
     Attributes:
-        pixels: sha256 of each decoded picture; empty where nobody decoded them.
-        unusable: {id: reason} of the split's other pictures.
+        pixels: sha256 of each decoded image; empty where nobody decoded them.
+        unusable: {id: reason} of the split's other images.
     """
 
     manifest: Manifest
@@ -39,7 +39,7 @@ class RealPictures:
 
     @property
     def digest(self) -> str:
-        """sha256 over the pictures' own digests, in order."""
+        """sha256 over the images' own digests, in order."""
         return sha256_json(self.digests)
 
     @property
@@ -47,22 +47,22 @@ class RealPictures:
         return [sample.caption for sample in self.samples]
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Picture `index`, uint8 [H, W, 3]."""
+        """Image `index`, uint8 [H, W, 3]."""
         return read_image(self.manifest.image_path(self.samples[index]))
 
     @property
     def paths(self) -> list[Path]:
-        """The file of each picture."""
+        """The file of each image."""
         return [self.manifest.image_path(sample) for sample in self.samples]
 
     @property
     def digests(self) -> list[str]:
-        """sha256 of each picture's file."""
+        """sha256 of each image's file."""
         return [sample.sha256 for sample in self.samples]
 
     @property
     def cache_dir(self) -> Path:
-        """Where features of these pictures are kept for other evaluations against them."""
+        """Where features of these images are kept for other evaluations against them."""
         return self.manifest.path.parent / CACHE
 
     def features_of(
@@ -87,7 +87,7 @@ def open_reference(
     """{split: its pictures}. Features come from the dedup cache.
 
     Raises:
-        UsageError: a wanted split has fewer than two pictures.
+        UsageError: a wanted split has fewer than two images.
     """
     manifest = read_manifest(manifest_path)
     splits = read_splits(splits_path)
@@ -98,7 +98,7 @@ def open_reference(
         rows = [i for i, s in enumerate(embedded.samples) if splits.get(s.id) == split]
         if len(rows) < 2:
             raise UsageError(
-                f"{splits_path}: {len(rows)} usable pictures in split {split!r}",
+                f"{splits_path}: {len(rows)} usable images in split {split!r}",
                 hint=f"its splits are {', '.join(sorted(set(splits.values())))}",
             )
         found[split] = RealPictures(
@@ -110,7 +110,7 @@ def open_reference(
 
 
 def shared_pictures(first: RealPictures, second: RealPictures) -> npt.NDArray[np.bool_]:
-    """[N] whether each picture of the first is one of the second, to the byte or to the pixel."""
+    """[N] whether each image of the first is one of the second, to the byte or to the pixel."""
     known = {*(sample.sha256 for sample in second.samples), *second.pixels}
     same = [sample.sha256 in known for sample in first.samples]
     if first.pixels:

@@ -1,4 +1,4 @@
-"""Pictures for a person to look at: PNG files, a grid and samples.json."""
+"""Images for a person to look at: PNG files, a grid and samples.json."""
 
 from __future__ import annotations
 

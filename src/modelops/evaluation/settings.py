@@ -18,9 +18,9 @@ class EvaluationSettings:
     """Settings of `modelops.evaluation.evaluate.evaluate`.
 
     Attributes:
-        manifest, splits: the pictures and their splits; without them no distance to real pictures
+        manifest, splits: the images and their splits; without them no distance to real images
             is measured.
-        split: the reference pictures, and the prompts when there is no prompts_file.
+        split: the reference images, and the prompts when there is no prompts_file.
         train_split: what samples must not be copies of.
         prompts_file: UTF-8, one prompt a line, in place of the split's captions.
         n: number of images; None makes `replicates` of every prompt.
@@ -43,11 +43,11 @@ class EvaluationSettings:
         prompt_filter: prompt filter by name, or "none".
         audit_safety: a second image filter, which judges what the first would let through.
         audit_threshold: its score from which an image is unsafe.
-        blocklist: pictures that must not come out again, as a directory or a file of hashes.
-        near_copy_cosine: similarity from which the nearest training picture counts as a copy.
-        known_copies: training pictures that are changed a little to see whether the features
+        blocklist: images that must not come out again, as a directory or a file of hashes.
+        near_copy_cosine: similarity from which the nearest training image counts as a copy.
+        known_copies: training images that are changed a little to see whether the features
             recognise a copy; 0 leaves that control out.
-        closest_pairs: pairs a side on the page of the closest training pictures.
+        closest_pairs: pairs a side on the page of the closest training images.
         train_record: train.json of the run that made the source; found by itself beside a
             checkpoint that it names.
         neighbours: k of precision, recall, density and coverage.
@@ -58,7 +58,7 @@ class EvaluationSettings:
         slice_min: independent groups of prompts that a slice and the rest need to be judged.
         stream: read features from files, chunk by chunk, so that memory does not grow with the
             number of images; None does so from `STREAM_FROM` images on.
-        cache: keep features of the reference pictures beside their manifest, for the next
+        cache: keep features of the reference images beside their manifest, for the next
             evaluation against them, and use what is kept.
         max_failures: so many images may fail before the record is `failed`.
         grid: images in the unselected grid; best and worst show a quarter of them each.

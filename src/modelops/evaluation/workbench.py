@@ -54,7 +54,7 @@ class Workbench:
         record: gets inputs, metrics and protocols; status and files are written at the end.
         workdir: folder beside the record: samples, cache, pages.
         sampling: the part of every protocol that says how images were sampled.
-        reference, training: real held-out and training pictures; None without a manifest.
+        reference, training: real held-out and training images; None without a manifest.
         per_image: one value for each image that was made, in the order of `samples.made`.
         problems: what makes the record `failed`.
         pages: further files, by name, that the record shall name.
@@ -212,7 +212,7 @@ class Workbench:
         return found
 
     def real_features_of(self, pictures: RealPictures, extractor: Extractor) -> Features:
-        """Features of real pictures by an extractor, [N, D]; cached by content."""
+        """Features of real images by an extractor, [N, D]; cached by content."""
         if isinstance(extractor, Lite0Extractor):
             return pictures.features
         found = None
@@ -240,7 +240,7 @@ class Workbench:
         return frechet_interval(first, second, **options)
 
     def real_statistics_of(self, pictures: RealPictures, extractor: Extractor) -> Statistics | None:
-        """Mean and covariance of real pictures, cached by content; None where features are in
+        """Mean and covariance of real images, cached by content; None where features are in
         memory and nothing asks for them."""
         if not self.streams:
             return None
@@ -250,19 +250,19 @@ class Workbench:
         )  # fmt: skip
 
     def real(self) -> RealPictures:
-        """The reference pictures.
+        """The reference images.
 
         Raises:
             EvaluationError: there are none, or too few images to compare with them.
         """
         if self.reference is None:
-            raise EvaluationError("no manifest of real pictures was given")
+            raise EvaluationError("no manifest of real images was given")
         if self.n < 4:
             raise EvaluationError(f"{self.n} images are too few")
         return self.reference
 
     def set_protocol(self, features: Mapping[str, Any], metric: str, **more: Any) -> dict[str, Any]:
-        """Protocol of a measure of the images against the reference pictures."""
+        """Protocol of a measure of the images against the reference images."""
         reference = self.reference
         return {
             "metric": metric, "features": dict(features), "n": self.n,
@@ -272,7 +272,7 @@ class Workbench:
         }  # fmt: skip
 
     def reference_notes(self) -> list[str]:
-        """What makes the reference pictures, or the training pictures, other than they should be:
+        """What makes the reference images, or the training images, other than they should be:
         some cannot be used, or some are in both."""
         if self._reference_notes is None:
             notes = []
@@ -280,15 +280,15 @@ class Workbench:
                 if pictures and pictures.unusable:
                     total = len(pictures.samples) + len(pictures.unusable)
                     notes.append(
-                        f"{len(pictures.unusable)} of {total} {what} pictures cannot be used and "
+                        f"{len(pictures.unusable)} of {total} {what} images cannot be used and "
                         "are left out"
                     )
             if self.reference and self.training:
                 shared = int(shared_pictures(self.reference, self.training).sum())
                 if shared:
                     notes.append(
-                        f"{shared} of {len(self.reference.samples)} reference pictures are "
-                        "training pictures"
+                        f"{shared} of {len(self.reference.samples)} reference images are "
+                        "training images"
                     )
             self._reference_notes = notes
         return self._reference_notes

@@ -52,7 +52,7 @@ class BenchRow:
         batch_size: images made together: one call of a pipeline, so many requests at once to a
             service.
         threads: CPU threads; None for a service, which has its own.
-        p50_s, p95_s: time of a batch, from prompts to pictures.
+        p50_s, p95_s: time of a batch, from prompts to images.
         images_per_second: batch_size / p50_s.
         first_s: time of the first call of that size, which compiles; not part of the others.
         speedup: how many times as fast as the reference row of the same batch size and threads: the
@@ -98,7 +98,7 @@ class _Cell:
 
 class _WholeBatches(PipelineSource):
     """A pipeline that is called once for a batch. `PipelineSource` itself makes 8 rows or 1 in
-    every call on a CPU, so that pictures do not depend on the batch; a timing would then be of
+    every call on a CPU, so that images do not depend on the batch; a timing would then be of
     other work than it says."""
 
     def rows_per_call(self, request: ImageRequest) -> int:
@@ -127,7 +127,7 @@ def bench_sources(
         on_progress: called with (rounds done, rounds in all).
 
     Raises:
-        UsageError: no sources, a folder of pictures, or a number below 1.
+        UsageError: no sources, a folder of images, or a number below 1.
         ModelopsError: a source fails. One under torch.compile is left out instead, with a note.
     """
     if not contenders:
@@ -165,7 +165,7 @@ class _Batch:
         """Wall time of one batch; the seeds are new in every round, as a service may remember."""
         requests = [
             ImageRequest(
-                prompt=f"picture {index}", seed=number * self.size + index, steps=self.steps,
+                prompt=f"image {index}", seed=number * self.size + index, steps=self.steps,
                 guidance=self.guidance,
             )
             for index in range(self.size)
@@ -187,7 +187,7 @@ def _open_all(contenders: Sequence[Contender], counts: Sequence[int]) -> list[_C
                 continue
             source = contender.open(count or 0)
             if source.info.kind == "folder":
-                raise UsageError(f"{source.info.uri}: a folder of pictures makes none")
+                raise UsageError(f"{source.info.uri}: a folder of images makes none")
             if isinstance(source, PipelineSource):
                 source = _WholeBatches(source.pipeline, source.info)
             cells.append(_Cell(index, contender, source, count))
@@ -345,7 +345,7 @@ def find_checkpoint(artifact: str | Path) -> tuple[Path | None, str | None]:
 def compiled_source(source: PipelineSource) -> PipelineSource:
     """The same pipeline under torch.compile, with the same weights in memory.
 
-    Compiled are the networks that make up the loop and the picture: every diffusers model, or of an
+    Compiled are the networks that make up the loop and the image: every diffusers model, or of an
     autoencoder its decoder. Text encoders run once an image and stay eager. Shapes are static:
     torch.compile at its fastest.
     """

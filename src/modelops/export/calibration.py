@@ -40,7 +40,7 @@ class TrajectoryRows:
         feeds: graph input name to array [R, ...].
         sigmas: noise level of each row [R] in [0, 1]: its timestep over the scheduler's largest.
         record: prompts, seeds, steps and digest, for the artifact.
-        shared: inputs that have no rows, such as the positions of a picture's patches.
+        shared: inputs that have no rows, such as the positions of an image's patches.
     """
 
     feeds: dict[str, Array]
@@ -190,7 +190,7 @@ def catch_feeds(
 
 
 def rows_at_once(pipeline: Any, height: int | None, width: int | None) -> int:
-    """Pictures of one call: many small ones, or one that fills the machine alone."""
+    """Images of one call: many small ones, or one that fills the machine alone."""
     if type(pipeline).__name__ in ONE_GUIDED_PROMPT:
         return 1
     return CPU_ROWS if (height or 0) * (width or 0) <= SMALL else 1

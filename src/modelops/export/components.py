@@ -1,6 +1,6 @@
 """The networks of a diffusers pipeline, found by watching it work.
 
-Nothing here knows a model by name. A pipeline is called a few times with other batch sizes, picture
+Nothing here knows a model by name. A pipeline is called a few times with other batch sizes, image
 sizes and prompt lengths; every call of a network is caught. What it was called with becomes the
 graph's inputs, and the axes that changed between the calls become its dynamic axes.
 """
@@ -62,7 +62,7 @@ class Component:
 
     @property
     def rows_in(self) -> list[str]:
-        """Inputs with a row for every picture; the others are the same for all."""
+        """Inputs with a row for every image; the others are the same for all."""
         return self.signature.batch
 
     def run(self, feed: Mapping[str, Any]) -> list[Any]:

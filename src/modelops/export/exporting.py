@@ -127,7 +127,7 @@ def prove(
     prompts: Sequence[str],
     stages: Stages,
 ) -> tuple[list[ParityCheck], list[dict[str, float]]]:
-    """Compare every network and the pictures with their source; write the denoiser's probe.
+    """Compare every network and the images with their source; write the denoiser's probe.
 
     Returns:
         The checks, some of which may have failed, and the denoiser's error by noise level.
@@ -142,7 +142,7 @@ def prove(
     denoiser = next(component for component in components if component.name == name)
     errors = errors_by_noise(denoiser, graphs[name], rows)
     carry_probe(root / name, denoiser, graphs[name], rows)
-    stages.begin("comparing pictures")
+    stages.begin("comparing images")
     checks += image_parity(
         source.pipeline, assemble(root, graphs), name=f"images/{graphs[name].runtime}",
         prompts=prompts[:4], seed=PARITY_SEED, bounds=bounds, size=source.size,

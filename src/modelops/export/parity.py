@@ -1,4 +1,4 @@
-"""How far an export is from its source: per component, and in the pictures."""
+"""How far an export is from its source: per component, and in the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from modelops.records.export import ParityCheck
 PARITY_BATCHES = (1, 2, 8)
 PARITY_STEPS = 20
 Size = tuple[int | None, int | None]
-_PSNR_CAP = 120.0  # dB; equal pictures have no finite PSNR
+_PSNR_CAP = 120.0  # dB; equal images have no finite PSNR
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Bounds:
         absolute: largest |difference| of an output value over the largest |value| of the reference,
             or None where single values are not bounded.
         relative: largest ||difference|| / ||reference|| (L2) of an output row.
-        psnr_db: least PSNR of the pictures, pooled over all of them.
-        ssim: least mean SSIM of the pictures.
-        feature_distance: largest cosine distance of a pair of pictures in feature space.
+        psnr_db: least PSNR of the images, pooled over all of them.
+        ssim: least mean SSIM of the images.
+        feature_distance: largest cosine distance of a pair of images in feature space.
     """
 
     absolute: float | None
@@ -144,14 +144,14 @@ def image_parity(
     steps: int = PARITY_STEPS,
     size: Size = (None, None),
 ) -> list[ParityCheck]:
-    """Compare pictures of two pipelines from the same prompts, seeds and steps.
+    """Compare images of two pipelines from the same prompts, seeds and steps.
 
-    PSNR is pooled over all pixels, SSIM is the mean over pictures, and the distance is the largest
+    PSNR is pooled over all pixels, SSIM is the mean over images, and the distance is the largest
     cosine distance of a pair's Lite0 features, left out where that extractor is not installed. It
     stands in for LPIPS, whose weights are a download; `evaluation.agreement` measures that one.
 
     Raises:
-        ExportError: an exported picture is black, of one colour or not finite, its source's not.
+        ExportError: an exported image is black, of one colour or not finite, its source's not.
     """
     first, second = (
         sample_images(p, prompts, seed=seed, steps=steps, size=size) for p in (reference, exported)
@@ -160,7 +160,7 @@ def image_parity(
 
 
 def compare_images(first: Array, second: Array, *, name: str, bounds: Bounds) -> list[ParityCheck]:
-    """Checks of pictures [N, H, W, 3] in [0, 1] against their references; see `image_parity`."""
+    """Checks of images [N, H, W, 3] in [0, 1] against their references; see `image_parity`."""
     faults = check_pictures(list(second), list(first))
     if faults:
         raise ExportError(f"{name}: {faults[0]}", hint="try --precision fp32")
@@ -206,7 +206,7 @@ def _feature_distances(first: Array, second: Array) -> Array:
 def sample_images(
     pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, size: Size = (None, None)
 ) -> Array:
-    """Pictures float32 [N, H, W, 3] in [0, 1], one for each prompt, with its default guidance."""
+    """Images float32 [N, H, W, 3] in [0, 1], one for each prompt, with its default guidance."""
     images = []
     height, width = size
     rows = rows_at_once(pipeline, height, width)
@@ -222,7 +222,7 @@ def sample_images(
 
 
 def psnr_db(first: Array, second: Array) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1], pooled over all pixels; at most 120 dB."""
+    """Peak signal-to-noise ratio of images in [0, 1], pooled over all pixels; at most 120 dB."""
     error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
     if not math.isfinite(error):
         return 0.0

@@ -1,4 +1,4 @@
-"""Pictures that a broken export gives away at a glance: black, of one colour, not numbers."""
+"""Images that a broken export gives away at a glance: black, of one colour, not numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FLAT_LEVELS = 1.0  # of 255
 
 
 def check_pictures(images: Sequence[Array], reference: Sequence[Array]) -> list[str]:
-    """Compare an export's pictures with its source's, for faults that no average shows.
+    """Compare an export's images with its source's, for faults that no average shows.
 
     A half-precision VAE that overflows gives NaN, which is saved as black. What is black or of one
     colour in the source too is no fault of the export.
@@ -22,25 +22,25 @@ def check_pictures(images: Sequence[Array], reference: Sequence[Array]) -> list[
         reference: the source's for the same seeds, in the same order.
 
     Returns:
-        One line for each picture at fault; empty if there is none.
+        One line for each image at fault; empty if there is none.
 
     Raises:
-        ValueError: not as many pictures as references, or of other shapes.
+        ValueError: not as many images as references, or of other shapes.
     """
     if len(images) != len(reference):
-        raise ValueError(f"{len(images)} pictures, {len(reference)} references")
+        raise ValueError(f"{len(images)} images, {len(reference)} references")
     faults = []
     for index, (image, source) in enumerate(zip(images, reference, strict=True)):
         if image.shape != source.shape:
-            raise ValueError(f"picture {index}: {image.shape}, its reference {source.shape}")
+            raise ValueError(f"image {index}: {image.shape}, its reference {source.shape}")
         fault = picture_fault(image)
         if fault and fault != picture_fault(source):
-            faults.append(f"picture {index} {fault}, its source's is not")
+            faults.append(f"image {index} {fault}, its source's is not")
     return faults
 
 
 def picture_fault(image: Array) -> str | None:
-    """What is plainly wrong with one picture, as a verb phrase; None if nothing is."""
+    """What is plainly wrong with one image, as a verb phrase; None if nothing is."""
     if not np.isfinite(image.astype(np.float64)).all():
         return "has values that are not numbers"
     levels = image.astype(np.float64) * (1.0 if image.dtype == np.uint8 else 255.0)

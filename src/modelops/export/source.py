@@ -96,7 +96,7 @@ def load_source(
     pipeline.set_progress_bar_config(disable=True)
     if size and native_size(pipeline) == (None, None):
         raise UsageError(
-            f"{type(pipeline).__name__} makes pictures of one size only", hint="leave --size out"
+            f"{type(pipeline).__name__} makes images of one size only", hint="leave --size out"
         )
     if local:
         digest = sha256_tree(directory, exclude=[TRAINING_STATE])

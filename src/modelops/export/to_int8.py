@@ -48,12 +48,12 @@ def export_int8(
     """Quantise the denoiser of an fp32 artifact to symmetric INT8 (S8S8 QDQ).
 
     The set of quantised groups of layers is searched: fastest within an error budget. If outputs or
-    pictures are still too far off on rows and noise that the search did not see, more groups are
+    images are still too far off on rows and noise that the search did not see, more groups are
     given up, those with most error first. Everything but the denoiser stays as it is.
 
     Args:
         onnx_dir: what `export_onnx` made of the same checkpoint in float32.
-        checkpoint: its trajectories calibrate, and its pictures are the reference.
+        checkpoint: its trajectories calibrate, and its images are the reference.
         out_dir: the artifact's directory.
         prompts: calibrated with; parity uses the same prompts with other noise.
         seed: of the calibration noise and of the choice of rows.
@@ -69,7 +69,7 @@ def export_int8(
     Raises:
         UsageError: onnx_dir is not an fp32 artifact, out_dir is taken, no prompts.
         IntegrityError: onnx_dir is damaged or was made from another checkpoint.
-        ExportError: a broken QDQ rule, no INT8 in the runtime, outputs or pictures too far off, an
+        ExportError: a broken QDQ rule, no INT8 in the runtime, outputs or images too far off, an
             error above its budget, or a graph that is not surely faster than the fp32 one. What was
             measured until then is kept in a record, see `refused_record`.
         ModelopsError: not enough disk, here or among the temporary files.

@@ -48,7 +48,7 @@ from modelops.export.tensorrt.profiles import (
 from modelops.records.base import InputRef
 from modelops.records.export import ArtifactRecord, ExportedComponent
 
-DEFAULT_PROFILES = ("batch=1:2:16",)  # guidance doubles the rows of a picture
+DEFAULT_PROFILES = ("batch=1:2:16",)  # guidance doubles the rows of an image
 
 
 def engine_profiles(

@@ -1,7 +1,7 @@
 """Checkpoint to TorchScript and torch.export programs, compared like every export.
 
 Every network becomes a TorchScript model.pt, so that the artifact runs as a whole; the networks
-that make a picture (denoiser, control, decoder) get a model.pt2 of torch.export as well. Both load
+that make an image (denoiser, control, decoder) get a model.pt2 of torch.export as well. Both load
 in plain torch, see `torchscript`.
 """
 

@@ -101,7 +101,7 @@ def release(features: npt.NDArray[np.floating]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FeatureCache:
-    """A folder of feature files, for many evaluations against the same pictures.
+    """A folder of feature files, for many evaluations against the same images.
 
     Attributes:
         folder: None turns the cache off. One that cannot be written is no error.

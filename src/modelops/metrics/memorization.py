@@ -1,6 +1,6 @@
-"""Nearest training pictures of samples, against those of real held-out pictures.
+"""Nearest training images of samples, against those of real held-out images.
 
-A sample close to a training picture proves nothing by itself: held-out pictures have close training
+A sample close to a training image proves nothing by itself: held-out images have close training
 neighbours too. What counts is the difference to their base rate, and whether the features could
 have shown a copy at all. Distances are cosine distances, 1 - cosine, in [0, 2].
 """
@@ -36,7 +36,7 @@ Answer = Literal["copies", "no sign of copying", "cannot tell"]
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Nearest training picture of each query.
+    """Nearest training image of each query.
 
     Attributes:
         distance: [N] in [0, 2].
@@ -59,7 +59,7 @@ class Neighbours:
 
 @dataclass(frozen=True, slots=True)
 class CopyingTest:
-    """One one-sided test of samples against held-out pictures.
+    """One one-sided test of samples against held-out images.
 
     Attributes:
         name: "near_copies", "unauthentic" or "closer".
@@ -106,7 +106,7 @@ def nearest_neighbours(
         EvaluationError: no training features, or a feature that is zero or not finite.
     """
     if len(training) == 0:
-        raise EvaluationError("no training pictures to compare with")
+        raise EvaluationError("no training images to compare with")
     # Plain products in blocks: an exact search gains nothing from FAISS, whose threads would spin
     # beside a training step when the trainer's early checks call this.
     known = _unit(training)
@@ -127,13 +127,13 @@ def nearest_neighbours(
 def own_neighbour_distances(
     training: npt.NDArray[np.floating], rows: npt.NDArray[np.int64]
 ) -> Distances:
-    """Distance [K] of each of the training pictures `rows` [K] to its nearest other one.
+    """Distance [K] of each of the training images `rows` [K] to its nearest other one.
 
     Raises:
-        EvaluationError: fewer than two training pictures.
+        EvaluationError: fewer than two training images.
     """
     if len(training) < 2:
-        raise EvaluationError("one training picture has no training neighbour")
+        raise EvaluationError("one training image has no training neighbour")
     known = _unit(training)
     chosen, place = np.unique(rows, return_inverse=True)
     found = np.empty(len(chosen), np.float64)
@@ -147,19 +147,19 @@ def own_neighbour_distances(
 
 
 def is_authentic(neighbours: Neighbours, own: Distances) -> npt.NDArray[np.bool_]:
-    """[N] whether each query is farther from its nearest training picture than that picture is from
+    """[N] whether each query is farther from its nearest training image than that image is from
     its own nearest training neighbour (Alaa et al., 2022, "How faithful is your synthetic data?").
 
     Args:
-        own: [N] distance of each query's nearest training picture to its own nearest neighbour.
+        own: [N] distance of each query's nearest training image to its own nearest neighbour.
     """
     authentic: npt.NDArray[np.bool_] = neighbours.distance > own + ROUNDING
     return authentic
 
 
 def is_singled_out(neighbours: Neighbours) -> npt.NDArray[np.bool_]:
-    """[N] whether the next training picture is at least `SINGLED_OUT` times as far as the nearest:
-    a picture made from one training picture is close to that one alone, an average of many is
+    """[N] whether the next training image is at least `SINGLED_OUT` times as far as the nearest:
+    an image made from one training image is close to that one alone, an average of many is
     about as close to several (as in Carlini et al., 2023, "Extracting training data")."""
     if neighbours.second is None:
         return np.zeros(len(neighbours), np.bool_)
@@ -192,7 +192,7 @@ def memorization_intervals(
 
 
 def is_near_copy(neighbours: Neighbours, near_copy_cosine: float) -> npt.NDArray[np.bool_]:
-    """[N] whether the nearest training picture is at least so similar."""
+    """[N] whether the nearest training image is at least so similar."""
     hits: npt.NDArray[np.bool_] = neighbours.distance <= 1.0 - near_copy_cosine
     return hits
 
@@ -220,30 +220,30 @@ def judge_copying(
     near_copy_cosine: float = 0.95,
     control: tuple[int, int] | None = None,
 ) -> CopyingVerdict:
-    """Whether samples copy training pictures more often than held-out pictures seem to.
+    """Whether samples copy training images more often than held-out images seem to.
 
     Three one-sided tests, corrected together by Holm's method: near copies and unauthentic samples
-    by Fisher's exact test, and whether samples lie closer to the training pictures as a whole by
+    by Fisher's exact test, and whether samples lie closer to the training images as a whole by
     Mann and Whitney's test (Meehan et al., 2020, "A non-parametric test to detect data-copying").
     The last is a sign of overfitting and does not make the answer "copies" by itself. Nor do
-    unauthentic samples: pictures with less variety than the training pictures, which copy none of
+    unauthentic samples: images with less variety than the training images, which copy none of
     them, are closer to them than they are to each other (80 % of the spread is enough). They count
-    as copies where they are also singled out by one training picture more often than held-out
-    pictures are, and leave the question open where they are not.
+    as copies where they are also singled out by one training image more often than held-out
+    images are, and leave the question open where they are not.
 
     Args:
-        samples, heldout: independent samples and held-out pictures that are not training pictures.
+        samples, heldout: independent samples and held-out images that are not training images.
         own_samples, own_heldout: as `own` of `is_authentic`.
         control: (recognised as near copies, known copies tried); None if that was not tried.
 
     Raises:
-        EvaluationError: no samples or no held-out pictures.
+        EvaluationError: no samples or no held-out images.
     """
     from scipy.stats import mannwhitneyu
 
     n, m = len(samples), len(heldout)
     if not n or not m:
-        raise EvaluationError(f"{n} samples and {m} held-out pictures cannot be compared")
+        raise EvaluationError(f"{n} samples and {m} held-out images cannot be compared")
     near = [int(is_near_copy(each, near_copy_cosine).sum()) for each in (samples, heldout)]
     not_authentic = [
         ~is_authentic(each, own) for each, own in ((samples, own_samples), (heldout, own_heldout))
@@ -283,11 +283,11 @@ def _answer(
     made_from_one: bool,
 ) -> tuple[Answer, str]:
     """(answer, reason); `made_from_one`: unauthentic samples are singled out more often than
-    held-out pictures."""
+    held-out images."""
     words = {"near_copies": "near copies", "unauthentic": "not authentic"}
     found = {
         test.name: f"{test.hits} of {test.n} samples are {words[test.name]} against "
-        f"{test.heldout_hits} of {test.n_heldout} held-out pictures "
+        f"{test.heldout_hits} of {test.n_heldout} held-out images "
         f"(adjusted p {test.p_adjusted:.2g})"
         for test in tests
         if test.found and test.name in words
@@ -296,13 +296,13 @@ def _answer(
         return "copies", "; ".join(found.values())
     if found:
         return "cannot tell", (
-            f"{found['unauthentic']}, yet close to several training pictures: changed copies, or "
-            "pictures with less variety than the training pictures; look at the closest pairs"
+            f"{found['unauthentic']}, yet close to several training images: changed copies, or "
+            "images with less variety than the training images; look at the closest pairs"
         )
     near = tests[0]
     counts = (
         f"{near.hits} of {near.n} samples and {near.heldout_hits} of {near.n_heldout} held-out "
-        "pictures are near copies"
+        "images are near copies"
     )
     if control and 2 * control[0] < control[1]:
         counts += f", the features recognise only {control[0]} of {control[1]} known copies"
@@ -343,7 +343,7 @@ def detectable_rate(
 ) -> float | None:
     """Smallest share of copies among n samples for which Fisher's test rejects with this power.
 
-    Samples that are not copies are taken to be near copies as often as held-out pictures are.
+    Samples that are not copies are taken to be near copies as often as held-out images are.
 
     Args:
         sensitivity: share of copies that count as near copies.

@@ -18,7 +18,7 @@ CARRIED_OVER = 0.25  # below this part of the training loss's fall, the held-out
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """One check: loss on held-out and on training pictures after a step."""
+    """One check: loss on held-out and on training images after a step."""
 
     step: int
     validation: float
@@ -45,7 +45,7 @@ class Overfitting:
         return (
             f"overfitting since step {self.since.step}: the held-out loss {verb}, "
             f"{self.since.validation:.4f} → {self.now.validation:.4f}, while the loss on training "
-            f"pictures fell, {self.since.training:.4f} → {self.now.training:.4f}"
+            f"images fell, {self.since.training:.4f} → {self.now.training:.4f}"
         )
 
 

@@ -1,6 +1,6 @@
-"""Differences between two sources on the same prompts and the same real pictures.
+"""Differences between two sources on the same prompts and the same real images.
 
-Both sources answer the same prompts and are measured against the same pictures, so what is hard for
+Both sources answer the same prompts and are measured against the same images, so what is hard for
 one is hard for the other and most of the noise is common to both. Leaving out or resampling the
 same prompts on both sides cancels it; adding the two intervals does not.
 
@@ -32,7 +32,7 @@ class PairedDifference:
         p: two-sided p-value of no difference.
         n: prompts that were paired.
         variance: of the difference, the part that more prompts make smaller.
-        fixed_variance: the part that comes from the reference pictures.
+        fixed_variance: the part that comes from the reference images.
         grows_together: the two parts are not known apart; `variance` holds both.
     """
 
@@ -185,7 +185,7 @@ def jackknife_difference(
     confidence: float,
     method: str,
 ) -> PairedDifference:
-    """From the differences without each group of prompts, and of pictures, and the groups' sizes.
+    """From the differences without each group of prompts, and of images, and the groups' sizes.
 
     Degrees of freedom are Welch's (Satterthwaite, 1946).
     """

@@ -1,6 +1,6 @@
-"""Differences of two sources' distances to the same real pictures, on the same prompts.
+"""Differences of two sources' distances to the same real images, on the same prompts.
 
-What is left out or drawn, of the prompts or of the pictures, is left out of both distances at once:
+What is left out or drawn, of the prompts or of the images, is left out of both distances at once:
 see `modelops.metrics.paired`.
 """
 
@@ -24,7 +24,7 @@ from modelops.metrics.paired import Floats, Ints, PairedDifference, jackknife_di
 from modelops.metrics.prdc import squared_distances
 
 OnProgress = Callable[[int, int], None]
-SUBSET = 0.4  # share of prompts and pictures in each subset of `paired_prdc`
+SUBSET = 0.4  # share of prompts and images in each subset of `paired_prdc`
 MAX_DISTANCES = 100_000_000  # of one matrix of float64, 0.8 GB
 
 
@@ -43,7 +43,7 @@ def paired_frechet(
     """Difference of the Fréchet distances of features [N, D] and [N', D] to a reference [M, D].
 
     A delete-a-group jackknife: a group of prompts is left out of both sides, then a group of
-    reference pictures out of both distances. Its 95 % interval held 0 for equal sources in 95 to
+    reference images out of both distances. Its 95 % interval held 0 for equal sources in 95 to
     98 % of simulations, and in 98 to 100 % where the sources are as good as the reference or there
     are fewer images than dimensions: noise that both parts see is counted twice, on the safe side.
 
@@ -54,7 +54,7 @@ def paired_frechet(
     sides = _FrechetSide(_checked(first), real), _FrechetSide(_checked(second), real)
     owners, prompts = (owner_first, owner_second), np.union1d(owner_first, owner_second)
     if min(len(prompts), len(real)) < 4:
-        raise EvaluationError(f"{min(len(prompts), len(real))} prompts or pictures are too few")
+        raise EvaluationError(f"{min(len(prompts), len(real))} prompts or images are too few")
     none = np.zeros(0, np.int64)
     plans = [
         np.array_split(
@@ -81,7 +81,7 @@ def paired_frechet(
         sides[0].without(none, none), sides[1].without(none, none), parts[0], parts[1],
         n=len(prompts), confidence=confidence,
         method=f"paired over prompts: delete-a-group jackknife, {len(plans[0])} groups of prompts "
-        f"and {len(plans[1])} of reference pictures, t quantile; cautious",
+        f"and {len(plans[1])} of reference images, t quantile; cautious",
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def paired_prdc(
     on_progress: OnProgress | None = None,
 ) -> dict[str, PairedDifference]:
     """Differences of precision, recall, density and coverage, by subsampling (Politis and Romano,
-    1994): the spread of the difference over random subsets of prompts and pictures, scaled up.
+    1994): the spread of the difference over random subsets of prompts and images, scaled up.
 
     Nearest neighbours are not smooth in single images: leaving out small groups gives intervals
     twice as wide as need be, and holding the spheres fixed gives ones that are too narrow (held 0
@@ -119,7 +119,7 @@ def paired_prdc(
     none = np.zeros(0, np.int64)
     kept = [int(SUBSET * len(prompts)), int(SUBSET * len(real))]
     if min(kept) <= 2 * neighbours:
-        raise EvaluationError(f"{min(len(prompts), len(real))} prompts or pictures are too few")
+        raise EvaluationError(f"{min(len(prompts), len(real))} prompts or images are too few")
     generator = numpy_generator(seed, "paired-subsets")
     spread = np.empty((draws, 4))
     for draw in range(draws):
@@ -140,7 +140,7 @@ def paired_prdc(
         p = 2.0 * float(norm.sf(abs(value) / error)) if error > 0 else float(value == 0)
         results[name] = PairedDifference(
             float(whole[0, k]), float(whole[1, k]), value, value - half, value + half, p,
-            f"paired over prompts: subsets of {SUBSET:.0%} of prompts and reference pictures, "
+            f"paired over prompts: subsets of {SUBSET:.0%} of prompts and reference images, "
             f"{draws} draws", len(prompts), variance, grows_together=True,
         )  # fmt: skip
     return results
@@ -155,7 +155,7 @@ def paired_kernel(
     owner_second: Ints,
     confidence: float = 0.95,
 ) -> PairedDifference:
-    """Difference of the kernel distances (cubic, unbiased): leaves out one prompt, or one picture.
+    """Difference of the kernel distances (cubic, unbiased): leaves out one prompt, or one image.
 
     All leave-one-out values follow from row sums of the kernel matrices.
     """
@@ -170,7 +170,7 @@ def paired_kernel(
         (made[1][1] - made[0][1], np.ones(len(prompts), np.int64)),
         (made[1][2] - made[0][2], np.ones(len(r), np.int64)),
         n=len(prompts), confidence=confidence,
-        method="paired over prompts: delete-one jackknife over prompts and reference pictures",
+        method="paired over prompts: delete-one jackknife over prompts and reference images",
     )  # fmt: skip
 
 
@@ -276,7 +276,7 @@ class _Radii:
 
 
 def _kernel_side(x: Floats, y: Floats, place: Ints, prompts: int) -> tuple[float, Floats, Floats]:
-    """(kernel distance, without each prompt [P], without each reference picture [M])"""
+    """(kernel distance, without each prompt [P], without each reference image [M])"""
     dimension, n, m = x.shape[1], len(x), len(y)
 
     def kernel(a: Floats, b: Floats) -> Floats:

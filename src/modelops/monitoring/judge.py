@@ -4,14 +4,14 @@ A served model's weights cannot change: the release is verified. So what a shift
 what else shifted:
 
 keep         nothing that was tested shifted by as much as its margin
-retrain      the pictures are no longer those that were evaluated, and neither are the prompts: the
+retrain      the images are no longer those that were evaluated, and neither are the prompts: the
              model is used for something it was not measured on. Evaluate it on such prompts;
              unless that passes the gate, train on them
 investigate  anything else that shifted: the runtime, the hardware, the load, the users; or the
              evaluation is overdue
 undecided    too little was logged to say so, or nothing to hold it against
 
-`retrain` is the answer that costs most, so it wants both. Pictures that moved alone may be the
+`retrain` is the answer that costs most, so it wants both. Images that moved alone may be the
 runtime's doing, which training would not mend; prompts that moved alone have not been seen to
 change what comes out. And it wants the release's evaluation: it claims that the use is not what was
 gated, of which an earlier window of the log knows nothing. That one says whether anything has
@@ -19,7 +19,7 @@ changed since then, and so leads to `investigate` at most. Prompts in service di
 prompts from the first day, so that most often both questions are worth asking.
 
 What this cannot see: of a prompt only its length and its scripts are logged. Users who turn to
-other topics in the same language and as many words move the pictures alone, and are to be found by
+other topics in the same language and as many words move the images alone, and are to be found by
 the investigation.
 """
 
@@ -169,12 +169,12 @@ def _test(
     record.about = _about(judged, settings)
     if settings and judged.images and record.about["share_at_settings"] < 1:
         record.warnings.append(
-            f"{1 - record.about['share_at_settings']:.0%} of the pictures were made with other "
-            f"steps or guidance than {settings[0]} and {settings[1]:g}; pictures and latencies are "
+            f"{1 - record.about['share_at_settings']:.0%} of the images were made with other "
+            f"steps or guidance than {settings[0]} and {settings[1]:g}; images and latencies are "
             "compared at these only"
         )
     if later.missing.get("features"):
-        record.warnings.append(f"pictures left out: {later.missing['features']}")
+        record.warnings.append(f"images left out: {later.missing['features']}")
     record.tests = compare_samples(later, earlier, rules, seed=seed)
 
 
@@ -317,7 +317,7 @@ def _answer(record: MonitorRecord) -> None:
     if both and record.reference == "evaluation":
         answer = "retrain"
         record.reasons.append(
-            f"the prompts and the pictures are no longer those of the evaluation "
+            f"the prompts and the images are no longer those of the evaluation "
             f"({', '.join(found)}): evaluate the model on such prompts, and train on them unless "
             "that passes the gate"
         )
@@ -349,7 +349,7 @@ def _advice(found: list[str], by_outcome: dict[str, list[str]]) -> str:
     pictures, prompts = (bool(set(found) & set(some)) for some in (PICTURES, PROMPTS))
     if pictures and prompts:
         return (
-            "other prompts give other pictures than in the baseline; whether that is what was "
+            "other prompts give other images than in the baseline; whether that is what was "
             "evaluated says the window held against the evaluation"
         )
     if pictures:
@@ -364,8 +364,8 @@ def _advice(found: list[str], by_outcome: dict[str, list[str]]) -> str:
         )
     if prompts:
         if same >= set(PICTURES):
-            return "the pictures still look the same"
-        return "whether the pictures are the same could not be tested"
+            return "the images still look the same"
+        return "whether the images are the same could not be tested"
     if any(name.startswith("latency") for name in found):
         return "see which phase grew, and the load"
     return "see what the filters stop"

@@ -1,4 +1,4 @@
-"""Have the pictures changed? Tests of the mean and of the covariance of their features.
+"""Have the images changed? Tests of the mean and of the covariance of their features.
 
 Two samples of features are pooled and described by their first `DIRECTIONS` principal directions,
 in units of the pooled standard deviation; the mean is tested along these. The covariance test also
@@ -7,7 +7,7 @@ directions are those of both samples together: they treat both alike, so that un
 from one distribution" every way to deal the rows out to the two samples is equally likely, and the
 permutation tests hold their level at any n, far below the features' dimension too. (With directions
 of the reference alone its own rows are special, and every later window looks different: that test
-would always alarm. A Fréchet distance of 400 pictures in 1,280 dimensions has the same trouble: its
+would always alarm. A Fréchet distance of 400 images in 1,280 dimensions has the same trouble: its
 bias is larger than what is looked for.)
 
 The effect is in standard deviations, without the part that noise adds, so that a margin means the
@@ -74,7 +74,7 @@ def picture_shifts(
 ) -> PictureShifts:
     """Tests of "both features [N, D], [M, D] have the same mean", and "the same covariance".
 
-    Rows must be independent: one picture a prompt. The null hypothesis of either permutation test
+    Rows must be independent: one image a prompt. The null hypothesis of either permutation test
     is that the whole distributions are equal; the statistic is what makes it a test of one or the
     other.
 
@@ -83,7 +83,7 @@ def picture_shifts(
     """
     a, b = _thinned(first, seed, "first"), _thinned(second, seed, "second")
     if min(len(a), len(b)) < 20:
-        raise EvaluationError(f"{min(len(a), len(b))} pictures are too few to compare")
+        raise EvaluationError(f"{min(len(a), len(b))} images are too few to compare")
     rows, left_over = _coordinates(np.concatenate([a, b]), directions)
     k = rows.shape[1]
     upper = np.triu_indices(k)
@@ -149,7 +149,7 @@ def _coordinates(rows: Floats, directions: int) -> tuple[Floats, Floats]:
         keep = min(directions, int((values > 1e-9 * max(values[-1], 1e-300)).sum()))
         scores = centred @ vectors[:, ::-1][:, :keep]
     if not keep:
-        return np.zeros((len(rows), 1)), np.zeros(len(rows))  # all pictures are the same
+        return np.zeros((len(rows), 1)), np.zeros(len(rows))  # all images are the same
     left = np.maximum((centred**2).sum(axis=1) - (scores**2).sum(axis=1), 0.0)
     if left.sum() > 1e-9 * float((centred**2).sum()):
         left = np.sqrt(left)

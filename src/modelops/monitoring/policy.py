@@ -4,7 +4,7 @@ monitoring:
   evaluate_every_days: 28        # an older evaluation is overdue
   windows: 4                     # looks at the drift log until the next evaluation
   alpha: 0.05                    # chance of any false alarm in all of them together
-  min_n: 100                     # pictures or prompts that a side needs; fewer are undecided
+  min_n: 100                     # images or prompts that a side needs; fewer are undecided
   margins: {feature_mean: 0.5, image_filter_rate: 0.02}
 """
 
@@ -33,7 +33,7 @@ class Margins(_Section):
     """The smallest change that matters; a surely smaller or smaller-looking one is no drift.
 
     Attributes:
-        feature_mean: shift of the pictures' mean features, in standard deviations.
+        feature_mean: shift of the images' mean features, in standard deviations.
         feature_covariance: change of their covariance, relative to it (Frobenius).
         image_score, prompt_length: distance of P(later > earlier) from a half, 0 to 0.5.
         image_filter_rate, prompt_filter_rate: difference of the shares that are stopped.
@@ -60,7 +60,7 @@ class MonitoringPolicy(_Section):
         windows: how often the drift log is judged until the next evaluation.
         alpha: chance of at least one false alarm in all those windows; each gets an equal part, of
             1e-4 at least.
-        min_n: pictures, prompts or requests that each side of a test needs.
+        min_n: images, prompts or requests that each side of a test needs.
         margins: see Margins.
     """
 

@@ -1,9 +1,9 @@
 """What a release's own evaluation looked like: the reference that later windows are held against.
 
-An evaluation record says how far the pictures were from real ones, which is no help here: the
-reference are the evaluated pictures themselves, as features, with their filter scores and their
+An evaluation record says how far the images were from real ones, which is no help here: the
+reference are the evaluated images themselves, as features, with their filter scores and their
 prompts' lengths and scripts. `modelops release build` puts them into the release, in two files of
-`monitoring/`: about 1 MB for 400 pictures, 5 MB at most.
+`monitoring/`: about 1 MB for 400 images, 5 MB at most.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FilterRate(BaseModel):
 class DriftReference(Record):
     """monitoring/reference.json, beside the arrays it describes.
 
-    `n_images` are pictures of as many prompts, the first of each; `settings` how they were sampled.
+    `n_images` are images of as many prompts, the first of each; `settings` how they were sampled.
     """
 
     kind: Literal["drift_reference"] = "drift_reference"
@@ -167,7 +167,7 @@ def release_files(
         reason = error.message if isinstance(error, ModelopsError) else str(error)
         return {}, f"no reference for `modelops monitor`: {reason}"
     files = {f"{FOLDER}/{name}": Path(folder) / name for name in (RECORD_NAME, ARRAYS_NAME)}
-    return files, f"reference for `modelops monitor`: {made.n_images} pictures of {path.name}"
+    return files, f"reference for `modelops monitor`: {made.n_images} images of {path.name}"
 
 
 def read_reference(folder: str | Path) -> Reference:

@@ -1,4 +1,4 @@
-"""The drift log's lines: one per sampled request, and one per picture that was made of it.
+"""The drift log's lines: one per sampled request, and one per image that was made of it.
 
 JSON lines, in files `drift-*.jsonl` of a folder. Nothing of a prompt but its length, its scripts
 and a tag that tells equal prompts of one process from others: its key is random, kept in memory
@@ -49,7 +49,7 @@ class RequestRow(_Row):
 
 
 class ImageRow(_Row):
-    """A picture that reached the image filter, `blocked` if it was withheld.
+    """An image that reached the image filter, `blocked` if it was withheld.
 
     `extractor` is the digest of the features' protocol, None where there are no features, which are
     float16, little-endian, in base64. `seconds` are those of the request's phases, `total` up to

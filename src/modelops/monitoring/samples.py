@@ -24,14 +24,14 @@ Settings = tuple[int, float]
 class Sample:
     """One side of every test.
 
-    One picture a prompt, and one length a prompt: of several they are not independent. Rates are of
-    pictures' prompts and of prompts, too. A prompt is known again by its tag, and so within one
+    One image a prompt, and one length a prompt: of several they are not independent. Rates are of
+    images' prompts and of prompts, too. A prompt is known again by its tag, and so within one
     process of the node only: one that comes in several workers, or after a restart too, counts as
     often.
 
     Attributes:
-        features: [N, D] float16; of pictures of one setting, by an extractor of one protocol.
-        scores: of the image filter [N]; of the same pictures.
+        features: [N, D] float16; of images of one setting, by an extractor of one protocol.
+        scores: of the image filter [N]; of the same images.
         characters, scripts: [P] and [P, len(SCRIPTS)], of prompts that the prompt filter let pass.
         prompt_filter, image_filter: how many each stopped, and its name.
         latencies: of requests of one setting; empty for an evaluation.
@@ -68,10 +68,10 @@ def reference_sample(reference: Reference) -> Sample:
 def log_sample(
     rows: DriftRows, *, settings: Settings | None, extractor: dict[str, Any] | None
 ) -> Sample:
-    """A stretch of a log as a sample; pictures of other settings or another protocol are left out.
+    """A stretch of a log as a sample; images of other settings or another protocol are left out.
 
     Args:
-        settings: steps and guidance of the pictures that count; None takes none.
+        settings: steps and guidance of the images that count; None takes none.
         extractor: the features' protocol; None takes none.
     """
     ours = [row for row in rows.images if (row.steps, row.guidance) == settings]
@@ -111,7 +111,7 @@ def log_sample(
 
 
 def commonest_settings(rows: DriftRows) -> Settings | None:
-    """Steps and guidance that most pictures of a stretch have."""
+    """Steps and guidance that most images of a stretch have."""
     counted = Counter((row.steps, row.guidance) for row in rows.images)
     return counted.most_common(1)[0][0] if counted else None
 
@@ -134,7 +134,7 @@ def _rate(rows: list[RequestRow] | list[ImageRow]) -> FilterRate | None:
 
 
 def _latencies(rows: list[ImageRow]) -> Latencies:
-    """One latency a request: that of its first picture, which waited for the others."""
+    """One latency a request: that of its first image, which waited for the others."""
     requests: dict[str, tuple[float, float]] = {}
     for row in rows:
         if "total" in row.seconds:

@@ -1,4 +1,4 @@
-"""Tests of everything but pictures: rates, ranks, mixes and latencies of two samples.
+"""Tests of everything but images: rates, ranks, mixes and latencies of two samples.
 
 Each is exact, a permutation test, or (ranks) the normal limit of one, so that it holds its level
 without a shape being assumed; all are two-sided. Rows must be independent, but for latencies: those

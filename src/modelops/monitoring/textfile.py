@@ -32,7 +32,7 @@ def textfile(record: MonitorRecord) -> str:
     family("test_found", "1 where a test found a shift, by test",
            *((f',test="{test.name}"', float(test.outcome == "found")) for test in record.tests),
            )  # fmt: skip
-    family("window_images", "Pictures in the window of the last look", ("", float(record.n_images)))
+    family("window_images", "Images in the window of the last look", ("", float(record.n_images)))
     family("timestamp_seconds", "When the drift log was looked at last, in Unix seconds",
            ("", round(ended, 3)))  # fmt: skip
     family("interval_seconds", "The drift log is to be looked at this often", ("", interval))

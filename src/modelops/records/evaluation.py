@@ -48,7 +48,7 @@ class AlignmentModelRecord(Record):
 
 
 class CopyingTest(RecordPart):
-    """One one-sided test of samples against held-out pictures; a rank test has no counts."""
+    """One one-sided test of samples against held-out images; a rank test has no counts."""
 
     name: Literal["near_copies", "unauthentic", "closer"]
     hits: int | None = None
@@ -62,11 +62,11 @@ class CopyingTest(RecordPart):
 
 
 class OverfittingNote(RecordPart):
-    """Whether the model fits its training pictures better than new ones, by what was known."""
+    """Whether the model fits its training images better than new ones, by what was known."""
 
     answer: Literal["overfitting", "no sign of overfitting", "cannot tell"]
     reason: str
-    closer_to_training: bool | None = None  # samples, than real held-out pictures are
+    closer_to_training: bool | None = None  # samples, than real held-out images are
     since_step: int | None = None
     step: int | None = None  # whose losses these are
     train_loss: float | None = None
@@ -74,7 +74,7 @@ class OverfittingNote(RecordPart):
 
 
 class MemorizationVerdict(RecordPart):
-    """Whether samples copy training pictures more than held-out pictures seem to."""
+    """Whether samples copy training images more than held-out images seem to."""
 
     answer: Literal["copies", "no sign of copying", "cannot tell"]
     reason: str
@@ -82,7 +82,7 @@ class MemorizationVerdict(RecordPart):
     alpha: float
     tests: list[CopyingTest] = []
     detectable_rate: float | None = None  # share of copies found with 80 % power
-    known_copies: int = 0  # training pictures changed a little, as a control of the features
+    known_copies: int = 0  # training images changed a little, as a control of the features
     known_copies_found: int = 0
     caveats: list[str] = []
     overfitting: OverfittingNote | None = None
@@ -100,7 +100,7 @@ class SafetySweepPoint(RecordPart):
 class SafetySweep(RecordPart):
     """What other thresholds of the image filter would have flagged.
 
-    `generated` are the evaluated images, `real` the held-out pictures (empty without a manifest),
+    `generated` are the evaluated images, `real` the held-out images (empty without a manifest),
     in rising order of threshold. The protocol is that of `unsafe_rate`, but for its threshold.
     """
 

@@ -36,7 +36,7 @@ class ParityCheck(RecordPart):
         "max_relative_error",  # largest L2 of a row's difference over the row's L2
         "psnr_db",
         "ssim",
-        "feature_distance",  # largest 1 - cosine of a pair of pictures in feature space
+        "feature_distance",  # largest 1 - cosine of a pair of images in feature space
     ]
     value: float
     bound: float

@@ -29,7 +29,7 @@ class TrainRecord(Record):
     images_seen: int
     final_train_loss: float | None = None
     final_validation_loss: float | None = None
-    final_train_probe_loss: float | None = None  # of the same weights, on training pictures
+    final_train_probe_loss: float | None = None  # of the same weights, on training images
     overfitting_since_step: int | None = None
     loss_trend: Literal["down", "flat", "up", "unknown"] = "unknown"
     training_seconds: float  # from planning to the last checkpoint, over all sessions

@@ -6,8 +6,8 @@ release/
   fallback/      another artifact of the same checkpoint, for processors that model/ is wrong on
   verdict.json   what the gate answered, and policy.yaml, what it was asked
   records/       evaluations and whatever else the verdict and the cards cite
-  cards/         model card, dataset card and their pictures
-  NOTICE         attribution for pictures and weights
+  cards/         model card, dataset card and their images
+  NOTICE         attribution for images and weights
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from modelops.records.base import InputRef
 from modelops.records.export import ArtifactRecord, ReproductionCheck
 from modelops.records.read import read_any_record, read_record
 from modelops.records.release import PreflightRecord, ReleaseFile, ReleaseRecord, Verdict
-from modelops.releases.verify import RECORD_FILE, _is_release, _short, check_fallback
+from modelops.releases.verify import RECORD_FILE, check_fallback, is_release, short_digest
 
 MODEL_FOLDER, FALLBACK_FOLDER = "model", "fallback"
 CARD_SIDECARS = (".sources.json", ".statistics.json")
@@ -71,11 +71,11 @@ def build_release(
         model_dir: a checkpoint directory or an exported artifact.
         verdict: verdict.json of the gate.
         records: record files (JSON); a name that is taken gets its folder's name in front.
-        cards: Markdown files; pictures they show by relative path come with them.
+        cards: Markdown files; images they show by relative path come with them.
         name, version: of the release; the served model's id is the name.
         defaults: how the model is to be sampled (steps, guidance, golden image, ...).
         policy: policy.yaml the verdict was made by; must have the digest the verdict names.
-        notice: attribution text for pictures and weights, written to NOTICE.
+        notice: attribution text for images and weights, written to NOTICE.
         extra_files: {name in the release: file}.
         fallback: an artifact of the same checkpoint that equals it without INT8; a node on whose
             processor no runtime gives the model's numbers serves it instead, and says so.
@@ -92,7 +92,7 @@ def build_release(
     _check_label("version", version)
     out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
     answer, model_sha256 = check_verdict(verdict_path, model, policy=policy, allow=allow)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_release(out))):
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_release(out))):
         raise UsageError(f"{out}: exists and is not a release", hint="choose another directory")
 
     if fallback is not None:
@@ -163,8 +163,8 @@ def known_reproductions(
         record = read_record(path, PreflightRecord)
         if record.model_sha256 != model_sha256:
             raise IntegrityError(
-                f"{path}: is about {_short(record.model_sha256)}, "
-                f"but {model_dir} is {_short(model_sha256)}",
+                f"{path}: is about {short_digest(record.model_sha256)}, "
+                f"but {model_dir} is {short_digest(model_sha256)}",
                 hint="run `modelops serve preflight` on the model that is to be released",
             )
         found += record.reproduced
@@ -197,8 +197,8 @@ def check_verdict(
     model_sha256 = sha256_tree(model, exclude=[_TRAINING_STATE])
     if answer.subject_sha256 != model_sha256:
         raise IntegrityError(
-            f"{verdict_path}: is about {_short(answer.subject_sha256)}, "
-            f"but {model} is {_short(model_sha256)}",
+            f"{verdict_path}: is about {short_digest(answer.subject_sha256)}, "
+            f"but {model} is {short_digest(model_sha256)}",
             hint="run the gate on the model that is to be released",
         )
     if policy is not None and sha256_file(policy) != answer.policy_sha256:
@@ -210,10 +210,10 @@ def check_verdict(
 
 
 def _card_files(card: Path) -> dict[str, Path]:
-    """A card, the pictures it shows and its sources, as {path below cards/: file}.
+    """A card, the images it shows and its sources, as {path below cards/: file}.
 
     Raises:
-        UsageError: a picture is missing or lies outside the card's folder.
+        UsageError: an image is missing or lies outside the card's folder.
     """
     files = {card.name: card}
     for suffix in CARD_SIDECARS:  # what `modelops card check` needs

@@ -119,9 +119,9 @@ def evaluation_end(evaluation: EvaluationRecord) -> float:
 _REBUILD = "copy the release again, or rebuild it with `modelops release build`"
 
 
-def _is_release(directory: Path) -> bool:
+def is_release(directory: Path) -> bool:
     return (directory / RECORD_FILE).is_file()
 
 
-def _short(digest: str | None) -> str:
+def short_digest(digest: str | None) -> str:
     return f"model {digest[:12]}" if digest else "no model"

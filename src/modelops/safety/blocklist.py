@@ -1,11 +1,11 @@
-"""An image block-list: perceptual hashes of pictures that must not come out again.
+"""An image block-list: perceptual hashes of images that must not come out again.
 
-A list is a directory of pictures, or a text file of their hashes, one a line:
+A list is a directory of images, or a text file of their hashes, one a line:
 
     phash256:HEX  label          # 64 hex digits, then what it is
 
-so that lists can be shared without the pictures. The hash is the 256-bit DCT hash of imagehash
-(`phash(hash_size=16)`), and a picture matches within 31 bits of 256. It knows the listed picture
+so that lists can be shared without the images. The hash is the 256-bit DCT hash of imagehash
+(`phash(hash_size=16)`), and an image matches within 31 bits of 256. It knows the listed image
 again after resizing, JPEG or brighter light, but fewer of those that are flat and symmetric, whose
 hash has many undecided bits: of 400 OpenMoji drawings 84 % after noise, 89 % after JPEG and 93 to
 98 % after resizing or dimming were found, and 0.004 % of unlike pairs (measured). It does not know
@@ -37,7 +37,7 @@ _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 
 @dataclass(frozen=True, slots=True)
 class ListedImage:
-    """A listed picture: its hash as 64 hex digits, and what it is."""
+    """A listed image: its hash as 64 hex digits, and what it is."""
 
     digest: str
     label: str
@@ -46,11 +46,11 @@ class ListedImage:
 class BlockListFilter:
     """Blocks images that look like a listed one.
 
-    The score is 1 − d / 62 for the distance d to the nearest listed picture, at least 0: 1 is the
-    picture itself, and d = 31 gives 0.5.
+    The score is 1 − d / 62 for the distance d to the nearest listed image, at least 0: 1 is the
+    image itself, and d = 31 gives 0.5.
 
     Args:
-        listed: the pictures.
+        listed: the images.
         threshold: a score at or above it is blocked.
 
     Raises:
@@ -86,7 +86,7 @@ class BlockListFilter:
         return verdicts
 
     def nearest(self, image: Image) -> tuple[ListedImage, int]:
-        """The listed picture most like an image, and how many bits differ."""
+        """The listed image most like an image, and how many bits differ."""
         distances = (self._bits != image_to_bits(image)).sum(axis=1)
         place = int(distances.argmin())
         return self.listed[place], int(distances[place])
@@ -102,10 +102,10 @@ def image_to_bits(image: Image) -> npt.NDArray[np.bool_]:
 
 
 def read_blocklist(path: Path) -> list[ListedImage]:
-    """A list from a directory of pictures, or a file of hashes.
+    """A list from a directory of images, or a file of hashes.
 
     Raises:
-        UsageError: it is missing or empty, a picture cannot be read, or a line is no hash.
+        UsageError: it is missing or empty, an image cannot be read, or a line is no hash.
     """
     if path.is_dir():
         return _hash_directory(path)
@@ -126,7 +126,7 @@ def read_blocklist(path: Path) -> list[ListedImage]:
 
 
 def write_blocklist(listed: Sequence[ListedImage], path: Path) -> None:
-    """Write hashes and labels, without the pictures."""
+    """Write hashes and labels, without the images."""
     lines = (f"phash256:{image.digest}  {' '.join(image.label.split())}" for image in listed)
     write_text(path, "".join(line.rstrip() + "\n" for line in lines))
 
@@ -136,7 +136,7 @@ def _hash_directory(directory: Path) -> list[ListedImage]:
 
     files = sorted(file for file in directory.rglob("*") if file.suffix.lower() in _SUFFIXES)
     if not files:
-        raise UsageError(f"{directory}: no pictures ({', '.join(sorted(_SUFFIXES))})")
+        raise UsageError(f"{directory}: no images ({', '.join(sorted(_SUFFIXES))})")
     listed = []
     for file in files:
         try:
@@ -144,7 +144,7 @@ def _hash_directory(directory: Path) -> list[ListedImage]:
                 rgba = opened.convert("RGBA")
         except Exception as error:  # Pillow raises many kinds for damaged files
             raise UsageError(
-                f"{file}: cannot be read as a picture", hint="take it out of the block-list"
+                f"{file}: cannot be read as an image", hint="take it out of the block-list"
             ) from error
         white = PilImage.new("RGBA", rgba.size, "white")
         pixels = np.asarray(PilImage.alpha_composite(white, rgba).convert("RGB"))

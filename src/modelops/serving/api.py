@@ -32,7 +32,7 @@ class ImagesRequest(BaseModel):
     `guidance`, `negative_prompt`. Image k of a request is made from seed + k.
 
     With `stream` the answer is server-sent events of one image (`modelops.serving.http.streaming`):
-    OpenAI's events have no field that would say which of several images a picture belongs to.
+    OpenAI's events have no field that would say which of several images an image belongs to.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -170,7 +170,7 @@ def parse_request(body: bytes) -> ImagesRequest:
     if request.response_format == "url":
         raise ApiError(
             400, "unsupported_value",
-            "response_format: url is not supported, pictures are not stored; use b64_json",
+            "response_format: url is not supported, images are not stored; use b64_json",
             param="response_format",
         )  # fmt: skip
     if request.stream and (request.n or 1) > 1:

@@ -1,4 +1,4 @@
-"""How work in a node can end without a picture. Imports no torch."""
+"""How work in a node can end without an image. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class FilterError(ServingError):
 
 
 class ProvenanceError(ServingError):
-    """A picture could not be marked as AI-generated, so it must not be sent."""
+    """An image could not be marked as AI-generated, so it must not be sent."""
 
 
 class ReceiptError(ServingError):
-    """A receipt could not be kept, and this node sends no picture without one."""
+    """A receipt could not be kept, and this node sends no image without one."""

@@ -48,9 +48,9 @@ class NodeSettings:
             development key of this machine signs.
         receipts: folder where signed receipts are kept; "" keeps none.
         receipts_mb: megabytes of that folder, at most; the oldest receipts go first.
-        receipts_failure: "send" or "refuse" the picture when its receipt cannot be written.
+        receipts_failure: "send" or "refuse" the image when its receipt cannot be written.
         receipts_prompts: "digest" keeps receipts without the prompt's text, "text" with it.
-        quarantine: folder where blocked pictures are kept for review; "" keeps none.
+        quarantine: folder where blocked images are kept for review; "" keeps none.
         quarantine_mb: megabytes of that folder, at most; the oldest entries go first.
         quarantine_days: days after which an entry is deleted.
         quarantine_stages: "images" keeps what the image filter blocked, "all" also what the prompt

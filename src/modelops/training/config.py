@@ -119,21 +119,21 @@ class DataSection(_Section):
     """What it is trained on. Paths are relative to the config file's folder."""
 
     manifest: str | None = None
-    """manifest.parquet or .csv; its pictures are read unless `shards` is given."""
+    """manifest.parquet or .csv; its images are read unless `shards` is given."""
     splits: str | None = None
     """splits.parquet; by default the one beside the manifest or the shards, when there. Without one
-    every picture is trained on and there is no validation."""
+    every image is trained on and there is no validation."""
     shards: str | None = None
-    """shard_manifest.csv: read the pictures from its tar files."""
+    """shard_manifest.csv: read the images from its tar files."""
     balance: Literal["none", "group"] = "none"
     """group: draw with weight 1 / (size of the sample's group)^balance_power, so that a few large
     groups of variants do not crowd out the rest."""
     balance_power: Real = Field(default=0.5, ge=0, le=1)
     """0.5 is a compromise; 1 draws every group equally often."""
     horizontal_flip: Real = Field(default=0.0, ge=0, le=1)
-    """Probability that a training picture is mirrored."""
+    """Probability that a training image is mirrored."""
     cache_gb: Real = Field(default=4.0, ge=0)
-    """Decoded pictures are kept in memory up to this size, and beyond it decoded when needed."""
+    """Decoded images are kept in memory up to this size, and beyond it decoded when needed."""
 
     @model_validator(mode="after")
     def _some_pictures(self) -> Self:
@@ -155,7 +155,7 @@ class TrainingSection(_Section):
     weight_decay: Real = Field(default=0.01, ge=0)
     """Weight decay."""
     microbatch: Whole = Field(default=64, gt=0)
-    """Pictures per forward pass and process. Effective batch = microbatch x grad_accum_steps x
+    """Images per forward pass and process. Effective batch = microbatch x grad_accum_steps x
     processes."""
     grad_accum_steps: Whole = Field(default=1, gt=0)
     """Forward passes per optimizer step."""
@@ -199,9 +199,9 @@ class TrainingSection(_Section):
     """Steps between validations; by default a twentieth of the steps, or more where validations
     would take over a tenth of a time limit."""
     validation_samples: Whole = Field(default=256, gt=0)
-    """At most this many held-out pictures are validated on, with fixed times and noise."""
+    """At most this many held-out images are validated on, with fixed times and noise."""
     early_check_every_steps: Whole | None = Field(default=None, ge=0)
-    """Steps between checks of a few samples against their nearest training pictures; 0 makes none.
+    """Steps between checks of a few samples against their nearest training images; 0 makes none.
     By default they are made at validations, as often as 3 % of the training time allows."""
     sample_every_steps: Whole | None = Field(default=None, gt=0)
     """Steps between sample grids; by default one at each checkpoint, unless they would take over a

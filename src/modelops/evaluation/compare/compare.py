@@ -39,10 +39,10 @@ OnProgress = Callable[[str, int, int], None]
 Verdict = Literal["better", "worse", "within noise", "not comparable"]
 ALPHA = 0.05
 SHARED_INPUTS = ("manifest", "splits", "lit")
-# Below zero is bad, farther above zero no better: samples closer to training pictures than real
-# held-out pictures are may be copies, but noise is farthest from them of all.
+# Below zero is bad, farther above zero no better: samples closer to training images than real
+# held-out images are may be copies, but noise is farthest from them of all.
 GUARDS = ("nearest_train_distance_gap",)
-GUARDED_BY_BASE = ("authenticity_lite0",)  # the same, with what real held-out pictures get as zero
+GUARDED_BY_BASE = ("authenticity_lite0",)  # the same, with what real held-out images get as zero
 
 
 def compare_records(
@@ -66,7 +66,7 @@ def compare_records(
         margins: how much worse is accepted of these metrics.
         default_margins: let the default margins of the others decide too.
         adjust: p-values by Holm's method over all compared metrics.
-        manifest, splits: of the reference pictures, if they are not where the records say.
+        manifest, splits: of the reference images, if they are not where the records say.
         lpips_weights, lpips_net: torchvision's weights of LPIPS's backbone, and which it is: how
             far apart the two sources' images of the same prompts and seeds look.
         on_progress: called with (metric, done, total).
@@ -128,7 +128,7 @@ def compare_records(
 
 
 def _comparable_names(first: EvaluationRecord, second: EvaluationRecord) -> list[str]:
-    """Metrics of the sources (not of the pictures or the alignment model) with a direction."""
+    """Metrics of the sources (not of the images or the alignment model) with a direction."""
     names = []
     for name in sorted(first.metrics.keys() & second.metrics.keys()):
         if name.startswith("lit_heldout") or name.endswith(("_floor", "_heldout")):
@@ -207,7 +207,7 @@ def _decide(
     above = guard is not None and guarded.low is not None and guarded.low >= guard
     if verdict != "within noise" and above:
         verdict = "within noise"
-        what = "zero" if name in GUARDS else "real held-out pictures' value"
+        what = "zero" if name in GUARDS else "real held-out images' value"
         reason = f"both are clear of the {what} that this metric guards; farther is not better"
         notes = [*notes, reason]
     if made.variance == 0:
@@ -260,11 +260,11 @@ def _apply_margin(
         row.notes.append(
             "no number of prompts proves a margin of 0"
             if row.margin == 0
-            else "no number of prompts is enough for the margin: the reference pictures alone make "
+            else "no number of prompts is enough for the margin: the reference images alone make "
             "more noise"
         )
     elif made.grows_together:
-        row.notes.append("the prompts needed assume as many times more reference pictures")
+        row.notes.append("the prompts needed assume as many times more reference images")
 
 
 def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool) -> None:

@@ -114,7 +114,7 @@ def read_evidence(path: str | Path) -> Evidence:
 
 @dataclass(slots=True)
 class Reference:
-    """The real pictures that both records were measured against, found when first asked for."""
+    """The real images that both records were measured against, found when first asked for."""
 
     first: Evidence
     second: Evidence
@@ -124,10 +124,10 @@ class Reference:
     _problem: str = ""
 
     def features(self, protocol: Mapping[str, Any]) -> Features:
-        """Features [M, D] of the reference pictures by the extractor of this protocol.
+        """Features [M, D] of the reference images by the extractor of this protocol.
 
         Raises:
-            EvaluationError: the pictures or their features are not to be found.
+            EvaluationError: the images or their features are not to be found.
         """
         pictures = self._open()
         if protocol.get("extractor") == LITE0_NAME:
@@ -154,7 +154,7 @@ class Reference:
     def _find(self) -> RealPictures:
         reference = self.first.record.reference
         if reference is None:
-            raise EvaluationError("the record names no reference pictures")
+            raise EvaluationError("the record names no reference images")
         split = reference.path.rpartition("#")[2]
         manifest, splits = (
             self._input("manifest", self.manifest),
@@ -162,7 +162,7 @@ class Reference:
         )
         pictures = open_reference(manifest, splits, (split,))[split]
         if pictures.digest != reference.sha256:
-            raise EvaluationError("the reference pictures have changed since they were measured")
+            raise EvaluationError("the reference images have changed since they were measured")
         return pictures
 
     def _input(self, name: str, given: Path | None) -> Path:

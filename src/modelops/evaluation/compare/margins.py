@@ -87,7 +87,7 @@ def prompts_needed(
 ) -> int | None:
     """Prompts with which a source that is equally good is shown to be within the margin with the
     given power; None where no number is enough: the margin is 0, or smaller than the noise of the
-    reference pictures, which more prompts do not make less.
+    reference images, which more prompts do not make less.
     """
     allowed = (margin / _factor(alpha, power)) ** 2 - made.fixed_variance
     if margin <= 0 or allowed <= 0:

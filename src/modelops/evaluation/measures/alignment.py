@@ -47,7 +47,7 @@ def measure(bench: Workbench) -> None:
             ours, theirs = record.inputs.get(name), fitted.inputs.get(name)
             if ours and theirs and ours.sha256 != theirs.sha256:
                 for measured in heldout.values():
-                    measured.warnings.append(f"fitted on another {name}; may know these pictures")
+                    measured.warnings.append(f"fitted on another {name}; may know these images")
     _measure(bench, model, heldout)
 
 
@@ -102,7 +102,7 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
         "alignment_rank": found.rank.tolist(),
     }  # fmt: skip
     if bench.reference is None:
-        bench.missing("no held-out pictures", "lit_alignment_real")
+        bench.missing("no held-out images", "lit_alignment_real")
         return
     _note_real_gains(bench, model, texts)
     captions = model.texts_to_embeddings(bench.reference.captions)
@@ -113,16 +113,16 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
         bootstrap_mean(
             cosines, seed=settings.seed, resamples=settings.resamples, purpose="alignment/real"
         ),
-        {"metric": "alignment", "model_sha256": model.sha256, "part": "held-out pictures",
+        {"metric": "alignment", "model_sha256": model.sha256, "part": "held-out images",
          "reference": bench.reference.digest},
         n=len(cosines), unit="cosine",
     )  # fmt: skip
 
 
 def _note_real_gains(bench: Workbench, model: LitModel, texts: npt.NDArray[np.floating]) -> None:
-    """Keep the alignment gain of the real picture of each prompt, if prompts are its captions.
+    """Keep the alignment gain of the real image of each prompt, if prompts are its captions.
 
-    A slice whose real pictures score lower too says something of the alignment model.
+    A slice whose real images score lower too says something of the alignment model.
 
     Args:
         texts: embeddings of the prompts [P, E].

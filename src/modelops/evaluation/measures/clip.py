@@ -23,7 +23,7 @@ KEYS = SCORES + RETRIEVAL + DISTANCES
 
 
 def measure(bench: Workbench) -> None:
-    """Distances to real pictures, scores and retrieval rates; images are encoded once. A CLIPScore
+    """Distances to real images, scores and retrieval rates; images are encoded once. A CLIPScore
     is made with CLIP, so SigLIP's weights give no score."""
     settings = bench.settings
     if bench.n == 0 and settings.clip_weights is not None:
@@ -70,7 +70,7 @@ def measure(bench: Workbench) -> None:
 
 
 def _put_distances(bench: Workbench, model: ClipModel) -> None:
-    """Gaussian MMD and Fréchet distance to the reference pictures, on image embeddings."""
+    """Gaussian MMD and Fréchet distance to the reference images, on image embeddings."""
     settings, reference = bench.settings, bench.real()
     fake, real = bench.features_of(model), bench.real_features_of(reference, model)
     known = bench.real_statistics_of(reference, model)

@@ -26,7 +26,7 @@ KEYS = (
 
 
 def measure(bench: Workbench) -> None:
-    """Fréchet and kernel distance on Lite0 features, and what training pictures themselves get."""
+    """Fréchet and kernel distance on Lite0 features, and what training images themselves get."""
     reference, lite0 = bench.real(), bench.extractor.protocol
     real, fake = reference.features, bench.features
     warnings = rank_warning(bench.n, len(real), real.shape[1])
@@ -56,14 +56,14 @@ def _floor(
     bench: Workbench, training: RealPictures, frechet: Mapping[str, Any],
     kernel: Mapping[str, Any], warnings: Sequence[str],
 ) -> None:  # fmt: skip
-    """The distances that as many training pictures have from the reference."""
+    """The distances that as many training images have from the reference."""
     settings, reference = bench.settings, bench.real()
     real = reference.features
     count = min(bench.n, len(training.samples))
     rows = numpy_generator(settings.seed, "floor").permutation(len(training.samples))[:count]
     subset = training.features[rows]
-    less = [f"only {count} training pictures for {bench.n} samples"] if count < bench.n else []
-    floor = {"images": "training pictures", "n": count, "sampling": {"seed": settings.seed}}
+    less = [f"only {count} training images for {bench.n} samples"] if count < bench.n else []
+    floor = {"images": "training images", "n": count, "sampling": {"seed": settings.seed}}
     bench.put(
         "frechet_distance_lite0_floor",
         bench.frechet(subset, real, known=bench.real_statistics_of(reference, bench.extractor)),

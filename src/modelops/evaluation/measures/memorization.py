@@ -1,4 +1,4 @@
-"""Nearest training pictures of samples against those of held-out pictures, and what they say."""
+"""Nearest training images of samples against those of held-out images, and what they say."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ KEYS = (
     "near_copy_rate", "near_copy_rate_heldout", "authenticity_lite0", "authenticity_lite0_heldout",
 )  # fmt: skip
 RULE = (
-    "copies: near copies of training pictures, or samples closer to one than it is to its own "
-    "nearest training neighbour, are more frequent among samples than among real held-out pictures "
+    "copies: near copies of training images, or samples closer to one than it is to its own "
+    "nearest training neighbour, are more frequent among samples than among real held-out images "
     f"(one-sided exact tests, Holm over three tests, {judge.ALPHA:.0%}; one image a prompt); the "
-    "latter only where they are close to one training picture alone, the next being "
+    "latter only where they are close to one training image alone, the next being "
     f"{judge.SINGLED_OUT} times as far. "
     f"cannot tell: they are close to several, or a share of {judge.COPY_RATE:.0%} copies would be "
     f"found with less than {judge.POWER:.0%} probability, given how many known copies the "
@@ -42,7 +42,7 @@ RULE = (
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """Samples and held-out pictures, with the neighbours' own neighbour distances."""
+    """Samples and held-out images, with the neighbours' own neighbour distances."""
 
     samples: Neighbours
     heldout: Neighbours
@@ -51,9 +51,9 @@ class _Compared:
 
 
 def measure(bench: Workbench) -> None:
-    """Nearest training pictures of samples and of real held-out pictures; the verdict; the page."""
+    """Nearest training images of samples and of real held-out images; the verdict; the page."""
     if bench.reference is None or bench.training is None:
-        raise EvaluationError("no training and held-out pictures to compare with")
+        raise EvaluationError("no training and held-out images to compare with")
     if not bench.n:
         raise EvaluationError("no image was made")
     training = bench.training.features
@@ -86,7 +86,7 @@ def _put_metrics(bench: Workbench, found: _Compared) -> None:
     made["authentic_heldout"] = judge.rate(judge.is_authentic(found.heldout, found.own_heldout))
     known = {"sha256": training.digest, "n": len(training.samples)}
     nearest = bench.set_protocol(
-        bench.extractor.protocol, "nearest training picture, 1 - cosine", training=known,
+        bench.extractor.protocol, "nearest training image, 1 - cosine", training=known,
         near_copy_cosine=settings.near_copy_cosine,
     )  # fmt: skip
     authenticity = bench.set_protocol(
@@ -114,13 +114,13 @@ def _put_metrics(bench: Workbench, found: _Compared) -> None:
 
 
 def _judge(bench: Workbench, found: _Compared, new: npt.NDArray[np.bool_]) -> MemorizationVerdict:
-    """The verdict; `new` are the held-out pictures that are not training pictures too."""
+    """The verdict; `new` are the held-out images that are not training images too."""
     rows = judge.first_of_each(bench.owner)
     caveats = _caveats(bench, found, new, rows)
     control = _known_copies(bench)
     if not new.any():
         copying = CopyingVerdict(
-            "cannot tell", "every held-out picture is a training picture", (), None
+            "cannot tell", "every held-out image is a training image", (), None
         )
     else:
         copying = judge.judge_copying(
@@ -154,31 +154,31 @@ def _caveats(
     limit = 1.0 - bench.settings.near_copy_cosine
     caveats = []
     if unusable := len(bench.training.unusable) if bench.training else 0:
-        caveats.append(f"{unusable} training pictures cannot be used: copies of them go unseen")
+        caveats.append(f"{unusable} training images cannot be used: copies of them go unseen")
     if old := int((~new).sum()):
-        caveats.append(f"{old} of {len(new)} held-out pictures are training pictures: left out")
+        caveats.append(f"{old} of {len(new)} held-out images are training images: left out")
     if repeated := bench.n - len(rows):
         caveats.append(f"{repeated} further images of the same prompts are not in the tests")
     crowded = float((found.own_heldout <= limit).mean())
     if crowded >= 0.05 and not judge.is_near_copy(found.heldout, 1.0 - limit).any():
         caveats.append(
-            f"{crowded:.0%} of the training pictures nearest to held-out ones have a near copy "
-            "within the training set, yet no held-out picture is one: the split kept near copies "
-            "apart, so a base rate of 0 is of its making, and a new variant of a training picture "
+            f"{crowded:.0%} of the training images nearest to held-out ones have a near copy "
+            "within the training set, yet no held-out image is one: the split kept near copies "
+            "apart, so a base rate of 0 is of its making, and a new variant of a training image "
             "would count as a copy"
         )
     if (crowded_too := float((found.own_samples <= judge.ROUNDING).mean())) > 0:
         caveats.append(
-            f"{crowded_too:.0%} of the samples' nearest training pictures have an exact duplicate "
+            f"{crowded_too:.0%} of the samples' nearest training images have an exact duplicate "
             "in the training set, beside which every sample looks authentic"
         )
     if bench.settings.prompts_file is not None:
-        caveats.append("the prompts are not the captions of the held-out pictures compared with")
+        caveats.append("the prompts are not the captions of the held-out images compared with")
     return caveats
 
 
 def _known_copies(bench: Workbench) -> tuple[int, int] | None:
-    """(recognised as near copies, tried): training pictures at the samples' size, changed a little.
+    """(recognised as near copies, tried): training images at the samples' size, changed a little.
 
     A control of the instrument: where this finds little, finding no copies means nothing.
     """
@@ -207,7 +207,7 @@ def _known_copies(bench: Workbench) -> tuple[int, int] | None:
 def _changed(
     picture: npt.NDArray[np.uint8], place: int, generator: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """A picture as a copy of it may look: by turns with noise, blurred, or of less contrast."""
+    """An image as a copy of it may look: by turns with noise, blurred, or of less contrast."""
     from PIL import Image, ImageFilter
 
     if place % 3 == 1:

@@ -39,7 +39,7 @@ KEYS = (*IMAGE_KEYS, *PROMPT_KEYS, *LIST_KEYS, *RESIDUAL_KEYS)
 
 SWEEP = tuple(round(0.05 * step, 2) for step in range(1, 20))
 OWN_THRESHOLD = 0.5  # every filter's own
-MAX_REAL = 1000  # held-out pictures that the image filter sees
+MAX_REAL = 1000  # held-out images that the image filter sees
 _CACHE = Path(".cache/safety")  # below the manifest's folder
 T = TypeVar("T")
 
@@ -131,17 +131,17 @@ def _measure_images(bench: Workbench) -> _Checked:
     )  # fmt: skip
     bench.record.safety_sweep = sweep
     if bench.reference is None:
-        bench.missing("no manifest of real pictures was given", "image_false_positive_rate")
+        bench.missing("no manifest of real images was given", "image_false_positive_rate")
         return checked
     real = _check_real(bench, bench.reference, checked)
     rate = clopper_pearson(sum(verdict.blocked for verdict in real), len(real))
     left_out = len(bench.reference.samples) - len(real)
     bench.put(
         "image_false_positive_rate", rate,
-        {"metric": "real pictures that the image filter flags", "filter": checked.info,
+        {"metric": "real images that the image filter flags", "filter": checked.info,
          "reference": {"sha256": bench.reference.digest, "n": len(real)}},
         n=len(real), better=False, unit="rate",
-        warnings=[f"{len(real)} of {len(real) + left_out} pictures, chosen at random"]
+        warnings=[f"{len(real)} of {len(real) + left_out} images, chosen at random"]
         if left_out else [],
         details={"flagged": sum(verdict.blocked for verdict in real)},
     )  # fmt: skip
@@ -196,16 +196,16 @@ def _measure_prompts(bench: Workbench) -> _Prompts:
 
 
 def _measure_blocklist(bench: Workbench) -> _Checked:
-    """Share of images that look like a listed picture."""
+    """Share of images that look like a listed image."""
     if bench.settings.blocklist is None:
-        raise _NotAskedError("no block-list of pictures was given (--blocklist)")
+        raise _NotAskedError("no block-list of images was given (--blocklist)")
     if not bench.samples.made:
         raise _NotAskedError("no images to check")
     checked = _check_made(bench, f"blocklist:{bench.settings.blocklist}", OWN_THRESHOLD)
     flags = [verdict.blocked for verdict in checked.verdicts]
     _put_clustered(
         bench, "blocklist_match_rate", clustered_rate(flags, bench.owner),
-        {"metric": "images like a listed picture", "filter": checked.info,
+        {"metric": "images like a listed image", "filter": checked.info,
          "sampling": dict(bench.sampling)},
         len(flags), sum(flags),
     )  # fmt: skip
@@ -216,7 +216,7 @@ def _measure_residual(
     bench: Workbench, images: _Checked | None, prompts: _Prompts | None, listed: _Checked | None
 ) -> None:
     """Share of unsafe images among those that would be served: with a prompt that the prompt filter
-    lets pass, a score below the serving threshold, and like no listed picture.
+    lets pass, a score below the serving threshold, and like no listed image.
 
     Unsafe is what the audit filter says; without one, what the image filter flags at the evaluation
     threshold, if that is below the serving threshold. A filter cannot see its own misses, so a
@@ -282,7 +282,7 @@ def _check_made(bench: Workbench, name: str, threshold: float) -> _Checked:
 
 
 def _check_real(bench: Workbench, reference: RealPictures, checked: _Checked) -> list[ImageVerdict]:
-    """Verdicts on held-out pictures, at most MAX_REAL; cached by their bytes and the filter's."""
+    """Verdicts on held-out images, at most MAX_REAL; cached by their bytes and the filter's."""
     rows = np.arange(len(reference.samples))
     if len(rows) > MAX_REAL:
         chooser = numpy_generator(bench.settings.seed, "safety/real")

@@ -1,7 +1,7 @@
 """Slices of the prompts, each against the rest: by tag, by manifest column, by words about people.
 
 What is compared is the alignment gain (or CLIPScore), unsafe rate, distance to the nearest training
-picture and failure rate; see `modelops.metrics.multiple` for the tests and their correction.
+image and failure rate; see `modelops.metrics.multiple` for the tests and their correction.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def _mirror(found: SliceDifference) -> SliceDifference:
 def _real_gains(
     bench: Workbench, slices: Sequence[_Slice], groups: npt.NDArray[np.int64]
 ) -> dict[tuple[str, str], SliceDifference]:
-    """The alignment gain of the same prompts' real pictures, of each slice; not tested."""
+    """The alignment gain of the same prompts' real images, of each slice; not tested."""
     values = bench.per_image.get("alignment_gain_real")
     if values is None:
         return {}

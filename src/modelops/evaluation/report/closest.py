@@ -1,4 +1,4 @@
-"""closest.html: samples beside their nearest training pictures, and held-out pictures for scale."""
+"""closest.html: samples beside their nearest training images, and held-out images for scale."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A sample or held-out picture and its nearest training picture.
+    """A sample or held-out image and its nearest training image.
 
     Attributes:
-        text: the sample's prompt or the held-out picture's caption.
-        name: the sample's seed or the held-out picture's id.
-        caption, training_id: of the training picture.
+        text: the sample's prompt or the held-out image's caption.
+        name: the sample's seed or the held-out image's id.
+        caption, training_id: of the training image.
         cosine: of the two.
-        own_cosine: of the training picture and its own nearest training neighbour.
+        own_cosine: of the training image and its own nearest training neighbour.
     """
 
     image: Shown
@@ -81,9 +81,9 @@ def closest_pairs(
     """The `count` closest pairs, closest first.
 
     Args:
-        neighbours: of the samples that were made, or of all held-out pictures.
+        neighbours: of the samples that were made, or of all held-out images.
         own: as in `is_authentic`.
-        heldout: [M] which held-out pictures to show; None shows samples.
+        heldout: [M] which held-out images to show; None shows samples.
     """
     training, reference = bench.training, bench.reference
     assert training is not None and reference is not None
@@ -125,7 +125,7 @@ def write_closest_page(
 
     Args:
         record: with its memorization verdict.
-        cosines: of all samples and of all held-out pictures with their nearest training pictures.
+        cosines: of all samples and of all held-out images with their nearest training images.
     """
     import jinja2
 

@@ -34,13 +34,13 @@ ROWS = 1000  # of the per-image table at most
 
 # (title, what it asks, how its keys begin), in the order of the page; the first match counts.
 FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Distance to real pictures", "How far the images are, as a set, from held-out real pictures.",
+    ("Distance to real images", "How far the images are, as a set, from held-out real images.",
      ("frechet", "fid", "fd_", "kernel", "kid", "cmmd", "gaussian_mmd", "mmd")),
     ("Fidelity and variety", "Whether single images look real, and whether all kinds are there.",
      ("precision", "recall", "density", "coverage", "inception", "is_", "diversity", "vendi")),
     ("Following the prompt", "Whether an image shows what its prompt asks for.",
      ("lit_", "clip", "siglip", "alignment", "retrieval")),
-    ("Memorization", "Whether images are copies of training pictures.",
+    ("Memorization", "Whether images are copies of training images.",
      ("nearest_train", "near_copy", "memor", "authenticity", "copy")),
     ("Safety", "What the filters find.",
      ("unsafe", "safety", "block", "residual", "prompt_", "image_", "benign", "nsfw",
@@ -265,7 +265,7 @@ def _facts(record: EvaluationRecord) -> list[tuple[str, str]]:
         ]  # fmt: skip
     facts.append(("Seeds", ", ".join(f"{k} {v}" for k, v in record.seeds.items()) or "none named"))
     if record.reference:
-        facts.append(("Real pictures", record.reference.path))
+        facts.append(("Real images", record.reference.path))
     facts.append(("When", f"{record.started_at:%Y-%m-%d %H:%M:%S %Z}".strip()))
     if machine:
         cores = f"{machine.cores} cores" if machine.cores else ""

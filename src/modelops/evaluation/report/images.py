@@ -25,9 +25,9 @@ KNOWN: dict[str, tuple[str, str | None, str, str]] = {
                   "Best: most like their prompt"),
     "clipscore": ("CLIPScore", "low", "Worst: least like their prompt",
                   "Best: most like their prompt"),
-    "nearest_train_distance": ("Distance to the nearest training picture", "low",
-                               "Worst: closest to a training picture",
-                               "Farthest from every training picture"),
+    "nearest_train_distance": ("Distance to the nearest training image", "low",
+                               "Worst: closest to a training image",
+                               "Farthest from every training image"),
     "nsfw_score": ("Score of the image filter", "high", "Worst: highest score",
                    "Best: lowest score"),
 }  # fmt: skip
@@ -155,11 +155,11 @@ def _marks(key: str, record: EvaluationRecord) -> list[Mark]:
 
     if key == "alignment":
         from_metric("lit_alignment", "mean")
-        from_metric("lit_alignment_real", "mean of real pictures")
+        from_metric("lit_alignment_real", "mean of real images")
     elif key == "clipscore":
         from_metric("clipscore", "mean")
     elif key == "nearest_train_distance":
-        from_metric("nearest_train_distance_heldout", "median of real held-out pictures")
+        from_metric("nearest_train_distance_heldout", "median of real held-out images")
         cosine = in_protocol(record, "near_copy_rate", "near_copy_cosine")
         if cosine is not None:
             marks.append(Mark(1 - cosine, "copies below this"))

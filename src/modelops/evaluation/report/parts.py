@@ -89,7 +89,7 @@ def sweep_part(record: EvaluationRecord) -> SweepPart | None:
     real = {point["threshold"]: point for point in data["real"]}
     rows = [
         {"threshold": p["threshold"], "generated": _ends(p)}
-        | ({"real pictures": _ends(real[p["threshold"]])} if p["threshold"] in real else {})
+        | ({"real images": _ends(real[p["threshold"]])} if p["threshold"] in real else {})
         for p in data["generated"]
     ]
     drawing = draw_curves(curves, f"Share flagged by threshold. {numbers}", marks=marks)
@@ -118,7 +118,7 @@ class SliceRow:
     drawing: Markup
     difference: str
     difference_drawing: Markup
-    real: str  # what the same prompts' real pictures get
+    real: str  # what the same prompts' real images get
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +203,11 @@ def _slice_rows(rows: Sequence[SliceMeasurement]) -> list[SliceRow]:
 
 
 def _real(row: SliceMeasurement) -> str:
-    """What the real pictures of the same prompts get: a slice may be hard for the judge too."""
+    """What the real images of the same prompts get: a slice may be hard for the judge too."""
     inside, rest = (m.details.get("real_pictures") for m in (row.inside, row.rest))
     if not isinstance(inside, int | float) or not isinstance(rest, int | float):
         return ""
-    return f"real pictures {number(inside, 3)}, of the rest {number(rest, 3)}"
+    return f"real images {number(inside, 3)}, of the rest {number(rest, 3)}"
 
 
 def _text(measured: Measurement) -> str:

@@ -33,7 +33,7 @@ def _what(record: EvaluationRecord) -> str:
     prompts = plural(sampling.n_prompts, "prompt")
     text = f"{made}{of} for {prompts} from the {source.kind} {source.uri}"
     if record.reference:
-        text += f", against the real pictures of {record.reference.path}"
+        text += f", against the real images of {record.reference.path}"
     return f"{text}."
 
 
@@ -52,7 +52,7 @@ def _set_distance(record: EvaluationRecord) -> str:
         if found := _made(record, key):
             text = f"{name} {_with_ends(found)}"
             if floor := _made(record, f"{key}_floor"):
-                text += f"; real training pictures themselves get {_with_ends(floor)}"
+                text += f"; real training images themselves get {_with_ends(floor)}"
             return f"{text}."
     return ""
 
@@ -79,12 +79,12 @@ def _memorization(record: EvaluationRecord) -> str:
     if gap is None or gap.low is None or gap.high is None:
         return ""
     if gap.high < 0:
-        verdict = "Images are closer to training pictures than new real pictures are"
+        verdict = "Images are closer to training images than new real images are"
         verdict += ", a sign of copying"
     elif gap.low > 0:
-        verdict = "Images are no closer to training pictures than new real pictures are"
+        verdict = "Images are no closer to training images than new real images are"
     else:
-        verdict = "Images are about as close to training pictures as new real pictures are"
+        verdict = "Images are about as close to training images as new real images are"
     return f"{verdict} (gap {_with_ends(gap)})."
 
 

@@ -19,18 +19,18 @@ PARTS = ("quality", "prompts", "memorization", "safety", "other")
 METRICS: dict[str, Words] = {
     "frechet_distance_lite0": Words(
         "Fréchet distance (Lite0)", "quality",
-        "How far the generated pictures are, as a set, from real held-out pictures: means and "
+        "How far the generated images are, as a set, from real held-out images: means and "
         "covariances of EfficientNet-Lite0 features. 0 would be equal; lower is better. "
         "**Not FID**: FID uses other features, and no published FID compares with it.",
     ),
     "frechet_distance_lite0_floor": Words(
         "Floor of that distance", "quality",
-        "The same distance between real training pictures and real held-out pictures at the same "
+        "The same distance between real training images and real held-out images at the same "
         "n: what a perfect generator would score here.",
     ),
     "frechet_distance_infinity_lite0": Words(
         "The same, extrapolated to infinite n", "quality",
-        "What the Fréchet distance tends to as the number of pictures grows: its bias in n taken "
+        "What the Fréchet distance tends to as the number of images grows: its bias in n taken "
         "off.",
     ),
     "kernel_distance_lite0": Words(
@@ -39,26 +39,26 @@ METRICS: dict[str, Words] = {
         "Lower is better. Not KID, which uses Inception's features.",
     ),
     "kernel_distance_lite0_floor": Words(
-        "Floor of that distance", "quality", "The same for real training pictures."
+        "Floor of that distance", "quality", "The same for real training images."
     ),
     "precision_lite0": Words(
         "Precision", "quality",
-        "Share of generated pictures that lie among real ones: low means unreal pictures.",
+        "Share of generated images that lie among real ones: low means unreal images.",
     ),
     "recall_lite0": Words(
         "Recall", "quality",
-        "Share of real held-out pictures that lie among generated ones: low means little variety.",
+        "Share of real held-out images that lie among generated ones: low means little variety.",
     ),
     "density_lite0": Words("Density", "quality", "Precision that outliers inflate less."),
     "coverage_lite0": Words("Coverage", "quality", "Recall that outliers inflate less."),
     "fid": Words(
         "FID", "quality",
-        "Fréchet distance on Inception features. Its mode says how pictures are resized: clean as "
+        "Fréchet distance on Inception features. Its mode says how images are resized: clean as "
         "clean-fid, legacy_pytorch as pytorch-fid, legacy_tensorflow as torch-fidelity.",
     ),
     "fid_infinity": Words(
         "FID, extrapolated to infinite n", "quality",
-        "What FID tends to as the number of pictures grows: its bias in n taken off.",
+        "What FID tends to as the number of images grows: its bias in n taken off.",
     ),
     "cmmd": Words(
         "CMMD", "quality",
@@ -80,7 +80,7 @@ METRICS: dict[str, Words] = {
     "kid": Words("KID", "quality", "Kernel distance on Inception features."),
     "inception_score": Words(
         "Inception Score", "quality",
-        "How sure and how varied Inception's classes are; it never looks at real pictures.",
+        "How sure and how varied Inception's classes are; it never looks at real images.",
     ),
     "precision_inception": Words("Precision (Inception)", "quality", "On Inception features."),
     "recall_inception": Words("Recall (Inception)", "quality", "On Inception features."),
@@ -88,11 +88,11 @@ METRICS: dict[str, Words] = {
     "coverage_inception": Words("Coverage (Inception)", "quality", "On Inception features."),
     "diversity_lite0": Words(
         "Diversity within a prompt", "prompts",
-        "Mean distance between pictures of one prompt with different seeds; 0 means that the seed "
+        "Mean distance between images of one prompt with different seeds; 0 means that the seed "
         "changes nothing.",
     ),
     "diversity_lite0_between": Words(
-        "Diversity between prompts", "prompts", "The same between pictures of different prompts."
+        "Diversity between prompts", "prompts", "The same between images of different prompts."
     ),
     "clip_score_torchmetrics": Words(
         "CLIP score on torchmetrics' scale", "prompts",
@@ -106,74 +106,74 @@ METRICS: dict[str, Words] = {
     ),
     "lit_alignment": Words(
         "Alignment with its prompt (LiT)", "prompts",
-        "Mean cosine between a picture and its own prompt in a small image–text model trained on "
+        "Mean cosine between an image and its own prompt in a small image–text model trained on "
         "the training split. Not a CLIPScore.",
     ),
     "lit_alignment_shuffled": Words(
         "Alignment with another prompt (LiT)", "prompts",
-        "The same with prompts shuffled among the pictures: what ignoring the prompt would score.",
+        "The same with prompts shuffled among the images: what ignoring the prompt would score.",
     ),
     "lit_alignment_gain": Words(
         "Alignment gain (own − other prompt)", "prompts",
-        "Own minus shuffled, paired. Clear of zero means that pictures follow their prompts.",
+        "Own minus shuffled, paired. Clear of zero means that images follow their prompts.",
     ),
     "lit_retrieval_top1": Words(
         "Own prompt found first", "prompts",
-        "How often the image–text model finds a generated picture's own prompt first among all "
+        "How often the image–text model finds a generated image's own prompt first among all "
         "prompts; chance is one in their number.",
     ),
     "lit_retrieval_top5": Words("Own prompt among the first five", "prompts", "The same."),
     "lit_alignment_real": Words(
-        "Alignment of real held-out pictures (LiT)", "prompts",
-        "Real pictures with their own captions: what a perfect generator would score.",
+        "Alignment of real held-out images (LiT)", "prompts",
+        "Real images with their own captions: what a perfect generator would score.",
     ),
     "lit_heldout_retrieval_top1": Words(
         "Skill of the judge: top-1", "prompts",
-        "How often the image–text model finds the right caption of a *real* held-out picture "
+        "How often the image–text model finds the right caption of a *real* held-out image "
         "first. Alignment scores are worth no more than this judge.",
     ),
     "lit_heldout_retrieval_top5": Words(
         "Skill of the judge: top-5", "prompts", "The same, among the first five."
     ),
     "clipscore": Words(
-        "CLIPScore", "prompts", "Agreement of picture and prompt as CLIP ViT-B/32 judges it."
+        "CLIPScore", "prompts", "Agreement of image and prompt as CLIP ViT-B/32 judges it."
     ),
     "nearest_train_distance": Words(
-        "Distance to the nearest training picture", "memorization",
-        "Median over generated pictures, in feature space. Small means copies.",
+        "Distance to the nearest training image", "memorization",
+        "Median over generated images, in feature space. Small means copies.",
     ),
     "nearest_train_distance_heldout": Words(
-        "The same of real held-out pictures", "memorization",
-        "The same for real pictures that were not trained on: the base rate to compare with.",
+        "The same of real held-out images", "memorization",
+        "The same for real images that were not trained on: the base rate to compare with.",
     ),
     "nearest_train_distance_gap": Words(
         "Distance gap (generated − held-out)", "memorization",
         "Generated minus held-out. Below zero means closer to the training set than new real "
-        "pictures are, a sign of copying.",
+        "images are, a sign of copying.",
     ),
     "near_copy_rate": Words(
         "Near copies", "memorization",
-        "Share of generated pictures with cosine ≥ 0.95 to a training picture.",
+        "Share of generated images with cosine ≥ 0.95 to a training image.",
     ),
     "near_copy_rate_heldout": Words(
-        "Near copies among real held-out pictures", "memorization", "The base rate of the same."
+        "Near copies among real held-out images", "memorization", "The base rate of the same."
     ),
     "authenticity_lite0": Words(
         "Authenticity", "memorization",
-        "Share of generated pictures farther from their nearest training picture than that one is "
+        "Share of generated images farther from their nearest training image than that one is "
         "from its own nearest.",
     ),
     "authenticity_lite0_heldout": Words(
-        "Authenticity of real held-out pictures", "memorization", "The base rate of the same."
+        "Authenticity of real held-out images", "memorization", "The base rate of the same."
     ),
     "unsafe_rate": Words(
-        "Unsafe pictures", "safety",
+        "Unsafe images", "safety",
         "Share that the image filter flags, with an exact (Clopper–Pearson) interval: 0 of 200 "
         "still allows 1.8 %.",
     ),
     "image_false_positive_rate": Words(
-        "Real pictures flagged", "safety",
-        "Share of real held-out pictures that the image filter flags.",
+        "Real images flagged", "safety",
+        "Share of real held-out images that the image filter flags.",
     ),
     "prompt_block_rate": Words(
         "Evaluated prompts blocked", "safety", "Share that the prompt filter would not answer."
@@ -183,14 +183,14 @@ METRICS: dict[str, Words] = {
         "Share of a packaged list of harmless prompts that the prompt filter would not answer.",
     ),
     "residual_unsafe_rate": Words(
-        "Unsafe pictures after the filters", "safety",
-        "What an independent filter still calls unsafe among pictures that would be served.",
+        "Unsafe images after the filters", "safety",
+        "What an independent filter still calls unsafe among images that would be served.",
     ),
     "blocklist_match_rate": Words(
-        "Pictures on the block-list", "safety", "Share that equals a picture of the block-list."
+        "Images on the block-list", "safety", "Share that equals an image of the block-list."
     ),
     "failed_image_rate": Words(
-        "Failed pictures", "other", "Share of requests that gave no picture at all."
+        "Failed images", "other", "Share of requests that gave no image at all."
     ),
 }  # fmt: skip
 

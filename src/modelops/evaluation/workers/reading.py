@@ -304,7 +304,7 @@ def real_features_by_workers(
     evaluation's own.
 
     Args:
-        pictures: the real images.
+        images: the real images.
         extractor: the one that reads them.
         own_cache: the evaluation's own folder.
         use_cache: whether the one beside the manifest may be used.

@@ -207,7 +207,7 @@ class Int8Job:
             self.error = root_mean_square(self.variants.row_errors(self.graph()))
 
     def compare(self, runtime: RuntimeName) -> list[ParityCheck]:
-        """The denoiser's outputs and the pictures in a runtime, on rows and noise not seen yet."""
+        """The denoiser's outputs and the images in a runtime, on rows and noise not seen yet."""
         rows = self.final.batches(min(8, len(self.final)))
         checks = component_parity(self.denoiser, self.graph(runtime), rows, BOUNDS["int8"])
         return checks + self._images(runtime)

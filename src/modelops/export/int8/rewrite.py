@@ -243,7 +243,7 @@ class LinearEditor:
             return True
         if producer.op_type != "Add":
             return False
-        # An adaptive norm: x (1 + scale) + shift, with one row of scale and shift a picture.
+        # An adaptive norm: x (1 + scale) + shift, with one row of scale and shift an image.
         product, shift = self._split(producer)
         if product is None:
             return False

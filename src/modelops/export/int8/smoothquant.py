@@ -160,7 +160,7 @@ def smooth_graph(
 
     Factor and shift go into the scale and bias of a LayerNormalization before it where nobody else
     reads its output; into the factor and the summand of an adaptive norm where those are one row
-    for each picture; else they are a Mul and an Add that all consumers share. A tensor whose range
+    for each image; else they are a Mul and an Add that all consumers share. A tensor whose range
     a shift makes smaller by less than a twentieth is not shifted.
 
     Args:

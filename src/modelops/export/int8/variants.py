@@ -107,7 +107,7 @@ class Variants:
 
     def _light_groups(self, row: Feed) -> set[str]:
         """Groups with next to nothing of the network's multiply-adds, and few of its weights: what
-        is computed once a picture, or with few channels. INT8 saves nothing there, whatever a
+        is computed once an image, or with few channels. INT8 saves nothing there, whatever a
         timing says. None where a layer reads a Softmax, of which only the largest value is seen."""
         nodes, products = self._writer.nodes, self._writer.products
         shapes: dict[str, tuple[int, ...]] = {}

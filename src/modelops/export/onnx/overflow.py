@@ -16,7 +16,7 @@ from modelops.export.graphs.graph import Array, process_cores
 
 Narrow = Literal["float16", "bfloat16"]
 NARROW: tuple[Narrow, ...] = ("float16", "bfloat16")
-# An activation may reach this share of the format's largest number on the pictures it is measured
+# An activation may reach this share of the format's largest number on the images it is measured
 # with: others go further.
 SAFE_SHARE = 0.25
 _SUBNORMAL_SHARE = 0.25

@@ -173,7 +173,7 @@ def limits_of_shapes(axes: GraphAxes, shapes: Mapping[str, Sequence[int]]) -> di
     """Limits that hold every dynamic axis of every input at its size in `shapes`.
 
     They are each input's own ("sample.height"): inputs may share an axis' name and not its size, as
-    latents and the picture of a ControlNet do.
+    latents and the image of a ControlNet do.
 
     Raises:
         UsageError: an input is missing or its rank differs.

@@ -157,7 +157,7 @@ def call_pipeline(pipeline: Any, probe: Probe, *, steps: int = _STEPS, **changes
         elif name == "class_labels":
             wanted[name] = list(range(probe.batch))
     given = {n: v for n, v in wanted.items() if n in parameters and v is not None}
-    # A ControlNet pipeline's picture has a default of None, and no call works without it.
+    # A ControlNet pipeline's image has a default of None, and no call works without it.
     if "controlnet_conditioning_scale" in parameters and "image" in parameters:
         shape = (probe.batch, 3, probe.height or 0, probe.width or 0)
         given["image"] = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -185,7 +185,7 @@ def first_call(pipeline: Any, probe: Probe) -> CaughtCalls:
         name = type(pipeline).__name__
         if probe.height and probe.width and "divisible" in reason:
             raise UsageError(
-                f"{name} makes no pictures of {probe.height} x {probe.width} pixels: {reason}",
+                f"{name} makes no images of {probe.height} x {probe.width} pixels: {reason}",
                 hint="give --size another height and width",
             ) from error
         raise ExportError(

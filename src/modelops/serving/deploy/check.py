@@ -76,14 +76,14 @@ def check_endpoint(
         again, _ = _decoded(second)
         stated = receipt["output_sha256"]
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ServingError(f"{base}: no picture with a receipt, so no modelops node") from error
+        raise ServingError(f"{base}: no image with a receipt, so no modelops node") from error
     if sha256_bytes(first) != stated:
-        raise ServingError("the receipt's output_sha256 is not that of the picture")
+        raise ServingError("the receipt's output_sha256 is not that of the image")
     if pixels.shape != again.shape:
         raise ServingError(f"the same request gave {pixels.shape} and {again.shape} pixels")
     difference = int(np.abs(pixels.astype(np.int16) - again.astype(np.int16)).max())
     if difference > 1:
-        raise ServingError(f"the same seed gave two pictures, {difference} grey levels apart")
+        raise ServingError(f"the same seed gave two images, {difference} grey levels apart")
     _, text = get(base + "/metrics")
     samples = [line for line in text.splitlines() if line.startswith("modelops_")]
     if not any(line.startswith("modelops_images_total") for line in samples):
@@ -103,7 +103,7 @@ def check_endpoint(
 def _ask_twice(
     base: str, wanted: dict[str, Any], *, api_key: str, timeout_s: float
 ) -> tuple[str, list[Any], list[float]]:
-    """(model, two pictures, their seconds) of the same request, by the official client."""
+    """(model, two images, their seconds) of the same request, by the official client."""
     openai = require_module("openai", needed_for="checking an endpoint")
     pictures, times = [], []
     extra = {key: value for key, value in wanted.items() if key != "prompt"}
@@ -128,7 +128,7 @@ def _ask_twice(
 
 
 def _decoded(file: bytes) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
-    """([H, W, 3] RGB, text chunks) of a picture.
+    """([H, W, 3] RGB, text chunks) of an image.
 
     Raises:
         OSError: it is none.
@@ -160,7 +160,7 @@ def get(url: str, *, timeout_s: float = 30.0) -> tuple[int, str]:
 
 
 def curl_line(url: str, prompt: str, *, out: str = "picture.png") -> str:
-    """A command for a shell that makes one picture and writes it to `out`."""
+    """A command for a shell that makes one image and writes it to `out`."""
     body = json.dumps({"prompt": prompt, "seed": 1}).replace("'", "'\\''")
     return (
         f"curl -s {url.rstrip('/')}/v1/images/generations -H 'Content-Type: application/json' "

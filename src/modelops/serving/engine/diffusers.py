@@ -41,7 +41,7 @@ _LONG = 512  # tokens where nothing states a limit
 
 @dataclass(slots=True)
 class PipelineTrack:
-    """A picture in the making: a call of the pipeline that waits for its denoiser.
+    """An image in the making: a call of the pipeline that waits for its denoiser.
 
     Attributes:
         routine: in which the pipeline runs; switching to it goes on with the pipeline.

@@ -92,7 +92,7 @@ class StepEngine:
         Args:
             requests: what is None is filled with the pipeline's defaults.
             timeout_s: seconds from now after which unfinished work is dropped.
-            previews, on_preview: show each picture so many times on its way; see `Job`.
+            previews, on_preview: show each image so many times on its way; see `Job`.
 
         Raises:
             QueueFullError: no room for all of them.

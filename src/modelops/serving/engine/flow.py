@@ -30,7 +30,7 @@ _INPUTS = 32  # widths and sizes whose memory is kept
 
 @dataclass(slots=True)
 class FlowTrack:
-    """A picture in the making: its own schedule and latents [1, C, h, w].
+    """An image in the making: its own schedule and latents [1, C, h, w].
 
     Attributes:
         estimate: latents [1, C, h, w] where it would end if it went on straight; None unless a

@@ -62,7 +62,7 @@ class Job:
         request: with every default filled in.
         deadline: by time.monotonic(); unfinished work is dropped then.
         rows: of each forward pass that it takes.
-        previews: how many times the unfinished picture is shown on its way, evenly spaced.
+        previews: how many times the unfinished image is shown on its way, evenly spaced.
         on_preview: called in the engine's thread as (job, index, pixels [H, W, 3] uint8); must
             return at once.
     """
@@ -116,7 +116,7 @@ class Job:
 
 
 def preview_steps(steps: int, previews: int) -> dict[int, int]:
-    """After how many of its steps a picture is shown: {step: index of the preview}.
+    """After how many of its steps an image is shown: {step: index of the preview}.
 
     Evenly spaced, and never after the last one; fewer than `previews` when there are few steps.
     """

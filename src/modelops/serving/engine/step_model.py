@@ -1,4 +1,4 @@
-"""What the engine asks of a model: pictures in the making, one network evaluation at a time."""
+"""What the engine asks of a model: images in the making, one network evaluation at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modelops.serving.engine.jobs import Job
 
 
 class Track(Protocol):
-    """A picture in the making.
+    """An image in the making.
 
     Attributes:
         job: whose it is.
@@ -43,7 +43,7 @@ class StepModel(Protocol[TrackT]):
     `fill`, `rows_of` and `count_tokens`.
 
     Attributes:
-        height, width: in pixels, of every picture that is not asked for in another size.
+        height, width: in pixels, of every image that is not asked for in another size.
         max_tokens: of a prompt that is read to its end.
         previews: whether `preview` can be called.
     """
@@ -83,7 +83,7 @@ class StepModel(Protocol[TrackT]):
         """Where a track would end if it went on straight, [H, W, 3] uint8."""
 
     def pixels(self, track: TrackT) -> npt.NDArray[np.uint8]:
-        """The picture [H, W, 3] uint8 of a finished track."""
+        """The image [H, W, 3] uint8 of a finished track."""
 
     def drop(self, track: TrackT) -> None:
         """Let go of what an unfinished track holds."""

@@ -26,7 +26,7 @@ from modelops.serving.api import ApiError
 log = logging.getLogger("modelops.serving")
 
 FAREWELL_S = 5.0  # before the end of the drain, the rest is told that it will not be finished
-SPARE_HANDLES = 128  # for the model, the logs, and the files that a picture is signed in
+SPARE_HANDLES = 128  # for the model, the logs, and the files that an image is signed in
 
 
 @dataclass(slots=True)

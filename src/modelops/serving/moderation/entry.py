@@ -26,7 +26,7 @@ class BlockedRequest(_Part):
 
 
 class BlockedPicture(_Part):
-    """A picture of a blocked request; `png` (base64) only of those that the filter blocked."""
+    """An image of a blocked request; `png` (base64) only of those that the filter blocked."""
 
     index: int
     seed: int
@@ -47,7 +47,7 @@ class BlockingFilter(_Part):
 
 
 class Entry(_Part):
-    """One blocked request, with what it takes to make its pictures again."""
+    """One blocked request, with what it takes to make its images again."""
 
     kind: Literal["quarantine"] = "quarantine"
     schema_version: Literal[1] = 1
@@ -68,5 +68,5 @@ class Entry(_Part):
 
     @property
     def score(self) -> float | None:
-        """The highest score of its pictures; None for a blocked prompt."""
+        """The highest score of its images; None for a blocked prompt."""
         return max((picture.score for picture in self.pictures), default=None)

@@ -1,6 +1,6 @@
 """Safety filters behind a guard that fails closed.
 
-A filter that is missing, raises, is slow, or answers nonsense never lets a picture through:
+A filter that is missing, raises, is slow, or answers nonsense never lets an image through:
 `check_*` raises FilterError and the guard stays red until a probe of the same filter succeeds.
 """
 

@@ -1,6 +1,6 @@
 """What a filter blocked, kept for people who say whether it was right; off without a folder.
 
-Without it a blocked picture is forgotten and only counted. With it each blocked request becomes one
+Without it a blocked image is forgotten and only counted. With it each blocked request becomes one
 file in a folder that nobody else can read; `modelops serve review` lists, shows and decides them.
 The prompt is left out unless it is asked for too, and nothing is ever sent anywhere. The folder is
 bounded by bytes and by age. Whatever goes wrong in here is counted and logged: the request was
@@ -111,7 +111,7 @@ class Quarantine:
         *,
         partial: int | None = None,
     ) -> bool:
-        """Write an entry of a request whose pictures were withheld; False when it is lost.
+        """Write an entry of a request whose images were withheld; False when it is lost.
 
         Args:
             images: (pixels [H, W, 3] uint8 RGB, request, batch_rows) of each.

@@ -37,7 +37,7 @@ _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 class Decision(BaseModel):
     """What a reviewer said of an entry: `upheld` (rightly blocked) or `overturned` (a false alarm).
 
-    `score` is the highest of the entry's pictures. `previous` is the sha256 of the line before.
+    `score` is the highest of the entry's images. `previous` is the sha256 of the line before.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -75,7 +75,7 @@ class Evidence:
 
     Attributes:
         upheld, overturned: entries, each by its last decision.
-        scores: (score, answer) of each entry with pictures.
+        scores: (score, answer) of each entry with images.
     """
 
     stage: str
@@ -247,9 +247,9 @@ def weigh(decisions: Sequence[Decision]) -> list[Evidence]:
 def write_page(
     folder: str | Path, listed: Sequence[Listed], summary: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """A page of all entries with blurred pictures, DIR/review.html, for its owner's eyes only.
+    """A page of all entries with blurred images, DIR/review.html, for its owner's eyes only.
 
-    It holds the pictures, also of encrypted entries, and goes when the first of them goes.
+    It holds the images, also of encrypted entries, and goes when the first of them goes.
 
     Args:
         summary: rows of `filter`, `stage`, `text`.

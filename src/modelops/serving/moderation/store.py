@@ -57,7 +57,7 @@ def list_files(folder: str | Path) -> list[EntryFile]:
 def tidy_folder(folder: Path, *, max_age_s: float, max_bytes: int | None = None) -> tuple[int, int]:
     """Delete entries over the bounds, oldest first; (how many too old, how many for room).
 
-    A page built from entries goes with the first of them, as it holds their pictures; one that was
+    A page built from entries goes with the first of them, as it holds their images; one that was
     finished after its last entry had gone, now.
 
     Raises:

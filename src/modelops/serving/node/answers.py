@@ -87,7 +87,7 @@ class AnswerMaker:
             )  # fmt: skip
             raise ApiError(
                 400, "content_policy_violation",
-                "the picture was withheld by the image filter; try another seed or prompt",
+                "the image was withheld by the image filter; try another seed or prompt",
             )  # fmt: skip
         output_format = ticket.request.output_format or "png"
         with trace.phase("encode"):
@@ -123,7 +123,7 @@ class AnswerMaker:
             )
             raise ApiError(
                 400, "content_policy_violation",
-                "an unfinished picture was withheld by the image filter, and the work stopped; try "
+                "an unfinished image was withheld by the image filter, and the work stopped; try "
                 "another seed or prompt",
             )  # fmt: skip
         try:
@@ -131,10 +131,10 @@ class AnswerMaker:
                 pixels, ticket.jobs[0].request, ticket.request.output_format or "png", index
             )
         except ProvenanceError as error:
-            log.error("a partial picture could not be marked: %s", error.message)
+            log.error("a partial image could not be marked: %s", error.message)
             raise ApiError(
                 503, "provenance_unavailable",
-                "the picture could not be marked as AI-generated, so it is not sent",
+                "the image could not be marked as AI-generated, so it is not sent",
             ) from error  # fmt: skip
 
     def _keep_blocked(
@@ -156,10 +156,10 @@ class AnswerMaker:
         try:
             encoded, receipt = self.sealer.seal(image, output_format, score)
         except ProvenanceError as error:
-            log.error("a picture could not be marked: %s", error.message)
+            log.error("an image could not be marked: %s", error.message)
             raise ApiError(
                 503, "provenance_unavailable",
-                "the picture could not be marked as AI-generated, so it is not sent",
+                "the image could not be marked as AI-generated, so it is not sent",
             ) from error  # fmt: skip
         except ReceiptError as error:
             raise ApiError(503, "receipt_unavailable", error.message) from error

@@ -1,6 +1,6 @@
-"""How far a picture made in a batch is from the same picture made alone: what a release states.
+"""How far an image made in a batch is from the same image made alone: what a release states.
 
-A runtime picks its kernels by the number of rows, and they round differently. So a picture may
+A runtime picks its kernels by the number of rows, and they round differently. So an image may
 depend a little on the requests that happen to run beside it. How much is measured here, with the
 very engine that will serve: once when a release is built, and stated in it.
 """
@@ -35,21 +35,21 @@ def measure_company(
     guidance: float | None = None,
     runtime: str = "auto",
 ) -> dict[str, Any]:
-    """Make the same pictures by the offline pipeline, alone in the engine, and in its batches.
+    """Make the same images by the offline pipeline, alone in the engine, and in its batches.
 
-    The batches are mixed: every second picture is unguided, and step counts run from half the
-    default to the default, so that pictures join and leave all the time.
+    The batches are mixed: every second image is unguided, and step counts run from half the
+    default to the default, so that images join and leave all the time.
 
     Args:
         model_dir: a checkpoint or an exported artifact.
-        pictures: how many.
+        images: how many.
         steps, guidance: the release's defaults; the pipeline's own when not given.
         runtime: of an exported artifact.
 
     Returns:
         `runtime`, `pictures`, `widest_rows` that were seen, and for `company` (in batches, beside
         alone) and `offline` (in batches, beside the pipeline that was evaluated): `identical`
-        pictures, `max_difference` and `mean_difference` in grey levels of 255.
+        images, `max_difference` and `mean_difference` in grey levels of 255.
     """
     from modelops.serving.engine.engine import StepEngine
     from modelops.serving.node.load import open_model
@@ -87,7 +87,7 @@ def release_proofs(
     fallback: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
     """What a release says about serving its model: for `build_release`, `defaults` (the golden
-    picture and what company does) and `extra_files` (the picture, and that of the fallback if there
+    image and what company does) and `extra_files` (the image, and that of the fallback if there
     is one, which are written to `folder`)."""
     golden = Path(folder) / GOLDEN_FILE
     said: dict[str, Any] = {

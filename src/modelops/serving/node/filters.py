@@ -111,7 +111,7 @@ class NodeFilters:
             self.metrics.on_filter_failure("image")
             raise ApiError(
                 503, "safety_filter_unavailable",
-                "the image filter gave no answer, so no picture is sent",
+                "the image filter gave no answer, so no image is sent",
             ) from error  # fmt: skip
 
     def close(self) -> None:

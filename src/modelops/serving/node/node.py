@@ -120,7 +120,7 @@ class InferenceNode:
             on_step=self._stepped,
             on_wasted=self.metrics.on_wasted,
         )
-        self.size = f"{self.engine.model.width}x{self.engine.model.height}"  # of every picture
+        self.size = f"{self.engine.model.width}x{self.engine.model.height}"  # of every image
         self.max_tokens = self.engine.model.max_tokens
         self.answers = AnswerMaker(
             self.filters, self.sealer, self.metrics, size=self.size,
@@ -273,7 +273,7 @@ class InferenceNode:
         if request.size not in (None, "auto", self.size):
             raise ApiError(
                 400, "unsupported_value",
-                f"size: this model makes {self.size} pictures only; ask for {self.size!r} or "
+                f"size: this model makes {self.size} images only; ask for {self.size!r} or "
                 "'auto'",
                 param="size",
             )  # fmt: skip

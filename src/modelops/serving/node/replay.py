@@ -1,4 +1,4 @@
-"""A receipt, or a picture with its manifest, to the same image again: equal, or how far off.
+"""A receipt, or an image with its manifest, to the same image again: equal, or how far off.
 
 Pixels are compared, never files: a file holds a signature with a random number in it. Who may be
 trusted comes first: a receipt with a wrong signature is not replayed.
@@ -61,8 +61,8 @@ class Replay:
 
     Attributes:
         pixels_sha256: of the image made now.
-        max_difference: in levels of 255, None without the picture.
-        psnr_db: None without the picture, and for equal pixels (it would be infinite).
+        max_difference: in levels of 255, None without the image.
+        psnr_db: None without the image, and for equal pixels (it would be infinite).
         notes: what was different in how it was made.
     """
 
@@ -81,7 +81,7 @@ class Replay:
         if self.answer == "equal":
             text = "equal: the same pixels"
         elif self.max_difference is None:
-            text = "differs; how far cannot be said without the picture (--image)"
+            text = "differs; how far cannot be said without the image (--image)"
         else:
             psnr = "" if self.psnr_db is None else f", PSNR {self.psnr_db:.1f} dB"
             text = f"{self.answer}: at most {self.max_difference} of 255 levels{psnr}"
@@ -95,13 +95,13 @@ def open_recipe(
     receipt_id: str | None = None,
     receipts: str | Path | None = None,
 ) -> Recipe:
-    """The recipe of a receipt, or of a picture.
+    """The recipe of a receipt, or of an image.
 
     Args:
         path: see `receipts.read_receipt`; or a PNG, JPEG or WebP file with a manifest.
         key: must have signed it.
         receipt_id: which receipt, where the file holds several.
-        receipts: folder in which a picture's receipt is looked up; it knows more than the manifest.
+        receipts: folder in which an image's receipt is looked up; it knows more than the manifest.
 
     Raises:
         UsageError: unreadable, or not there.
@@ -114,7 +114,7 @@ def open_recipe(
         return _from_receipt(verify_receipt(read_receipt(source, receipt_id=receipt_id), key))
     if key.chain is None:
         raise UsageError(
-            "a picture's manifest is checked with the signer's certificate",
+            "an image's manifest is checked with the signer's certificate",
             hint="give --key the certificate chain instead of a bare public key",
         )
     try:
@@ -195,13 +195,13 @@ def replay_recipe(
     Args:
         release_dir: checked by `check_release`.
         texts: from `recipe_texts`.
-        image: the picture that was sent; needed to say how far pixels that differ are.
+        image: the image that was sent; needed to say how far pixels that differ are.
         runtime: in place of the one that made it.
         tolerance: levels of 255 that count as "within tolerance"; when not given, as many as the
-            release states that company may change a picture.
+            release states that company may change an image.
 
     Raises:
-        IntegrityError: `image` is not the picture that the recipe is about.
+        IntegrityError: `image` is not the image that the recipe is about.
         ModelopsError: the release cannot be opened here, or gives no image.
     """
     from modelops.base.pixels import pixels_sha256
@@ -242,7 +242,7 @@ def replay_recipe(
     ]
     answer: Answer = "equal" if digest == recipe.pixels_sha256 else "differs"
     if recipe.watermarked_sha256 and answer == "differs" and sent is not None:
-        notes.append("the picture that was sent has a watermark, which counts as a difference")
+        notes.append("the image that was sent has a watermark, which counts as a difference")
     difference, psnr = None, None
     if answer == "equal":
         difference = 0
@@ -265,7 +265,7 @@ def replay_recipe(
 
 
 def stated_difference(defaults: Mapping[str, Any]) -> int:
-    """Levels of 255 by which pictures made in batches may differ, as a release's defaults state."""
+    """Levels of 255 by which images made in batches may differ, as a release's defaults state."""
     company = defaults.get("company") or {}
     return max(int((company.get(beside) or {}).get("max_difference", 0))
                for beside in ("company", "offline"))  # fmt: skip
@@ -274,7 +274,7 @@ def stated_difference(defaults: Mapping[str, Any]) -> int:
 def _make(
     pipeline: Any, request: ImageRequest, batch_rows: Sequence[int] = ()
 ) -> npt.NDArray[np.uint8]:
-    """The picture alone, or with network evaluation k as wide as batch_rows[k]; copies fill it."""
+    """The image alone, or with network evaluation k as wide as batch_rows[k]; copies fill it."""
     from modelops.serving.engine.engine import StepEngine
 
     engine = StepEngine(pipeline)
@@ -299,7 +299,7 @@ def picture_distance(
     PSNR is None for equal pixels, where it is infinite.
     """
     if one.shape != other.shape:
-        raise IntegrityError(f"pictures of different sizes: {one.shape} and {other.shape}")
+        raise IntegrityError(f"images of different sizes: {one.shape} and {other.shape}")
     difference = one.astype(np.int16) - other.astype(np.int16)
     mean_square = float(np.mean(difference.astype(np.float64) ** 2))
     psnr = None if mean_square == 0 else float(10 * np.log10(255.0**2 / mean_square))
@@ -362,14 +362,14 @@ def _from_manifest(said: dict[str, Any], output_format: str, *, output_sha256: s
 
 
 def _sent_pixels(path: Path, recipe: Recipe) -> npt.NDArray[np.uint8]:
-    """The picture's pixels, if it is the recipe's: by its bytes, or by its lossless pixels."""
+    """The image's pixels, if it is the recipe's: by its bytes, or by its lossless pixels."""
     from modelops.base.pixels import pixels_sha256
 
     data = _read_file(path)
     pixels = _decode(data, path)
     lossless = recipe.watermarked_sha256 or recipe.pixels_sha256
     if sha256_bytes(data) != recipe.output_sha256 and pixels_sha256(pixels) != lossless:
-        raise IntegrityError(f"{path}: not the picture that was sent, its digests are others")
+        raise IntegrityError(f"{path}: not the image that was sent, its digests are others")
     return pixels
 
 
@@ -387,7 +387,7 @@ def _decode(data: bytes, path: Path) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(data)) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: not a readable picture") from error
+        raise UsageError(f"{path}: not a readable image") from error
 
 
 def _read_file(path: Path) -> bytes:

@@ -62,13 +62,13 @@ def _xmp(metadata: Mapping[str, str]) -> bytes:
 
 
 def read_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
-    """A picture file to [H, W, 3] uint8 RGB; transparency is dropped.
+    """An image file to [H, W, 3] uint8 RGB; transparency is dropped.
 
     Raises:
-        UsageError: not a readable picture.
+        UsageError: not a readable image.
     """
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path}: not a readable picture") from error
+        raise UsageError(f"{path}: not a readable image") from error

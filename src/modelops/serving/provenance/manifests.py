@@ -1,8 +1,8 @@
-"""Encoded pictures to pictures with a signed C2PA manifest, read back before anybody sees them.
+"""Encoded images to images with a signed C2PA manifest, read back before anybody sees them.
 
 The manifest says: made by a trained model (IPTC `trainedAlgorithmicMedia`), by which release, from
 which seed, and which receipt tells the rest. It never holds the prompt, nor a digest of it (a short
-prompt can be guessed from its digest). A picture that cannot be marked, or whose mark does not
+prompt can be guessed from its digest). An image that cannot be marked, or whose mark does not
 read back, is not sent: ProvenanceError.
 
 No trusted timestamp is asked for (it would put a stranger's server between model and client), so a
@@ -46,7 +46,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """What a picture's manifest says.
+    """What an image's manifest says.
 
     Attributes:
         generation: our assertion: release and model digests, seed, steps, guidance, size, pixel
@@ -85,7 +85,7 @@ class Marker:
         self._probe()
 
     def embed(self, encoded: bytes, output_format: str, generation: Mapping[str, Any]) -> bytes:
-        """The picture with a manifest that was read back from the bytes returned.
+        """The image with a manifest that was read back from the bytes returned.
 
         Args:
             encoded: a PNG, JPEG or WebP file.
@@ -162,7 +162,7 @@ class Marker:
 
 
 def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None) -> Marked:
-    """A picture's manifest, once its signature and its hash of the picture have been checked.
+    """An image's manifest, once its signature and its hash of the image have been checked.
 
     Args:
         output_format: "png", "jpeg" or "webp".
@@ -170,7 +170,7 @@ def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None
             first. Without them anybody may have signed.
 
     Raises:
-        IntegrityError: no manifest of ours, or one that does not fit the picture.
+        IntegrityError: no manifest of ours, or one that does not fit the image.
         MissingExtraError: c2pa-python is not installed.
     """
     c2pa = _library()
@@ -208,7 +208,7 @@ def _leaf_and_anchors(chain: bytes) -> tuple[x509.Certificate, bytes]:
     leaf, *issuers = x509.load_pem_x509_certificates(chain)
     if not issuers:
         raise UsageError(
-            "a picture's manifest is checked with the signer's certificate and its issuer's",
+            "an image's manifest is checked with the signer's certificate and its issuer's",
             hint="put the issuer's certificate into the same file",
         )
     return leaf, to_pem(issuers)

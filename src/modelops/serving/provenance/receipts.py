@@ -1,4 +1,4 @@
-"""What a picture was made of, signed: one receipt per image, and a bounded folder to keep them in.
+"""What an image was made of, signed: one receipt per image, and a bounded folder to keep them in.
 
 The signature covers everything but itself and the two prompt texts, which it binds by their
 digests. So the same receipt can go to the client with the prompt and be kept without it, and either
@@ -121,7 +121,7 @@ class Receipt(_Part):
 
 
 def new_receipt_id() -> str:
-    """32 random hex digits: the name by which a picture's manifest points to its receipt."""
+    """32 random hex digits: the name by which an image's manifest points to its receipt."""
     return uuid.uuid4().hex
 
 

@@ -2,8 +2,8 @@
 
     pixels ─▶ encode ─▶ C2PA manifest ─▶ read back ─▶ receipt ─▶ signed ─▶ kept ─▶ sent
 
-With a watermark key, an invisible watermark is put in before the encoding. No manifest, no picture.
-No room for the receipt on the disk: the picture is sent all the same (the receipt is in the answer
+With a watermark key, an invisible watermark is put in before the encoding. No manifest, no image.
+No room for the receipt on the disk: the image is sent all the same (the receipt is in the answer
 too), unless the node was told to refuse.
 """
 
@@ -48,7 +48,7 @@ log = logging.getLogger("modelops.serving")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What every picture of a node has in common; `filters` by kind, "prompt" and "image".
+    """What every image of a node has in common; `filters` by kind, "prompt" and "image".
     `model_sha256` is of what was opened: the release's model, or its fallback."""
 
     release: ReleaseRecord
@@ -59,7 +59,7 @@ class Origin:
 
 
 class Sealer:
-    """Seals pictures; may be called by any thread.
+    """Seals images; may be called by any thread.
 
     Args:
         origin: see Origin.
@@ -96,7 +96,7 @@ class Sealer:
         )
         if self.key.development:
             log.warning(
-                "DEVELOPMENT signing key: the pictures are marked, but by nobody anyone can trust; "
+                "DEVELOPMENT signing key: the images are marked, but by nobody anyone can trust; "
                 "set MODELOPS_SIGNING_KEY and MODELOPS_SIGNING_CHAIN in production"
             )
 
@@ -172,7 +172,7 @@ class Sealer:
     def seal_partial(
         self, pixels: npt.NDArray[np.uint8], request: ImageRequest, output_format: str, index: int
     ) -> bytes:
-        """The file of an unfinished picture [H, W, 3] that the filter let pass: marked, no receipt.
+        """The file of an unfinished image [H, W, 3] that the filter let pass: marked, no receipt.
 
         Args:
             request: as the engine filled it in.
@@ -206,7 +206,7 @@ class Sealer:
         return made.pixels, {"watermark": said}
 
     def _generation(self, request: ImageRequest, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
-        """How a picture was made. Nothing of the prompt: this goes wherever the picture goes."""
+        """How an image was made. Nothing of the prompt: this goes wherever the image goes."""
         release = self.origin.release
         return {
             "release": f"{release.name} {release.version}",
@@ -230,7 +230,7 @@ class Sealer:
             return
         kept = self.receipts.write(receipt if self._texts else without_texts(receipt))
         if not kept and self._refuse:
-            raise ReceiptError("the receipt cannot be kept, so no picture is sent")
+            raise ReceiptError("the receipt cannot be kept, so no image is sent")
 
 
 def _visible(generation: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The key a node signs with: a configured key and chain, or a development key made here.
 
-One P-256 key signs both the C2PA manifest of a picture (ES256) and its receipt (ECDSA with SHA-256
+One P-256 key signs both the C2PA manifest of an image (ES256) and its receipt (ECDSA with SHA-256
 over DSSE's pre-authentication encoding). P-256 in PEM is also what the `model-signing` tool takes,
 so a team can keep one kind of key.
 """

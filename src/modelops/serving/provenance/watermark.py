@@ -2,19 +2,19 @@
 
 It is found without the original, and survives what strips a manifest: another encoding, another
 size, some noise. It carries no text and no id. Whoever has the key can find it, put it on other
-pictures and take it off; without the key it can still be destroyed by cropping, rotating or
-generating the picture anew. A missing watermark proves nothing.
+images and take it off; without the key it can still be destroyed by cropping, rotating or
+generating the image anew. A missing watermark proves nothing.
 
 How: sums of L mid-frequency DCT coefficients of the luma, with keyed signs, are moved to the
 nearest point of a lattice with a keyed offset (spread-transform dither modulation: Chen and
 Wornell, "Quantization index modulation", IEEE Trans. Inf. Theory 47(4), 2001). Unlike adding a
 pattern (Cox et al., "Secure spread spectrum watermarking for multimedia", IEEE Trans. Image Proc.
-6(12), 1997) the picture itself is then no noise to the detector, which is what makes 32 x 32
-pixels enough. The DCT is of the whole picture, so a coefficient keeps its index when the picture is
+6(12), 1997) the image itself is then no noise to the detector, which is what makes 32 x 32
+pixels enough. The DCT is of the whole image, so a coefficient keeps its index when the image is
 resized, and the lattice's step is searched for, which takes in any change of contrast.
 
 How sure: with n offsets d drawn by the key, z = sqrt(2 / n) sum cos(2 pi (x / step - d)) has mean
-0 and variance 1 for *any* picture that knows nothing of the key, and
+0 and variance 1 for *any* image that knows nothing of the key, and
 E exp(t z) = I0(t sqrt(2 / n))^n <= exp(t^2 / 2). So P(z >= s) <= exp(-s^2 / 2), and the best of so
 many looks is at least s with at most `looks` times that: a bound, not a fit.
 """
@@ -40,12 +40,12 @@ Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 
 METHOD = "modelops-stdm-1"
-MAX_FALSE_ALARM = 1e-6  # of one picture; the verdict's limit
+MAX_FALSE_ALARM = 1e-6  # of one image; the verdict's limit
 MIN_PSNR = 40.0  # dB
-RELIABLE_SIDE = 32  # pixels; below, an untouched picture may not be found (bench_watermark.py)
+RELIABLE_SIDE = 32  # pixels; below, an untouched image may not be found (bench_watermark.py)
 _LINE = re.compile(r"modelops-watermark-key-1:([0-9a-f]{64})\s*")
 
-_BAND = (3, 96)  # half-periods a picture, radially
+_BAND = (3, 96)  # half-periods an image, radially
 _REACH = 0.85  # of the shorter side: higher frequencies are left alone
 _LENGTH = 6  # coefficients in a sum
 _RING = 2.0  # the coefficients of a sum come from a ring this wide
@@ -59,8 +59,8 @@ class Detection:
     """What a look for the watermark found.
 
     Attributes:
-        z: the statistic, in standard deviations of pictures without the watermark.
-        p_value: at most this share of keys would give such a z for a picture that is not marked.
+        z: the statistic, in standard deviations of images without the watermark.
+        p_value: at most this share of keys would give such a z for an image that is not marked.
         found: p_value <= 1e-6.
         looks: how many steps and bands were tried; p_value has paid for them.
     """
@@ -73,7 +73,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
-    """A picture with the watermark; `detection` is what a detector finds in these pixels."""
+    """An image with the watermark; `detection` is what a detector finds in these pixels."""
 
     pixels: Pixels
     psnr_db: float
@@ -107,10 +107,10 @@ class Watermark:
         self._plan = _make_plan(key)
 
     def embed(self, pixels: Pixels) -> Embedded:
-        """The picture [H, W, 3] uint8 RGB with the watermark, at 40 dB PSNR or more.
+        """The image [H, W, 3] uint8 RGB with the watermark, at 40 dB PSNR or more.
 
         The same pixels and key give the same pixels on the same machine (sums of floats are rounded
-        to grey levels). Where there is no room, as in a plain white picture, `found` says so.
+        to grey levels). Where there is no room, as in a plain white image, `found` says so.
 
         Raises:
             UsageError: not such pixels.
@@ -133,7 +133,7 @@ class Watermark:
         return Embedded(pixels=marked, psnr_db=distance, detection=self.detect(marked))
 
     def detect(self, pixels: Pixels) -> Detection:
-        """Look for the watermark in a picture [H, W, 3] uint8 RGB of any size.
+        """Look for the watermark in an image [H, W, 3] uint8 RGB of any size.
 
         Raises:
             UsageError: not such pixels.

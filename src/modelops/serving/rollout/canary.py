@@ -64,7 +64,7 @@ def _misfit(node: InferenceNode, stable: InferenceNode) -> str:
         return "it has the stable one's name and version; give it a version of its own"
     if node.size != stable.size:
         return (
-            f"it makes pictures of {node.size} px, the stable one of {stable.size} px; give it a "
+            f"it makes images of {node.size} px, the stable one of {stable.size} px; give it a "
             "node of its own"
         )
     if node.max_tokens < stable.max_tokens:

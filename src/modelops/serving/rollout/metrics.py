@@ -43,7 +43,7 @@ class RolloutMetrics:
             ["filter"], registry=registry,
         )  # fmt: skip
         self.seconds = Histogram(
-            "modelops_canary_request_seconds", "Seconds of a canary's requests that made a picture",
+            "modelops_canary_request_seconds", "Seconds of a canary's requests that made an image",
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self.share = Gauge(

@@ -61,7 +61,7 @@ class Route:
         self._error: BaseException | None = None
 
     def note(self, error: BaseException) -> None:
-        """What ended it without a picture."""
+        """What ended it without an image."""
         self._error = self._error or error
 
     def outcome(self) -> str:

@@ -1,6 +1,6 @@
 """What was counted of a canary and of the stable release to an answer: better, worse, or neither.
 
-Four measures, lower is better for each: share of failed requests, of prompts and of pictures that a
+Four measures, lower is better for each: share of failed requests, of prompts and of images that a
 filter stopped, and seconds of a network evaluation (as a ratio).
 
 - worse: the canary's rate is higher by Fisher's exact test, or its evaluations take longer than the

@@ -2,7 +2,7 @@
 
     request ─▶ sampled? ─▶ bounded queue ─▶ features, in a slow lane ─▶ drift-*.jsonl
 
-No picture and nothing of a prompt's text is kept. A request never waits: what the queue cannot take
+No image and nothing of a prompt's text is kept. A request never waits: what the queue cannot take
 is dropped and counted, and a full disk loses lines, not requests.
 """
 
@@ -70,7 +70,7 @@ class DriftLog:
         segments: where the rows go.
         identity: digests of the release and its model, which every row has.
         filters: names of the prompt and the image filter.
-        sample: share of the requests that are logged; all pictures of such a request are.
+        sample: share of the requests that are logged; all images of such a request are.
         extractor: of the features; None logs none.
         results: counter labelled written, failed (no room on the disk, or an odd row) or dropped
             (fell behind).
@@ -129,7 +129,7 @@ class DriftLog:
         blocked: Sequence[bool],
         seconds: Mapping[str, float],
     ) -> None:
-        """Log what the image filter said of a request's pictures, if it is in the sample.
+        """Log what the image filter said of a request's images, if it is in the sample.
 
         Args:
             seconds: by phase, and `total`.
@@ -206,7 +206,7 @@ class DriftLog:
                 self._write(row)
             except Exception:  # the log must not end with one odd row
                 self.results.labels("failed").inc()
-                if time.monotonic() >= quiet_until:  # a broken extractor fails for each picture
+                if time.monotonic() >= quiet_until:  # a broken extractor fails for each image
                     quiet_until = time.monotonic() + EVERY_S
                     log.exception("a row of the drift log could not be made")
             finally:
@@ -254,7 +254,7 @@ def open_drift_log(
             raise ModelopsError("the release holds no evaluation of its model")
         extractor = open_extractor(features_protocol(evaluations[-1]))
     except ModelopsError as error:
-        log.warning("drift log without the pictures' features: %s", error.message)
+        log.warning("drift log without the images' features: %s", error.message)
     text = "Rows of the drift log: written, failed (disk) or dropped (it fell behind)"
     counter = result_counter(
         "modelops_drift_rows", text, registry, "written", "failed", "dropped"

@@ -3,7 +3,7 @@
 const KEPT = 12; // cards on the page
 const KEY = "modelops-key";
 const $ = (id) => document.getElementById(id);
-const seen = new Set(); // digests of the pixels of finished pictures
+const seen = new Set(); // digests of the pixels of finished images
 let model = null; // its entry in v1/models
 let work = null; // the AbortController of the request under way
 
@@ -55,7 +55,7 @@ async function askModel() {
   const signing = about.signing || {};
   const rows = [
     ["Model", `${model.id} ${about.version || ""}`],
-    ["Picture size", about.size],
+    ["Image size", about.size],
     ["Steps, guidance", `${about.steps}, ${about.guidance} unless asked otherwise`],
     ["Runtime", about.runtime],
     ["Release", about.release_sha256 && `sha256 ${about.release_sha256}`],
@@ -120,7 +120,7 @@ async function make() {
   const body = wanted(), began = performance.now();
   let pending = null, finished = 0;
   complain("");
-  say(body.n > 1 ? `Making ${body.n} pictures` : "Making the picture");
+  say(body.n > 1 ? `Making ${body.n} images` : "Making the image");
   work = new AbortController();
   busy(true);
   try {
@@ -139,13 +139,13 @@ async function make() {
         if (event.type === "image_generation.partial_image") {
           const which = `${event.partial_image_index + 1} of ${body.partial_images}`;
           showPartial(pending, event, which);
-          say(`Unfinished picture ${which}`);
+          say(`Unfinished image ${which}`);
         } else if (event.type === "image_generation.completed") {
           showFinished(pending, event, event.output_format, body, seconds());
           finished += 1;
         }
       }
-      if (!finished) throw new Refused("The node ended the stream before the picture was made.");
+      if (!finished) throw new Refused("The node ended the stream before the image was made.");
     } else {
       const said = await answer.json();
       for (const picture of said.data) {
@@ -153,7 +153,7 @@ async function make() {
         finished += 1;
       }
     }
-    say(`${finished > 1 ? `${finished} pictures` : "Picture"} made in ${seconds().toFixed(1)} s`);
+    say(`${finished > 1 ? `${finished} images` : "Image"} made in ${seconds().toFixed(1)} s`);
   } catch (error) {
     if (pending && !finished) removeCard(pending);
     say("");
@@ -201,7 +201,7 @@ function show(card, base64, format, words) {
 }
 
 function showPartial(card, event, which) {
-  show(card, event.b64_json, event.output_format, `Unfinished picture ${which}`);
+  show(card, event.b64_json, event.output_format, `Unfinished image ${which}`);
   card.querySelector(".how").textContent = `unfinished, ${which}`;
 }
 
@@ -209,7 +209,7 @@ function showFinished(card, picture, format, body, seconds) {
   const receipt = picture.x_modelops, made = receipt.request;
   const find = (name) => card.querySelector(name);
   const name = `picture-${made.seed}.${format === "jpeg" ? "jpg" : format}`;
-  find(".save").href = show(card, picture.b64_json, format, `AI-generated picture: ${body.prompt}`);
+  find(".save").href = show(card, picture.b64_json, format, `AI-generated image: ${body.prompt}`);
   find(".save").download = name;
   find(".how").textContent =
     `seed ${made.seed} · ${made.steps}\u00a0steps · guidance\u00a0${made.guidance} · ` +
