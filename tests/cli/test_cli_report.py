@@ -7,8 +7,11 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from rich.console import Console
 
@@ -121,6 +124,15 @@ def test_eval_writes_the_report_of_what_it_measured_and_of_what_failed(
     assert "no report was written" in capsys.readouterr().err
 
 
+@contextmanager
+def json_mode(on: bool) -> Iterator[None]:
+    """As within a command that was given --json, or not."""
+    arguments = ["--json"] if on else []
+    command = output.json_option(click.Command("any"))
+    with click.Command("any", params=command.params).make_context("any", arguments).scope():
+        yield
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_shows_the_stage_its_count_and_the_time_left(
     quiet: bool, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +141,7 @@ def test_progress_shows_the_stage_its_count_and_the_time_left(
     console = Console(file=stream, force_terminal=True, width=100)
     monkeypatch.setattr(output, "stderr_console", lambda: console)
     monkeypatch.setattr(output, "DRAWN_AFTER", 0.0)
-    with output.progress("opening", quiet=quiet) as shown:
+    with json_mode(quiet), output.progress("opening") as shown:
         shown.stage("sampling", 1, 9)
         shown(3, 12)
         for _ in range(0 if quiet else 1000):  # drawn by another thread, ten times a second
@@ -157,7 +169,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 ) -> None:
     monkeypatch.setattr(output, "LINE_EVERY", 0.02)
     said = ""
-    with output.progress("opening", quiet=quiet) as shown:
+    with json_mode(quiet), output.progress("opening") as shown:
         shown.stage("sampling", 1, 9)
         shown(3, 12)
         for _ in range(10 if quiet else 1000):

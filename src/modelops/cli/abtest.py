@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
+from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
     from modelops.base.errors import ModelopsError
@@ -54,7 +54,7 @@ def abtest() -> None:
 @dry_run_option
 @json_option
 def build(
-    a: Path, b: Path, out: Path, n: int, take_all: bool, dry_run: bool, as_json: bool, **chosen: Any
+    a: Path, b: Path, out: Path, n: int, take_all: bool, dry_run: bool, **chosen: Any
 ) -> None:
     """Make a study of A and B: evaluation records, or folders written by `modelops sample`.
 
@@ -70,7 +70,7 @@ def build(
     from modelops.abtest.build import StudySettings, build_study
 
     settings = StudySettings(n=None if take_all else n, **chosen)
-    with progress("Building", quiet=as_json) as report:
+    with progress("Building") as report:
         study = build_study(a, b, out, settings, dry_run=dry_run, on_progress=report)
     left_out = "".join(f"; {count} {reason}" for reason, count in study.left_out.items())
     text = f"{out}: {len(study.trials)} trials of {study.n_pairs} pairs{left_out}"
@@ -78,8 +78,8 @@ def build(
         "status": "ok", "study": str(out), "pairs": study.n_pairs, "trials": len(study.trials),
         "left_out": study.left_out, "differences": study.differences, "dry_run": dry_run,
     }  # fmt: skip
-    emit(result, as_json=as_json, text=f"would write {text}" if dry_run else text)
-    if not as_json and not dry_run:
+    emit(result, text=f"would write {text}" if dry_run else text)
+    if not is_json() and not dry_run:
         say(f"next: modelops abtest serve {out}")
 
 
@@ -89,7 +89,7 @@ def build(
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True,
               help="Port to listen on; 0 takes any free one.")  # fmt: skip
 @json_option
-def serve(directory: Path, host: str, port: int, as_json: bool) -> None:
+def serve(directory: Path, host: str, port: int) -> None:
     """Serve the study in DIR to raters, until Ctrl-C.
 
     Each vote is on disk, in DIR/votes.jsonl, before its rater sees the next pair. A rater who comes
@@ -129,7 +129,7 @@ def serve(directory: Path, host: str, port: int, as_json: bool) -> None:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         done = {rater: len(mine) for rater, mine in session.log.standing.items()}
-    emit({"status": "stopped", "url": server.url, "votes": done}, as_json=as_json)
+    emit({"status": "stopped", "url": server.url, "votes": done})
 
 
 @abtest.command()
@@ -152,7 +152,6 @@ def serve(directory: Path, host: str, port: int, as_json: bool) -> None:
 def score(
     directory: Path, key_path: Path | None, out: Path | None, min_attention: float,
     require: Literal["better", "not-worse"] | None, margin: float, seed: int, resamples: int,
-    as_json: bool,
 ) -> int:  # fmt: skip
     """Say how often B beats A in the study in DIR, and how far the raters can be believed.
 
@@ -184,9 +183,9 @@ def score(
         refusal = EvaluationError(
             f"{directory}: {record.error}", hint=f"modelops abtest serve {directory}"
         )
-    if as_json:
+    if is_json():
         shown = record.model_dump(mode="json", exclude={"environment"})
-        emit({**shown, "path": str(path), "answer": answer}, as_json=True)
+        emit({**shown, "path": str(path), "answer": answer})
         if refusal:
             say(f"error: {refusal.message}")  # stdout already carries its one object
         return refusal.exit_code if refusal else 0

@@ -78,7 +78,6 @@ def bench(
     device: str,
     baseline: str | None,
     no_compile: bool,
-    as_json: bool,
 ) -> None:
     """Measure checkpoints, artifacts and endpoints side by side.
 
@@ -98,7 +97,7 @@ def bench(
     from modelops.evaluation.sources.open import open_source
     from modelops.export.bench import bench_sources, make_contenders
 
-    with output.progress("opening", quiet=as_json) as on_progress:
+    with output.progress("opening") as on_progress:
         contenders, notes = make_contenders(
             sources, open_source=partial(open_source, device=device), runtime=runtime,
             baseline=baseline, with_compile=not no_compile,
@@ -121,8 +120,8 @@ def bench(
             for row in measured.rows
         ],
     }
-    output.emit(result, as_json=as_json)
-    if as_json:
+    output.emit(result)
+    if output.is_json():
         return
     output.table(
         ("source", "runtime", "precision", "batch", "threads", "p50 ms", "p95 ms", "images/s",

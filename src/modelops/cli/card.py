@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from modelops.base.errors import ModelopsError, UsageError
-from modelops.cli.output import emit, json_option
+from modelops.cli.output import emit, is_json, json_option
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -81,7 +81,6 @@ def model(
     about: Path | None,
     out: Path,
     force: bool,
-    as_json: bool,
 ) -> None:
     """Write a model card from records.
 
@@ -112,7 +111,7 @@ def model(
         dataset_card=dataset_card,
         force=force,
     )
-    emit({"status": "ok", "path": str(written)}, as_json=as_json, text=f"written: {written}")
+    emit({"status": "ok", "path": str(written)}, text=f"written: {written}")
 
 
 @card.command("dataset")
@@ -143,7 +142,6 @@ def dataset(
     about: Path | None,
     out: Path,
     force: bool,
-    as_json: bool,
 ) -> None:
     """Write a dataset card from a manifest and the records of the data.
 
@@ -167,13 +165,13 @@ def dataset(
         about=load_about(about) if about else None,
         force=force,
     )
-    emit({"status": "ok", "path": str(written)}, as_json=as_json, text=f"written: {written}")
+    emit({"status": "ok", "path": str(written)}, text=f"written: {written}")
 
 
 @card.command("check")
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 @json_option
-def check(path: Path, as_json: bool) -> int:
+def check(path: Path) -> int:
     """Compare cards with the records they print; exits 1 with one line per finding.
 
     PATH is a card or a folder of cards. A record or image that changed, and a line edited
@@ -187,11 +185,11 @@ def check(path: Path, as_json: bool) -> int:
 
     found = {str(item): check_card(item) for item in find_cards(path)}
     count = sum(len(lines) for lines in found.values())
-    emit({"status": "failed" if count else "ok", "findings": found}, as_json=as_json)
-    if not as_json:
+    emit({"status": "failed" if count else "ok", "findings": found})
+    if not is_json():
         for item, lines in found.items():
-            emit({}, as_json=False, text="\n".join(f"{item}: {line}" for line in lines or ["ok"]))
-    if count and not as_json:
+            emit({}, text="\n".join(f"{item}: {line}" for line in lines or ["ok"]))
+    if count and not is_json():
         raise ModelopsError(
             f"{count} finding{'s' if count > 1 else ''} in {path}", hint="write the cards again"
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.output import emit, json_option, progress, say, table
+from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
     from modelops.records.comparison import ComparedMetric, ComparisonRecord
@@ -59,7 +59,6 @@ def compare(
     seed: int,
     resamples: int,
     out: Path | None,
-    as_json: bool,
 ) -> int:
     """Say what of evaluation SECOND is better or worse than in FIRST.
 
@@ -94,7 +93,7 @@ def compare(
     from modelops.evaluation.compare.compare import compare_records
     from modelops.evaluation.compare.margins import parse_margins
 
-    with progress("Comparing", quiet=as_json) as report:
+    with progress("Comparing") as report:
         record = compare_records(
             first, second, margins=parse_margins(margins), default_margins=default_margins,
             adjust=adjust == "holm", manifest=manifest, splits=splits,
@@ -104,8 +103,8 @@ def compare(
     if out is not None:
         record.write(out)
     found = record.model_dump(mode="json", exclude={"status", "kind", "environment"})
-    emit({"status": "ok", "exit_code": EXIT_CODES[record.answer], **found}, as_json=as_json)
-    if not as_json:
+    emit({"status": "ok", "exit_code": EXIT_CODES[record.answer], **found})
+    if not is_json():
         _show(record)
         if out is not None:
             say(f"{out} ({record.duration_s:.0f} s)")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
+from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
 
 MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
 
@@ -50,9 +50,7 @@ def corpus() -> None:
 @click.option("--seed", default=0, show_default=True, help="Which groups a limit takes.")
 @dry_run_option
 @json_option
-def openmoji(
-    directory: Path, resolution: int, limit: int | None, seed: int, dry_run: bool, as_json: bool
-) -> None:
+def openmoji(directory: Path, resolution: int, limit: int | None, seed: int, dry_run: bool) -> None:
     """Render OpenMoji into DIRECTORY/images with DIRECTORY/manifest.parquet.
 
     The images are CC BY-SA 4.0: show the attribution where you show them.
@@ -68,11 +66,10 @@ def openmoji(
         planned = len(source.take_groups(source.list_drawings(), limit, seed))
         emit(
             {"status": "planned", "samples": planned, "directory": str(directory)},
-            as_json=as_json,
             text=f"would render {planned} images into {directory / 'images'}",
         )
         return
-    with progress("rendering", quiet=as_json) as on_progress:
+    with progress("rendering") as on_progress:
         path = source.build_corpus(
             directory, resolution=resolution, limit=limit, seed=seed, on_progress=on_progress
         )
@@ -89,7 +86,6 @@ def openmoji(
             "status": "ok", "manifest": str(path), "samples": len(found.rows), "groups": groups,
             "drawings_without_name": counts.unnamed, "attribution": credit,
         },
-        as_json=as_json,
         text=f"{path}: {len(found.rows)} images in {groups} groups; "
         f"{counts.unnamed} drawings without an English name skipped\n{credit['text']}",
     )  # fmt: skip
@@ -98,7 +94,7 @@ def openmoji(
 @data.command()
 @MANIFEST
 @json_option
-def check(manifest: Path, as_json: bool) -> int:
+def check(manifest: Path) -> int:
     """Check a manifest and every file it names; exits 1 if a row cannot be used.
 
     \b
@@ -108,10 +104,10 @@ def check(manifest: Path, as_json: bool) -> int:
     """
     from modelops.data.check import check_manifest
 
-    with progress("decoding", quiet=as_json) as on_progress:
+    with progress("decoding") as on_progress:
         result = check_manifest(manifest, on_progress=on_progress)
-    emit(result, as_json=as_json)
-    if not as_json:
+    emit(result)
+    if not is_json():
         rows = [["usable", str(result["usable"])], ["quarantined", str(result["n_quarantined"])]]
         rows += [[f"license {name}", str(count)] for name, count in result["licenses"].items()]
         rows += [[f"size {name}", str(count)] for name, count in result["sizes"].items()]
@@ -158,7 +154,6 @@ def dedup(
     seed: int,
     cleaned: Path | None,
     drop: str,
-    as_json: bool,
 ) -> None:
     """Find duplicates; writes dedup_report.json and dedup_candidates.png to look at.
 
@@ -171,7 +166,7 @@ def dedup(
 
     kinds = parse_kinds(drop)
     target = report or manifest.parent / "dedup_report.json"
-    with progress("embedding", quiet=as_json) as on_progress:
+    with progress("embedding") as on_progress:
         found = deduplicate(
             manifest, target,
             threshold=threshold, neighbours=neighbours, seed=seed, on_progress=on_progress,
@@ -180,8 +175,8 @@ def dedup(
     if cleaned:
         kept, left_out = clean_manifest(manifest, target, cleaned, kinds=kinds)
         result |= {"cleaned": str(cleaned), "kept": kept, "left_out": left_out}
-    emit(result, as_json=as_json)
-    if as_json:
+    emit(result)
+    if is_json():
         return
     rows = [
         ["images", str(found.n_images)],
@@ -225,7 +220,6 @@ def split(
     out: Path | None,
     seed: int,
     fractions: str,
-    as_json: bool,
 ) -> None:
     """Deal samples to train, val and test; writes splits.parquet and split.json.
 
@@ -237,13 +231,13 @@ def split(
 
     shares = parse_fractions(fractions)
     folder = out or manifest.parent
-    with progress("reading embeddings", quiet=as_json) as on_progress:
+    with progress("reading embeddings") as on_progress:
         found = split_manifest(
             manifest, dedup_path or manifest.parent / "dedup_report.json", folder,
             seed=seed, fractions=shares, on_progress=on_progress,
         )  # fmt: skip
-    emit({"report": str(folder / "split.json"), **found.model_dump(mode="json")}, as_json=as_json)
-    if as_json:
+    emit({"report": str(folder / "split.json"), **found.model_dump(mode="json")})
+    if is_json():
         return
     rows = [
         [name, f"{count} ({found.fractions[name]:.1%}) in {found.group_counts[name]} units"]
@@ -282,7 +276,6 @@ def shard(
     samples_per_shard: int,
     seed: int,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Write WebDataset tars and shard_manifest.csv; replaces OUT/shards as a whole.
 
@@ -298,11 +291,10 @@ def shard(
         count = len(read_splits(splits_path))
         emit(
             {"status": "planned", "samples": count, "directory": str(folder / "shards")},
-            as_json=as_json,
             text=f"would write {count} samples to {folder / 'shards'}",
         )
         return
-    with progress("writing shards", quiet=as_json) as on_progress:
+    with progress("writing shards") as on_progress:
         path = write_shards(
             manifest, splits_path, folder,
             resolution=resolution, samples_per_shard=samples_per_shard, seed=seed,
@@ -319,9 +311,8 @@ def shard(
                 for row in rows
             ],
         },
-        as_json=as_json,
     )  # fmt: skip
-    if not as_json:
+    if not is_json():
         table(
             ["shard", "split", "samples", "bytes", "sha256"],
             [[r.path, r.split, str(r.samples), str(r.bytes), r.sha256[:12]] for r in rows],
@@ -341,9 +332,7 @@ def shard(
     help="Worker processes; 0 reads in this one.",
 )
 @json_option
-def smoke(
-    shard_manifest: Path, out: Path | None, batch_size: int, workers: int, as_json: bool
-) -> int:
+def smoke(shard_manifest: Path, out: Path | None, batch_size: int, workers: int) -> int:
     """Read every sample through a DataLoader and judge; exits 1 if the verdict is fail.
 
     \b
@@ -352,13 +341,13 @@ def smoke(
     """
     from modelops.data.smoke import smoke_test
 
-    with progress("reading", quiet=as_json) as on_progress:
+    with progress("reading") as on_progress:
         report = smoke_test(
             shard_manifest, out or shard_manifest.parent / "smoke.json",
             batch_size=batch_size, workers=workers, on_progress=on_progress,
         )  # fmt: skip
-    emit(report.model_dump(mode="json"), as_json=as_json)
-    if not as_json:
+    emit(report.model_dump(mode="json"))
+    if not is_json():
         rows = [
             ["verdict", report.verdict],
             ["samples", str(report.n_samples)],
@@ -378,7 +367,7 @@ def smoke(
     "--dedup", "dedup_path", type=click.Path(path_type=Path), help="Also count duplicates."
 )
 @json_option
-def stats(manifest: Path, splits: Path | None, dedup_path: Path | None, as_json: bool) -> None:
+def stats(manifest: Path, splits: Path | None, dedup_path: Path | None) -> None:
     """Count what a manifest holds: licences, sources, tags, captions, sizes.
 
     \b
@@ -388,8 +377,8 @@ def stats(manifest: Path, splits: Path | None, dedup_path: Path | None, as_json:
     from modelops.data.stats import manifest_statistics
 
     found = manifest_statistics(manifest, splits, dedup_path)
-    emit(found, as_json=as_json)
-    if not as_json:
+    emit(found)
+    if not is_json():
         table(["what", "value"], flatten_counts(found), title=str(manifest))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, table
+from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 )
 @dry_run_option
 @json_option
-def demo(
-    directory: Path, budget_name: str, force: tuple[str, ...], dry_run: bool, as_json: bool
-) -> None:
+def demo(directory: Path, budget_name: str, force: tuple[str, ...], dry_run: bool) -> None:
     """Run the whole chain on OpenMoji in DIRECTORY: images, deduplication, split, shards,
     training, evaluation, export, cards, gate, release, and one image from the served release.
 
@@ -51,20 +49,20 @@ def demo(
     budget = budget_named(budget_name)
     if not dry_run:
         check_place(directory, budget_name)
-    plan = _plan(directory, budget_name, quiet=as_json) if budget.planned else None
+    plan = _plan(directory, budget_name) if budget.planned else None
     if plan:
         budget = plan.apply(budget)
     if dry_run:
         steps = demo_chain(directory, budget).steps
         result = {"status": "ok", "steps": [step.name for step in steps]}
-        emit(result | ({"plan": plan.as_dict()} if plan else {}), as_json=as_json)
-        if not as_json:
+        emit(result | ({"plan": plan.as_dict()} if plan else {}))
+        if not is_json():
             _show(plan, steps)
         return
     prepare(directory, budget_name, budget, plan)
-    if plan and not as_json:
+    if plan and not is_json():
         _show(plan, demo_chain(directory, budget).steps)
-    results = list(_run(demo_chain(directory, budget), force, quiet=as_json))
+    results = list(_run(demo_chain(directory, budget), force))
     rows = headline(directory)
     emit(
         {
@@ -82,9 +80,8 @@ def demo(
             ],
             "results": {name: value for name, value, _ in rows},
         },
-        as_json=as_json,
     )
-    if not as_json:
+    if not is_json():
         table(
             ["step", "", "seconds", "result"],
             [[r.name, r.state, f"{r.seconds:.1f}", r.summary] for r in results],
@@ -98,7 +95,7 @@ def demo(
         )
 
 
-def _plan(directory: Path, budget_name: str, *, quiet: bool) -> Plan | None:
+def _plan(directory: Path, budget_name: str) -> Plan | None:
     """The plan that the directory keeps, or a new one for this machine; None for a demo that was
     made before there were plans."""
     from modelops.demo.machine import measure_rates
@@ -107,7 +104,7 @@ def _plan(directory: Path, budget_name: str, *, quiet: bool) -> Plan | None:
 
     if is_made(directory, budget_name):
         return kept_plan(directory, budget_name)
-    with progress("measuring this machine", quiet=quiet) as shown:
+    with progress("measuring this machine") as shown:
         return make_plan(measure_rates(CONFIGS, shown))
 
 
@@ -124,18 +121,18 @@ def _show(plan: Plan | None, steps: Sequence[Step]) -> None:
     )
 
 
-def _run(chain: Chain, force: tuple[str, ...], *, quiet: bool) -> Iterator[StepResult]:
+def _run(chain: Chain, force: tuple[str, ...]) -> Iterator[StepResult]:
     """Run the chain with a bar for the running step and a line for each finished one."""
     total = len(chain.steps)
     numbers = {step.name: index for index, step in enumerate(chain.steps, 1)}
-    with progress("starting", quiet=quiet) as shown:
+    with progress("starting") as shown:
 
         def on_start(step: Step) -> OnProgress:
             shown.stage(step.title, numbers[step.name], total)
             return shown
 
         for result in chain.run(force=force, on_start=on_start):
-            if not quiet:
+            if not is_json():
                 took = f"({result.seconds:.1f} s)" if result.state == "done" else "(fresh)"
                 number = numbers[result.name]
                 shown.line(f"{number:>3}/{total} {result.title}: {result.summary} {took}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from modelops.cli.output import emit, json_option, table
+from modelops.cli.output import emit, is_json, json_option, table
 
 
 @click.command()
 @json_option
-def doctor(as_json: bool) -> int:
+def doctor() -> int:
     """Say what this machine can do, and what to do about what it cannot.
 
     Exits 1 if something that is installed does not work.
@@ -25,9 +25,8 @@ def doctor(as_json: bool) -> int:
     problems = [finding for finding in findings if finding.state == "problem"]
     emit(
         {"status": "failed" if problems else "ok", "findings": [f.as_dict() for f in findings]},
-        as_json=as_json,
     )
-    if not as_json:
+    if not is_json():
         rows = [[f.area, f.name, f.state, f.detail, f.remedy] for f in findings]
         table(["area", "name", "state", "detail", "remedy"], rows)
     return 1 if problems else 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
+from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
     from modelops.records.base import Measurement
@@ -123,7 +123,6 @@ def evaluate(
     out: Path,
     report: bool,
     dry_run: bool,
-    as_json: bool,
     **chosen: Any,
 ) -> int:
     """Measure SOURCE and write an evaluation record.
@@ -151,7 +150,7 @@ def evaluate(
     if dry_run:
         plan = {"source": source, "out": str(out), "settings": _plain(settings)}
         also = f" and {out.with_suffix('.html')}" if report else ""
-        emit({"status": "ok", "dry_run": True, **plan}, as_json=as_json,
+        emit({"status": "ok", "dry_run": True, **plan},
              text=f"would measure {source} and write {out}{also}")  # fmt: skip
         return 0
     from modelops.cli.report import write_report_beside
@@ -167,7 +166,7 @@ def evaluate(
     }
     opened, workers = open_with_workers(opening, processes)
     try:
-        with progress("opening", quiet=as_json) as shown:
+        with progress("opening") as shown:
             record = run(
                 opened, settings, out_path=out, workers=workers,
                 on_progress=shown, on_stage=shown.stage,
@@ -177,8 +176,8 @@ def evaluate(
             say(str(page))
         raise
     page = write_report_beside(out) if report else None
-    emit(record.model_dump(mode="json"), as_json=as_json)
-    if not as_json:
+    emit(record.model_dump(mode="json"))
+    if not is_json():
         from modelops.evaluation.report.rows import metric_rows
 
         table(["metric", "value", "95 % interval", "n", "method"], metric_rows(record.metrics))

@@ -211,7 +211,6 @@ def export(
     allow: bool,
     overwrite: bool,
     dry_run: bool,
-    as_json: bool,
     **options: Any,
 ) -> None:
     """Export CHECKPOINT for a runtime, and prove that it makes the same images.
@@ -247,9 +246,7 @@ def export(
             "onnx": str(start) if from_artifact else None,
             "prompts": None if prompts is None else len(prompts),
         }  # fmt: skip
-        output.emit(
-            plan, as_json=as_json, text=f"would export {checkpoint} to {target} in {out_dir}"
-        )
+        output.emit(plan, text=f"would export {checkpoint} to {target} in {out_dir}")
         return
 
     from modelops.export.calibration import DEFAULT_PROMPTS
@@ -259,12 +256,12 @@ def export(
         "allow": allow,
         "overwrite": overwrite,
     }
-    with output.progress(f"exporting to {target}", quiet=as_json) as on_progress:
+    with output.progress(f"exporting to {target}") as on_progress:
         record = _run(target, checkpoint, start, out_dir, options, common, on_progress)
     if record.error:
         output.say(f"warning: {record.error}")
-    output.emit(record.model_dump(mode="json"), as_json=as_json)
-    if not as_json:
+    output.emit(record.model_dump(mode="json"))
+    if not output.is_json():
         _print_tables(record, out_dir)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelops.base.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
-from modelops.cli.output import emit, json_option, say, table
+from modelops.cli.output import emit, is_json, json_option, say, table
 
 if TYPE_CHECKING:
     from modelops.records.release import Criterion, Verdict
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     help="Where the verdict goes.  [default: ROOT/gate/verdict.json]",
 )  # fmt: skip
 @json_option
-def gate(policy: Path, root: Path | None, out: Path | None, as_json: bool) -> int:
+def gate(policy: Path, root: Path | None, out: Path | None) -> int:
     """Decide a release by a policy.
 
     Exits 0 for pass, 3 for fail, 4 for undecided. What was not measured, was measured in another
@@ -42,8 +42,8 @@ def gate(policy: Path, root: Path | None, out: Path | None, as_json: bool) -> in
     path = out or top / "gate" / "verdict.json"
     verdict = decide(policy, root=top, out_path=path)
     refusal = _refusal(verdict, path)
-    if as_json:
-        emit({"status": "ok", "path": str(path), **_as_dict(verdict)}, as_json=True)
+    if is_json():
+        emit({"status": "ok", "path": str(path), **_as_dict(verdict)})
         if refusal:
             say(f"error: {refusal.message}")  # stdout already carries its one object
         return refusal.exit_code if refusal else 0
@@ -53,7 +53,7 @@ def gate(policy: Path, root: Path | None, out: Path | None, as_json: bool) -> in
     )
     if refusal:
         raise refusal
-    emit({}, as_json=False, text=f"pass: {path}")
+    emit({}, text=f"pass: {path}")
     return 0
 
 
@@ -66,7 +66,6 @@ def gate(policy: Path, root: Path | None, out: Path | None, as_json: bool) -> in
 @json_option
 def sign_off(
     path: Path, name: str | None, role: str | None, statement: str | None, check: bool,
-    as_json: bool,
 ) -> int:  # fmt: skip
     """Sign a verdict, charter or card; the sign-off lapses when the file changes.
 
@@ -85,13 +84,13 @@ def sign_off(
         rows = [[s.role, s.name, s.date, s.state, s.reason] for s in states]
         columns = ["role", "name", "date", "state", "reason"]
         found = [dict(zip(columns, row, strict=True)) for row in rows]
-        emit({"status": "ok" if good else "failed", "sign_offs": found}, as_json=as_json)
-        if not as_json:
+        emit({"status": "ok" if good else "failed", "sign_offs": found})
+        if not is_json():
             table(columns, rows)
         if good:
             return 0
         missing = "no sign-off" if not states else "a sign-off no longer holds"
-        if as_json:
+        if is_json():
             return 1
         raise ModelopsError(
             f"{path}: {missing}", hint=f"modelops sign-off {path} --name … --role …"
@@ -100,7 +99,7 @@ def sign_off(
         raise UsageError("a sign-off needs --name and --role", hint="modelops sign-off --help")
     extra = {"statement": statement} if statement else {}
     written = signoff.sign_off(path, name=name, role=role, **extra)
-    emit({"status": "ok", "path": str(written)}, as_json=as_json, text=f"signed: {written}")
+    emit({"status": "ok", "path": str(written)}, text=f"signed: {written}")
     return 0
 
 

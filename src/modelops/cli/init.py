@@ -14,7 +14,7 @@ from modelops.cli.output import dry_run_option, emit, json_option
 @click.option("--force", is_flag=True, help="Replace files that say something else.")
 @dry_run_option
 @json_option
-def init(directory: Path, force: bool, dry_run: bool, as_json: bool) -> None:
+def init(directory: Path, force: bool, dry_run: bool) -> None:
     """Write charter.md, pilot_config.yaml, policy.yaml and .gitignore for a new project.
 
     Files that are there already are not overwritten without --force.
@@ -33,9 +33,9 @@ def init(directory: Path, force: bool, dry_run: bool, as_json: bool) -> None:
             "different": "would be replaced" if force else "says something else: needs --force",
         }
         lines = [f"{path}: {words[state]}" for path, state in states.items()]
-        emit({"status": "ok", "files": states}, as_json=as_json, text="\n".join(lines))
+        emit({"status": "ok", "files": states}, text="\n".join(lines))
         return
     written = [str(path) for path in scaffold.init_project(directory, force=force)]
     next_step = f"next: read {directory / 'charter.md'}, then modelops data --help"
     text = "\n".join([*(f"written: {path}" for path in written), next_step])
-    emit({"status": "ok", "written": written}, as_json=as_json, text=text)
+    emit({"status": "ok", "written": written}, text=text)

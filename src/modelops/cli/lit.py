@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, say, table
+from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -21,9 +21,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
               metavar="DIR", help="Gets an open_clip checkpoint and lit.json.")  # fmt: skip
 @dry_run_option
 @json_option
-def fit_lit(
-    manifest: Path, splits: Path | None, seed: int, out: Path, dry_run: bool, as_json: bool
-) -> None:
+def fit_lit(manifest: Path, splits: Path | None, seed: int, out: Path, dry_run: bool) -> None:
     """Fit the alignment model that `modelops eval --lit` scores prompts with.
 
     Two frozen towers (EfficientNet-Lite0, MiniLM) get heads fitted on the train split, chosen on
@@ -40,13 +38,13 @@ def fit_lit(
     splits = splits or manifest.parent / "splits.parquet"
     if dry_run:
         read_splits(splits)
-        emit({"status": "ok", "dry_run": True, "out": str(out)}, as_json=as_json,
+        emit({"status": "ok", "dry_run": True, "out": str(out)},
              text=f"would fit on {manifest} and write {out}")  # fmt: skip
         return
-    with progress("Fitting", quiet=as_json) as report:
+    with progress("Fitting") as report:
         record = fit(manifest, splits, out, seed=seed, on_progress=report)
-    emit(record.model_dump(mode="json"), as_json=as_json)
-    if not as_json:
+    emit(record.model_dump(mode="json"))
+    if not is_json():
         from modelops.evaluation.report.rows import metric_rows
 
         table(["metric", "value", "95 % interval", "n", "method"], metric_rows(record.metrics))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelops.base.errors import GateFailedError, GateUndecidedError, UsageError
-from modelops.cli.output import emit, json_option, say, table
+from modelops.cli.output import emit, is_json, json_option, say, table
 
 if TYPE_CHECKING:
     from modelops.monitoring.reference import Reference
@@ -56,7 +56,6 @@ def monitor(
     policy: Path | None,
     out: Path | None,
     textfile: Path | None,
-    as_json: bool,
 ) -> int:
     """Say whether what a release is asked for, and what it makes, has drifted.
 
@@ -101,15 +100,15 @@ def monitor(
     if textfile is not None:
         write_textfile(textfile, record)
     code = {"keep": 0, "undecided": 4}.get(record.answer, 3)
-    if as_json:
-        emit(record.model_dump(mode="json"), as_json=True)
+    if is_json():
+        emit(record.model_dump(mode="json"))
         if code:
             say(f"{record.answer}: {'; '.join(record.reasons)}")
         return code
     _print(record)
     message = f"{record.answer}: {'; '.join(record.reasons)}"
     if code == 0:
-        emit({}, as_json=False, text=message)
+        emit({}, text=message)
         return 0
     raise (GateUndecidedError if code == 4 else GateFailedError)(message)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 F = TypeVar("F", bound=Callable[..., Any])
+_JSON = "modelops.json"  # in the context's meta
 DRAWN_AFTER = 2.0  # seconds until a progress bar appears
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
 
@@ -24,8 +25,19 @@ LINE_EVERY = 60.0  # seconds between lines of progress where there is no termina
 def json_option(command: F) -> F:
     """`--json`: stdout carries one JSON object and nothing else, also on failure."""
     return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."
-    )(command)
+        "--json", is_flag=True, expose_value=False, callback=_note_json,
+        help="Print one JSON object on stdout and nothing else.",
+    )(command)  # fmt: skip
+
+
+def _note_json(context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    context.meta[_JSON] = asked or context.meta.get(_JSON, False)
+
+
+def is_json() -> bool:
+    """Return whether the command that runs was asked for `--json`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_JSON))
 
 
 def dry_run_option(command: F) -> F:
@@ -47,9 +59,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def emit(result: dict[str, Any], *, as_json: bool, text: str | None = None) -> None:
+def emit(result: dict[str, Any], *, text: str | None = None) -> None:
     """Print a command's result on stdout: one JSON object, or `text` for a person."""
-    if as_json:
+    if is_json():
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
     elif text is not None:
         print(text)
@@ -114,14 +126,14 @@ class Progress:
 
 
 @contextmanager
-def progress(description: str, *, quiet: bool = False) -> Iterator[Progress]:
+def progress(description: str) -> Iterator[Progress]:
     """A progress bar on stderr with the time left; call what it yields with (done, total).
 
     It appears after two seconds. Without a terminal it is a line a minute, which tells the log of a
-    pipeline that something is still going on. With `quiet` there is nothing.
+    pipeline that something is still going on. With `--json` there is nothing.
     """
     console = stderr_console()
-    if quiet:
+    if is_json():
         yield Progress(None, description)
         return
     if not console.is_terminal:

@@ -91,7 +91,6 @@ def build(
     golden: bool,
     allow: bool,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Copy a model, its verdict, records and cards to DIRECTORY, with digests.
 
@@ -114,7 +113,6 @@ def build(
     if dry_run:
         emit(
             {"status": "dry-run", "directory": str(directory)},
-            as_json=as_json,
             text=f"would build {directory} from {model_dir}",
         )
         return
@@ -152,7 +150,6 @@ def build(
     size = sum(entry.bytes for entry in record.files.values())
     emit(
         record.model_dump(mode="json"),
-        as_json=as_json,
         text=f"{directory}: {name} {version}, {len(record.files)} files, {size / 1e6:.1f} MB\n"
         f"{remark}\n{said_of_processors(record)}serve it: modelops serve {directory}",
     )
@@ -173,7 +170,7 @@ def said_of_processors(record: ReleaseRecord) -> str:
 @release.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @json_option
-def verify(directory: Path, as_json: bool) -> None:
+def verify(directory: Path) -> None:
     """Check every byte of DIRECTORY against release.json.
 
     \b
@@ -188,7 +185,6 @@ def verify(directory: Path, as_json: bool) -> None:
          "files": len(record.files), "model_sha256": record.model_sha256,
          "fallback_sha256": record.fallback_sha256,
          "reproduced": [one.model_dump(mode="json") for one in record.reproduced]},
-        as_json=as_json,
         text=f"{directory}: {record.name} {record.version}, {len(record.files)} files unchanged, "
         f"gate {record.verdict_answer}\n{said_of_processors(record)}".rstrip(),
     )  # fmt: skip

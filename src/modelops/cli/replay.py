@@ -51,7 +51,6 @@ def replay(
     runtime: str | None,
     tolerance: int | None,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Make the image of RECEIPT again and say whether the pixels are equal.
 
@@ -89,7 +88,6 @@ def replay(
     if dry_run:
         emit(
             {"status": "dry-run", "recipe": about},
-            as_json=as_json,
             text=f"{recipe.signed_by} {recipe.receipt_id}: signature, texts and release are right; "
             f"would make it again with {recipe.runtime}",
         )
@@ -98,7 +96,7 @@ def replay(
         recipe, release, texts,
         image=image or picture_of(receipt), runtime=runtime, tolerance=tolerance,
     )  # fmt: skip
-    emit({"status": "ok", **asdict(result), "recipe": about}, as_json=as_json, text=result.sentence)
+    emit({"status": "ok", **asdict(result), "recipe": about}, text=result.sentence)
     if result.answer == "differs":
         raise click.exceptions.Exit(1)
 

@@ -22,9 +22,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--check", "page", type=_FILE, metavar="FILE",
               help="Write nothing; say whether this page still belongs to RECORD.")  # fmt: skip
 @json_option
-def report(
-    record: Path, against: Path | None, out: Path | None, page: Path | None, as_json: bool
-) -> int:
+def report(record: Path, against: Path | None, out: Path | None, page: Path | None) -> int:
     """Print an evaluation RECORD as a page to read.
 
     The page is one HTML file that needs no network: what was measured and how, every value with its
@@ -39,22 +37,22 @@ def report(
     if page is not None:
         if out is not None:
             raise UsageError("--check writes nothing, so --out has no meaning beside it")
-        return _check(page, record, against, as_json)
+        return _check(page, record, against)
     from modelops.evaluation.report.page import write_report
 
-    with progress("writing the report", quiet=as_json):
+    with progress("writing the report"):
         written = write_report(record, out=out, against=against)
-    emit({"status": "ok", "path": str(written)}, as_json=as_json, text=f"written: {written}")
+    emit({"status": "ok", "path": str(written)}, text=f"written: {written}")
     return 0
 
 
-def _check(page: Path, record: Path, against: Path | None, as_json: bool) -> int:
+def _check(page: Path, record: Path, against: Path | None) -> int:
     from modelops.evaluation.report.page import check_report
 
     reasons = check_report(page, record, against=against)
     emit(
         {"status": "stale" if reasons else "ok", "path": str(page), "reasons": reasons},
-        as_json=as_json, text=None if reasons else f"{page} belongs to {record}",
+        text=None if reasons else f"{page} belongs to {record}",
     )  # fmt: skip
     if reasons:
         say(f"error: {page} is stale: {'; '.join(reasons)}\n"

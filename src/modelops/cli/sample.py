@@ -57,7 +57,6 @@ def sample(
     runtime: str,
     out: Path,
     dry_run: bool,
-    as_json: bool,
 ) -> int:
     """Make images with SOURCE from fixed seeds.
 
@@ -80,21 +79,19 @@ def sample(
     if dry_run:
         emit({"status": "ok", "dry_run": True, "source": source, "prompts": texts,
               "unusable": unusable, "images": len(texts) * per_prompt, "out": str(out)},
-             as_json=as_json,
              text=f"would make {len(texts) * per_prompt} images in {out}")  # fmt: skip
         return 0
     from modelops.evaluation.sampling import sample_images
     from modelops.evaluation.sources.open import open_source
 
     opened = open_source(source, batch_size=batch_size, device=device, runtime=runtime)
-    with progress("Sampling", quiet=as_json) as report:
+    with progress("Sampling") as report:
         result = sample_images(
             opened, texts, out, seed=seed, per_prompt=per_prompt, steps=steps,
             guidance=guidance, size=size, columns=columns, on_progress=report,
         )  # fmt: skip
     failed = sum(image["file"] is None for image in result["images"])
     emit({"status": "ok", "out": str(out), "failed": failed, "unusable": unusable, **result},
-         as_json=as_json,
          text=f"{len(result['images']) - failed} images and grid.png in {out}"
          + (f"; {failed} failed, see samples.json" if failed else ""))  # fmt: skip
     return 0

@@ -112,7 +112,6 @@ def run(
     log_file: Path | None,
     log_format: str,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Verify RELEASE and serve it with BentoML, as OpenAI's Images API.
 
@@ -189,7 +188,6 @@ def run(
         emit(
             {"status": "dry-run", "command": command, "environment": environment,
              "release": str(release), "url": url},
-            as_json=as_json,
             text=f"{' '.join(words)} {shlex.join(command)}",
         )  # fmt: skip
         return
@@ -202,7 +200,7 @@ def run(
     say("when it is ready, open that address in a browser, or try")
     say(f"  {curl_line(url, 'red heart')}")
     code = run_server(release, host=address, port=port, environment=environment)
-    emit({"status": "stopped", "code": code}, as_json=as_json)
+    emit({"status": "stopped", "code": code})
     if code:
         raise click.exceptions.Exit(code)
 
@@ -218,7 +216,7 @@ def run(
     help="Write the record here, for `modelops release build --preflight` on another machine.",
 )  # fmt: skip
 @json_option
-def preflight(model: Path, runtime: str, out: Path | None, as_json: bool) -> None:
+def preflight(model: Path, runtime: str, out: Path | None) -> None:
     """Say whether this machine gives the numbers that a release or an artifact was gated with.
 
     INT8 sums saturate on processors without VNNI in some runtimes; a node refuses to serve such
@@ -239,7 +237,7 @@ def preflight(model: Path, runtime: str, out: Path | None, as_json: bool) -> Non
         lines.append(f"{one.runtime}: {one.answer} {one.distance}".rstrip())
     served = record.runtime or ("the fallback" if record.fallback else "nothing")
     lines.append(f"served here: {served} ({record.reason})")
-    emit(record.model_dump(mode="json"), as_json=as_json, text="\n".join(lines))
+    emit(record.model_dump(mode="json"), text="\n".join(lines))
     if record.status != "ok":
         raise click.exceptions.Exit(1)
 
@@ -274,7 +272,6 @@ def scaffold(
     evaluate_every: float,
     force: bool,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Write a Dockerfile, a compose file, Kubernetes manifests, alert rules and a dashboard.
 
@@ -306,8 +303,8 @@ def scaffold(
             "different": "would be replaced" if force else "says something else: needs --force",
         }
         lines = [f"{path}: {words[state]}" for path, state in states.items()]
-        emit({"status": "dry-run", "files": states}, as_json=as_json, text="\n".join(lines))
+        emit({"status": "dry-run", "files": states}, text="\n".join(lines))
         return
     written = [str(path) for path in write_scaffold(directory, options, force=force)]
     text = "\n".join([f"written: {path}" for path in written] or [f"{directory}: up to date"])
-    emit({"status": "ok", "written": written}, as_json=as_json, text=text)
+    emit({"status": "ok", "written": written}, text=text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import emit, json_option, table
+from modelops.cli.output import emit, is_json, json_option, table
 
 DEFAULT_FILE = "api_keys.json"
 
@@ -45,7 +45,6 @@ def create(
     requests_per_minute: int | None,
     images_per_minute: int | None,
     admin: bool,
-    as_json: bool,
 ) -> None:
     """Make a key called NAME and print it: this once, nobody can read it later.
 
@@ -62,13 +61,13 @@ def create(
         images_per_minute=images_per_minute,
         admin=admin,
     )
-    emit({"status": "ok", "name": name, "key": made, "file": str(path)}, as_json=as_json, text=made)
+    emit({"status": "ok", "name": name, "key": made, "file": str(path)}, text=made)
 
 
 @key.command("list")
 @_file_option
 @json_option
-def list_keys(path: Path, as_json: bool) -> None:
+def list_keys(path: Path) -> None:
     """Show names, limits and dates.
 
     \b
@@ -78,8 +77,8 @@ def list_keys(path: Path, as_json: bool) -> None:
     from modelops.serving.http.keys import read_keys
 
     keys = read_keys(path)
-    emit({"keys": [entry.model_dump(exclude={"sha256"}) for entry in keys]}, as_json=as_json)
-    if not as_json:
+    emit({"keys": [entry.model_dump(exclude={"sha256"}) for entry in keys]})
+    if not is_json():
         table(
             ["name", "role", "created", "revoked", "requests/min", "images/min"],
             [
@@ -100,7 +99,7 @@ def list_keys(path: Path, as_json: bool) -> None:
 @click.argument("name")
 @_file_option
 @json_option
-def revoke(name: str, path: Path, as_json: bool) -> None:
+def revoke(name: str, path: Path) -> None:
     """Refuse the key called NAME from the next request on.
 
     \b
@@ -112,5 +111,5 @@ def revoke(name: str, path: Path, as_json: bool) -> None:
     revoked = revoke_key(path, name).revoked
     emit(
         {"status": "ok", "name": name, "revoked": revoked, "file": str(path)},
-        as_json=as_json, text=f"{path}: {name} revoked",
+        text=f"{path}: {name} revoked",
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from modelops.cli.output import emit, json_option, say, table
+from modelops.cli.output import emit, is_json, json_option, say, table
 
 if TYPE_CHECKING:
     from modelops.serving.moderation.review import Evidence, Listed
@@ -51,7 +51,6 @@ def review(
     pictures: Path | None,
     page: bool,
     purge_older: float | None,
-    as_json: bool,
 ) -> None:
     """List what was blocked and put into the quarantine DIR, show ID, or decide.
 
@@ -93,29 +92,29 @@ def review(
         raise click.UsageError("--reviewer and --reason go with --uphold or --overturn")
     private = read_private_key(key) if key is not None else None
     if purge_older is not None:
-        _purge(directory, purge_older, as_json=as_json)
+        _purge(directory, purge_older)
     elif deciding:
-        _decide(directory, uphold, overturn, reviewer, reason, private, as_json=as_json)
+        _decide(directory, uphold, overturn, reviewer, reason, private)
     elif entry:
-        _show(find_entry(directory, entry, private), pictures, as_json=as_json)
+        _show(find_entry(directory, entry, private), pictures)
     else:
         listed = list_entries(directory, private)
         evidence = [_with_interval(one) for one in weigh(read_decisions(directory))]
         if page:
             path = write_page(directory, listed, evidence)
-            emit({"status": "ok", "page": str(path), "entries": len(listed)}, as_json=as_json,
+            emit({"status": "ok", "page": str(path), "entries": len(listed)},
                  text=str(path))  # fmt: skip
             say("it holds the images; it is deleted when the first of them is")
             return
-        _list(directory, listed, evidence, as_json=as_json)
+        _list(directory, listed, evidence)
 
 
-def _purge(directory: Path, days: float, *, as_json: bool) -> None:
+def _purge(directory: Path, days: float) -> None:
     from modelops.serving.moderation.store import tidy_folder
 
     gone, _ = tidy_folder(directory, max_age_s=days * 86400)
     text = f"{directory}: {gone} {'entry' if gone == 1 else 'entries'} deleted"
-    emit({"status": "ok", "deleted": gone}, as_json=as_json, text=text)
+    emit({"status": "ok", "deleted": gone}, text=text)
 
 
 def _decide(
@@ -125,8 +124,6 @@ def _decide(
     reviewer: str | None,
     reason: str | None,
     private: Any,
-    *,
-    as_json: bool,
 ) -> None:
     import getpass
 
@@ -144,12 +141,11 @@ def _decide(
     )
     emit(
         {"status": "ok", "decisions": [one.model_dump(exclude_none=True) for one in made]},
-        as_json=as_json,
         text="\n".join(f"{one.entry[:8]} {one.decision} by {one.reviewer}" for one in made),
     )
 
 
-def _show(listed: Listed, pictures: Path | None, *, as_json: bool) -> None:
+def _show(listed: Listed, pictures: Path | None) -> None:
     import base64
 
     from modelops.base.files import write_bytes
@@ -168,9 +164,8 @@ def _show(listed: Listed, pictures: Path | None, *, as_json: bool) -> None:
     for picture_of in about["pictures"]:
         picture_of.pop("png", None)  # --pictures writes it
     decision = listed.decision and listed.decision.model_dump(exclude_none=True)
-    emit({"status": "ok", "entry": about, "decision": decision, "written": written},
-         as_json=as_json)  # fmt: skip
-    if as_json:
+    emit({"status": "ok", "entry": about, "decision": decision, "written": written})  # fmt: skip
+    if is_json():
         return
     request, made_by = entry.request, entry.filter
     prompt = request.prompt if request.prompt is not None else "not kept"
@@ -224,9 +219,7 @@ def _with_interval(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _list(
-    directory: Path, listed: list[Listed], evidence: list[dict[str, Any]], *, as_json: bool
-) -> None:
+def _list(directory: Path, listed: list[Listed], evidence: list[dict[str, Any]]) -> None:
     entries = [
         {
             "id": one.file.id,
@@ -248,8 +241,8 @@ def _list(
         )
         for one in listed
     ]
-    emit({"status": "ok", "entries": entries, "summary": evidence}, as_json=as_json)
-    if as_json:
+    emit({"status": "ok", "entries": entries, "summary": evidence})
+    if is_json():
         return
     if not listed:
         print(f"{directory}: nothing in the quarantine")

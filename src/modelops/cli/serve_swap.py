@@ -43,7 +43,7 @@ def swap() -> None:
 @swap.command()
 @_server
 @json_option
-def status(url: str, key_file: Path | None, as_json: bool) -> None:
+def status(url: str, key_file: Path | None) -> None:
     """Say what is served, what is on trial, and what has been measured of it.
 
     The verdict is that of the last look. Looks are made when the canary's requests have doubled, so
@@ -56,7 +56,7 @@ def status(url: str, key_file: Path | None, as_json: bool) -> None:
     from modelops.serving.rollout.client import SwapClient, exit_code
 
     found = SwapClient(url, _key(key_file)).status()
-    _finish(found, as_json, exit_code(found))
+    _finish(found, exit_code(found))
 
 
 @swap.command()
@@ -97,7 +97,6 @@ def canary(
     latency_margin: float | None,
     wait: bool,
     timeout: float,
-    as_json: bool,
 ) -> None:
     """Load RELEASE, a path below the server's folder of releases, and send it requests.
 
@@ -118,13 +117,13 @@ def canary(
     client = SwapClient(url, _key(key_file))
     ordered = client.post("canary", {k: v for k, v in order.items() if v is not None})
     if not wait:
-        emit(ordered, as_json=as_json, text=f"{release} is being loaded; see `swap status`")
+        emit(ordered, text=f"{release} is being loaded; see `swap status`")
         return
     if not auto:
-        with progress(f"loading {release}", quiet=as_json):
+        with progress(f"loading {release}"):
             found = client.wait(lambda now: now["loading"] is None, timeout)
     else:
-        with progress("requests of the canary", quiet=as_json) as bar:
+        with progress("requests of the canary") as bar:
 
             def decided(now: dict[str, Any]) -> bool:
                 measured = now["canary"]["measured"] if now["canary"] else 0
@@ -132,7 +131,7 @@ def canary(
                 return now["state"] == "stable only"
 
             found = client.wait(decided, timeout, what="decided")
-    _finish(found, as_json, trial_exit_code(ordered, found))
+    _finish(found, trial_exit_code(ordered, found))
 
 
 @swap.command()
@@ -141,9 +140,7 @@ def canary(
 @click.option("--wait", is_flag=True, help="Until the former release has finished its work.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @json_option
-def promote(
-    url: str, key_file: Path | None, force: bool, wait: bool, timeout: float, as_json: bool
-) -> None:
+def promote(url: str, key_file: Path | None, force: bool, wait: bool, timeout: float) -> None:
     """Serve the canary in place of the stable release, now and after a restart.
 
     Without --force its verdict must say that it is no worse; exit code 3: worse, 4: undecided.
@@ -152,7 +149,7 @@ def promote(
     Example:
       modelops serve swap promote http://127.0.0.1:3000
     """
-    _change(url, key_file, "promote", {"force": force}, wait, timeout, as_json)
+    _change(url, key_file, "promote", {"force": force}, wait, timeout)
 
 
 @swap.command()
@@ -161,30 +158,28 @@ def promote(
 @click.option("--wait", is_flag=True, help="Until the canary has finished its work.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @json_option
-def rollback(
-    url: str, key_file: Path | None, reason: str, wait: bool, timeout: float, as_json: bool
-) -> None:
+def rollback(url: str, key_file: Path | None, reason: str, wait: bool, timeout: float) -> None:
     """Send the canary no more requests and let it go; the stable release makes them all.
 
     \b
     Example:
       modelops serve swap rollback http://127.0.0.1:3000 --reason "colours are off"
     """
-    _change(url, key_file, "rollback", {"reason": reason}, wait, timeout, as_json)
+    _change(url, key_file, "rollback", {"reason": reason}, wait, timeout)
 
 
 def _change(
     url: str, key_file: Path | None, action: str, order: dict[str, Any], wait: bool,
-    timeout: float, as_json: bool,
+    timeout: float,
 ) -> None:  # fmt: skip
     from modelops.serving.rollout.client import SwapClient
 
     client = SwapClient(url, _key(key_file))
     found = client.post(action, order)
     if wait:
-        with progress("requests in hand", quiet=as_json):
+        with progress("requests in hand"):
             found = client.wait(lambda now: not now["draining"], timeout, what="finished")
-    _finish(found, as_json)
+    _finish(found)
 
 
 def _key(path: Path | None) -> str:
@@ -202,10 +197,10 @@ def _key(path: Path | None) -> str:
     return key
 
 
-def _finish(found: dict[str, Any], as_json: bool, code: int = 0) -> None:
+def _finish(found: dict[str, Any], code: int = 0) -> None:
     """Print a status, and end with an exit code."""
     from modelops.serving.rollout.client import describe_status
 
-    emit(found, as_json=as_json, text=describe_status(found))
+    emit(found, text=describe_status(found))
     if code:
         raise click.exceptions.Exit(code)

@@ -37,7 +37,6 @@ def train(
     out: Path | None,
     overrides: tuple[str, ...],
     dry_run: bool,
-    as_json: bool,
 ) -> int:
     """Train a model from a config (YAML).
 
@@ -69,16 +68,14 @@ def train(
     if dry_run:
         emit(
             {"status": "ok", **result, "command": plan.command},
-            as_json=as_json,
             text=plan.shell_line,
         )
         return 0
-    with progress("training", quiet=as_json) as on_progress:
+    with progress("training") as on_progress:
         code = execute_run(plan, on_line=say, on_progress=on_progress)
     status = "ok" if code == 0 else "failed"
     emit(
         {"status": status, "exit_code": code, **result},
-        as_json=as_json,
         text=f"{plan.run_dir / 'report.md'}\n{plan.run_dir / 'checkpoints'}" if code == 0 else None,
     )
     if code == 0:

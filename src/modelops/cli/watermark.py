@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from modelops.cli.output import emit, json_option, say, table
+from modelops.cli.output import emit, is_json, json_option, say, table
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +25,7 @@ def watermark() -> None:
 @watermark.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @json_option
-def key(file: Path, as_json: bool) -> None:
+def key(file: Path) -> None:
     """Write a new key to FILE, which only you can read, and print its id.
 
     Who has the key can find the watermark, and also forge and remove it. Without it nobody can find
@@ -38,7 +38,7 @@ def key(file: Path, as_json: bool) -> None:
     from modelops.serving.provenance.watermark import make_key
 
     made = make_key(file)
-    emit({"status": "ok", "key_id": made, "file": str(file)}, as_json=as_json, text=made)
+    emit({"status": "ok", "key_id": made, "file": str(file)}, text=made)
 
 
 @watermark.command()
@@ -51,7 +51,7 @@ def key(file: Path, as_json: bool) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The key, or a copy of it.",
 )  # fmt: skip
 @json_option
-def detect(images: tuple[Path, ...], key_file: Path, as_json: bool) -> None:
+def detect(images: tuple[Path, ...], key_file: Path) -> None:
     """Say of each IMAGE whether it carries the watermark of a key.
 
     p bounds the chance that an unmarked image, whatever it shows, looks this much like a marked
@@ -86,8 +86,8 @@ def detect(images: tuple[Path, ...], key_file: Path, as_json: bool) -> None:
             }
         )
     missing = sum(not result["found"] for result in results)
-    emit({"status": "ok", "key_id": mark.key_id, "images": results}, as_json=as_json)
-    if not as_json:
+    emit({"status": "ok", "key_id": mark.key_id, "images": results})
+    if not is_json():
         table(
             ["image", "size", "watermark", "z", "p at most"],
             [
