@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     if not openvino_has_bfloat16():
         raise SystemExit("OpenVINO has no bfloat16 on this processor")
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
     import tiny_pipelines
 
     families = tiny_pipelines.FAMILIES if options.family is None else options.family

@@ -51,7 +51,7 @@ def main() -> None:
 
 def networks(folder: Path) -> Mapping[str, tuple[Path, Feed]]:
     """Graphs in fp32 and rows for them."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
     import small_graphs as small
 
     found: dict[str, tuple[Path, Feed]] = {}

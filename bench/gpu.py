@@ -162,7 +162,7 @@ def describe_gpu() -> dict[str, str]:
 
 def tiny_checkpoint(folder: Path) -> Path:
     """A Stable Diffusion of a few thousand random weights: every kind of network, in seconds."""
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests" / "helpers"))
     from tiny_pipelines import make
 
     make("sd").save_pretrained(folder)

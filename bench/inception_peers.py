@@ -1,6 +1,6 @@
 """Random Inception weights in the published formats, real images, and the peers' code on both.
 
-Shared by bench_parity.py, bench_fid.py and tests/metrics/test_metrics_inception.py. Nothing is
+Shared by bench_parity.py, bench_fid.py and tests/metrics/test_inception.py. Nothing is
 downloaded: the networks that clean-fid and torch-fidelity build are given the same local weights.
 """
 

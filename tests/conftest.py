@@ -9,11 +9,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from browsers import chromium
 from once import made_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,12 +70,20 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["MODELOPS_CACHE"], ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory: a small random UNet at 32x32 around the real MiniLM. Read only."""
+    """A checkpoint directory: a small random UNet at 32x32, a small random text encoder with the
+    tokenizer of the real one. Read only."""
 
     def make(folder: Path) -> None:
         import torch
+        from transformers import BertConfig, BertModel
 
         from modelops.models.checkpoints import save_pipeline
         from modelops.models.encoders import load_text_encoder
@@ -80,9 +91,15 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         torch.manual_seed(0)
         unet = make_unet(
-            resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,)
-        )
-        tokenizer, text_encoder = load_text_encoder()
+            resolution=32, patch_size=2, channels=32, multipliers=(1, 2), attention_levels=(1,),
+            layers_per_block=1, text_dim=64,
+        )  # fmt: skip
+        tokenizer, _ = load_text_encoder()
+        sizes = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=128,
+        )  # fmt: skip
+        text_encoder = BertModel(sizes).eval()
         pipeline = make_pipeline(unet, tokenizer, text_encoder, patch_size=2, default_steps=4)
         (folder / "step-0").mkdir()
         save_pipeline(pipeline, folder / "step-0")
@@ -114,7 +131,7 @@ def int8_artifact(
         export_int8(
             onnx_artifact, tiny_checkpoint, folder / "int8",
             prompts=["red heart", "dog", "house", "bicycle"],
-            options=Int8Options(steps=6, rows=32, speed_rounds=3, search_seconds=5),
+            options=Int8Options(steps=6, rows=32, speed_rounds=3, search_seconds=3),
             allow=True,  # a network this small is not faster in INT8 for sure
         )  # fmt: skip
 

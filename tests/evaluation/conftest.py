@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from browsers import chromium
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,3 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 # Not for the session: while playwright is open, this thread can start no other event loop.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser

@@ -12,7 +12,7 @@ from typing import Any
 
 from modelops.base.errors import UsageError
 from modelops.demo.budgets import Budget
-from modelops.demo.machine import Rates
+from modelops.demo.machine import BUSY, Rates
 
 PICTURES, PROMPTS, GRID = 3953, 395, 64  # of the corpus, of its test split, of the fixed grid
 CALIBRATION = 256  # altered images with which deduplication judges its threshold
@@ -139,6 +139,11 @@ def make_plan(rates: Rates) -> Plan:
         f"{per_second:.0f} images/s in {precision}: {images:,} images in "
         f"{seconds / 60:.0f} minutes"
     )
+    if rates.others > BUSY:
+        reason += (
+            f"; other processes use {rates.others:.0%} of the cores, and when they have ended, "
+            "a demo in a new directory is planned anew and takes less"
+        )
     return Plan(
         config=recipe.config, policy=recipe.policy, training_seconds=seconds, images=images,
         precision=precision, steps=recipe.steps, rates=rates, reason=reason,
