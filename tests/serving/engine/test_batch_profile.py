@@ -7,7 +7,7 @@ import time
 import pytest
 
 from modelops.serving.engine.batch_profile import (
-    Pace,
+    RowRate,
     measure_profile,
     profile_from_seconds,
     widths,
@@ -93,7 +93,7 @@ def test_every_width_is_warmed_before_it_is_timed() -> None:
 
 
 def test_pace_follows_a_change_and_no_idle_time() -> None:
-    pace = Pace(half_life_s=1.0)
+    pace = RowRate(half_life_s=1.0)
     assert pace.seconds_for(10) == 0.0
     pace.expect(50.0)
     assert pace.seconds_for(100) == pytest.approx(2.0)

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from modelops.base.pixels import pixels_sha256
-from modelops.serving.node.batch_invariance import measure_company, release_proofs
+from modelops.serving.node.batch_invariance import measure_batch_invariance, release_proofs
 from modelops.serving.node.golden import golden_request
 
 
 def test_batches_are_measured_beside_alone_and_offline(tiny_checkpoint: Path) -> None:
-    said = measure_company(tiny_checkpoint, pictures=6)
+    said = measure_batch_invariance(tiny_checkpoint, pictures=6)
     assert said["runtime"] == "torch-cpu"
     assert said["pictures"] == 6
     assert said["widest_rows"] >= 6  # three guided images take two rows each
@@ -34,7 +34,7 @@ def test_a_pipeline_that_depends_on_its_batch_is_found_out(
         return inner(self, latents, *rest) * (1.0 + 0.02 * len(latents))  # type: ignore[arg-type]
 
     monkeypatch.setattr(PixelFlowPipeline, "predict_velocity", depends)
-    said = measure_company(tiny_checkpoint, pictures=4)
+    said = measure_batch_invariance(tiny_checkpoint, pictures=4)
     assert said["company"]["identical"] < 4
     assert said["company"]["max_difference"] > 2
 

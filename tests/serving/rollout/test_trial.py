@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelops.base.errors import UsageError
-from modelops.serving.rollout.looks import Looks, spent
+from modelops.serving.rollout.interim import InterimAnalyses, spent
 from modelops.serving.rollout.trial import OUTCOMES, CanaryRules, Trial, TrialData, log_bound
 from modelops.serving.rollout.verdict import CanaryVerdict, judge
 
@@ -102,7 +102,7 @@ def asked_after_each(
     trial = Trial(rules, clock=clock)
     trial._at_least.extend([0.0] * 60)  # as fast as each other
     trial._at_most.extend([0.0] * 60)
-    looks, found = Looks(trial), []
+    looks, found = InterimAnalyses(trial), []
     for number, (canary, stable) in enumerate(zip(*outcomes, strict=True), 1):
         clock.now += step_s
         trial.count("canary", canary)

@@ -121,7 +121,7 @@ def profile_from_seconds(seconds: dict[int, float], *, widest: int) -> BatchProf
     )
 
 
-class Pace:
+class RowRate:
     """Row-steps per second of a busy engine, everything between two steps included.
 
     Only steps that follow another at once count: an idle engine tells nothing.

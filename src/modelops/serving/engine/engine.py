@@ -22,7 +22,7 @@ import torch
 
 from modelops.base.errors import ModelopsError, ServingError, UsageError
 from modelops.models.request import ImageRequest
-from modelops.serving.engine.batch_profile import BatchProfile, Pace, measure_profile
+from modelops.serving.engine.batch_profile import BatchProfile, RowRate, measure_profile
 from modelops.serving.engine.jobs import MAX_PREVIEWS, Job, Preview, StepReport, job_to_image
 from modelops.serving.engine.queue import JobQueue
 from modelops.serving.engine.step_model import StepModel, Track, step_model
@@ -41,7 +41,7 @@ class StepEngine:
             runtime. The engine owns it until it is closed.
         max_rows: rows of a forward pass, at most (a guided request takes two).
         profile_s: seconds to spend, before the first request, on finding out which widths pay (see
-            `pace.BatchProfile`); 0 takes every width up to max_rows for good.
+            `batch_profile.BatchProfile`); 0 takes every width up to max_rows for good.
         queue_limit: requests that may wait; an empty queue takes a longer list too.
         on_step: called after each network evaluation, in the engine's thread.
         on_wasted: called as (steps, reason) when a request ends unfinished.
@@ -71,7 +71,7 @@ class StepEngine:
         self._failures = 0
         self._step_began: float | None = None
         self._step_ended: float | None = None  # None after an idle moment
-        self._pace = Pace()
+        self._row_rate = RowRate()
         self._profile_s = profile_s
         self.profile = BatchProfile(narrow=max_rows, wide=max_rows, complete=False)
         self._thread = threading.Thread(target=self._run, name="modelops-engine", daemon=True)
@@ -223,7 +223,7 @@ class StepEngine:
             log.exception("the batching profile could not be measured; batches stay narrow")
             self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
             return
-        self._pace.expect(self.profile.rows_per_second(self.profile.wide))
+        self._row_rate.expect(self.profile.rows_per_second(self.profile.wide))
         log.info("batching profile: %s", self.profile)
 
     def _start(self, jobs: list[Job]) -> None:
@@ -270,7 +270,7 @@ class StepEngine:
         self._failures = 0
         ended = time.monotonic()
         if self._step_ended is not None:
-            self._pace.add(width, ended - self._step_ended)
+            self._row_rate.add(width, ended - self._step_ended)
         self._step_ended = ended
         self._on_step(
             StepReport(
@@ -328,4 +328,4 @@ class StepEngine:
     def _backlog_seconds(self) -> float:
         work = sum(job.remaining for job in self._waiting)
         work += sum(track.job.remaining for track in self._running)
-        return self._pace.seconds_for(work)
+        return self._row_rate.seconds_for(work)

@@ -27,7 +27,7 @@ PROMPTS = (
 _MAX_ROWS = 16
 
 
-def measure_company(
+def measure_batch_invariance(
     model_dir: str | Path,
     *,
     pictures: int = 16,
@@ -92,7 +92,7 @@ def release_proofs(
     golden = Path(folder) / GOLDEN_FILE
     said: dict[str, Any] = {
         "golden": make_golden(model_dir, golden, steps=steps, guidance=guidance),
-        "company": measure_company(model_dir, steps=steps, guidance=guidance),
+        "company": measure_batch_invariance(model_dir, steps=steps, guidance=guidance),
     }
     files = {GOLDEN_FILE: golden}
     if fallback is not None:

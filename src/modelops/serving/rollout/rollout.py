@@ -209,9 +209,9 @@ class Rollout:
             self._start(self._drain, slot)
 
     def verdict(self) -> CanaryVerdict | None:
-        """Of the last look at the canary, see `looks`; None without one."""
-        looks = self.slots.looks
-        return None if looks is None else looks.verdict()
+        """Verdict of the last interim analysis of the canary; None without one."""
+        interim = self.slots.interim
+        return None if interim is None else interim.verdict()
 
     def status(self) -> dict[str, Any]:
         """Where the rollout stands, for a person or a program."""
@@ -302,14 +302,14 @@ class Rollout:
         while True:
             with self.slots.changed:
                 self.slots.changed.wait(self._tick_s)
-                looks = self.slots.looks
-                if self._closing.is_set() or self.slots.canary is not slot or looks is None:
+                interim = self.slots.interim
+                if self._closing.is_set() or self.slots.canary is not slot or interim is None:
                     return
             try:
-                verdict = looks.verdict()
+                verdict = interim.verdict()
                 if problems := slot.node.problems():
                     self._decide(slot, "rolled_back_red", f"not well: {'; '.join(problems)}")
-                elif not looks.trial.rules.auto or time.monotonic() < again:
+                elif not interim.trial.rules.auto or time.monotonic() < again:
                     continue
                 elif verdict.answer == "worse":
                     self._decide(slot, "rolled_back_worse", verdict.sentence)

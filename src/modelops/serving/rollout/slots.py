@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from modelops.serving.api import ImagesRequest
-from modelops.serving.rollout.looks import Looks
+from modelops.serving.rollout.interim import InterimAnalyses
 from modelops.serving.rollout.metrics import RolloutMetrics, RunningTotals
 from modelops.serving.rollout.routes import Route, Slot, choose_slot
 
@@ -23,7 +23,7 @@ class Slots:
 
     Attributes:
         stable, canary, draining: who stands where.
-        trial, looks: of the canary; None without one.
+        trial, interim: of the canary; None without one.
         changed: guards all of these, and is notified when one of them or a count changes.
         totals: counters that go on over a promotion.
         metrics: of the rollout.
@@ -34,14 +34,14 @@ class Slots:
         self.canary: Slot | None = None
         self.draining: list[Slot] = []
         self.trial: Trial | None = None
-        self.looks: Looks | None = None
+        self.interim: InterimAnalyses | None = None
         self.changed = threading.Condition()
         self.totals = RunningTotals()
         self.metrics = RolloutMetrics()
         self.metrics.watch(
             share=lambda: 0.0 if (trial := self.trial) is None else trial.rules.share,
             up=lambda: (node := self.canary_node) is not None and not node.problems(),
-            worse=lambda: (looks := self.looks) is not None and looks.worse,
+            worse=lambda: (interim := self.interim) is not None and interim.worse,
         )
 
     @property
@@ -106,16 +106,16 @@ class Slots:
     def about(self) -> dict[str, Any]:
         """Return the nodes and the canary's trial, for a person or a program."""
         with self.changed:
-            stable, canary, looks = self.stable, self.canary, self.looks
+            stable, canary, interim = self.stable, self.canary, self.interim
             node = canary.node if canary else None
             draining = list(self.draining)
-        verdict = looks.verdict() if looks else None
+        verdict = interim.verdict() if interim else None
         about = None
-        if canary is not None and node is not None and looks is not None:
+        if canary is not None and node is not None and interim is not None:
             about = {
-                **canary.about(), **looks.trial.rules.about(), "problems": node.problems(),
-                "so_far": looks.trial.counts(), "measured": looks.trial.measured(),
-                "next_look": looks.next_requests,
+                **canary.about(), **interim.trial.rules.about(), "problems": node.problems(),
+                "so_far": interim.trial.counts(), "measured": interim.trial.measured(),
+                "next_look": interim.next_requests,
             }  # fmt: skip
         return {
             "stable": stable.about(),
@@ -126,7 +126,7 @@ class Slots:
 
     def begin_trial(self, slot: Slot, trial: Trial) -> None:
         """Let a node take its share of the requests. The caller holds `changed`."""
-        self.canary, self.trial, self.looks = slot, trial, Looks(trial)
+        self.canary, self.trial, self.interim = slot, trial, InterimAnalyses(trial)
 
     def promote(self, new: Slot) -> None:
         """Make the canary the stable node; the former one is to be drained."""
@@ -165,5 +165,5 @@ class Slots:
         for slot in (self.stable, self.canary, leaving):
             if slot is not None:
                 slot.node.on_step = None
-        self.canary, self.trial, self.looks = None, None, None
+        self.canary, self.trial, self.interim = None, None, None
         self.draining.append(leaving)

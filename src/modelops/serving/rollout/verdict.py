@@ -10,7 +10,7 @@ filter stopped, and seconds of a network evaluation (as a ratio).
 - better: the same, and one measure is lower by the same tests and correction.
 - undecided: neither has been shown yet.
 
-`judge` is one look at what was counted; `modelops.serving.rollout.looks` says when one is due and
+`judge` is one look at what was counted; `modelops.serving.rollout.interim` says when one is due and
 what it may spend.
 """
 

@@ -26,8 +26,8 @@ log = logging.getLogger("modelops.serving")
 FIRST_LOOK = 20  # requests of the canary
 
 
-class Looks:
-    """The looks at a trial. Thread-safe."""
+class InterimAnalyses:
+    """Interim analyses of a trial. Thread-safe."""
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
