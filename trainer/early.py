@@ -66,7 +66,7 @@ class EarlyChecks:
         self._extractor: Lite0Extractor | None = None
 
     def due(self, step: int, *, validated: bool, training_seconds: float, images: int) -> bool:
-        """Whether a check belongs here.
+        """Return whether a check belongs here.
 
         Args:
             validated: whether the losses were just measured.

@@ -68,7 +68,7 @@ def string_literal(text: str) -> Markup:
 
 
 def finalize(value: Any) -> Any:
-    """What every `{{ expression }}` of a template goes through.
+    """Check and escape the value of a `{{ expression }}`; all of a template's go through this.
 
     Raises:
         ValueError: None or a bare float: a card prints numbers only through `number`.

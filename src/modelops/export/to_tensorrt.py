@@ -198,6 +198,6 @@ def export_tensorrt(
 
 
 def _tell(stages: Stages, name: str, phase: str, done: int, total: int) -> None:
-    """What TensorRT says of a build: its phases lie in each other, with a count each."""
+    """Pass on TensorRT's progress in a build: its phases are nested, with a count each."""
     stages.rename(f"building {name}: {phase}")
     stages.count(done, total)

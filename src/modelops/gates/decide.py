@@ -35,7 +35,7 @@ _HARDER_END = {"at_most": "high", "below": "high", "at_least": "low", "above": "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Finding:
-    """What a criterion came to, before it is written down."""
+    """Result of a criterion, before it is written down."""
 
     answer: Answer
     reason: str

@@ -77,7 +77,7 @@ class Pictures:
         return Picture(src, "", width, height, largest <= SMALL, largest > LARGEST)
 
     def _path(self, place: int, row: Mapping[str, Any]) -> Path | None:
-        """Where the row says, or in older records where prompt and seed lead to one file only."""
+        """Return the path in the row; in older records, the only file of that prompt and seed."""
         named = row.get("image")
         if isinstance(named, str):
             return safe_join(self.workdir, named)

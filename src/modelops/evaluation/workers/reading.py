@@ -55,7 +55,10 @@ FILTER_BATCH = 16  # images in memory at once
 
 
 def extractor_opening(settings: EvaluationSettings, name: str) -> dict[str, Any]:
-    """What `open_reader` makes an extractor of: "lite0", "inception", "clip" or "dinov2".
+    """Return the arguments with which `open_reader` opens an extractor.
+
+    Args:
+        name: "lite0", "inception", "clip" or "dinov2".
 
     Raises:
         EvaluationError: its weights were not given.
@@ -127,7 +130,7 @@ def read_share(share: Share, reader: Extractor | ImageFilter, on_read: OnRead | 
 def check_images(
     image_filter: ImageFilter, paths: Sequence[Path], on_read: OnRead | None = None
 ) -> list[ImageVerdict]:
-    """What a filter says of images, a few of them in memory at a time.
+    """Return a filter's verdicts on images; only a few images are in memory at a time.
 
     Raises:
         SafetyFilterError: the filter failed, or an answer is missing or no answer.

@@ -1,4 +1,4 @@
-"""How fast an engine is: which batch widths pay, and how long a backlog will take."""
+"""Speed of an engine: which batch widths pay, and how long a backlog will take."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Pace:
         self._known_s = 0.0
 
     def expect(self, rate: float) -> None:
-        """What a profile promises, until something was measured."""
+        """Take the rate that a profile promises, until something was measured."""
         if not self._known_s:
             self._rate = rate
 

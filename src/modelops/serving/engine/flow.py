@@ -63,9 +63,10 @@ class FlowTrack:
 
 
 class NetworkInputs:
-    """What the network is called with, in memory that is used again at every step; where it is a
-    graph on the CPU, in the graph's own, so that nothing is copied there. A row's text is written
-    when another one was there before.
+    """Inputs of the network, in memory that every step uses again.
+
+    Where the network is a graph on the CPU this is the graph's own memory, so that nothing is
+    copied there. A row's text is written only if another one was there before.
 
     Args:
         width: rows, of which the last may be there only because the network wants so many.

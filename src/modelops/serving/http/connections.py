@@ -31,7 +31,7 @@ SPARE_HANDLES = 128  # for the model, the logs, and the files that an image is s
 
 @dataclass(slots=True)
 class ClientLimits:
-    """What one client, and all of them together, may hold.
+    """Limits of one client, and of all clients together.
 
     Attributes:
         timeout_s: seconds for a request's head, or without a byte of the answer being read.

@@ -1,4 +1,4 @@
-"""How often a caller may ask: two token buckets per key, for requests and for images.
+"""Rate limits of a caller: two token buckets per key, for requests and for images.
 
 A bucket holds a minute's worth and refills evenly, so a caller that was quiet may send a minute's
 worth at once; over any longer time t it gets at most rate x (t + 60 s). The workers of a node share
@@ -71,7 +71,7 @@ _NONE = TokenBucket(rate=0.0, level=0.0, at=0.0)
 
 
 class BucketStore(Protocol):
-    """Where buckets are kept."""
+    """Store of the buckets."""
 
     def of(self, caller: str) -> AbstractContextManager[Buckets]:
         """A caller's buckets, nobody else's within the block; changes are kept at its end."""

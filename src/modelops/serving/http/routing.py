@@ -55,7 +55,7 @@ async def through_routes(
     *,
     begun: Callable[[], bool] = lambda: False,
 ) -> T:
-    """What `attempt` returns on the request's route, or on the stable one when a canary failed it.
+    """Run `attempt` on the request's route, or on the stable one when a canary failed it.
 
     Args:
         begun: whether the client has seen something of it, so that it cannot be made again.

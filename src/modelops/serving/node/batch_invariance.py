@@ -1,4 +1,4 @@
-"""How far an image made in a batch is from the same image made alone: what a release states.
+"""Batch invariance: how far an image made in a batch is from the same image made alone.
 
 A runtime picks its kernels by the number of rows, and they round differently. So an image may
 depend a little on the requests that happen to run beside it. How much is measured here, with the
@@ -86,9 +86,10 @@ def release_proofs(
     guidance: float | None = None,
     fallback: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What a release says about serving its model: for `build_release`, `defaults` (the golden
-    image and what company does) and `extra_files` (the image, and that of the fallback if there
-    is one, which are written to `folder`)."""
+    """Make a release's proofs about serving its model. For `build_release`: `defaults` (the golden
+    image and the batch invariance) and `extra_files` (the image, and that of the fallback if there
+    is one, which are written to `folder`).
+    """
     golden = Path(folder) / GOLDEN_FILE
     said: dict[str, Any] = {
         "golden": make_golden(model_dir, golden, steps=steps, guidance=guidance),

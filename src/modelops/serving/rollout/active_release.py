@@ -1,4 +1,4 @@
-"""Which release stands: a folder of releases, and the file in it that a restart goes by.
+"""Active release: a folder of releases, and the file in it that a restart reads.
 
 RELEASES/
   pilot-1/  pilot-2/  ...   releases
@@ -118,7 +118,7 @@ def release_to_serve(path: str | Path) -> Path:
 
 
 def release_from_environment(environment: Mapping[str, str] = os.environ) -> Path:
-    """What MODELOPS_RELEASE names, else the release that stands in MODELOPS_RELEASES.
+    """Return the release in MODELOPS_RELEASE, else the active one of MODELOPS_RELEASES.
 
     Raises:
         UsageError: neither is set, or see `release_to_serve`.

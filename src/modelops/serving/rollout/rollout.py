@@ -214,7 +214,7 @@ class Rollout:
         return None if looks is None else looks.verdict()
 
     def status(self) -> dict[str, Any]:
-        """Where the rollout stands, for a person or a program."""
+        """Return the state of the rollout, for a person or a program."""
         about, last = self.slots.about(), self._last_verdict
         loading = self._loading
         return {

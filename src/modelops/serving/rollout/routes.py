@@ -1,4 +1,4 @@
-"""Which of a rollout's nodes makes a request, and how that ended."""
+"""Routes: the node of a rollout that makes a request, and how that ended."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Route:
         self._error: BaseException | None = None
 
     def note(self, error: BaseException) -> None:
-        """What ended it without an image."""
+        """Note the error that ended the request without an image."""
         self._error = self._error or error
 
     def outcome(self) -> str:
@@ -79,8 +79,9 @@ class Route:
         return "rejected" if error.status == 429 else "client_error"
 
     def may_be_rescued(self, error: BaseException) -> bool:
-        """Whether the stable release should make it instead: chance dealt it to a canary, and that
-        failed or had no room."""
+        """Return whether the stable release should make it instead: chance dealt it to a canary,
+        and that failed or had no room.
+        """
         if self.arm != "canary" or not self.dealt:
             return False
         if isinstance(error, ApiError):

@@ -96,7 +96,7 @@ class DriftLog:
         self._thread.start()
 
     def takes(self, request_id: str) -> bool:
-        """Whether a request is in the sample; the same answer for the same id in this process.
+        """Return whether a request is in the sample; the same for the same id in this process.
 
         Nobody can choose an id that is in or out, as the key is not known; but a client that sends
         one id for all its requests is in or out as a whole.

@@ -206,7 +206,7 @@ def redact(text: str, prompts: list[str]) -> str:
 
 
 def log_prompts(environment: Mapping[str, str]) -> bool:
-    """Whether prompts are to be logged.
+    """Return whether prompts are to be logged.
 
     Raises:
         UsageError: the variable says neither yes nor no.
