@@ -29,10 +29,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     show_default=True,
     callback=_numbers,
     metavar="N,N",
-    help="Images made together; of a service, requests at once.",
+    help="Numbers of images made together; for a service, of concurrent requests.",
 )
 @click.option(
-    "--threads", callback=_numbers, metavar="N,N", help="CPU threads.  [default: all cores]"
+    "--threads",
+    callback=_numbers,
+    metavar="N,N",
+    help="Numbers of CPU threads to measure with.  [default: all cores]",
 )
 @click.option(
     "--steps",
@@ -40,7 +43,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     default=8,
     show_default=True,
     metavar="INT",
-    help="Sampling steps.",
+    help="Number of sampling steps.",
 )
 @click.option(
     "--rounds",
@@ -48,24 +51,26 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     default=5,
     show_default=True,
     metavar="INT",
-    help="Interleaved repetitions.",
+    help="Number of interleaved repetitions.",
 )
 @click.option(
     "--runtime",
     default="auto",
     show_default=True,
-    help="Of artifacts: auto, onnxruntime, openvino.",
+    help="Runtime of exported artifacts: auto, onnxruntime or openvino.",
 )
 @click.option(
-    "--device", default="cpu", show_default=True, help="Of checkpoints: cpu, cuda, cuda:1."
+    "--device", default="cpu", show_default=True, help="Device of checkpoints: cpu, cuda, cuda:1."
 )
 @click.option(
     "--baseline",
     metavar="CHECKPOINT",
-    help="Compare with this one.  [default: those that the artifacts were made from]",
+    help="Checkpoint to compare with.  [default: those that the artifacts were made from]",
 )
 @click.option(
-    "--no-compile", is_flag=True, help="Without torch.compile, which may compile for minutes."
+    "--no-compile",
+    is_flag=True,
+    help="Do not measure torch.compile, which may compile for minutes.",
 )
 @output.json_option
 def bench(
