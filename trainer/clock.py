@@ -25,7 +25,7 @@ class Clock:
 
     Attributes:
         costs: kept up to date while the run goes on.
-        reserve: seconds that work outside the plan (checks at their own pace) may still take.
+        reserve: seconds that work outside the plan (checks at their own intervals) may still take.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""report.md and loss.png: what a person looks at when a run is over."""
+"""Report of a finished run for a person: report.md and loss.png."""
 
 from __future__ import annotations
 

@@ -87,10 +87,10 @@ def bench(
 ) -> None:
     """Measure checkpoints, artifacts and endpoints side by side.
 
-    The sources take turns, so that a busy machine slows all of them alike. Beside an artifact
-    stands the checkpoint it was made from, in eager torch and under torch.compile, and speed-ups
-    are over that eager torch; where no checkpoint is found, over the first source. A first call,
-    which may compile, is not part of the timing and is printed beside it.
+    The sources take turns, so that a busy machine slows all of them alike. An artifact is compared
+    with the checkpoint it was made from, in eager torch and under torch.compile. Speed-ups are over
+    that eager torch or, where no checkpoint is found, over the first source. The first call, which
+    may compile, is not part of the timing and is printed beside it.
 
     \b
     Example:
@@ -103,7 +103,7 @@ def bench(
     from modelops.evaluation.sources.open import open_source
     from modelops.export.bench import bench_sources, make_contenders
 
-    with output.progress("opening", quiet=as_json) as on_progress:
+    with output.progress("loading", quiet=as_json) as on_progress:
         contenders, notes = make_contenders(
             sources, open_source=partial(open_source, device=device), runtime=runtime,
             baseline=baseline, with_compile=not no_compile,

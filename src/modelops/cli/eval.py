@@ -203,7 +203,7 @@ def evaluate(
     }
     opened, workers = open_with_workers(opening, processes)
     try:
-        with progress("opening", quiet=as_json) as shown:
+        with progress("loading", quiet=as_json) as shown:
             record = run(
                 opened, settings, out_path=out, workers=workers,
                 on_progress=shown, on_stage=shown.stage,

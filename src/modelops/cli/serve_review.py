@@ -58,7 +58,7 @@ def review(
     """List what was blocked and put into the quarantine DIR, show ID, or decide.
 
     A node writes there when it is served with --quarantine DIR. Decisions are appended to
-    DIR/decisions.jsonl, with who and why; the last one on an entry stands. The summary says how
+    DIR/decisions.jsonl, with who and why; the last one on an entry counts. The summary says how
     many blocks were false alarms, with a 95 % interval. It knows nothing of what a filter let
     through.
 

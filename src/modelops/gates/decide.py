@@ -136,7 +136,7 @@ def _find(
 
 
 def describe_bound(criterion: PolicyCriterion) -> str:
-    """The bound in a few signs, such as `≤ 0.5 × early` or `> 0 (low end)`."""
+    """Format the bound in a few characters, such as `≤ 0.5 × early` or `> 0 (low end)`."""
     if criterion.parity is not None:
         checks = "all checks" if criterion.parity == "all" else ", ".join(criterion.parity)
         return f"{checks} passed"

@@ -65,7 +65,7 @@ class NodeSettings:
         drift_log_mb: megabytes of that folder, at most; the oldest rows go first.
 
     Raises:
-        UsageError: a word that is none of its setting's, too few rows, or a share that is none.
+        UsageError: invalid choice, max_rows too small, or a share outside (0, 1].
     """
 
     max_rows: int = 16

@@ -58,7 +58,7 @@ class Pictures:
             return Picture(missing=f"failed: {row['failure']}")
         try:
             path = self._path(place, row)
-        except (ModelopsError, ValueError):  # a ValueError: signs that have no bytes
+        except (ModelopsError, ValueError):  # a ValueError: characters that have no bytes
             path = None
         if path is None or not path.is_file():
             return Picture(missing="no longer in the samples folder")

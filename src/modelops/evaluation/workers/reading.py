@@ -78,8 +78,8 @@ def extractor_opening(settings: EvaluationSettings, name: str) -> dict[str, Any]
 
 
 def open_reader(opening: Mapping[str, Any]) -> Any:
-    """An extractor, by what `extractor_opening` says of it; or an image filter, by {"filter": its
-    name, "threshold": score}.
+    """Open an extractor from the arguments that `extractor_opening` returned, or an image filter
+    from {"filter": its name, "threshold": score}.
 
     Raises:
         ModelopsError: its weights are not there, or not what they should be.
@@ -273,7 +273,7 @@ def _remove(parts: Sequence[Path]) -> None:
 def failure_of(
     share: Share, reader: Extractor | ImageFilter | None = None, on_read: OnRead | None = None
 ) -> Failure | None:
-    """Read a share, with a reader that is opened if none is given; why not, if it could not be."""
+    """Process one share; return its failure, or None. Opens the reader if none is given."""
     try:
         read_share(share, reader or _opened(json.dumps(dict(share.reader))), on_read)
     except ModelopsError as error:
@@ -307,10 +307,10 @@ def real_features_by_workers(
     evaluation's own.
 
     Args:
-        images: the real images.
+        pictures: the real images.
         extractor: the one that reads them.
-        own_cache: the evaluation's own folder.
-        use_cache: whether the one beside the manifest may be used.
+        own_cache: the evaluation's own cache folder.
+        use_cache: whether the cache beside the manifest may be used.
         divide: has files with these digests read; returns files of features, in order.
     """
     n, dim = len(pictures.samples), extractor.dim

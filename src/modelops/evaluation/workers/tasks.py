@@ -114,17 +114,20 @@ class Workers(Protocol):
         """
 
     def check(self) -> None:
-        """Raises ProcessDiedError if another process died."""
+        """Raise ProcessDiedError if another process died."""
 
     def collect(self, own: Sequence[Outcome]) -> list[Outcome]:
-        """Wait for the others; the outcomes of all. In the ranks after the first it does not
-        return: they read what the first one wants read, and end with it."""
+        """Wait for the other ranks and return all outcomes.
+
+        It returns in the first rank only. The other ranks then read the shares that the first
+        one hands out, and end when it ends.
+        """
 
     def read(self, shares: Sequence[Share], own: Callable[[Share], Failure | None]) -> None:
         """Have each share read by a process of its own, the first by this one.
 
         Args:
-            own: reads this process's share; says why not, if it could not.
+            own: reads this process's share; returns its failure, or None.
 
         Raises:
             EvaluationError: what one process alone could not have measured either.

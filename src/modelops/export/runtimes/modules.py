@@ -108,7 +108,7 @@ class ExportedModule:
 
 
 class ExportedControl(ExportedModule):
-    """Passes for the class it stands for: ControlNet pipelines ask which one they were given."""
+    """Stand-in that passes for the original class, which ControlNet pipelines check."""
 
     @property
     def __class__(self) -> Any:

@@ -93,13 +93,13 @@ class NetworkInputs:
         self._overwritten = -1
 
     def put_latents(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Write at most `width` rows [1, C, h, w]; returns all rows, [width, C, h, w]."""
+        """Write at most `width` rows [1, C, h, w]; return all rows, [width, C, h, w]."""
         torch.cat(list(rows), out=self._latents[: len(rows)])
         return self._latents
 
     def put_texts(self, texts: Sequence[Text]) -> list[torch.Tensor]:
-        """Write at most `width` texts, the last of them into what is left too; returns pooled,
-        tokens and mask of all rows."""
+        """Write at most `width` texts and pad with the last one; return pooled, tokens and mask of
+        all rows."""
         overwritten = getattr(self._graph, "overwritten", 0)
         if overwritten != self._overwritten:  # by somebody else's call of the graph
             self._written, self._overwritten = [None] * self.width, overwritten

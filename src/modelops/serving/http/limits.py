@@ -32,7 +32,7 @@ IMAGES_VARIABLE = "MODELOPS_IMAGES_PER_MINUTE"
 MINUTE_S = 60.0
 MAX_CALLERS = 10_000
 _WHAT = ("requests", "images")
-_LOCK_S = 0.5  # it is held for microseconds, unless its process stands still
+_LOCK_S = 0.5  # it is held for microseconds, unless its process hangs
 
 
 class RateLimitError(ModelopsError):
@@ -106,7 +106,7 @@ class OwnBuckets:
 class SharedBuckets:
     """Buckets of the workers of a node: one small file for each caller, locked while it is used.
 
-    A killed worker lets its locks go. One that stands still within the block keeps that caller
+    A killed worker lets its locks go. One that hangs within the block keeps that caller
     out: RateLimitError rather than no limit. Where the files cannot be written, each worker counts
     by itself.
     """

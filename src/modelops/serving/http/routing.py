@@ -102,7 +102,7 @@ class _UnsaidError(Exception):
 class RoutedStream(Response):
     """An `ImageStream` on the request's route; before its first event a canary can be rescued.
 
-    Keep-alive comments are no events: who waits for a canary that stands still has seen some.
+    Keep-alive comments are no events: a client that waits for a canary that hangs has seen some.
     """
 
     def __init__(

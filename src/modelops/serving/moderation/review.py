@@ -213,7 +213,7 @@ def decide(
 
 
 def last_decisions(decisions: Iterable[Decision]) -> dict[str, Decision]:
-    """{entry: the decision that stands}: the last one, whoever made it."""
+    """Return {entry: its valid decision}: the last one, whoever made it."""
     return {decision.entry: decision for decision in decisions}
 
 

@@ -47,9 +47,10 @@ def measure_company(
         runtime: of an exported artifact.
 
     Returns:
-        `runtime`, `pictures`, `widest_rows` that were seen, and for `company` (in batches, beside
-        alone) and `offline` (in batches, beside the pipeline that was evaluated): `identical`
-        images, `max_difference` and `mean_difference` in grey levels of 255.
+        `runtime`, `precision`, `pictures`, and `widest_rows`, the widest batch that was seen. For
+        `company` (in batches against alone) and `offline` (in batches against the pipeline that
+        was evaluated): `identical` images, `max_difference` and `mean_difference` in grey levels
+        of 255.
     """
     from modelops.serving.engine.engine import StepEngine
     from modelops.serving.node.load import open_model

@@ -198,7 +198,7 @@ def replay_recipe(
         image: the image that was sent; needed to say how far pixels that differ are.
         runtime: in place of the one that made it.
         tolerance: levels of 255 that count as "within tolerance"; when not given, as many as the
-            release states that company may change an image.
+            release states for images made in batches.
 
     Raises:
         IntegrityError: `image` is not the image that the recipe is about.

@@ -39,7 +39,7 @@ class Looks:
 
     @property
     def worse(self) -> bool:
-        """The last look that was made said so; makes none."""
+        """Return whether the last verdict was "worse"; makes none."""
         return (found := self._standing) is not None and found.answer == "worse"
 
     @property

@@ -117,8 +117,8 @@ def choose_slot(
             return stable, False
         who = key if rules.sticky == "key" and key else identity
         dealt = draw(canary.node.release_sha256, who) < rules.share
-        # One that has turned red is on its way out; the stable one's share is no sample of chance
-        # while it stands in.
+        # A canary that has turned red is on its way out. Requests that the stable one makes in its
+        # place are no random sample.
         if dealt and canary.node.problems():
             return stable, False
         return (canary if dealt else stable), True

@@ -1,6 +1,6 @@
-"""The drift log: what a share of the requests looked like, for `modelops monitor`.
+"""Drift log: features and scores of a share of the requests, for `modelops monitor`.
 
-    request ─▶ sampled? ─▶ bounded queue ─▶ features, in a slow lane ─▶ drift-*.jsonl
+    request ─▶ sampled? ─▶ bounded queue ─▶ features, in a slow thread ─▶ drift-*.jsonl
 
 No image and nothing of a prompt's text is kept. A request never waits: what the queue cannot take
 is dropped and counted, and a full disk loses lines, not requests.
