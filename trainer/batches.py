@@ -1,4 +1,4 @@
-"""What a step is trained on, as a pure function of (seed, position in the run).
+"""Training data of a step, as a pure function of (seed, position in the run).
 
 Sample k of a run (k = step * effective batch + place in the batch) is the same image with the
 same noise, flip and caption drop whether the run was killed and resumed, split over more processes,
@@ -74,7 +74,7 @@ class TrainingBatches:
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
 
     def step_to_indices(self, step: int) -> npt.NDArray[np.int64]:
-        """Which images step `step` (from 0) is trained on, [effective batch]."""
+        """Return the images that step `step` (from 0) is trained on, [effective batch]."""
         positions = np.arange(step * self.effective_batch, (step + 1) * self.effective_batch)
         epochs, places = np.divmod(positions, len(self.pictures))
         return np.array(

@@ -25,7 +25,7 @@ class Clock:
 
     Attributes:
         costs: kept up to date while the run goes on.
-        reserve: seconds that work outside the plan (checks at their own pace) may still take.
+        reserve: seconds that work outside the plan (checks at their own intervals) may still take.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Clock:
         return seconds
 
     def rhythm(self, total: int, early: int) -> Rhythm:
-        """What is due when in a run of `total` steps with the early checkpoint at `early`."""
+        """Plan the work of a run of `total` steps with the early checkpoint at `early`."""
         return make_rhythm(self.config, total, early_step=early, costs=self.costs, limit=self.limit)
 
     def total_steps(self, step: int, rhythm: Rhythm | None) -> int:

@@ -66,7 +66,7 @@ class EarlyChecks:
         self._extractor: Lite0Extractor | None = None
 
     def due(self, step: int, *, validated: bool, training_seconds: float, images: int) -> bool:
-        """Whether a check belongs here.
+        """Return whether a check belongs here.
 
         Args:
             validated: whether the losses were just measured.
@@ -94,7 +94,7 @@ class EarlyChecks:
         return LOADING_S + passes * per_image + PICTURE_S * pictures
 
     def reserve(self, limit: float, per_image: float) -> float:
-        """Seconds that checks at their own pace may still take in a run of `limit` seconds."""
+        """Return the seconds that these checks may still take in a run of `limit` seconds."""
         if self.broken or self.config.training.early_check_every_steps is not None:
             return 0.0
         left = SHARE * limit - self.spent

@@ -14,7 +14,7 @@ _SPELLINGS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out."""
+    """Return whether an exception means that memory ran out."""
     if isinstance(error, MemoryError):
         return True
     if not isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one

@@ -69,7 +69,7 @@ class PictureSet:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """What a run reads: the splits, and the samples left out with the reason."""
+    """Images that a run reads: the splits, and the samples left out with the reason."""
 
     train: PictureSet
     validation: PictureSet | None

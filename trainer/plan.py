@@ -118,7 +118,7 @@ class Rhythm:
         return self.grids is not None and (step % self.grids == 0 or step >= self.total)
 
     def counts(self, step: int) -> dict[str, int]:
-        """How often each kind of work is due after `step`, up to the last step."""
+        """Count how often each kind of work is due after `step`, up to the last step."""
         total = self.total
 
         def times(every: int) -> int:
@@ -139,7 +139,7 @@ class Rhythm:
 def make_rhythm(
     config: TrainConfig, total: int, *, early_step: int, costs: Costs, limit: float | None
 ) -> Rhythm:
-    """What the config asks for in a run of `total` steps.
+    """Make the rhythm that the config asks for in a run of `total` steps.
 
     With a time limit, what it leaves open is done as often as the measured costs allow: validations
     take at most a tenth of the time of the steps, and grids a tenth of the limit.

@@ -47,7 +47,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What measuring one precision gave.
+    """Result of measuring one precision.
 
     Attributes:
         seconds: of one optimizer step; inf where memory ran out.

@@ -1,4 +1,4 @@
-"""report.md and loss.png: what a person looks at when a run is over."""
+"""Report of a finished run for a person: report.md and loss.png."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ SIGNIFICANT = 0.02
 
 
 def loss_trend(losses: Sequence[float]) -> Literal["down", "flat", "up", "unknown"]:
-    """Whether logged losses fall: the last third against the first, by a rank test (p ≤ 0.02).
+    """Return the trend of logged losses, the last third against the first.
+
+    By a rank test (p ≤ 0.02).
 
     "unknown" below twelve values.
     """

@@ -1,4 +1,4 @@
-"""What this machine can do: devices, runtimes, extras, conflicts, caches, disk."""
+"""Report on this machine: devices, runtimes, extras, conflicts, caches, disk."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _torch() -> list[Finding]:
 
 
 def _arithmetic() -> list[Finding]:
-    """Which numbers this processor multiplies in hardware, and what is chosen for it."""
+    """Find the number formats that this processor multiplies in hardware, and the choice for it."""
     try:
         from modelops.base.processor import this_processor
 
@@ -120,8 +120,9 @@ def _arithmetic() -> list[Finding]:
 
 
 def _bfloat16_speed() -> float:
-    """How many times as fast a product of matrices is in bf16 as in fp32: the best of nine each,
-    in turns."""
+    """Measure the speed of a matrix product in bf16 relative to fp32: the best of nine runs each,
+    in turns.
+    """
     import time
 
     import torch

@@ -75,7 +75,7 @@ class HealthFromNode:
 )
 @bentoml.asgi_app(app, path="/")
 class ImageGenerator:
-    """Serves the release named by MODELOPS_RELEASE, or the one that stands in MODELOPS_RELEASES."""
+    """Service of the release in MODELOPS_RELEASE, or of the active one in MODELOPS_RELEASES."""
 
     def __init__(self) -> None:
         from modelops.serving.node.node import InferenceNode
@@ -108,7 +108,7 @@ class ImageGenerator:
 
     @bentoml.on_startup
     async def meet_the_others(self) -> None:
-        """Answer the other workers' questions, and ask them."""
+        """Start the peer socket, on which workers answer each other's questions."""
         if self.worker.count > 1:
             app.state.peers = Peers(
                 self.worker, node=lambda: self.rollout.stable, text=self.rollout.text
@@ -118,7 +118,7 @@ class ImageGenerator:
     @bentoml.on_deployment
     @staticmethod
     def check_the_start() -> None:
-        """Runs once before any worker starts, so that a bad release, key or setting ends the
+        """Check once, before any worker starts, so that a bad release, key or setting ends the
         command; a worker that cannot start is started again for ever."""
         from modelops.serving.deploy.start import check_the_start
 

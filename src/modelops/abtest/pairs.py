@@ -63,7 +63,9 @@ def open_side(path: str | Path) -> Side:
 
 
 def sampling_differences(a: Side, b: Side) -> dict[str, str]:
-    """What differs between two samplings, {key: "ours against theirs"}; empty when alike."""
+    """Return the differences of two samplings, {key: "ours against theirs"}; empty if they are
+    alike.
+    """
     found = {
         key: f"{a.sampling.get(key, 'absent')} against {b.sampling.get(key, 'absent')}"
         for key in sorted({*a.sampling, *b.sampling})

@@ -71,14 +71,14 @@ class Session:
         self._orders: OrderedDict[str, list[Showing]] = OrderedDict()
 
     def about(self) -> dict[str, Any]:
-        """What the page shows before a rater gives a name."""
+        """Content of the page before a rater gives a name."""
         return {
             "title": self.study.title, "question": self.study.question,
             "total": len(self.study.trials),
         }  # fmt: skip
 
     def state(self, rater: str) -> dict[str, Any]:
-        """What the rater's page shows."""
+        """Content of the rater's page."""
         with self._lock:
             return self._state(clean_rater(rater))
 

@@ -208,7 +208,7 @@ def _alpha(coincidences: Floats, levels: Floats, level: Level) -> Floats:
 
 
 def _weights(generator: np.random.Generator, n: int, resamples: int) -> Floats:
-    """How often each of n units is drawn in each resample, [B, n]."""
+    """Draw how often each of n units is in each resample, [B, n]."""
     return generator.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
 
 

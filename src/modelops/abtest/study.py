@@ -62,7 +62,7 @@ class Study(Record):
 
 
 class TrialKey(_Model):
-    """What a trial is: a pair's first or second showing, or an attention check.
+    """Kind of a trial: the first or second showing of a pair, or an attention check.
 
     `expected` is the image that an attentive rater prefers in a check.
     """

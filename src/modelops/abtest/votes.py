@@ -114,7 +114,7 @@ def standing_votes(votes: Iterable[Vote]) -> dict[str, list[Vote]]:
     """Votes that were not taken back, {rater: in their order}.
 
     Raises:
-        IntegrityError: a trial has two standing votes of one rater, or an undo takes back nothing.
+        IntegrityError: a trial has two valid votes of one rater, or an undo takes back nothing.
     """
     found: dict[str, list[Vote]] = {}
     for vote in votes:

@@ -1,4 +1,4 @@
-"""What a measurement was made with: versions, commit, hardware. Imports no torch by itself."""
+"""Environment of a measurement: versions, commit, hardware. Imports no torch by itself."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EXTRA_OF_MODULE = {
 
 
 def has_module(name: str) -> bool:
-    """Whether `name` can be imported, without importing it."""
+    """Return whether `name` can be imported, without importing it."""
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):

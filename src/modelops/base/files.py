@@ -165,7 +165,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a YAML mapping. A key that stands twice is refused (YAML would keep the last).
+    """Read a YAML mapping. A key that occurs twice is refused (YAML would keep the last).
 
     Raises:
         UsageError: the file is missing, unreadable or not UTF-8.

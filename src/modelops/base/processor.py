@@ -48,12 +48,12 @@ class Processor:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether oneDNN multiplies bfloat16 in hardware; it is emulated elsewhere, slowly."""
+        """Return whether oneDNN multiplies bfloat16 in hardware, and does not emulate it slowly."""
         return "bf16" in self.features and self._allows(_WITH_BF16)
 
     @property
     def sums_saturate(self) -> bool:
-        """Whether INT8 kernels may add pairs of products in 16 bits, which 8-bit weights overflow.
+        """Return whether INT8 kernels may add pairs of products in 16 bits, which can overflow.
 
         True of x86 processors without VNNI; there only 7-bit weights are sure to be exact.
         """

@@ -46,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """How a step went. `seconds` is the time of the run that made the outputs."""
+    """Result of a step. `seconds` is the time of the run that made the outputs."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""What no record can say: purpose, limits and licences in the words of the people responsible."""
+"""Facts that are in no record: purpose, limits and licences, written by the people responsible."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def _artifact(name: str, file: InputRef, record: ArtifactRecord) -> dict[str, An
 
 
 def _layers(record: ArtifactRecord) -> dict[str, Any] | None:
-    """What each group of layers runs in, and why; None if that was not searched."""
+    """Return the precision of each group of layers and its reason; None if no search was made."""
     search = record.calibration.get("search")
     if not search:
         return None

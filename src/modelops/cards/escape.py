@@ -11,13 +11,13 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-_KEPT_FORMAT_SIGNS = {"\u200d"}  # joins emoji; other invisible signs can turn a line around
-# What makes a line a heading, an item, a rule or an underline when it stands first.
+_KEPT_FORMAT_SIGNS = {"\u200d"}  # joins emoji; other invisible characters can reverse a line
+# Characters that make a line a heading, an item, a rule or an underline when they come first.
 _LEADING = re.compile(r"^(#{1,6}(?= |$)|[+-](?= |$)|-{3,}|=+$|\d+(?=[.)](?: |$)))")
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, without control signs and without signs that change reading direction."""
+    """Put `text` on one line, without characters that control or change the reading direction."""
     signs = []
     for sign in text:
         category = unicodedata.category(sign)
@@ -68,7 +68,7 @@ def string_literal(text: str) -> Markup:
 
 
 def finalize(value: Any) -> Any:
-    """What every `{{ expression }}` of a template goes through.
+    """Check and escape the value of a `{{ expression }}`; all of a template's go through this.
 
     Raises:
         ValueError: None or a bare float: a card prints numbers only through `number`.

@@ -113,7 +113,7 @@ def check_model_front_matter(text: str, expected_results: int) -> None:
 
 
 def count_results(evaluations: list[Measured]) -> int:
-    """How many results the front matter should hold."""
+    """Count the results that the front matter should hold."""
     return sum(
         measurement_in(item, key).value is not None
         for item in released_evaluations(evaluations)

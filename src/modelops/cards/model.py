@@ -46,7 +46,7 @@ def write_model_card(
         verdict: verdict.json.
         split, dedup: records of the data.
         config: the run's frozen config; by default config.json beside train.json, when there.
-        images: what it shows -> image. The first stands at the top (the grid).
+        images: what it shows -> image. The first is at the top (the grid).
         about: purpose, limits and licences; by default those of OpenMoji.
         dataset_card: is linked.
         force: replace a file that is not such a card.

@@ -123,7 +123,7 @@ def slice_rows(evaluations: list[Measured]) -> list[dict[str, Markup]]:
 
 
 def copying_lines(evaluations: list[Measured]) -> list[Markup]:
-    """What each evaluation concludes about copying and overfitting."""
+    """Return the conclusions of each evaluation about copying and overfitting."""
     lines = []
     for item in evaluations:
         verdict = item.record.memorization

@@ -36,21 +36,23 @@ def abtest() -> None:
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
-              metavar="DIR", help="The study; must not hold anything yet.")  # fmt: skip
+              metavar="DIR", help="Folder of the study; empty or not there yet.")  # fmt: skip
 @click.option("-n", type=click.IntRange(1), default=100, show_default=True,
-              help="Pairs, chosen by the seed.")  # fmt: skip
-@click.option("--all", "take_all", is_flag=True, help="Show every pair; -n does not count.")
+              help="Number of pairs to show; the seed chooses them.")  # fmt: skip
+@click.option("--all", "take_all", is_flag=True, help="Show every pair; -n is then ignored.")
 @click.option("--repeat", type=click.FloatRange(0, 1), default=0.2, show_default=True,
-              metavar="SHARE", help="Show so many of the pairs again, sides swapped.")  # fmt: skip
+              metavar="SHARE",
+              help="Share of the pairs that are shown again with sides swapped.")  # fmt: skip
 @click.option("--attention", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-              help="Checks with a scrambled image.")  # fmt: skip
+              help="Number of attention checks, each with a scrambled image.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**53 - 1),
-              help="Of choice and sides; lifts the blind.  [default: random]")  # fmt: skip
-@click.option("--title", default="Which is better?", show_default=True, help="Heads the page.")
+              help="Seed for choosing pairs and sides. Whoever knows it is no longer blind.  "
+              "[default: random]")  # fmt: skip
+@click.option("--title", default="Which is better?", show_default=True, help="Title of the page.")
 @click.option("--question", default="Which image shows the prompt better?", show_default=True,
-              help="What raters are asked.")  # fmt: skip
+              help="Question that raters are asked.")  # fmt: skip
 @click.option("--allow", type=click.Choice(["steps", "guidance"]), multiple=True,
-              help="May differ between A and B; can be given twice.")  # fmt: skip
+              help="Setting that may differ between A and B. Repeatable.")  # fmt: skip
 @dry_run_option
 @json_option
 def build(
@@ -87,7 +89,7 @@ def build(
 @_STUDY
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True,
-              help="Port to listen on; 0 takes any free one.")  # fmt: skip
+              help="Port to listen on; 0 takes any free port.")  # fmt: skip
 @json_option
 def serve(directory: Path, host: str, port: int) -> None:
     """Serve the study in DIR to raters, until Ctrl-C.
@@ -135,19 +137,20 @@ def serve(directory: Path, host: str, port: int) -> None:
 @abtest.command()
 @_STUDY
 @click.option("--key", "key_path", type=_PATH, metavar="FILE",
-              help="The study's key.  [default: DIR/key.json]")  # fmt: skip
+              help="Key of the study: which image is whose.  [default: DIR/key.json]")  # fmt: skip
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="The record to write.  [default: DIR/abtest.json]")  # fmt: skip
+              help="Record to write.  [default: DIR/abtest.json]")  # fmt: skip
 @click.option("--min-attention", type=click.FloatRange(0, 1), default=0.0, show_default=True,
-              metavar="SHARE", help="Leave out raters who pass fewer checks.")  # fmt: skip
+              metavar="SHARE",
+              help="Leave out raters who pass a smaller share of the checks.")  # fmt: skip
 @click.option("--require", type=click.Choice(["better", "not-worse"]),
-              help="Exit 3 if B is not, 4 if that cannot be said.")  # fmt: skip
+              help="Exit with 3 if B is not, or with 4 if the votes do not decide it.")  # fmt: skip
 @click.option("--margin", type=click.FloatRange(0, 0.5, max_open=True), default=0.05,
-              show_default=True, help="Of the win rate, for not-worse.")  # fmt: skip
+              show_default=True, help="Margin of the win rate for `not-worse`.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
-              help="Of the resampling.")  # fmt: skip
+              help="Seed of the bootstrap resampling.")  # fmt: skip
 @click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True,
-              help="Bootstrap resamples.")  # fmt: skip
+              help="Number of bootstrap resamples.")  # fmt: skip
 @json_option
 def score(
     directory: Path, key_path: Path | None, out: Path | None, min_attention: float,

@@ -29,10 +29,13 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     show_default=True,
     callback=_numbers,
     metavar="N,N",
-    help="Images made together; of a service, requests at once.",
+    help="Numbers of images made together; for a service, of concurrent requests.",
 )
 @click.option(
-    "--threads", callback=_numbers, metavar="N,N", help="CPU threads.  [default: all cores]"
+    "--threads",
+    callback=_numbers,
+    metavar="N,N",
+    help="Numbers of CPU threads to measure with.  [default: all cores]",
 )
 @click.option(
     "--steps",
@@ -40,7 +43,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     default=8,
     show_default=True,
     metavar="INT",
-    help="Sampling steps.",
+    help="Number of sampling steps.",
 )
 @click.option(
     "--rounds",
@@ -48,24 +51,26 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     default=5,
     show_default=True,
     metavar="INT",
-    help="Interleaved repetitions.",
+    help="Number of interleaved repetitions.",
 )
 @click.option(
     "--runtime",
     default="auto",
     show_default=True,
-    help="Of artifacts: auto, onnxruntime, openvino.",
+    help="Runtime of exported artifacts: auto, onnxruntime or openvino.",
 )
 @click.option(
-    "--device", default="cpu", show_default=True, help="Of checkpoints: cpu, cuda, cuda:1."
+    "--device", default="cpu", show_default=True, help="Device of checkpoints: cpu, cuda, cuda:1."
 )
 @click.option(
     "--baseline",
     metavar="CHECKPOINT",
-    help="Compare with this one.  [default: those that the artifacts were made from]",
+    help="Checkpoint to compare with.  [default: those that the artifacts were made from]",
 )
 @click.option(
-    "--no-compile", is_flag=True, help="Without torch.compile, which may compile for minutes."
+    "--no-compile",
+    is_flag=True,
+    help="Do not measure torch.compile, which may compile for minutes.",
 )
 @output.json_option
 def bench(
@@ -81,10 +86,10 @@ def bench(
 ) -> None:
     """Measure checkpoints, artifacts and endpoints side by side.
 
-    The sources take turns, so that a busy machine slows all of them alike. Beside an artifact
-    stands the checkpoint it was made from, in eager torch and under torch.compile, and speed-ups
-    are over that eager torch; where no checkpoint is found, over the first source. A first call,
-    which may compile, is not part of the timing and is printed beside it.
+    The sources take turns, so that a busy machine slows all of them alike. An artifact is compared
+    with the checkpoint it was made from, in eager torch and under torch.compile. Speed-ups are over
+    that eager torch or, where no checkpoint is found, over the first source. The first call, which
+    may compile, is not part of the timing and is printed beside it.
 
     \b
     Example:
@@ -97,7 +102,7 @@ def bench(
     from modelops.evaluation.sources.open import open_source
     from modelops.export.bench import bench_sources, make_contenders
 
-    with output.progress("opening") as on_progress:
+    with output.progress("loading") as on_progress:
         contenders, notes = make_contenders(
             sources, open_source=partial(open_source, device=device), runtime=runtime,
             baseline=baseline, with_compile=not no_compile,

@@ -26,14 +26,14 @@ def card() -> None:
 def _about_option(command: click.decorators.FC) -> click.decorators.FC:
     return click.option(
         "--about", type=FILE, metavar="YAML",
-        help="Purpose, limits, licences, attribution.  [default: those of OpenMoji]",
+        help="File with purpose, limits, licences and attribution.  [default: those of OpenMoji]",
     )(command)  # fmt: skip
 
 
 def _picture_option(command: click.decorators.FC) -> click.decorators.FC:
     return click.option(
         "--picture", "pictures", multiple=True, metavar="TEXT=FILE",
-        help="An image and what it shows; the first stands at the top. May be repeated.",
+        help="Caption and file of an image; the first one is at the top. Repeatable.",
     )(command)  # fmt: skip
 
 
@@ -44,19 +44,27 @@ def _force_option(command: click.decorators.FC) -> click.decorators.FC:
 
 
 @card.command("model")
-@click.option("--train", type=FILE, required=True, metavar="FILE", help="train.json of the run.")
+@click.option(
+    "--train",
+    type=FILE,
+    required=True,
+    metavar="FILE",
+    help="Training record of the run, train.json.",
+)
 @click.option(
     "--evaluation", "evaluations", multiple=True, metavar="NAME=FILE",
-    help="An evaluation record; `early` is the baseline. May be repeated.",
+    help="Name and file of an evaluation record; `early` is the baseline. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--artifact", "artifacts", multiple=True, metavar="NAME=FILE",
-    help="An artifact.json. May be repeated.",
+    help="Name and artifact.json of an exported artifact. Repeatable.",
 )  # fmt: skip
-@click.option("--verdict", type=FILE, metavar="FILE", help="verdict.json of the gate.")
-@click.option("--split", type=FILE, metavar="FILE", help="split.json of the data.")
-@click.option("--dedup", type=FILE, metavar="FILE", help="dedup_report.json of the data.")
-@click.option("--dataset-card", type=FILE, metavar="FILE", help="The dataset card to link.")
+@click.option("--verdict", type=FILE, metavar="FILE", help="Verdict of the gate, verdict.json.")
+@click.option("--split", type=FILE, metavar="FILE", help="Split record of the data, split.json.")
+@click.option(
+    "--dedup", type=FILE, metavar="FILE", help="Duplicate report of the data, dedup_report.json."
+)
+@click.option("--dataset-card", type=FILE, metavar="FILE", help="Dataset card to link.")
 @_picture_option
 @_about_option
 @click.option(
@@ -65,7 +73,7 @@ def _force_option(command: click.decorators.FC) -> click.decorators.FC:
     metavar="FILE",
     default=Path("cards/model_card.md"),
     show_default=True,
-    help="The card to write.",
+    help="Card to write.",
 )
 @_force_option
 @json_option
@@ -115,11 +123,26 @@ def model(
 
 
 @card.command("dataset")
-@click.option("--manifest", type=FILE, required=True, metavar="FILE", help="manifest.parquet.")
-@click.option("--splits", type=FILE, metavar="FILE", help="splits.parquet, to count per split.")
-@click.option("--split", type=FILE, metavar="FILE", help="split.json.")
-@click.option("--dedup", type=FILE, metavar="FILE", help="dedup_report.json.")
-@click.option("--smoke", type=FILE, metavar="FILE", help="smoke.json of the DataLoader test.")
+@click.option(
+    "--manifest",
+    type=FILE,
+    required=True,
+    metavar="FILE",
+    help="Manifest of the data, manifest.parquet.",
+)
+@click.option(
+    "--splits",
+    type=FILE,
+    metavar="FILE",
+    help="Splits of the data, splits.parquet, to count samples by split.",
+)
+@click.option("--split", type=FILE, metavar="FILE", help="Split record of the data, split.json.")
+@click.option(
+    "--dedup", type=FILE, metavar="FILE", help="Duplicate report of the data, dedup_report.json."
+)
+@click.option(
+    "--smoke", type=FILE, metavar="FILE", help="Record of the DataLoader test, smoke.json."
+)
 @_picture_option
 @_about_option
 @click.option(
@@ -128,7 +151,7 @@ def model(
     metavar="FILE",
     default=Path("cards/dataset_card.md"),
     show_default=True,
-    help="The card to write.",
+    help="Card to write.",
 )
 @_force_option
 @json_option

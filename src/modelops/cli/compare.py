@@ -20,31 +20,40 @@ EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 @click.argument("first", type=_FILE)
 @click.argument("second", type=_FILE)
 @click.option("--margin", "margins", multiple=True, metavar="METRIC=VALUE",
-              help="How much worse is accepted: 0.01 in the metric's unit, or 5% of FIRST's value. "
+              help="Loss that is accepted: 0.01 in the metric's unit, or 5% of FIRST's value. "
               "Repeatable.")  # fmt: skip
 @click.option("--default-margins", is_flag=True,
               help="Let the default margins decide where no --margin is given.")  # fmt: skip
 @click.option("--adjust", type=click.Choice(["holm", "none"]), default="holm", show_default=True,
-              help="How p-values are adjusted for the number of metrics.")  # fmt: skip
+              help="Adjustment of p-values for the number of metrics.")  # fmt: skip
 @click.option("--manifest", type=_FILE, metavar="FILE",
-              help="The reference images, if they are not where the records say.")  # fmt: skip
-@click.option("--splits", type=_FILE, metavar="FILE", help="Their splits, likewise.")
-@click.option("--lpips-weights", type=_FILE, metavar="FILE",
-              help="torchvision's weights of LPIPS's backbone: measures how far apart the images "
-              "of the same prompts and seeds look.")  # fmt: skip
-@click.option("--lpips-net", type=click.Choice(["alex", "vgg", "squeeze"]), default="alex",
-              show_default=True, help="Which backbone that is.")  # fmt: skip
+              help="Manifest of the real images, if it is not where the records say.")  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resampling."
+    "--splits",
+    type=_FILE,
+    metavar="FILE",
+    help="Splits of the real images, if they are not where the records say.",
+)
+@click.option("--lpips-weights", type=_FILE, metavar="FILE",
+              help="torchvision's weights of the LPIPS backbone. With them, LPIPS measures how "
+              "different the images of the same prompts and seeds look.")  # fmt: skip
+@click.option("--lpips-net", type=click.Choice(["alex", "vgg", "squeeze"]), default="alex",
+              show_default=True, help="Backbone that --lpips-weights belongs to.")  # fmt: skip
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the bootstrap resampling.",
 )
 @click.option(
     "--resamples",
     type=click.IntRange(20),
     default=2000,
     show_default=True,
-    help="Bootstrap resamples.",
+    help="Number of bootstrap resamples.",
 )
-@click.option("--out", type=_FILE, metavar="FILE", help="Write a comparison record.")
+@click.option("--out", type=_FILE, metavar="FILE", help="Comparison record to write.")
 @json_option
 def compare(
     first: Path,

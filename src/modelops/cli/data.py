@@ -44,10 +44,10 @@ def corpus() -> None:
     default=64,
     show_default=True,
     metavar="PIXELS",
-    help="Height and width of an image.",
+    help="Height and width of each image, in pixels.",
 )
-@click.option("--limit", type=int, metavar="N", help="At most N images, in whole groups.")
-@click.option("--seed", default=0, show_default=True, help="Which groups a limit takes.")
+@click.option("--limit", type=int, metavar="N", help="Render at most N images, in whole groups.")
+@click.option("--seed", default=0, show_default=True, help="Seed for choosing groups.")
 @dry_run_option
 @json_option
 def openmoji(directory: Path, resolution: int, limit: int | None, seed: int, dry_run: bool) -> None:
@@ -120,30 +120,32 @@ def check(manifest: Path) -> int:
 @data.command()
 @MANIFEST
 @click.option(
-    "--report", type=click.Path(path_type=Path), help="[default: dedup_report.json beside it]"
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Report to write.  [default: dedup_report.json beside MANIFEST]",
 )
 @click.option(
     "--threshold",
     default=0.95,
     show_default=True,
     metavar="COSINE",
-    help="Similarity from which images are near-duplicates.",
+    help="Cosine similarity from which two images are near-duplicates.",
 )
 @click.option(
     "--neighbours",
     default=5,
     show_default=True,
     metavar="K",
-    help="Neighbours looked at for each image.",
+    help="Nearest neighbours to check for each image.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of calibration and shown pairs.")
+@click.option("--seed", default=0, show_default=True, help="Seed of calibration and shown pairs.")
 @click.option(
     "--cleaned", type=click.Path(path_type=Path), metavar="MANIFEST",
-    help="Also write a manifest without duplicates, beside the old one.",
+    help="Also write a manifest without duplicates, in the folder of the old one.",
 )  # fmt: skip
 @click.option(
     "--drop", default="bytes,pixels", show_default=True, metavar="KINDS",
-    help="What --cleaned leaves out: bytes, pixels, embedding.",
+    help="Kinds of duplicates that --cleaned leaves out: bytes, pixels, embedding.",
 )  # fmt: skip
 @json_option
 def dedup(
@@ -202,16 +204,20 @@ def dedup(
     "--dedup",
     "dedup_path",
     type=click.Path(path_type=Path),
-    help="[default: dedup_report.json beside it]",
+    help="Duplicate report.  [default: dedup_report.json beside MANIFEST]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="[default: the manifest's folder]")
-@click.option("--seed", default=0, show_default=True, help="Which units go to which split.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to write to.  [default: the manifest's folder]",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed for dealing units to splits.")
 @click.option(
     "--fractions",
     default="0.8,0.1,0.1",
     show_default=True,
     metavar="TRAIN,VAL,TEST",
-    help="Shares of the splits.",
+    help="Shares of the three splits; they add up to 1.",
 )
 @json_option
 def split(
@@ -252,20 +258,30 @@ def split(
 @data.command()
 @MANIFEST
 @click.option(
-    "--splits", type=click.Path(path_type=Path), help="[default: splits.parquet beside it]"
+    "--splits",
+    type=click.Path(path_type=Path),
+    help="Splits of the samples.  [default: splits.parquet beside MANIFEST]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="[default: the manifest's folder]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to write to.  [default: the manifest's folder]",
+)
 @click.option(
     "--resolution",
     default=64,
     show_default=True,
     metavar="PIXELS",
-    help="Height and width of an image.",
+    help="Height and width of each image, in pixels.",
 )
 @click.option(
-    "--samples-per-shard", default=1000, show_default=True, metavar="N", help="Images in a tar."
+    "--samples-per-shard",
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Images in a tar file.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the order in the shards.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of samples.")
 @dry_run_option
 @json_option
 def shard(
@@ -322,14 +338,18 @@ def shard(
 
 @data.command()
 @click.argument("shard_manifest", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="[default: smoke.json beside it]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Record to write.  [default: smoke.json beside SHARD_MANIFEST]",
+)
 @click.option("--batch-size", default=64, show_default=True, metavar="N", help="Images in a batch.")
 @click.option(
     "--workers",
     default=0,
     show_default=True,
     metavar="N",
-    help="Worker processes; 0 reads in this one.",
+    help="Number of DataLoader workers; 0 reads in this process.",
 )
 @json_option
 def smoke(shard_manifest: Path, out: Path | None, batch_size: int, workers: int) -> int:
@@ -362,9 +382,16 @@ def smoke(shard_manifest: Path, out: Path | None, batch_size: int, workers: int)
 
 @data.command()
 @MANIFEST
-@click.option("--splits", type=click.Path(path_type=Path), help="Also count by split.")
 @click.option(
-    "--dedup", "dedup_path", type=click.Path(path_type=Path), help="Also count duplicates."
+    "--splits",
+    type=click.Path(path_type=Path),
+    help="Splits of the samples, to count by split as well.",
+)
+@click.option(
+    "--dedup",
+    "dedup_path",
+    type=click.Path(path_type=Path),
+    help="Duplicate report, to count duplicates as well.",
 )
 @json_option
 def stats(manifest: Path, splits: Path | None, dedup_path: Path | None) -> None:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     "`smoke` (about 3).",
 )  # fmt: skip
 @click.option(
-    "--force", multiple=True, metavar="STEP", help="Run this step again even if it is fresh."
+    "--force",
+    multiple=True,
+    metavar="STEP",
+    help="Run this step again even if nothing changed. Repeatable.",
 )
 @dry_run_option
 @json_option

@@ -18,35 +18,62 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command("eval")
 @click.argument("source")
-@click.option("--manifest", type=_FILE, metavar="FILE", help="Real images.")
-@click.option("--splits", type=_FILE, metavar="FILE", help="Their splits.")
-@click.option("--split", default="test", show_default=True, help="Reference images and prompts.")
-@click.option("--train-split", default="train", show_default=True, help="Must not be copied from.")
+@click.option("--manifest", type=_FILE, metavar="FILE", help="Manifest of the real images.")
+@click.option("--splits", type=_FILE, metavar="FILE", help="Splits of the real images.")
 @click.option(
-    "--prompts", "prompts_file", type=_FILE, metavar="FILE", help="One prompt a line, UTF-8."
+    "--split",
+    default="test",
+    show_default=True,
+    help="Split that gives the reference images and the prompts.",
 )
-@click.option("-n", type=click.IntRange(2), help="Images. [default: one per prompt]")
+@click.option(
+    "--train-split",
+    default="train",
+    show_default=True,
+    help="Split of the training images, which the model must not copy.",
+)
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=_FILE,
+    metavar="FILE",
+    help="File of prompts, one a line, UTF-8.",
+)
+@click.option("-n", type=click.IntRange(2), help="Number of images.  [default: one per prompt]")
 @click.option("--replicates", type=click.IntRange(1), default=1, show_default=True,
-              help="Images per prompt, without -n.")  # fmt: skip
+              help="Number of images per prompt if -n is not given.")  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of images and resampling."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the images and of the bootstrap resampling.",
 )
-@click.option("--steps", type=click.IntRange(1), help="[default: the source's own]")
-@click.option("--guidance", type=float, help="[default: the source's own]")
-@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width.")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Number of sampling steps.  [default: the source's own]"
+)
+@click.option(
+    "--guidance", type=float, help="Classifier-free guidance scale.  [default: the source's own]"
+)
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Height and width of each image, in pixels.  [default: the source's own]",
+)
 @click.option("--lit", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Alignment model of `modelops fit-lit`.")  # fmt: skip
+              help="Folder of an alignment model from `modelops fit-lit`.")  # fmt: skip
 @click.option("--inception-weights", type=_FILE, metavar="FILE",
-              help="pytorch-fid's, torch-fidelity's or clean-fid's file: measures FID, KID, "
-              "Inception Score.")  # fmt: skip
+              help="Inception weights file of pytorch-fid, torch-fidelity or clean-fid. With it, "
+              "FID, KID and Inception Score are measured.")  # fmt: skip
 @click.option("--fid-mode", type=click.Choice(["clean", "legacy_pytorch", "legacy_tensorflow"]),
               default="clean", show_default=True,
-              help="Resize of clean-fid, pytorch-fid or torch-fidelity.")  # fmt: skip
+              help="Resize method: that of clean-fid, pytorch-fid or torch-fidelity.")  # fmt: skip
 @click.option("--extractor-dtype", type=click.Choice(["float32", "float64"]), default="float32",
-              show_default=True, help="Of Inception; float64 for audits.")  # fmt: skip
+              show_default=True, help="Precision of Inception; float64 for audits.")  # fmt: skip
 @click.option("--clip-weights", type=click.Path(path_type=Path), metavar="FILE|DIR",
-              help="An open_clip state dict, or a directory with its config: measures "
-              "CLIPScore.")  # fmt: skip
+              help="open_clip state dict, or a directory with its config. With it, CLIPScore is "
+              "measured.")  # fmt: skip
 @click.option(
     "--clip-model",
     default="ViT-B-32-quickgelu",
@@ -54,62 +81,71 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Architecture of the CLIP weights.",
 )
 @click.option("--dinov2-weights", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="DINOv2 as transformers saves it: measures distances on it.")  # fmt: skip
+              help="DINOv2 as transformers saves it. With it, distances of DINOv2 features are "
+              "measured.")  # fmt: skip
 @click.option("--safety", metavar="FILTER", default="open_nsfw", show_default=True,
-              help="Image filter behind the unsafe rate: open_nsfw, transformers:PATH_OR_HUB, "
-              "diffusers-safety-checker:PATH_OR_HUB, one of a package, or none.")  # fmt: skip
+              help="Image filter that measures the unsafe rate: open_nsfw, "
+              "transformers:PATH_OR_HUB, diffusers-safety-checker:PATH_OR_HUB, one from an "
+              "installed package, or none.")  # fmt: skip
 @click.option("--safety-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
-              show_default=True, help="Score from which an image is unsafe.")  # fmt: skip
+              show_default=True, help="Score from which an image counts as unsafe.")  # fmt: skip
 @click.option("--serve-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
-              show_default=True, help="Score from which a service withholds it.")  # fmt: skip
+              show_default=True, help="Score from which a service withholds an image.")  # fmt: skip
 @click.option("--prompt-filter", metavar="FILTER", default="words", show_default=True,
-              help="words, words:DIR of own lists, one of a package, or none.")  # fmt: skip
+              help="Prompt filter: words, words:DIR with your own lists, one from an installed "
+              "package, or none.")  # fmt: skip
 @click.option("--audit-safety", metavar="FILTER",
-              help="A second image filter: measures what the first lets through.")  # fmt: skip
+              help="Second image filter, to measure what the first one lets through.")  # fmt: skip
 @click.option("--audit-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
-              show_default=True, help="Its score from which an image is unsafe.")  # fmt: skip
+              show_default=True,
+              help="Score of the second filter from which an image counts as unsafe.")  # fmt: skip
 @click.option("--blocklist", type=click.Path(path_type=Path), metavar="DIR|FILE",
-              help="Images, or their hashes, that must not come out again.")  # fmt: skip
+              help="Images, or a file of hashes, that the model must not make again.")  # fmt: skip
 @click.option("--train-record", type=_FILE, metavar="FILE",
-              help="The run's train.json: its losses enter the note on overfitting.")  # fmt: skip
+              help="train.json of the run: its losses enter the overfitting note.")  # fmt: skip
 @click.option("--slice-by", multiple=True, metavar="COLUMN|tags|words",
               help="Compare slices of the prompts with the rest: by manifest column, tags, or "
               "words about people in the prompt. Repeatable.")  # fmt: skip
 @click.option("--slice-min", type=click.IntRange(2), default=10, show_default=True,
-              help="Independent groups of prompts for a verdict on a slice.")  # fmt: skip
+              help="Independent prompt groups that a slice needs for a verdict.")  # fmt: skip
 @click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True,
-              help="Bootstrap resamples.")  # fmt: skip
+              help="Number of bootstrap resamples.")  # fmt: skip
 @click.option("--stream/--no-stream", default=None,
               help="Keep features in files and read them chunk by chunk, so that memory does not "
               "grow with the number of images.  [default: from 10,000 images on]")  # fmt: skip
 @click.option("--cache/--no-cache", default=True, show_default=True,
-              help="Keep features of the reference images beside their manifest, and use those "
-              "that are kept.")  # fmt: skip
+              help="Keep the features of the reference images beside their manifest, and use "
+              "those kept before.")  # fmt: skip
 @click.option("--max-failures", type=click.IntRange(0), default=0, show_default=True,
-              help="So many images may fail.")  # fmt: skip
+              help="Number of images that may fail before the evaluation is refused.")  # fmt: skip
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Images per call; does not change them.",
+    help="Images per call; does not change the images.",
 )
 @click.option("--processes", type=click.IntRange(1), default=1, metavar="N", show_default=True,
-              help="Make and read the images in N processes: the same images, and numbers but for "
-              "rounding.")  # fmt: skip
+              help="Number of processes that make and read the images; changes no image, and "
+              "values only by rounding.")  # fmt: skip
 @click.option(
     "--device",
     default="cpu",
     show_default=True,
-    help="Where torch runs a checkpoint and extractors: cpu, cuda, cuda:1.",
+    help="Device on which torch runs a checkpoint and the extractors: cpu, cuda, cuda:1.",
 )
-@click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
+@click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="Runtime of an exported artifact: auto, or a name such as openvino.",
+)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               default=120, show_default=True,
-              help="How long to wait for an answer of a service.")  # fmt: skip
-@click.option("--out", type=_FILE, required=True, metavar="FILE", help="The record to write.")
+              help="Seconds to wait for an answer of a service.")  # fmt: skip
+@click.option("--out", type=_FILE, required=True, metavar="FILE", help="Record to write.")
 @click.option("--report/--no-report", default=True, show_default=True,
-              help="Write a page to read beside the record.")  # fmt: skip
+              help="Also write an HTML page beside the record.")  # fmt: skip
 @dry_run_option
 @json_option
 def evaluate(
@@ -166,7 +202,7 @@ def evaluate(
     }
     opened, workers = open_with_workers(opening, processes)
     try:
-        with progress("opening") as shown:
+        with progress("loading") as shown:
             record = run(
                 opened, settings, out_path=out, workers=workers,
                 on_progress=shown, on_stage=shown.stage,

@@ -56,47 +56,49 @@ def _size(
     "target",
     type=click.Choice(["onnx", "int8", "tensorrt", "torchscript"]),
     required=True,
-    help="Format.",
+    help="Format to export to.",
 )
 @click.option(
     "--out",
     "out_dir",
     type=click.Path(path_type=Path),
     required=True,
-    help="The artifact's directory.",
+    help="Directory of the artifact.",
 )
 @click.option(
     "--onnx",
     "onnx_dir",
     type=click.Path(path_type=Path),
-    help="For int8 and tensorrt: the artifact of the same checkpoint to start from.  "
-    "[default: 'onnx' beside --out]",
+    help="For int8 and tensorrt: ONNX artifact of the same checkpoint to start from.  [default: "
+    "'onnx' beside --out]",
 )
 @click.option(
     "--precision",
     type=click.Choice(list(_PRECISIONS)),
     default="fp32",
     show_default=True,
-    help="For onnx. fp16 and bf16 are mixed: norms and what would overflow stay fp32.",
+    help="For onnx: precision of the graph. fp16 and bf16 are mixed: norms and values that would "
+    "overflow stay fp32.",
 )
 @click.option(
     "--size",
     callback=_size,
     metavar="HxW",
-    help="For onnx and torchscript: pixels to export and compare at.  [default: the model's own]",
+    help="For onnx and torchscript: image size in pixels for export and comparison.  [default: "
+    "the model's own]",
 )
 @click.option(
     "--lora",
     "lora_path",
     type=click.Path(path_type=Path),
-    help="For onnx and torchscript: LoRA weights to export with.",
+    help="For onnx and torchscript: LoRA weights to include.",
 )
 @click.option(
     "--lora-mode",
     type=click.Choice(["fused", "kept"]),
     default="fused",
     show_default=True,
-    help="Add the LoRA into the weights, or keep its layers.",
+    help="Whether to add the LoRA to the weights (fused) or to keep its layers.",
 )
 @click.option(
     "--lora-scale",
@@ -110,7 +112,7 @@ def _size(
     "--prompts",
     "prompts_file",
     type=click.Path(path_type=Path),
-    help="Text file, one prompt a line, to calibrate and compare with.",
+    help="Text file of prompts for calibration and comparison, one a line.",
 )
 @click.option(
     "--seed",
@@ -118,7 +120,7 @@ def _size(
     default=0,
     show_default=True,
     metavar="INT",
-    help="For int8: of calibration and parity noise.",
+    help="For int8: seed of the noise for calibration and parity.",
 )
 @click.option(
     "--calibration",
@@ -126,14 +128,14 @@ def _size(
     type=click.Choice(["minmax", "percentile", "entropy"]),
     default="minmax",
     show_default=True,
-    help="For int8: how a tensor's range is taken from the values seen.",
+    help="For int8: method that finds a tensor's range in the values seen.",
 )
 @click.option(
     "--error-budget",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     metavar="X",
-    help="For int8: relative error of an output that the fastest set of layers may have.  "
-    "[default: 0.06, or 1.5 x what bf16 rounds]",
+    help="For int8: largest relative error of an output that the chosen set of layers may have.  "
+    "[default: 0.06, or 1.5 x the rounding of bf16]",
 )
 @click.option(
     "--search-seconds",
@@ -141,15 +143,15 @@ def _size(
     default=300.0,
     show_default=True,
     metavar="S",
-    help="For int8: time for measuring groups of layers.",
+    help="For int8: seconds for measuring groups of layers.",
 )
 @click.option(
     "--weight-range",
     type=click.Choice(["auto", "full", "reduced"]),
     default="auto",
     show_default=True,
-    help="For int8: 8 bits (full), 7 bits that no processor's sums saturate with (reduced), or the "
-    "latter where they cost little more error.",
+    help="For int8: bits of the weights. full: 8. reduced: 7, with which sums saturate on no "
+    "processor. auto: 7 where that adds little error.",
 )
 @click.option(
     "--smooth/--no-smooth",
@@ -167,33 +169,46 @@ def _size(
     "profiles",
     multiple=True,
     metavar="AXIS=MIN:OPT:MAX,...",
-    help="For tensorrt: ranges of the dynamic axes; repeatable.  [default: batch=1:2:16]",
+    help="For tensorrt: ranges of the dynamic axes. Repeatable.  [default: batch=1:2:16]",
 )
 @click.option(
     "--workspace",
     "workspace_mb",
     type=click.IntRange(min=1),
     metavar="MB",
-    help="For tensorrt: memory that a layer may use while it runs.",
+    help="For tensorrt: memory in MB that a layer may use while it runs.",
 )
 @click.option(
     "--optimization-level",
     type=click.IntRange(0, 5),
     metavar="0-5",
-    help="For tensorrt: how long the builder searches.",
+    help="For tensorrt: effort of the builder's search; 5 takes longest.",
 )
-@click.option("--refit", is_flag=True, help="For tensorrt: weights can be exchanged later.")
 @click.option(
-    "--version-compatible", is_flag=True, help="For tensorrt: runs in later minor versions."
+    "--refit",
+    is_flag=True,
+    help="For tensorrt: build an engine whose weights can be exchanged later.",
+)
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="For tensorrt: build an engine that runs in later minor versions.",
 )
 @click.option(
     "--timing-cache",
     type=click.Path(path_type=Path),
-    help="For tensorrt: folder that keeps kernel timings between builds.",
+    help="For tensorrt: folder where kernel timings are kept between builds.",
 )
-@click.option("--device", type=click.IntRange(min=0), default=0, help="For tensorrt: CUDA device.")
 @click.option(
-    "--allow", is_flag=True, help="Keep an export outside its bounds or not faster; recorded."
+    "--device",
+    type=click.IntRange(min=0),
+    default=0,
+    help="For tensorrt: number of the CUDA device.",
+)
+@click.option(
+    "--allow",
+    is_flag=True,
+    help="Keep an export that is outside its bounds or not faster; the record says so.",
 )
 @click.option(
     "--overwrite", "--rebuild", "overwrite", is_flag=True,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Where the verdict goes.  [default: ROOT/gate/verdict.json]",
+    help="Verdict to write.  [default: ROOT/gate/verdict.json]",
 )  # fmt: skip
 @json_option
 def gate(policy: Path, root: Path | None, out: Path | None) -> int:
@@ -59,10 +59,14 @@ def gate(policy: Path, root: Path | None, out: Path | None) -> int:
 
 @click.command("sign-off")
 @click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="Who signs.")
-@click.option("--role", metavar="ROLE", help="In which role; one sign-off per role.")
-@click.option("--statement", metavar="TEXT", help="What they say.  [default: an approval]")
-@click.option("--check", is_flag=True, help="Say which sign-offs still hold; exit 1 if one lapsed.")
+@click.option("--name", metavar="NAME", help="Name of the person who signs.")
+@click.option("--role", metavar="ROLE", help="Role of that person; there is one sign-off per role.")
+@click.option(
+    "--statement", metavar="TEXT", help="Statement of that person.  [default: an approval]"
+)
+@click.option(
+    "--check", is_flag=True, help="Print which sign-offs still hold; exit with 1 if one lapsed."
+)
 @json_option
 def sign_off(
     path: Path, name: str | None, role: str | None, statement: str | None, check: bool,

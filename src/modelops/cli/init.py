@@ -11,7 +11,7 @@ from modelops.cli.output import dry_run_option, emit, json_option
 
 @click.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Replace files that say something else.")
+@click.option("--force", is_flag=True, help="Replace files whose content differs.")
 @dry_run_option
 @json_option
 def init(directory: Path, force: bool, dry_run: bool) -> None:

@@ -14,11 +14,20 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("fit-lit")
 @click.argument("manifest", type=_FILE)
 @click.option(
-    "--splits", type=_FILE, metavar="FILE", help="[default: splits.parquet beside MANIFEST]"
+    "--splits",
+    type=_FILE,
+    metavar="FILE",
+    help="Splits of the samples.  [default: splits.parquet beside MANIFEST]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the heads.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed for fitting the heads.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
-              metavar="DIR", help="Gets an open_clip checkpoint and lit.json.")  # fmt: skip
+              metavar="DIR", help="Folder for an open_clip checkpoint and lit.json.")  # fmt: skip
 @dry_run_option
 @json_option
 def fit_lit(manifest: Path, splits: Path | None, seed: int, out: Path, dry_run: bool) -> None:

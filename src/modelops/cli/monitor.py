@@ -20,31 +20,34 @@ if TYPE_CHECKING:
 @click.option(
     "--release", required=True, metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The release that wrote the log.",
+    help="Release that wrote the log.",
 )  # fmt: skip
 @click.option(
     "--window", metavar="FROM..TO",
-    help="Rows to judge, by ISO date or time in UTC.  [default: all, or all after the baseline]",
+    help="Rows of the log to judge, by ISO date or time in UTC.  [default: all, or all after the "
+    "baseline]",
 )  # fmt: skip
 @click.option(
     "--baseline", metavar="FROM..TO",
-    help="Hold them against these rows, not against the release's evaluation.",
+    help="Rows of the log to compare with, in place of the release's evaluation.",
 )  # fmt: skip
 @click.option(
     "--evaluation", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The release's evaluation with its features beside it, where the release holds none.",
+    help="Evaluation record of the release, with its features beside it, if the release holds "
+    "none.",
 )  # fmt: skip
 @click.option(
     "--policy", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Take the `monitoring:` section of this policy, not of the released one.",
+    help="Policy whose `monitoring:` section is used in place of the released one's.",
 )  # fmt: skip
 @click.option(
     "--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the verdict here as a record.",
+    help="Record of the verdict to write.",
 )  # fmt: skip
 @click.option(
     "--textfile", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write it for node-exporter's textfile collector, too; its name must end in .prom.",
+    help="File for node-exporter's textfile collector, with the verdict; the name must end in "
+    ".prom.",
 )  # fmt: skip
 @json_option
 def monitor(

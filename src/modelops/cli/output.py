@@ -115,7 +115,7 @@ class Progress:
             self._bar.console.print(text, markup=False, soft_wrap=True)
 
     def stage(self, name: str, number: int = 0, stages: int = 0) -> None:
-        """What follows is stage `number` of `stages`, with its own count and its own time left."""
+        """Start stage `number` of `stages`, which has its own count and its own time left."""
         self._label = f"{number}/{stages} {name}" if stages else name
         self._count = ""
         if self._bar is None:

@@ -30,48 +30,55 @@ def release() -> None:
 @click.option(
     "--model", "model_dir", required=True, metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Checkpoint or exported artifact.",
+    help="Checkpoint or exported artifact to release.",
 )  # fmt: skip
 @click.option(
     "--verdict", required=True, metavar="FILE", type=click.Path(exists=True, path_type=Path),
-    help="verdict.json of the gate, about this very model.",
+    help="Verdict of the gate on this very model, verdict.json.",
 )  # fmt: skip
 @click.option(
     "--policy", metavar="FILE", type=click.Path(exists=True, path_type=Path),
-    help="The policy the verdict was made by.",
+    help="Policy of the verdict.",
 )  # fmt: skip
 @click.option(
     "--record", "records", multiple=True, metavar="FILE",
-    type=click.Path(exists=True, path_type=Path), help="A record to include; repeat it.",
+    type=click.Path(exists=True, path_type=Path), help="Record to include. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--card", "cards", multiple=True, metavar="FILE",
-    type=click.Path(exists=True, path_type=Path), help="A card to include with its images.",
+    type=click.Path(exists=True, path_type=Path),
+    help="Card to include, with its images. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--fallback", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="An onnx artifact of the same checkpoint, served on processors on which no runtime gives "
+    help="ONNX artifact of the same checkpoint. It is served on processors where no runtime gives "
     "the numbers that the model was gated with.",
 )  # fmt: skip
 @click.option(
     "--preflight", "preflights", multiple=True, metavar="FILE",
     type=click.Path(exists=True, path_type=Path),
-    help="What `modelops serve preflight` found on another machine; repeat it.",
+    help="Record of `modelops serve preflight` on another machine. Repeatable.",
 )  # fmt: skip
-@click.option("--name", required=True, help="Name of the release; the served model's id.")
+@click.option(
+    "--name", required=True, help="Name of the release, which is the id of the served model."
+)
 @click.option("--version", required=True, help="Version of the release.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps served by default.")
+@click.option(
+    "--steps", type=click.IntRange(1, 1000), help="Number of denoising steps served by default."
+)
 @click.option("--guidance", type=click.FloatRange(1, 20), help="Guidance scale served by default.")
 @click.option(
     "--notice", metavar="FILE", type=click.Path(exists=True, path_type=Path),
-    help="Attribution text for images and weights.",
+    help="File with the attribution of images and weights.",
 )  # fmt: skip
 @click.option(
     "--golden/--no-golden", default=True, show_default=True,
-    help="Run the model here: a golden image that a node must make again before it is ready, and "
-    "how far batches change images.",
+    help="Run the model here to make a golden image, which a node must make again before it is "
+    "ready, and to measure batch invariance.",
 )  # fmt: skip
-@click.option("--allow", is_flag=True, help="Build although the gate did not pass; recorded.")
+@click.option(
+    "--allow", is_flag=True, help="Build although the gate did not pass; the release says so."
+)
 @dry_run_option
 @json_option
 def build(

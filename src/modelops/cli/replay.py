@@ -13,29 +13,31 @@ from modelops.cli.output import dry_run_option, emit, json_option
 @click.argument("receipt", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--release", required=True, metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="The release that made the image.",
+    help="Release that made the image.",
 )  # fmt: skip
-@click.option("--prompt", help="The prompt, when the receipt has only its digest.")
-@click.option("--negative-prompt", help="The negative prompt, likewise.")
+@click.option("--prompt", help="Prompt of the image, if the receipt has only its digest.")
+@click.option(
+    "--negative-prompt", help="Negative prompt of the image, if the receipt has only its digest."
+)
 @click.option(
     "--image", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The image that was sent; says how far pixels that differ are.",
+    help="Image that was sent, to measure how far its pixels are off.",
 )  # fmt: skip
 @click.option(
     "--key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Certificate or public key (PEM) to trust. [default: $MODELOPS_SIGNING_CHAIN, else this "
+    help="Certificate or public key (PEM) to trust.  [default: $MODELOPS_SIGNING_CHAIN, else this "
     "machine's development key]",
 )  # fmt: skip
-@click.option("--id", "receipt_id", help="Which receipt, where RECEIPT holds several.")
+@click.option("--id", "receipt_id", help="Id of the receipt, if RECEIPT holds several.")
 @click.option(
     "--receipts", metavar="DIR", type=click.Path(exists=True, path_type=Path),
-    help="Where to look for the receipt of an image given as RECEIPT.",
+    help="Folder of receipts to search, if RECEIPT is an image.",
 )  # fmt: skip
-@click.option("--runtime", help="Another runtime than the one that made it.")
+@click.option("--runtime", help="Runtime to use in place of the one that made the image.")
 @click.option(
     "--tolerance", type=click.IntRange(0, 255),
-    help="Levels of 255 that pixels may be off; needs --image.  "
-    "[default: what the release states of its batches]",
+    help="Grey levels (of 255) by which pixels may differ; needs --image.  "
+    "[default: the batch invariance in the release]",
 )  # fmt: skip
 @dry_run_option
 @json_option

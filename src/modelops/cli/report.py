@@ -15,12 +15,15 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command()
 @click.argument("record", type=_FILE)
 @click.option("--against", type=_FILE, metavar="FILE",
-              help="An earlier record: says what is better or worse than there.")  # fmt: skip
+              help="Earlier record; the page says what got better or worse.")  # fmt: skip
 @click.option(
-    "--out", type=_FILE, metavar="FILE", help="The page.  [default: RECORD with the suffix .html]"
+    "--out",
+    type=_FILE,
+    metavar="FILE",
+    help="Page to write.  [default: RECORD with the suffix .html]",
 )
 @click.option("--check", "page", type=_FILE, metavar="FILE",
-              help="Write nothing; say whether this page still belongs to RECORD.")  # fmt: skip
+              help="Write nothing; check whether this page still belongs to RECORD.")  # fmt: skip
 @json_option
 def report(record: Path, against: Path | None, out: Path | None, page: Path | None) -> int:
     """Print an evaluation RECORD as a page to read.

@@ -11,35 +11,55 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress, say
 
 @click.command()
 @click.argument("source")
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="May be repeated.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Prompt to make images of. Repeatable.",
+)
 @click.option("--prompt-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="One prompt a line, UTF-8.")  # fmt: skip
+              help="File of prompts, one a line, UTF-8.")  # fmt: skip
 @click.option("-n", "per_prompt", type=click.IntRange(1), default=1, show_default=True,
-              help="Images per prompt.")  # fmt: skip
+              help="Number of images per prompt.")  # fmt: skip
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Of every image, with its prompt and number.",
+    help="Seed of the images; each image also depends on its prompt and number.",
 )
-@click.option("--steps", type=click.IntRange(1), help="[default: the source's own]")
-@click.option("--guidance", type=float, help="[default: the source's own]")
-@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width.")
-@click.option("--columns", type=click.IntRange(1), help="Of the grid.")
+@click.option(
+    "--steps", type=click.IntRange(1), help="Number of sampling steps.  [default: the source's own]"
+)
+@click.option(
+    "--guidance", type=float, help="Classifier-free guidance scale.  [default: the source's own]"
+)
+@click.option(
+    "--size",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Height and width of each image, in pixels.  [default: the source's own]",
+)
+@click.option("--columns", type=click.IntRange(1), help="Number of columns of the grid.")
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Images per call; does not change them.",
+    help="Images per call; does not change the images.",
 )
 @click.option(
-    "--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda, cuda:1."
+    "--device", default="cpu", show_default=True, help="Device of a checkpoint: cpu, cuda, cuda:1."
 )
-@click.option("--runtime", default="auto", show_default=True, help="Of an exported artifact.")
+@click.option(
+    "--runtime",
+    default="auto",
+    show_default=True,
+    help="Runtime of an exported artifact: auto, or a name such as openvino.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
-              metavar="DIR", help="Gets PNG files, grid.png and samples.json.")  # fmt: skip
+              metavar="DIR", help="Folder for PNG files, grid.png and samples.json.")  # fmt: skip
 @dry_run_option
 @json_option
 def sample(

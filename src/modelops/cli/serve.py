@@ -48,49 +48,60 @@ serve.add_command(review)
 @click.option("--port", default=3000, show_default=True, type=int, help="Port to listen on.")
 @click.option(
     "--workers", metavar="N", type=click.IntRange(1, 64),
-    help="Processes, each with an engine and a device of its own; MODELOPS_WORKERS, else 1.",
+    help="Number of worker processes, each with its own engine and device.  [default: "
+    "MODELOPS_WORKERS, else 1]",
 )  # fmt: skip
 @click.option(
     "--keys", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="API keys, made by `modelops serve key create`; followed without a restart.",
+    help="File of API keys, made by `modelops serve key create`. Changes apply without a restart.",
 )  # fmt: skip
-@click.option("--insecure", is_flag=True, help="Let everybody in on an open address, without keys.")
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Serve without keys on an address that others can reach: everybody is let in.",
+)
 @click.option(
     "--receipts", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the signed receipt of each image here, 256 MB at most.",
+    help="Folder for the signed receipt of each image, 256 MB at most.",
 )  # fmt: skip
 @click.option(
     "--drift-log", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Log features and scores of a tenth of the requests here, for `modelops monitor`.",
+    help="Folder for a log of features and scores of a tenth of the requests, for `modelops "
+    "monitor`.",
 )  # fmt: skip
 @click.option(
     "--releases", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Releases in this folder may be swapped in while it runs: `modelops serve swap`.",
+    help="Folder of releases that `modelops serve swap` may load while the server runs.",
 )  # fmt: skip
 @click.option(
     "--signing-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="P-256 key (PEM) that signs images and receipts; else a development key.",
+    help="P-256 key (PEM) that signs images and receipts.  [default: a development key]",
 )  # fmt: skip
 @click.option(
     "--signing-chain", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Its certificate, then the issuers' (PEM).",
+    help="Certificate of that key, then those of its issuers (PEM).",
 )  # fmt: skip
 @click.option(
     "--watermark-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Put an invisible watermark into each image; `modelops watermark key` makes a key.",
+    help="Key of the invisible watermark that is put into each image; `modelops watermark key` "
+    "makes one.",
 )  # fmt: skip
 @click.option(
     "--quarantine", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Keep blocked images here for `modelops serve review`, 256 MB and 30 days at most.",
+    help="Folder for blocked images, for `modelops serve review`; 256 MB and 30 days at most.",
 )  # fmt: skip
-@click.option("--log-prompts", is_flag=True, help="Write prompts into the log; left out otherwise.")
+@click.option(
+    "--log-prompts",
+    is_flag=True,
+    help="Write prompts into the log, which otherwise leaves them out.",
+)
 @click.option(
     "--log-file", type=click.Path(path_type=Path, dir_okay=False),
-    help="Append the log to this file instead of stderr.",
+    help="File that the log is appended to.  [default: stderr]",
 )  # fmt: skip
 @click.option(
     "--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", show_default=True,
-    help="One JSON object a line, or text; auto is text on a terminal.",
+    help="Format of the log: one JSON object a line, or text; auto is text on a terminal.",
 )  # fmt: skip
 @dry_run_option
 @json_option
@@ -209,11 +220,11 @@ def run(
 @click.argument("model", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--runtime", default="auto", show_default=True, metavar="NAME",
-    help="The runtime that would serve it: onnxruntime, openvino, tensorrt, or auto.",
+    help="Runtime that would serve it: onnxruntime, openvino, tensorrt or auto.",
 )  # fmt: skip
 @click.option(
     "--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the record here, for `modelops release build --preflight` on another machine.",
+    help="Record to write, for `modelops release build --preflight` on another machine.",
 )  # fmt: skip
 @json_option
 def preflight(model: Path, runtime: str, out: Path | None) -> None:
@@ -246,20 +257,27 @@ def preflight(model: Path, runtime: str, out: Path | None) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--image", help="Name of the container image, with its registry if it has one.")
 @click.option(
-    "--gpus", default=0, show_default=True, help="NVIDIA GPUs of a node; a worker for each."
+    "--gpus",
+    default=0,
+    show_default=True,
+    help="NVIDIA GPUs of a node, with one worker each; 0 serves on CPUs.",
 )
-@click.option("--replicas", default=2, show_default=True, help="Nodes in Kubernetes, at least.")
-@click.option("--max-replicas", default=8, show_default=True, help="Nodes, at most.")
+@click.option(
+    "--replicas", default=2, show_default=True, help="Smallest number of nodes in Kubernetes."
+)
+@click.option(
+    "--max-replicas", default=8, show_default=True, help="Largest number of nodes in Kubernetes."
+)
 @click.option(
     "--latency-budget", default=30.0, show_default=True, metavar="SECONDS",
-    help="An alert says when p95 of a request takes longer.",
+    help="Seconds of a request (p95) above which an alert fires.",
 )  # fmt: skip
 @click.option(
     "--evaluate-every", default=0.0, metavar="DAYS",
-    help="An alert says when the last evaluation is older.  "
+    help="Age in days of the last evaluation above which an alert fires.  "
     "[default: the released policy's, or 30]",
 )  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace files that say something else.")
+@click.option("--force", is_flag=True, help="Replace files whose content differs.")
 @dry_run_option
 @json_option
 def scaffold(

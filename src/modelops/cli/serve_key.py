@@ -12,7 +12,7 @@ DEFAULT_FILE = "api_keys.json"
 
 _file_option = click.option(
     "--file", "path", default=DEFAULT_FILE, show_default=True, type=click.Path(path_type=Path),
-    help="The file of keys; `modelops serve --keys` reads it.",
+    help="File of keys, which `modelops serve --keys` reads.",
 )  # fmt: skip
 
 
@@ -34,10 +34,18 @@ def key() -> None:
 @click.argument("name")
 @_file_option
 @click.option(
-    "--requests-per-minute", type=click.IntRange(1, 1_000_000), help="Requests of this key."
+    "--requests-per-minute",
+    type=click.IntRange(1, 1_000_000),
+    help="Rate limit of this key, in requests per minute.",
 )
-@click.option("--images-per-minute", type=click.IntRange(1, 1_000_000), help="Its images.")
-@click.option("--admin", is_flag=True, help="It may also swap releases: `modelops serve swap`.")
+@click.option(
+    "--images-per-minute",
+    type=click.IntRange(1, 1_000_000),
+    help="Rate limit of this key, in images per minute.",
+)
+@click.option(
+    "--admin", is_flag=True, help="Allow this key to swap releases with `modelops serve swap`."
+)
 @json_option
 def create(
     name: str,

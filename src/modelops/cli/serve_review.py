@@ -19,25 +19,27 @@ if TYPE_CHECKING:
 )
 @click.argument("entry", metavar="[ID]", required=False)
 @click.option(
-    "--uphold", multiple=True, metavar="ID", help="It was rightly blocked; can be given again."
+    "--uphold", multiple=True, metavar="ID", help="Record that ID was rightly blocked. Repeatable."
 )
 @click.option(
-    "--overturn", multiple=True, metavar="ID", help="It was a false alarm; can be given again."
+    "--overturn", multiple=True, metavar="ID", help="Record that ID was a false alarm. Repeatable."
 )
-@click.option("--reviewer", metavar="NAME", help="Who decides.  [default: your user name]")
-@click.option("--reason", metavar="TEXT", help="Why; needed with --uphold and --overturn.")
+@click.option("--reviewer", metavar="NAME", help="Name of the reviewer.  [default: your user name]")
+@click.option(
+    "--reason", metavar="TEXT", help="Reason of the decision; needed with --uphold and --overturn."
+)
 @click.option(
     "--key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The reviewer's private key (PEM), for encrypted entries.",
+    help="Private key (PEM) of the reviewer, for encrypted entries.",
 )  # fmt: skip
 @click.option(
     "--pictures", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-    help="Write the images of ID here.",
+    help="Folder to write the images of ID to.",
 )  # fmt: skip
 @click.option("--page", is_flag=True, help="Write DIR/review.html, with blurred images.")
 @click.option(
     "--purge-older", type=click.FloatRange(min=0), metavar="DAYS",
-    help="Delete entries that are this old; decisions stay.",
+    help="Delete entries that are at least this many days old; decisions stay.",
 )  # fmt: skip
 @json_option
 def review(
@@ -55,7 +57,7 @@ def review(
     """List what was blocked and put into the quarantine DIR, show ID, or decide.
 
     A node writes there when it is served with --quarantine DIR. Decisions are appended to
-    DIR/decisions.jsonl, with who and why; the last one on an entry stands. The summary says how
+    DIR/decisions.jsonl, with who and why; the last one on an entry counts. The summary says how
     many blocks were false alarms, with a 95 % interval. It knows nothing of what a filter let
     through.
 

@@ -19,7 +19,7 @@ def _server(command: F) -> F:
     """The server's address, and the file with the admin key."""
     option = click.option(
         "--key-file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
-        help=f"File with the admin key alone; else the variable {KEY_VARIABLE}.",
+        help=f"File that holds the admin key alone.  [default: variable {KEY_VARIABLE}]",
     )  # fmt: skip
     return click.argument("url")(option(command))
 
@@ -62,23 +62,57 @@ def status(url: str, key_file: Path | None) -> None:
 @swap.command()
 @_server
 @click.argument("release")
-@click.option("--share", default=0.1, show_default=True, help="Share of the requests, up to 1.")
+@click.option(
+    "--share",
+    default=0.1,
+    show_default=True,
+    help="Share of the requests that the canary gets, above 0 and up to 1.",
+)
 @click.option(
     "--sticky", type=click.Choice(["request", "key"]), default="request", show_default=True,
-    help="Deal out each request, or each API key: all its requests then go the same way.",
+    help="Draw for each request, or for each API key, whose requests then all go the same way.",
 )  # fmt: skip
-@click.option("--named", is_flag=True, help="Also requests that name the model both releases are.")
-@click.option("--auto", is_flag=True, help="Promote it when no worse, roll it back when worse.")
 @click.option(
-    "--requests", default=400, show_default=True, help="Of the canary, before it can be no worse."
+    "--named",
+    is_flag=True,
+    help="Also deal out requests that name the model, if both releases have that name.",
 )
-@click.option("--seconds", default=120.0, show_default=True, help="The same in time.")
-@click.option("--error-margin", type=float, help="Higher rates of errors up to this are no worse.")
-@click.option("--filter-margin", type=float, help="The same for what the filters stop.")
-@click.option("--latency-margin", type=float, help="So many times the seconds are no worse.")
+@click.option(
+    "--auto",
+    is_flag=True,
+    help="Promote the canary when it is no worse; roll it back when it is worse.",
+)
+@click.option(
+    "--requests",
+    default=400,
+    show_default=True,
+    help="Number of requests that the canary needs before it can be found no worse.",
+)
+@click.option(
+    "--seconds",
+    default=120.0,
+    show_default=True,
+    help="Seconds of traffic that the canary needs before it can be found no worse.",
+)
+@click.option(
+    "--error-margin",
+    type=float,
+    help="Increase of the error rate (absolute) that still counts as no worse.  [default: 0.01]",
+)
+@click.option(
+    "--filter-margin",
+    type=float,
+    help="Increase of each filter's block rate (absolute) that still counts as no worse.  "
+    "[default: 0.02]",
+)
+@click.option(
+    "--latency-margin",
+    type=float,
+    help="Ratio of seconds per network evaluation that still counts as no worse.  [default: 1.1]",
+)
 @click.option(
     "--wait", is_flag=True,
-    help="Until it takes requests; with --auto, until it is promoted or rolled back.",
+    help="Wait until the canary takes requests; with --auto, until it is promoted or rolled back.",
 )  # fmt: skip
 @click.option("--timeout", default=3600.0, show_default=True, help="Seconds to wait at most.")
 @json_option
@@ -136,8 +170,8 @@ def canary(
 
 @swap.command()
 @_server
-@click.option("--force", is_flag=True, help="Although the verdict is worse, or undecided.")
-@click.option("--wait", is_flag=True, help="Until the former release has finished its work.")
+@click.option("--force", is_flag=True, help="Promote although the verdict is worse or undecided.")
+@click.option("--wait", is_flag=True, help="Wait until the former release has finished its work.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @json_option
 def promote(url: str, key_file: Path | None, force: bool, wait: bool, timeout: float) -> None:
@@ -154,8 +188,8 @@ def promote(url: str, key_file: Path | None, force: bool, wait: bool, timeout: f
 
 @swap.command()
 @_server
-@click.option("--reason", default="", help="For the log.")
-@click.option("--wait", is_flag=True, help="Until the canary has finished its work.")
+@click.option("--reason", default="", help="Reason to write into the log.")
+@click.option("--wait", is_flag=True, help="Wait until the canary has finished its work.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @json_option
 def rollback(url: str, key_file: Path | None, reason: str, wait: bool, timeout: float) -> None:

@@ -11,21 +11,23 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress, say
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, if there is one.")
+@click.option(
+    "--resume", is_flag=True, help="Continue from the newest checkpoint, if there is one."
+)
 @click.option(
     "--processes", type=int, default=1, metavar="N", show_default=True,
-    help="Data-parallel processes: one per GPU, or several on a CPU.",
+    help="Number of data-parallel processes: one per GPU, or several on a CPU.",
 )  # fmt: skip
 @click.option(
-    "--run-name", metavar="NAME", help="Name of the run [default: the config's, without _config]."
+    "--run-name", metavar="NAME", help="Name of the run.  [default: the config's, without _config]"
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR",
-    help="Where runs are kept [default: runs/ beside the config].",
+    help="Folder of all runs.  [default: runs/ beside the config]",
 )  # fmt: skip
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
-    help="Change one value of the config; may be given more than once.",
+    help="Change one value of the config. Repeatable.",
 )  # fmt: skip
 @dry_run_option
 @json_option

@@ -48,7 +48,8 @@ def key(file: Path) -> None:
 )  # fmt: skip
 @click.option(
     "--key", "key_file", metavar="FILE", required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The key, or a copy of it.",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Key file of the watermark, or a copy of it.",
 )  # fmt: skip
 @json_option
 def detect(images: tuple[Path, ...], key_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a similarity threshold finds and what it finds wrongly, measured on the images at hand.
+"""Hits and false alarms of a similarity threshold, measured on the given images.
 
 A cosine of 0.95 means something else for every encoder and corpus. Positives are images against
 light alterations of themselves; hard negatives are images against their nearest neighbour from

@@ -261,7 +261,7 @@ def _with_exact(
 def _measure_chaining(
     unit: npt.NDArray[np.float32], components: Sequence[Sequence[int]]
 ) -> dict[str, float | int]:
-    """How far linking goes: sizes, and the least cosine inside the largest component."""
+    """Measure how far linking goes: sizes, and the least cosine inside the largest component."""
     if not components:
         return {"components": 0, "largest": 0}
     largest = list(components[0])

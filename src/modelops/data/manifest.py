@@ -49,7 +49,7 @@ class Sample:
 
     @property
     def group(self) -> str:
-        """What must stay together in one split; the id when the manifest does not say."""
+        """Key of the samples that must stay in one split; the id if the manifest has no groups."""
         return self.extra.get("group") or self.id
 
 
@@ -72,7 +72,7 @@ class Manifest:
     quarantined: dict[str, str]
 
     def image_path(self, sample: Sample) -> Path:
-        """Where a sample's image lies."""
+        """Return the path of a sample's image."""
         return self.root / sample.filepath
 
 
@@ -303,7 +303,7 @@ def _check_files(
 
 
 def _file_fault(path: Path, digest: str) -> str | None:
-    """Why a file cannot be used, or None."""
+    """Return the reason why a file cannot be used, or None."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

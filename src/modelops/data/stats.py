@@ -1,4 +1,4 @@
-"""What a manifest holds, counted: the numbers of a dataset card."""
+"""Counts of a manifest: the numbers of a dataset card."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Units:
         )
 
     def warnings(self) -> list[str]:
-        """What a reader of the split must know."""
+        """Warnings for a reader of the split."""
         if not self.cut_pairs:
             return []
         return [

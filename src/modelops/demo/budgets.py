@@ -1,4 +1,4 @@
-"""How much the demo does."""
+"""Budgets of the demo: how much work it does."""
 
 from __future__ import annotations
 

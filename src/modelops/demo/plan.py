@@ -65,7 +65,7 @@ CONFIGS = tuple(recipe.config for recipe in RECIPES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the demo does on one machine.
+    """Plan of the demo for one machine.
 
     Attributes:
         config, policy: of the recipe.

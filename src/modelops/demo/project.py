@@ -43,7 +43,7 @@ def cited(root: Path) -> list[str]:
 
 
 def int8_record(root: Path) -> str:
-    """What became of the INT8 export: the artifact's record, or that of its refusal."""
+    """Return the record of the INT8 export: the artifact's, or that of its refusal."""
     refused = (root / INT8_REFUSED).is_file()
     return INT8_REFUSED if refused else f"{INT8_DIR}/artifact.json"
 
@@ -60,7 +60,7 @@ def check_place(root: Path, budget_name: str) -> None:
 
 
 def is_made(root: Path, budget_name: str) -> bool:
-    """Whether the project directory is ready, so that nothing about it is to be planned.
+    """Return whether the project directory is ready, so that nothing in it needs planning.
 
     Raises:
         UsageError: the directory holds something else, or a demo of another budget.

@@ -174,7 +174,7 @@ def _real_pictures(
 
 
 def _unusable_pictures(bench: Workbench) -> list[str]:
-    """What is wrong where more reference images cannot be used than images may fail."""
+    """Return a problem if more reference images are unusable than images may fail; else nothing."""
     reference, allowed = bench.reference, bench.settings.max_failures
     if reference is None or len(reference.unusable) <= allowed:
         return []

@@ -1,4 +1,4 @@
-"""Whether a model fits its training images better than new ones: distances and losses."""
+"""Overfitting: a better fit to training images than to new ones, by distances and losses."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Which prompts are evaluated: held-out captions or a file. One that no image can be made from
-stays in the plan and fails there; a blank or repeated line takes nothing away, and is counted."""
+"""Prompts of an evaluation: held-out captions or a file. One that no image can be made from stays
+in the plan and fails there; blank or repeated lines are skipped and counted.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class RealPictures:
 
     @property
     def cache_dir(self) -> Path:
-        """Where features of these images are kept for other evaluations against them."""
+        """Folder of these images' features, kept for other evaluations against them."""
         return self.manifest.path.parent / CACHE
 
     def features_of(

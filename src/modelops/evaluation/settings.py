@@ -1,4 +1,4 @@
-"""What an evaluation measures, and with what."""
+"""Settings of an evaluation: what it measures, and with what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where one evaluation's images, features and results lie while it is measured."""
+"""Images, features and results of one evaluation while it is measured."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Features = npt.NDArray[np.float32]
 
 @dataclass(slots=True)
 class Workbench:
-    """What has been made so far, and where results are collected.
+    """State of one evaluation: what has been made so far, and the results.
 
     Attributes:
         record: gets inputs, metrics and protocols; status and files are written at the end.
@@ -127,7 +127,7 @@ class Workbench:
 
     @property
     def streams(self) -> bool:
-        """Whether features stay in files and are read chunk by chunk."""
+        """Return whether features stay in files and are read chunk by chunk."""
         asked = self.settings.stream
         return self.n > STREAM_FROM if asked is None else asked
 
@@ -182,7 +182,7 @@ class Workbench:
     def check_images(
         self, name: str, image_filter: ImageFilter, threshold: float
     ) -> list[ImageVerdict]:
-        """What an image filter says of the images, in their order.
+        """Return an image filter's verdicts on the images, in their order.
 
         Args:
             name, threshold: what it was opened with.
@@ -272,8 +272,7 @@ class Workbench:
         }  # fmt: skip
 
     def reference_notes(self) -> list[str]:
-        """What makes the reference images, or the training images, other than they should be:
-        some cannot be used, or some are in both."""
+        """Remarks on reference and training images: some cannot be used, or some are in both."""
         if self._reference_notes is None:
             notes = []
             for what, pictures in (("reference", self.reference), ("training", self.training)):

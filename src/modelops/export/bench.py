@@ -277,7 +277,7 @@ def make_contenders(
     baseline: str | None = None,
     with_compile: bool = True,
 ) -> tuple[list[Contender], list[str]]:
-    """What to time: the sources that were named, beside eager torch and torch.compile.
+    """Collect the sources to time: those that were named, with eager torch and torch.compile.
 
     Every artifact brings the checkpoint that it was made from, if that is found and unchanged.
 

@@ -1,4 +1,4 @@
-"""What every export does: catch the networks' calls, prove the graphs equal, write the record."""
+"""Steps of every export: catch the networks' calls, prove the graphs equal, write the record."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OnStage = Callable[[str, int, int], None]  # name, number from 1, how many
 
 
 class Stages:
-    """Where an export is.
+    """Progress of an export through its stages.
 
     Args:
         total: how many stages there are.
@@ -71,7 +71,7 @@ class Stages:
             self._on_stage(name, self._done + 1, self._total)
 
     def count(self, done: int, total: int) -> None:
-        """How far the stage is."""
+        """Report the progress within the stage."""
         if self._on_stage and self._on_progress:
             self._on_progress(done, total)
 
@@ -83,7 +83,7 @@ class Stages:
 
 @dataclass
 class Calls:
-    """What a pipeline called its networks with on the prompts of parity.
+    """Inputs that a pipeline called its networks with on the prompts of parity.
 
     Attributes:
         feeds: component's name to feeds of its graph.
@@ -227,7 +227,7 @@ def describe_components(
 def source_inputs(
     checkpoint: str | Path, source: ExportSource, lora: Lora | None
 ) -> dict[str, InputRef]:
-    """What an artifact was made from."""
+    """Return the inputs that an artifact was made from."""
     inputs = {"checkpoint": InputRef(path=portable_path(checkpoint), sha256=source.sha256)}
     if source.directory is None:
         inputs["checkpoint"] = InputRef(path=str(checkpoint), sha256=source.sha256)

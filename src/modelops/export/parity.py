@@ -1,4 +1,4 @@
-"""How far an export is from its source: per component, and in the images."""
+"""Parity: the distance of an export from its source, per component and in the images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PSNR_CAP = 120.0  # dB; equal images have no finite PSNR
 
 @dataclass(frozen=True)
 class Bounds:
-    """What counts as equal.
+    """Bounds within which an export counts as equal.
 
     Attributes:
         absolute: largest |difference| of an output value over the largest |value| of the reference,

@@ -40,7 +40,7 @@ def check_pictures(images: Sequence[Array], reference: Sequence[Array]) -> list[
 
 
 def picture_fault(image: Array) -> str | None:
-    """What is plainly wrong with one image, as a verb phrase; None if nothing is."""
+    """Return the plain fault of one image, as a verb phrase; None if it has none."""
     if not np.isfinite(image.astype(np.float64)).all():
         return "has values that are not numbers"
     levels = image.astype(np.float64) * (1.0 if image.dtype == np.uint8 else 255.0)

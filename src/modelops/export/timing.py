@@ -57,7 +57,7 @@ def interleaved_seconds(
 def speed_ratio(
     seconds: Mapping[str, list[float]], *, of: str, over: str, protocol: Mapping[str, Any]
 ) -> Measurement:
-    """How many times as fast `of` is as `over`: the ratio of their medians.
+    """Measure how many times as fast `of` is as `over`: the ratio of their medians.
 
     The interval is a percentile bootstrap over rounds, which keeps a round's runs together.
     """

@@ -86,7 +86,7 @@ def export_int8(
             hint="name the float32 onnx artifact",
         )
     lora = lora_of(fp32)
-    stages.begin("opening")
+    stages.begin("loading")
     source = load_source(checkpoint, size=both_sides(size_of(fp32)), lora=lora)
     if fp32.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(

@@ -142,7 +142,7 @@ def export_tensorrt(
     require_tensorrt("exporting to TensorRT")
     require_gpu(device)
     stages = Stages(len(origin.components) + 4, on_stage=on_stage, on_progress=on_progress)
-    stages.begin("opening")
+    stages.begin("loading")
     lora = lora_of(origin)
     source = load_source(checkpoint, size=both_sides(size_of(origin)), lora=lora)
     if origin.inputs["checkpoint"].sha256 != source.sha256:
@@ -198,6 +198,6 @@ def export_tensorrt(
 
 
 def _tell(stages: Stages, name: str, phase: str, done: int, total: int) -> None:
-    """What TensorRT says of a build: its phases lie in each other, with a count each."""
+    """Pass on TensorRT's progress in a build: its phases are nested, with a count each."""
     stages.rename(f"building {name}: {phase}")
     stages.count(done, total)

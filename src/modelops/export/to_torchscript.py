@@ -118,7 +118,7 @@ def export_torchscript(
 
 
 def _write_program(component: Component, folder: Path) -> str:
-    """What became of a network's model.pt2: its dynamic axes, or why there is none."""
+    """Write a network's model.pt2; return its dynamic axes, or the reason why there is none."""
     try:
         axes = write_exported_program(
             component.flat, component.example, folder / PROGRAM, outputs=component.outputs

@@ -44,7 +44,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What the verdict is about.
+    """Subject of the verdict.
 
     Attributes:
         sha256: digest of the artifact's directory or of the checkpoint; None if unknown.
@@ -111,7 +111,7 @@ def find_subject(policy: Policy, evidence: dict[str, Evidence], root: Path) -> S
 def misfit(
     name: str, policy: Policy, evidence: dict[str, Evidence], subject: Subject
 ) -> str | None:
-    """Why the record does not belong with the subject; None when it does.
+    """Return the reason why the record does not belong with the subject; None if it does.
 
     An evaluation must be of the subject or of what the subject was made from; a baseline marked
     `run` must be of another checkpoint of the same run; a training record must list what the
@@ -182,7 +182,7 @@ def _shared_input_misfit(name: str, record: Record, evidence: dict[str, Evidence
 
 
 def unlike(left: EvaluationRecord, right: EvaluationRecord, metric: str) -> list[str]:
-    """What differs between how two records measured a metric; empty when they are comparable.
+    """Return the differences in how two records measured a metric; empty if they are comparable.
 
     The scheduler may differ: it belongs to the source, as its runtime and precision do.
     """

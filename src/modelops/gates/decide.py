@@ -35,7 +35,7 @@ _HARDER_END = {"at_most": "high", "below": "high", "at_least": "low", "above": "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Finding:
-    """What a criterion came to, before it is written down."""
+    """Result of a criterion, before it is written down."""
 
     answer: Answer
     reason: str
@@ -136,7 +136,7 @@ def _find(
 
 
 def describe_bound(criterion: PolicyCriterion) -> str:
-    """The bound in a few signs, such as `≤ 0.5 × early` or `> 0 (low end)`."""
+    """Format the bound in a few characters, such as `≤ 0.5 × early` or `> 0 (low end)`."""
     if criterion.parity is not None:
         checks = "all checks" if criterion.parity == "all" else ", ".join(criterion.parity)
         return f"{checks} passed"

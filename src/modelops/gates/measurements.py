@@ -1,4 +1,4 @@
-"""What a policy means by the name of a metric, in records of each kind.
+"""Meaning of the metric names in a policy, for records of each kind.
 
 Slices of an evaluation are named by column, value and metric:
 
@@ -39,7 +39,7 @@ def measurement_of(record: Record, metric: str) -> Measurement | None:
 
 
 def is_slice_name(metric: str) -> bool:
-    """Whether a name that begins with `slices.` has a column, a value and a metric."""
+    """Return whether a name that begins with `slices.` has a column, a value and a metric."""
     return len(metric.removeprefix(SLICES).removesuffix(DIFFERENCE).split(".")) >= 3
 
 

@@ -20,7 +20,7 @@ MARK = ".signoff-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignOffState:
-    """A sign-off as it stands today: `valid`, `lapsed` (the file changed) or `broken`."""
+    """State of a sign-off today: `valid`, `lapsed` (the file changed) or `broken`."""
 
     path: Path
     state: Literal["valid", "lapsed", "broken"]

@@ -1,4 +1,4 @@
-"""How well images go with their own prompts, against how well they go with other prompts."""
+"""Alignment of images with their own prompts, against that with other prompts."""
 
 from __future__ import annotations
 

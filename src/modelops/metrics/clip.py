@@ -123,7 +123,7 @@ class ClipModel:
 
     @property
     def is_vit_l_14_336(self) -> bool:
-        """Whether it is the architecture that CMMD is defined on."""
+        """Return whether it is the architecture that CMMD is defined on."""
         visual = self.model.visual
         pixels, patch = getattr(visual, "image_size", None), getattr(visual, "patch_size", None)
         return (pixels, patch, self.dim) == ((336, 336), (14, 14), 768) and not self.is_siglip
@@ -151,7 +151,7 @@ class ClipModel:
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
     def cut_texts(self, texts: Sequence[str]) -> int:
-        """How many texts fill the context to its end: they were cut, or are just as long."""
+        """Count the texts that fill the context to its end: they were cut, or are just as long."""
         tokens = self.tokenizer(list(texts))
         return int((tokens[:, -1] != tokens[:, -1].new_tensor(self._padding())).sum())
 
@@ -161,7 +161,7 @@ class ClipModel:
 
 
 def _preprocessing(model_name: str) -> dict[str, Any]:
-    """How open_clip's own weights of an architecture want their images, if they agree on it.
+    """Return the preprocessing of open_clip's own weights of an architecture, if they agree on it.
 
     For weights from a file open_clip takes CLIP's mean, spread and crop, which are not SigLIP's.
     """

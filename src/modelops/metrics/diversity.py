@@ -1,4 +1,4 @@
-"""How different the images of one prompt are, beside those of different prompts."""
+"""Diversity of the images of one prompt, beside that of different prompts."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def write_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
 
 
 def _read_features(path: Path, n: int, dim: int) -> Features | None:
-    """What the cache holds, or None if it is damaged."""
+    """Read the cache; None if it is damaged."""
     if not zipfile.is_zipfile(path):
         return None
     try:

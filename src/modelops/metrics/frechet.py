@@ -250,7 +250,7 @@ def _extrapolate(
 
 
 def extrapolation_warning(found: Extrapolation, m: int, dimension: int) -> list[str]:
-    """Where an extrapolation has too few images of either set behind it."""
+    """Return a warning if an extrapolation has too few images of either set behind it."""
     smallest = min(n for n, _ in found.points)
     notes = []
     if smallest <= dimension:
@@ -267,7 +267,7 @@ def extrapolation_warning(found: Extrapolation, m: int, dimension: int) -> list[
 
 
 def rank_warning(n: int, m: int, dimension: int) -> list[str]:
-    """What to say when a sample is smaller than the dimension."""
+    """Return a warning if a sample is smaller than the dimension."""
     if min(n, m) > dimension:
         return []
     return [

@@ -1,4 +1,4 @@
-"""How far apart two images are: PSNR, SSIM and LPIPS, by the packages that define them."""
+"""Distances of two images: PSNR, SSIM and LPIPS, by the packages that define them."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class InceptionExtractor:
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of a value from these weights must know."""
+        """Warnings for a reader of a value from these weights."""
         if self.sha256 in KNOWN_WEIGHTS:
             return []
         return ["the Inception weights are none of the published files; no published FID compares"]

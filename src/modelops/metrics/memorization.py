@@ -83,7 +83,7 @@ class CopyingTest:
 
 @dataclass(frozen=True, slots=True)
 class CopyingVerdict:
-    """What the tests say together.
+    """Verdict of all tests together.
 
     Attributes:
         answer: "copies", "no sign of copying" or "cannot tell".
@@ -220,7 +220,7 @@ def judge_copying(
     near_copy_cosine: float = 0.95,
     control: tuple[int, int] | None = None,
 ) -> CopyingVerdict:
-    """Whether samples copy training images more often than held-out images seem to.
+    """Test whether samples copy training images more often than held-out images seem to.
 
     Three one-sided tests, corrected together by Holm's method: near copies and unauthentic samples
     by Fisher's exact test, and whether samples lie closer to the training images as a whole by

@@ -61,7 +61,7 @@ def rows_to_losses(rows: Sequence[Mapping[str, Any]], last_step: int | None = No
 
 
 def find_overfitting(losses: Sequence[Losses]) -> Overfitting | None:
-    """Whether the latest of the checks, in order of step, show overfitting; None if not.
+    """Return the overfitting that the latest checks, in order of step, show; None without.
 
     Needs more than `PATIENCE` checks. It is judged anew at each check, so it may end again.
     """

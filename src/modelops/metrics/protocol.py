@@ -17,7 +17,7 @@ def protocol_id(protocol: Mapping[str, Any]) -> str:
 def protocol_differences(
     first: Mapping[str, Any], second: Mapping[str, Any], *, prefix: str = ""
 ) -> list[str]:
-    """What differs, one line each, such as "features.resize: bicubic against bilinear"."""
+    """Return differences, a line each, such as "features.resize: bicubic against bilinear"."""
     lines = []
     for key in sorted({*first, *second}):
         a, b = first.get(key, "absent"), second.get(key, "absent")

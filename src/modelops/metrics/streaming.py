@@ -100,7 +100,7 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def read_statistics(path: Path) -> Statistics | None:
-    """What `write_statistics` wrote, or None if the file is missing or damaged."""
+    """Read the result of `write_statistics`; None if the file is missing or damaged."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return None
     try:

@@ -106,7 +106,7 @@ def fold_norms(network: torch.nn.Module) -> None:
 
 
 def lite0_weights_path() -> Path:
-    """Where the package keeps the weights.
+    """Return the path of the weights in the package.
 
     Raises:
         MissingExtraError: the package is not installed.

@@ -53,7 +53,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSettings:
-    """How the heads are built and fitted.
+    """Settings of the heads and of their fit.
 
     Attributes:
         embed_dim: width of the shared space.

@@ -12,7 +12,7 @@ Image = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
-    """What one image is made from.
+    """Request for one image: everything that it is made from.
 
     Attributes:
         prompt: text.

@@ -107,7 +107,7 @@ class PipelineSource(ModelSource):
         info: what to say of it in records.
         batch_size: images per call of the pipeline, where that changes no image; see
             `rows_per_call`. Calls are always filled up with copies of the last request, so that an
-            image does not depend on its company.
+            image does not depend on the others in its call.
     """
 
     def __init__(self, pipeline: Any, info: SourceInfo, *, batch_size: int = 16) -> None:

@@ -343,7 +343,7 @@ def _answer(record: MonitorRecord) -> None:
 
 
 def _advice(found: list[str], by_outcome: dict[str, list[str]]) -> str:
-    """Where to look first. Claims that something is as before only where that was tested."""
+    """Advise where to look first. Claims that something is as before only where that was tested."""
     same = {name for outcome in ("not found", "below margin")
             for name in by_outcome.get(outcome, [])}  # fmt: skip
     pictures, prompts = (bool(set(found) & set(some)) for some in (PICTURES, PROMPTS))

@@ -22,13 +22,13 @@ class Span:
     end: float | None = None
 
     def holds(self, moment: float) -> bool:
-        """Whether a moment lies in it."""
+        """Return whether a moment lies in it."""
         return (self.start is None or moment >= self.start) and (
             self.end is None or moment < self.end
         )
 
     def overlaps(self, other: Span) -> bool:
-        """Whether a moment can lie in both."""
+        """Return whether a moment can lie in both."""
         starts = [one.start for one in (self, other) if one.start is not None]
         ends = [one.end for one in (self, other) if one.end is not None]
         return not starts or not ends or max(starts) < min(ends)

@@ -53,7 +53,7 @@ class Margins(_Section):
 
 
 class MonitoringPolicy(_Section):
-    """When and how a served release is watched.
+    """Policy for watching a served release.
 
     Attributes:
         evaluate_every_days: an evaluation of the served model that is older is overdue.
@@ -86,7 +86,7 @@ class MonitoringPolicy(_Section):
 
     @property
     def window_days(self) -> float:
-        """How often the log is to be judged."""
+        """Days between two judgements of the log."""
         return self.evaluate_every_days / self.windows
 
 
@@ -109,7 +109,7 @@ def read_monitoring(path: str | Path) -> MonitoringPolicy | None:
 
 
 def released_monitoring(release_dir: str | Path) -> MonitoringPolicy | None:
-    """What the policy in a release says; None if it has no policy or that says nothing.
+    """Return the monitoring policy in a release; None if the release has none.
 
     Raises:
         ConfigError: it has a section that is not valid.

@@ -1,4 +1,4 @@
-"""What a release's own evaluation looked like: the reference that later windows are held against.
+"""Reference of a release: its own evaluation, which later windows are compared with.
 
 An evaluation record says how far the images were from real ones, which is no help here: the
 reference are the evaluated images themselves, as features, with their filter scores and their
@@ -41,7 +41,7 @@ _NODE_NAMES = {"word lists": "words"}  # a filter in an evaluation, as a node ca
 
 
 class FilterRate(BaseModel):
-    """How often a filter stopped what was evaluated; `name` as the node calls it."""
+    """Rate at which a filter stopped what was evaluated; `name` as the node calls it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -145,7 +145,7 @@ def build_reference(evaluation_path: str | Path, folder: str | Path) -> DriftRef
 def release_files(
     records: Iterable[str | Path], *, model_sha256: str, folder: str | Path
 ) -> tuple[dict[str, Path], str]:
-    """What `modelops release build` adds: ({name in the release: file}, a remark).
+    """Make the files that `modelops release build` adds: ({name in the release: file}, a remark).
 
     The reference is of the newest evaluation of the very model among `records`; without one, or
     without its features beside it, there are no files and the remark says why.

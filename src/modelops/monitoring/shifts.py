@@ -25,7 +25,7 @@ BOOTSTRAP = 499
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a test came to; `effect` is in the unit of its margin, later minus earlier."""
+    """Result of a test; `effect` is in the unit of its margin, later minus earlier."""
 
     statistic: float
     p: float
@@ -115,7 +115,7 @@ def mix_shift(
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """When requests were answered [N], in Unix seconds, and how long each took [N], in seconds."""
+    """Times of the answers [N], in Unix seconds, and how long each took [N], in seconds."""
 
     times: Floats
     seconds: Floats
@@ -129,7 +129,7 @@ class Latencies:
 def latency_shift(
     earlier: Latencies, later: Latencies, quantile: float, *, seed: int, permutations: int
 ) -> Found | None:
-    """Whether more of the later requests take longer than the `quantile` of both together.
+    """Test whether more of the later requests take longer than the `quantile` of both together.
 
     The share of slow requests is taken in blocks of time, and whole blocks are dealt out (Welch's
     t, permuted), because requests of one moment are slow together. The effect is the ratio of the

@@ -72,7 +72,7 @@ class Measurement(RecordPart):
 
 
 class Record(RecordPart):
-    """What every record carries."""
+    """Fields of every record."""
 
     kind: str
     schema_version: int = SCHEMA_VERSION

@@ -18,7 +18,7 @@ class SignTest(RecordPart):
 
 
 class RaterSummary(RecordPart):
-    """What one rater did. `left` counts choices of the left image; times are in seconds."""
+    """Summary of one rater. `left` counts choices of the left image; times are in seconds."""
 
     votes: int = 0
     for_a: int = 0

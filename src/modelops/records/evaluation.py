@@ -10,7 +10,7 @@ SliceVerdict = Literal["differs", "within noise", "too few"]
 
 
 class SourceInfo(RecordPart):
-    """Which model source made the images."""
+    """Model source that made the images."""
 
     kind: Literal["checkpoint", "artifact", "endpoint", "folder"]
     uri: str
@@ -21,7 +21,7 @@ class SourceInfo(RecordPart):
 
 
 class Sampling(RecordPart):
-    """How the images were sampled; part of every generated-image protocol."""
+    """Sampling of the images; part of every generated-image protocol."""
 
     seed: int
     scheduler: str
@@ -62,7 +62,7 @@ class CopyingTest(RecordPart):
 
 
 class OverfittingNote(RecordPart):
-    """Whether the model fits its training images better than new ones, by what was known."""
+    """Note whether the model fits its training images better than new ones, as far as known."""
 
     answer: Literal["overfitting", "no sign of overfitting", "cannot tell"]
     reason: str
@@ -74,7 +74,7 @@ class OverfittingNote(RecordPart):
 
 
 class MemorizationVerdict(RecordPart):
-    """Whether samples copy training images more than held-out images seem to."""
+    """Verdict whether samples copy training images more than held-out images seem to."""
 
     answer: Literal["copies", "no sign of copying", "cannot tell"]
     reason: str
@@ -98,7 +98,7 @@ class SafetySweepPoint(RecordPart):
 
 
 class SafetySweep(RecordPart):
-    """What other thresholds of the image filter would have flagged.
+    """Rates that the image filter would have flagged at other thresholds.
 
     `generated` are the evaluated images, `real` the held-out images (empty without a manifest),
     in rising order of threshold. The protocol is that of `unsafe_rate`, but for its threshold.

@@ -27,7 +27,7 @@ class ExportedComponent(RecordPart):
 
 
 class ParityCheck(RecordPart):
-    """How far an exported component, or the whole pipeline, is from its source."""
+    """Distance of an exported component, or of the whole pipeline, from its source."""
 
     name: str
     measure: Literal[
@@ -45,7 +45,7 @@ class ParityCheck(RecordPart):
 
 
 class ReproductionCheck(RecordPart):
-    """Whether a runtime gives an artifact's numbers on a kind of processor."""
+    """Check whether a runtime gives an artifact's numbers on a kind of processor."""
 
     processor: str
     runtime: str

@@ -1,4 +1,4 @@
-"""What `modelops monitor` writes."""
+"""Records that `modelops monitor` writes."""
 
 from __future__ import annotations
 

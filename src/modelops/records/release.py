@@ -43,7 +43,9 @@ class SignOff(Record):
 
 
 class PreflightRecord(Record):
-    """How far a model is from its own numbers on one machine; `modelops serve preflight`."""
+    """Distance of a model from its own numbers on one machine; written by `modelops serve
+    preflight`.
+    """
 
     kind: Literal["preflight"] = "preflight"
     model_sha256: str

@@ -112,7 +112,7 @@ def released_evaluations(
 
 
 def evaluation_end(evaluation: EvaluationRecord) -> float:
-    """When an evaluation ended, in Unix seconds."""
+    """Return the end of an evaluation, in Unix seconds."""
     return evaluation.started_at.timestamp() + evaluation.duration_s
 
 

@@ -179,7 +179,7 @@ class DiffusersSafetyCheckerFilter:
 
 
 def unsafe_labels(labels: Sequence[str], chosen: Sequence[str], *, where: str) -> tuple[str, ...]:
-    """Which labels of a classifier are unsafe, in the classifier's order.
+    """Return the unsafe labels of a classifier, in the classifier's order.
 
     Raises:
         UsageError: a chosen one is not there, none or all would be unsafe, or none was chosen and a

@@ -25,7 +25,7 @@ class SafetyFilterError(EvaluationError):
 
 @dataclass(frozen=True, slots=True)
 class ImageVerdict:
-    """What a filter says of one image: score in [0, 1], and whether it is at the threshold."""
+    """Verdict of a filter on one image: score in [0, 1], and whether it is at the threshold."""
 
     score: float
     blocked: bool
@@ -132,7 +132,7 @@ def checked_image(image: Image) -> Image:
 
 
 def checked_verdicts(image_filter: ImageFilter, images: Sequence[Image]) -> list[ImageVerdict]:
-    """What any filter says of images, made sure of: one verdict each, with a score in [0, 1].
+    """Return any filter's verdicts on images after a check: one each, with a score in [0, 1].
 
     Raises:
         SafetyFilterError: the filter failed, or an answer is missing or no answer.

@@ -38,7 +38,7 @@ _SPELLED_OUT = re.compile(r"\b(?:\w[ .\-_*]){2,}\w\b")
 
 @dataclass(frozen=True, slots=True)
 class PromptVerdict:
-    """Whether a prompt is blocked, and why: "category: what matched"."""
+    """Verdict on a prompt: whether it is blocked, and the reason as "category: what matched"."""
 
     blocked: bool
     reasons: tuple[str, ...] = ()

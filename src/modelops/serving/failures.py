@@ -1,4 +1,4 @@
-"""How work in a node can end without an image. Imports no torch."""
+"""Failures: the ways in which work in a node can end without an image. Imports no torch."""
 
 from __future__ import annotations
 

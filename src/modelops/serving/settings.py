@@ -1,4 +1,4 @@
-"""How a node runs, read from MODELOPS_* variables."""
+"""Settings of a node, read from MODELOPS_* variables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings:
-    """How a node runs; each field is read from MODELOPS_<NAME> by `from_environment`.
+    """Settings of a node; `from_environment` reads each field from MODELOPS_<NAME>.
 
     Attributes:
         max_rows: rows of a forward pass (a guided request takes two).
@@ -65,7 +65,7 @@ class NodeSettings:
         drift_log_mb: megabytes of that folder, at most; the oldest rows go first.
 
     Raises:
-        UsageError: a word that is none of its setting's, too few rows, or a share that is none.
+        UsageError: invalid choice, max_rows too small, or a share outside (0, 1].
     """
 
     max_rows: int = 16

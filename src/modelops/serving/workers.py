@@ -98,7 +98,7 @@ class Worker:
 
 
 def worker_count(environment: Mapping[str, str] = os.environ) -> int:
-    """How many workers MODELOPS_WORKERS asks for; 1 when it is not set.
+    """Return the number of workers in MODELOPS_WORKERS; 1 when it is not set.
 
     Raises:
         UsageError: not a whole number from 1 to 64.
@@ -110,7 +110,7 @@ def worker_count(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def this_worker(number: int | None, environment: Mapping[str, str] = os.environ) -> Worker:
-    """Which worker this process is.
+    """Return the worker that this process is.
 
     Args:
         number: BentoML's, from 1 on; it goes beyond the count when workers are replaced by new ones
@@ -141,7 +141,7 @@ def end_with_parent() -> None:
 
 
 def run_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """What the workers of a node share; None for a node of one."""
+    """Return the directory that the workers of a node share; None for a node of one."""
     path = environment.get(RUN_VARIABLE, "")
     return Path(path) if path and worker_count(environment) > 1 else None
 

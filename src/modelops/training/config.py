@@ -55,7 +55,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """What is trained."""
+    """Model to train."""
 
     name: Literal["unet_2d_small"] = "unet_2d_small"
     """The network: a UNet2DConditionModel on pixel-unshuffled RGB."""
@@ -116,7 +116,7 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    """What it is trained on. Paths are relative to the config file's folder."""
+    """Data to train on. Paths are relative to the config file's folder."""
 
     manifest: str | None = None
     """manifest.parquet or .csv; its images are read unless `shards` is given."""
@@ -143,7 +143,7 @@ class DataSection(_Section):
 
 
 class TrainingSection(_Section):
-    """How it is trained."""
+    """Settings of the training."""
 
     optimizer: Literal["adamw", "adam", "muon"] = "adamw"
     """adamw decays weights apart from the gradient; only matrices and kernels are decayed. muon
@@ -235,7 +235,7 @@ class EmaSection(_Section):
 
 
 class LoggingSection(_Section):
-    """What is written down on the way."""
+    """Records that are written during the run."""
 
     wandb_project: str | None = None
     """Also log to this Weights & Biases project, if wandb is installed."""

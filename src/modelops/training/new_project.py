@@ -25,7 +25,7 @@ def template(name: str) -> str:
 
 
 def project_files(directory: str | Path) -> dict[Path, State]:
-    """What a project consists of, and whether each file is there already.
+    """Return the files of a project, and whether each is there already.
 
     Raises:
         UsageError: the directory is a file, or a file in it cannot be read.

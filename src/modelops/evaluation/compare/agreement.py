@@ -1,4 +1,4 @@
-"""How alike are the images of two evaluations? What is gated should be what is served."""
+"""Agreement of the images of two evaluations, to check that the gated model is the served one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PAIRWISE_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far apart two evaluations' images of the same prompts and seeds are.
+    """Differences between two evaluations' images of the same prompts and seeds.
 
     Attributes:
         n: images compared.
@@ -118,7 +118,9 @@ def pairwise_measures(
     seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, Measurement]:
-    """How alike two evaluations' images of the same prompts and seeds are, prompts resampled.
+    """Measure how alike two evaluations' images are, prompts resampled.
+
+    Images of the same prompts and seeds are compared.
 
     `pair_identical_rate` (bytes equal), `pair_psnr` in dB over the pairs that differ (it is
     infinite for the others), `pair_ssim`, `pair_lpips`, and `pair_cosine_lite0`. Each is a mean

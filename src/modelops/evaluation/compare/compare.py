@@ -143,7 +143,7 @@ def _comparable_names(first: EvaluationRecord, second: EvaluationRecord) -> list
 
 
 def _of_the_source(first: EvaluationRecord, second: EvaluationRecord, name: str) -> bool:
-    """Whether a metric looks at the images that the source made (and not, say, at a filter)."""
+    """Return whether a metric is about the images that the source made (not a filter, say)."""
     known = [r.protocols.get(r.metrics[name].protocol or "") for r in (first, second)]
     return not any(known) or any(protocol and "sampling" in protocol for protocol in known)
 
@@ -228,7 +228,9 @@ def _p(value: float) -> str:
 
 
 def _guard(name: str, record: EvaluationRecord) -> float | None:
-    """What a value must not fall below, and above which farther is no better; None without."""
+    """Return the bound of a guard metric: worse is below it, and farther above is no better. None
+    for others.
+    """
     if name in GUARDS:
         return 0.0
     base = record.metrics.get(f"{name}_heldout") if name in GUARDED_BY_BASE else None
@@ -238,7 +240,9 @@ def _guard(name: str, record: EvaluationRecord) -> float | None:
 def _apply_margin(
     row: ComparedMetric, a: Measurement, made: PairedDifference, asked: Margin | None
 ) -> None:
-    """Whether the difference is within its margin, and how many prompts that takes."""
+    """Add to the row its margin, whether the difference is within it, and the prompts needed for
+    that.
+    """
     margin = asked or default_margin(row.metric, a.unit)
     assert a.value is not None and a.low is not None and a.high is not None
     if margin.relative and a.low <= 0 <= a.high:
@@ -352,7 +356,7 @@ def _weights(path: Path | None) -> dict[str, InputRef]:
 def _image_measures(
     first: Evidence, second: Evidence, lpips_weights: Path | None, lpips_net: str
 ) -> dict[str, Measurement]:
-    """How alike the two sources' images of the same prompts and seeds are."""
+    """Measure the similarity of the two sources' images of the same prompts and seeds."""
     from modelops.evaluation.compare.agreement import pairwise_measures
 
     try:

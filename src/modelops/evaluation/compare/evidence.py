@@ -1,4 +1,4 @@
-"""What two evaluation records left beside them: per-image values, features, the reference."""
+"""Files beside two evaluation records: per-image values, features, the reference."""
 
 from __future__ import annotations
 

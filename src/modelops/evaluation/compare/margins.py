@@ -1,4 +1,4 @@
-"""How much worse is accepted, and how many prompts it takes to see that."""
+"""Margins: the loss that is accepted, and the number of prompts needed to see it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Margin:
 
 
 def default_margin(name: str, unit: str) -> Margin:
-    """What is shown, and with `default_margins` decides, where no margin was asked for.
+    """Return the margin if none was asked for. It is shown; with `default_margins` it also decides.
 
     One point of a rate of harm (unsafe images, copies, failures), five points of other rates and
     of precision, recall and coverage, and 5 % of the first value of everything else.
@@ -69,8 +69,9 @@ def parse_margins(texts: Iterable[str]) -> dict[str, Margin]:
 
 
 def within_margin(made: PairedDifference, margin: float, *, higher_is_better: bool) -> Within:
-    """Whether the second is worse by no more than the margin: yes when the whole interval is on
-    this side of it (a one-sided test at 2.5 %), no when the whole interval is beyond."""
+    """Return whether the second is worse by no more than the margin: yes if the whole interval is
+    on this side of it (a one-sided test at 2.5 %), no if the whole interval is beyond.
+    """
     least, most = (
         (-made.high, -made.low) if higher_is_better else (made.low, made.high)
     )  # of how much worse

@@ -1,4 +1,4 @@
-"""Which paired difference belongs to which metric, and what it is computed from."""
+"""Paired difference of each metric, and the values that it is computed from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-5  # relative; between a value and what its record says
 
 
 def _among(field: str, k: int) -> Callable[[Row, Protocol], bool]:
-    """Whether a row's own prompt is among the k nearest; an image that failed is a miss."""
+    """Make the test whether a row's own prompt is among the k nearest; a failed image is a miss."""
     return lambda row, _: row.get(field, k) < k
 
 
@@ -219,7 +219,7 @@ def _interval(measured: Measurement) -> Interval:
 
 
 def same_images(first: Evidence, second: Evidence) -> bool:
-    """Whether both records name the very same features, byte for byte."""
+    """Return whether both records name the very same features, byte for byte."""
     ours, theirs = [
         entry.sha256 if (entry := evidence.record.files.get("features")) else None
         for evidence in (first, second)

@@ -1,4 +1,4 @@
-"""How well images go with their prompts, by the LiT model."""
+"""Alignment of images with their prompts, by the LiT model."""
 
 from __future__ import annotations
 

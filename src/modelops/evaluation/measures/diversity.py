@@ -1,4 +1,4 @@
-"""How different the images of one prompt are."""
+"""Diversity of the images of one prompt."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def _caveats(
     new: npt.NDArray[np.bool_],
     rows: npt.NDArray[np.int64],
 ) -> list[str]:
-    """What a reader of the verdict should know about this comparison."""
+    """Return the caveats about this comparison for a reader of the verdict."""
     limit = 1.0 - bench.settings.near_copy_cosine
     caveats = []
     if unusable := len(bench.training.unusable) if bench.training else 0:

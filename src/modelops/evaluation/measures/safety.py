@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 
 class _NotAskedError(EvaluationError):
-    """Why something is not measured, without anything having failed."""
+    """Reason why something is not measured although nothing failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +321,7 @@ def _check(prompt_filter: PromptFilter, prompts: Sequence[str]) -> list[PromptVe
 
 
 def _has_prompts(bench: Workbench) -> bool:
-    """Whether the images were made from prompts; a folder without a prompts file was not."""
+    """Return whether the images were made from prompts; a folder without a prompts file was not."""
     return bench.settings.prompts_file is not None or bench.record.source.kind != "folder"
 
 

@@ -146,7 +146,7 @@ def slice_metrics(slices: Sequence[SliceMeasurement]) -> list[str]:
 
 
 def slice_summary(slices: Sequence[SliceMeasurement]) -> str:
-    """How many comparisons differ, in one line."""
+    """Summarise in one line how many comparisons differ."""
     verdicts = [found.verdict for found in slices]
     family = max((found.n_comparisons for found in slices), default=0)
     return (
@@ -177,7 +177,9 @@ def _samples_of_prompts(bench: Workbench, manifest: Manifest | None) -> list[Sam
 
 
 def _groups(prompts: Sequence[str], samples: Sequence[Sample | None]) -> npt.NDArray[np.int64]:
-    """What is independent of the others: the manifest's group of each prompt, or the prompt."""
+    """Return a number for each prompt's group in the manifest, or for the prompt; groups are
+    independent.
+    """
     names = [
         f"group {sample.group}" if sample else f"prompt {prompt}"
         for prompt, sample in zip(prompts, samples, strict=True)
@@ -209,7 +211,7 @@ def _values(sample: Sample | None, column: str) -> tuple[str, ...]:
 
 
 def _metrics(bench: Workbench) -> list[_Metric]:
-    """What was measured and has a value for each image or prompt."""
+    """Return the metrics that were measured and have a value for each image or prompt."""
     known, per_image, owner = bench.record.metrics, bench.per_image, bench.owner
     prompts = len(bench.prompts.prompts)
 

@@ -78,7 +78,7 @@ def compare_part(
     against: Path,
     other: EvaluationRecord,
 ) -> ComparisonPart:
-    """What is better or worse than in `against`, in numbers and side by side."""
+    """Compare with `against`: what is better or worse, in numbers and side by side."""
     from modelops.evaluation.compare.compare import compare_records
     from modelops.evaluation.report.samples import read_rows
 

@@ -1,4 +1,4 @@
-"""What the report of one evaluation record says, before it is laid out."""
+"""Content of the report of one evaluation record, before layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images and which distributions the report shows."""
+"""Choice of the images and distributions that the report shows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Tile:
 
     @property
     def alt(self) -> str:
-        """What stands in for the image."""
+        """Text in place of the image."""
         value = f", {self.value}" if self.value else ""
         return f"Image for the prompt “{shorten(self.prompt, 150)}”{value}"
 

@@ -65,7 +65,7 @@ def write_report(
 def check_report(
     report_path: str | Path, record_path: str | Path, *, against: str | Path | None = None
 ) -> list[str]:
-    """Why a report no longer belongs to its record, a line each; empty if it does.
+    """Return why a report no longer belongs to its record, a line each; empty if it does.
 
     Args:
         against: the second record; the one that the report names, if None.
@@ -129,7 +129,7 @@ def _render(content: Content, source: Path, target: Path, against: Path | None) 
 
 
 def _finalize(value: Any) -> Any:
-    """What every expression of the template goes through, before it is escaped.
+    """Check the value of an expression of the template, before it is escaped.
 
     Raises:
         ValueError: None or a bare float, which the template should have put into words.

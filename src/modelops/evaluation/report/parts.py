@@ -203,7 +203,9 @@ def _slice_rows(rows: Sequence[SliceMeasurement]) -> list[SliceRow]:
 
 
 def _real(row: SliceMeasurement) -> str:
-    """What the real images of the same prompts get: a slice may be hard for the judge too."""
+    """Format the result of the real images of the same prompts: a slice may be hard for the judge
+    too.
+    """
     inside, rest = (m.details.get("real_pictures") for m in (row.inside, row.rest))
     if not isinstance(inside, int | float) or not isinstance(rest, int | float):
         return ""

@@ -58,7 +58,7 @@ class Pictures:
             return Picture(missing=f"failed: {row['failure']}")
         try:
             path = self._path(place, row)
-        except (ModelopsError, ValueError):  # a ValueError: signs that have no bytes
+        except (ModelopsError, ValueError):  # a ValueError: characters that have no bytes
             path = None
         if path is None or not path.is_file():
             return Picture(missing="no longer in the samples folder")
@@ -77,7 +77,7 @@ class Pictures:
         return Picture(src, "", width, height, largest <= SMALL, largest > LARGEST)
 
     def _path(self, place: int, row: Mapping[str, Any]) -> Path | None:
-        """Where the row says, or in older records where prompt and seed lead to one file only."""
+        """Return the path in the row; in older records, the only file of that prompt and seed."""
         named = row.get("image")
         if isinstance(named, str):
             return safe_join(self.workdir, named)

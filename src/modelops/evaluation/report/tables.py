@@ -71,7 +71,7 @@ def _unfold(item: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_nest(item: Any) -> bool:
-    """Whether an object holds objects that are no measurements, or tables."""
+    """Return whether an object holds tables, or objects that are no measurements."""
     if not isinstance(item, Mapping) or is_measured(item):
         return False
     return any(
@@ -85,7 +85,7 @@ def _is_table(value: Any) -> bool:
 
 
 def is_measured(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    """Whether this is a Measurement or something shaped like one."""
+    """Return whether this is a Measurement or has the shape of one."""
     return isinstance(value, Mapping) and {"value", "low", "high"} <= set(value)
 
 

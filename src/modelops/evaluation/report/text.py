@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import unicodedata
 
-# Signs that turn the direction of what follows: shown, never obeyed.
+# Characters that change the direction of what follows: shown, never obeyed.
 _DIRECTION = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """`text` with control, direction and unpaired surrogate signs made visible, such as ⟨U+0007⟩.
+    """Make control, direction and unpaired surrogate characters visible, such as ⟨U+0007⟩.
 
     Ends of lines are kept with `lines` and are spaces without.
 
-    The result encodes to UTF-8 and cannot turn the line it stands in around; it is not escaped.
+    The result encodes to UTF-8 and cannot reverse the line it is in; it is not escaped.
     """
     end = "\n" if lines else " "
     return "".join(end if sign == "\n" else _visible(sign) for sign in text)
@@ -34,7 +34,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """So many significant digits, without an exponent where a person would write none."""
+    """Format a number with `digits` significant digits; no exponent from 0.0001 to a million."""
     if value is None or not math.isfinite(value):
         return "–" if value is None else str(value)
     if value == int(value) and abs(value) < 1e6:

@@ -1,4 +1,4 @@
-"""What each metric says, in words for someone who has not met it before."""
+"""Explanations of the metrics for someone who has not met them before."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class _Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is still to come."""
+        """Return whether an answer is still to come."""
         return self._expected > 0
 
     def make(self, opening: Mapping[str, Any], jobs: Sequence[Job], report: OnOutcome) -> None:

@@ -55,7 +55,10 @@ FILTER_BATCH = 16  # images in memory at once
 
 
 def extractor_opening(settings: EvaluationSettings, name: str) -> dict[str, Any]:
-    """What `open_reader` makes an extractor of: "lite0", "inception", "clip" or "dinov2".
+    """Return the arguments with which `open_reader` opens an extractor.
+
+    Args:
+        name: "lite0", "inception", "clip" or "dinov2".
 
     Raises:
         EvaluationError: its weights were not given.
@@ -75,8 +78,8 @@ def extractor_opening(settings: EvaluationSettings, name: str) -> dict[str, Any]
 
 
 def open_reader(opening: Mapping[str, Any]) -> Any:
-    """An extractor, by what `extractor_opening` says of it; or an image filter, by {"filter": its
-    name, "threshold": score}.
+    """Open an extractor from the arguments that `extractor_opening` returned, or an image filter
+    from {"filter": its name, "threshold": score}.
 
     Raises:
         ModelopsError: its weights are not there, or not what they should be.
@@ -127,7 +130,7 @@ def read_share(share: Share, reader: Extractor | ImageFilter, on_read: OnRead | 
 def check_images(
     image_filter: ImageFilter, paths: Sequence[Path], on_read: OnRead | None = None
 ) -> list[ImageVerdict]:
-    """What a filter says of images, a few of them in memory at a time.
+    """Return a filter's verdicts on images; only a few images are in memory at a time.
 
     Raises:
         SafetyFilterError: the filter failed, or an answer is missing or no answer.
@@ -270,7 +273,7 @@ def _remove(parts: Sequence[Path]) -> None:
 def failure_of(
     share: Share, reader: Extractor | ImageFilter | None = None, on_read: OnRead | None = None
 ) -> Failure | None:
-    """Read a share, with a reader that is opened if none is given; why not, if it could not be."""
+    """Process one share; return its failure, or None. Opens the reader if none is given."""
     try:
         read_share(share, reader or _opened(json.dumps(dict(share.reader))), on_read)
     except ModelopsError as error:
@@ -304,10 +307,10 @@ def real_features_by_workers(
     evaluation's own.
 
     Args:
-        images: the real images.
+        pictures: the real images.
         extractor: the one that reads them.
-        own_cache: the evaluation's own folder.
-        use_cache: whether the one beside the manifest may be used.
+        own_cache: the evaluation's own cache folder.
+        use_cache: whether the cache beside the manifest may be used.
         divide: has files with these digests read; returns files of features, in order.
     """
     n, dim = len(pictures.samples), extractor.dim

@@ -1,4 +1,4 @@
-"""What is handed out to processes: images to make, and images to read.
+"""Tasks for worker processes: images to make, and images to read.
 
 Everything crosses as JSON. An image depends on its prompt and seed alone, and what is read of it on
 the image alone; both are written atomically under names that say what they are. So nothing is lost
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a job; `failure` says why there is no image."""
+    """Result of a job; `failure` is the reason if there is no image."""
 
     place: int
     failure: str | None = None
@@ -65,7 +65,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a share could not be read.
+    """Reason why a share could not be read.
 
     Attributes:
         kind: name of the exception's class, if it is one of `_KINDS`.
@@ -77,7 +77,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: ModelopsError) -> Failure:
-        """What an exception says, for another process."""
+        """Describe an exception for another process."""
         kinds = (each.__name__ for each in type(error).__mro__ if each.__name__ in _KINDS)
         return cls(error.message, next(kinds, ""), error.hint)
 
@@ -104,7 +104,7 @@ class Workers(Protocol):
 
     @property
     def processes(self) -> int:
-        """How many there are, with this one."""
+        """Number of processes, with this one."""
 
     def divide(self, find: Callable[[], list[Job]], report: OnOutcome) -> list[Job]:
         """This process's share of the jobs that `find` finds; other shares are started.
@@ -114,17 +114,20 @@ class Workers(Protocol):
         """
 
     def check(self) -> None:
-        """Raises ProcessDiedError if another process died."""
+        """Raise ProcessDiedError if another process died."""
 
     def collect(self, own: Sequence[Outcome]) -> list[Outcome]:
-        """Wait for the others; the outcomes of all. In the ranks after the first it does not
-        return: they read what the first one wants read, and end with it."""
+        """Wait for the other ranks and return all outcomes.
+
+        It returns in the first rank only. The other ranks then read the shares that the first
+        one hands out, and end when it ends.
+        """
 
     def read(self, shares: Sequence[Share], own: Callable[[Share], Failure | None]) -> None:
         """Have each share read by a process of its own, the first by this one.
 
         Args:
-            own: reads this process's share; says why not, if it could not.
+            own: reads this process's share; returns its failure, or None.
 
         Raises:
             EvaluationError: what one process alone could not have measured either.
@@ -142,7 +145,7 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 
 def job_from_json(entry: Mapping[str, Any]) -> Job:
-    """What `job_to_json` made plain."""
+    """Read the result of `job_to_json`."""
     return Job(entry["place"], ImageRequest(**entry["request"]), Path(entry["path"]))
 
 
@@ -153,5 +156,5 @@ def share_to_json(share: Share) -> dict[str, Any]:
 
 
 def share_from_json(entry: Mapping[str, Any]) -> Share:
-    """What `share_to_json` made plain."""
+    """Read the result of `share_to_json`."""
     return Share(entry["reader"], tuple(map(Path, entry["paths"])), Path(entry["out"]))

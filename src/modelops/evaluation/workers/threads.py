@@ -1,4 +1,4 @@
-"""How processes on one machine share its cores and GPUs."""
+"""Division of one machine's cores and GPUs among processes."""
 
 from __future__ import annotations
 

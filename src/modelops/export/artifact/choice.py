@@ -1,4 +1,4 @@
-"""Which runtime an artifact runs in here: the fastest of those that give its numbers here."""
+"""Choice of an artifact's runtime: the fastest of those that give its numbers on this machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MARGIN = 1.15
 
 @dataclass(frozen=True, slots=True)
 class RuntimeChoice:
-    """What an artifact runs in on this machine.
+    """Runtime of an artifact on this machine.
 
     Attributes:
         runtime: one of `graphs.RUNTIMES`.
@@ -125,7 +125,7 @@ class Tried:
 
     @property
     def refusal(self) -> str:
-        """Why it is not taken; "" if it may be."""
+        """Reason why the runtime is not taken; "" if it may be."""
         if self.found is None:
             return f"{self.runtime} does not run it ({self.fault})"
         if self.found.fault:
@@ -185,7 +185,9 @@ def try_runtimes(
 
 
 def _ran_on_this_kind(record: ArtifactRecord, runtime: str) -> bool:
-    """Whether a runtime is known not to crash with an INT8 graph's kernels for this processor."""
+    """Return whether a runtime is known to run an INT8 graph on this kind of processor without a
+    crash.
+    """
     here = this_processor().kind
     known = (one for one in record.reproduced if (one.processor, one.runtime) == (here, runtime))
     return any(not one.fault for one in known)

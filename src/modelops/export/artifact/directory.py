@@ -33,7 +33,7 @@ GRAPH = "model.onnx"
 
 
 def is_artifact(directory: str | Path) -> bool:
-    """Whether a directory holds a finished artifact."""
+    """Return whether a directory holds a finished artifact."""
     return (Path(directory) / RECORD).is_file()
 
 
@@ -204,7 +204,7 @@ def graph_file(root: Path, item: ExportedComponent, runtime: RuntimeName) -> Pat
 
 
 def read_signature(folder: Path) -> Signature:
-    """How the component in a folder is called.
+    """Read the signature of the component in a folder.
 
     Raises:
         UsageError: there is no readable signature.json.

@@ -1,4 +1,4 @@
-"""What the search for an INT8 graph's layers found, for tables: read from the artifact's record."""
+"""Tables of the search for an INT8 graph's layers, read from the artifact's record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph says of its own axes: which are the batch, and which sizes the others may have."""
+"""Notes in a graph about its axes: which are the batch, and the sizes that the others may have."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def read_axes(path: Path) -> GraphAxes:
 
 
 def read_multiples(model: Any) -> dict[str, int]:
-    """What `write_multiples` noted in a graph."""
+    """Read the notes that `write_multiples` wrote into a graph."""
     text = next((p.value for p in model.metadata_props if p.key == MULTIPLES_KEY), "")
     pairs = (item.partition("=") for item in text.split(",") if item)
     return {name: int(step) for name, _, step in pairs if step.isdigit() and int(step) > 1}

@@ -26,7 +26,7 @@ _PAYLOADS = (4, 5, 7, 9, 10, 11)  # of TensorProto: its values, in whichever for
 
 
 def data_path(path: Path) -> Path:
-    """Where the weights of a graph lie if they are not in it."""
+    """Return the path of a graph's weights if they are not in the graph."""
     return path.with_name(path.name + ".data")
 
 
@@ -164,7 +164,7 @@ def copy_graph(source: Path, target: Path) -> None:
 
 
 def check_data(path: Path, model: Any | None = None) -> Path | None:
-    """Where a graph's weights lie, once it is certain that they lie where they may.
+    """Return the path of a graph's weights, after checking that they are where they may be.
 
     Args:
         path: model.onnx.

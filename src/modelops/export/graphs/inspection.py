@@ -1,4 +1,4 @@
-"""Which layers of an engine run in INT8, from the JSON of TensorRT's engine inspector."""
+"""INT8 layers of an engine, from the JSON of TensorRT's engine inspector."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def layer_precisions(information: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_int8_graph(path: str | Path) -> bool:
-    """Whether an ONNX graph holds INT8 values between QuantizeLinear and DequantizeLinear."""
+    """Return whether an ONNX graph holds INT8 values between Quantize- and DequantizeLinear."""
     import onnx
 
     graph = load_structure(Path(path)).graph

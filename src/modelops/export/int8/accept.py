@@ -156,7 +156,7 @@ def measure_speed(
     return results
 
 
-# What INT8 replaces. Beside them stands bf16, which is as much work saved for other images.
+# What INT8 replaces. bf16 is reported beside them: it saves as much work, for other images.
 BASELINES = ("onnxruntime_fp32", "openvino_fp32")
 
 

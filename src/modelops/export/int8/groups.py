@@ -72,9 +72,10 @@ def stage_of(path: str) -> str:
 
 
 def role_of(path: str) -> str:
-    """What a layer is for: "conv_in", "conv_out", "embeddings", "modulation", "attention_qkv",
-    "attention_out", "feed_forward", "resnets", "resampling", "shortcuts", "layers" (of a block,
-    unknown) or "other"."""
+    """Return the role of a layer: "conv_in", "conv_out", "embeddings", "modulation",
+    "attention_qkv", "attention_out", "feed_forward", "resnets", "resampling", "shortcuts", "layers"
+    (of a block, unknown) or "other".
+    """
     words, inside = path.split("."), bool(stage_of(path))
     for role, pattern in _INSIDE:
         if any(pattern.search(word) for word in words):

@@ -153,7 +153,7 @@ class Int8Job:
         self.smoothing = found.as_record()
 
     def scan(self, on_progress: OnProgress) -> None:
-        """Where rounding hurts: every group alone in INT8, and a plot of it."""
+        """Measure every group alone in INT8 to find where rounding hurts, and plot it."""
         precision = default_precision("int8", self.runtime)
         self.variants = Variants(
             self.wide, self.scratch, self.calibration, held_out=self.held_out,

@@ -14,7 +14,7 @@ WEIGHT_RANGES = ("auto", "full", "reduced")
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How a denoiser is quantised.
+    """Options of a denoiser's quantisation.
 
     Attributes:
         method: how a tensor's range is taken from the values seen: minmax, percentile, entropy.

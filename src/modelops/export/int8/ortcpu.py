@@ -157,7 +157,7 @@ def choose_kind(kinds: dict[str, Any], batch: str) -> tuple[str | None, str]:
 
 
 def _why_not(row: dict[str, Any], batch: str, error_bound: float) -> str:
-    """What speaks against a graph; empty if nothing does."""
+    """Return the reason to refuse a graph; empty if there is none."""
     if row["faults"]:
         return f"breaks a rule: {row['faults'][0]}"
     if not row["execution"]["int8_layers"]:

@@ -86,7 +86,7 @@ class QdqWriter:
         return list(dict.fromkeys(names))
 
     def weights_of(self, node: str) -> int:
-        """How many weights a node has that is not one of attention's products."""
+        """Count the weights of a node that is not one of attention's products."""
         return math.prod(self._arrays[self.nodes[node].input[1]].dims)
 
     def ranges(self, calibration: Calibration) -> dict[str, Range]:

@@ -46,7 +46,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a graph's tensors get their ranges from.
+    """Source of the ranges of a graph's tensors.
 
     Attributes:
         rows: inputs that the graph is run on.
@@ -138,7 +138,9 @@ def measure_ranges(
 
 
 def percentile_bin(counts: Array, percentile: float = PERCENTILE) -> int:
-    """How many bins of a histogram of magnitudes hold `percentile` of the values; at least one."""
+    """Count the bins of a histogram of magnitudes that hold `percentile` of the values; at least
+    one.
+    """
     total = int(counts.sum())
     if not total:
         return len(counts)
@@ -146,7 +148,7 @@ def percentile_bin(counts: Array, percentile: float = PERCENTILE) -> int:
 
 
 def entropy_bin(counts: Array, levels: int = _LEVELS) -> int:
-    """How many bins of a histogram of magnitudes to keep, by least divergence.
+    """Count the bins of a histogram of magnitudes to keep, by least divergence.
 
     For each cut, the reference P is the kept histogram with everything beyond in its last bin, Q
     the kept histogram rounded to `levels` and spread evenly over the bins that had values.

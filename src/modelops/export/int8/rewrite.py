@@ -51,7 +51,7 @@ def split_columns(model: Any, source: Path) -> list[str]:
 
 
 class _Found:
-    """Who makes and who reads what in a graph."""
+    """Producers and readers of the values in a graph."""
 
     def __init__(self, graph: Any, ranks: dict[str, int]) -> None:
         self._graph, self._ranks = graph, ranks
@@ -161,7 +161,7 @@ class LinearEditor:
         node.input[1] = self._add(f"{node.input[1]}_smooth", stored * column)
 
     def takes_bias(self, node: Any) -> bool:
-        """Whether a constant can be added to what a node makes."""
+        """Return whether a constant can be added to the output of a node."""
         plain = all(a.f == 1.0 for a in node.attribute if a.name in ("alpha", "beta"))
         bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
         return (

@@ -1,4 +1,4 @@
-"""Whether an INT8 graph's weights take 8 bits or 7, which no processor's sums saturate with.
+"""Choice of 8 or 7 bits for an INT8 graph's weights. With 7, sums saturate on no processor.
 
 Processors without VNNI add two products of a byte and a byte in 16 bits. With weights of 8 bits
 such a sum may not fit, and the runtime's answer is then wrong by several times what rounding costs
@@ -22,7 +22,7 @@ ACCEPTED_COST = 1.25
 
 @dataclass(frozen=True)
 class WeightRangeChoice:
-    """Which range the weights of an INT8 graph take.
+    """Range of the weights of an INT8 graph, with the errors that decided it.
 
     Attributes:
         chosen: "full" (8 bits) or "reduced" (7 bits).

@@ -36,7 +36,7 @@ _LEAST_SHARE = 0.005  # of a call's time: a saving below it is nothing
 
 @dataclass(frozen=True)
 class GroupCost:
-    """What one group of layers costs and brings, beside all others in INT8.
+    """Error and time of one group of layers in INT8, with all others in INT8 too.
 
     Attributes:
         group: its name.
@@ -88,7 +88,7 @@ class Decision:
 
 @dataclass
 class SearchResult:
-    """What `search_groups` found.
+    """Result of `search_groups`.
 
     Attributes:
         keep_fp32: groups to leave in fp32.

@@ -1,4 +1,4 @@
-"""Which layers rounding hurts, and at which noise levels."""
+"""Sensitivity of layers to rounding, by noise level."""
 
 from __future__ import annotations
 

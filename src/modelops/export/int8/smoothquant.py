@@ -53,7 +53,7 @@ class Channels:
 
     @property
     def middle(self) -> Array:
-        """What a shift subtracts."""
+        """Value that a shift subtracts."""
         result: Array = (self.low + self.high) / np.float32(2.0)
         return result
 
@@ -65,7 +65,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class SmoothedTensors:
-    """How many activations `smooth_graph` changed.
+    """Numbers of activations that `smooth_graph` changed.
 
     Attributes:
         tensors: all of them.
@@ -80,7 +80,7 @@ class SmoothedTensors:
 
 @dataclass
 class Smoothing:
-    """What was tried and what is kept.
+    """Smoothing that was tried, and the one that is kept.
 
     Attributes:
         alpha: the one that is kept, or None: nothing lowered the error.

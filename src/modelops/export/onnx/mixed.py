@@ -1,4 +1,4 @@
-"""Which nodes of a graph compute in 16 bits, and the graph with its casts."""
+"""Nodes of a graph that compute in 16 bits, and the graph with its casts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class GraphWeights:
 
 
 class MixedPlan:
-    """Which nodes of a graph are converted.
+    """Nodes of a graph that are converted, and the others with the reason.
 
     Attributes:
         weights: names of the float32 initializers.

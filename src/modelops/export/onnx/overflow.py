@@ -1,4 +1,4 @@
-"""What a narrower float format would do to a graph's weights and activations."""
+"""Effects of a narrower float format on a graph's weights and activations."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def float_format(name: Narrow) -> FloatFormat:
 
 
 def weight_fault(values: npt.NDArray[np.float32], narrow: FloatFormat) -> str | None:
-    """Why weights would not survive the format; None if they would.
+    """Return the reason why weights would not survive the format; None if they would.
 
     They would not if one becomes infinite, a quarter of those that are not 0 become subnormal or 0,
     or the whole is off by more than rounding explains.

@@ -34,7 +34,7 @@ _BFLOAT16_OPSET = 22  # before it, Conv has no bfloat16
 
 @dataclass
 class PrecisionReport:
-    """What was converted, and what was not and why.
+    """Nodes that were converted, and those that were not, with the reason.
 
     Attributes:
         precision: "float16" or "bfloat16".

@@ -1,4 +1,4 @@
-"""What happens to a captured network on its way to a graph, where the libraries get it wrong."""
+"""Changes to a captured network on its way to a graph, where the libraries get it wrong."""
 
 from __future__ import annotations
 

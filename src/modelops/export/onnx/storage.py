@@ -62,6 +62,6 @@ def store_rest_in_half(path: Path) -> int:
 
 
 def fits(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> bool:
-    """Whether float16 holds weights to 11 bits, but for those too small to matter."""
+    """Return whether float16 holds weights to 11 bits, except those too small to matter."""
     largest = float(np.abs(values).max(initial=0.0))
     return 2.0**-8 < largest < 32768.0  # a thousandth of the largest is still a normal number

@@ -1,4 +1,4 @@
-"""How many bits the weights of an INT8 graph use, noted in the graph."""
+"""Bits of the weights of an INT8 graph, noted in the graph."""
 
 from __future__ import annotations
 

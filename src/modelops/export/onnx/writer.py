@@ -167,7 +167,7 @@ def check_weights(module: torch.nn.Module, label: str) -> None:
 
 
 def axis_multiples(guards: list[str], module: torch.nn.Module, example: Example) -> dict[str, int]:
-    """What torch took for granted about sizes, as axis name to the number it is a multiple of.
+    """Return torch's assumptions about sizes, as axis name to the number it is a multiple of.
 
     torch.export notes every branch that a network took on a size as a line of Python. Here each
     axis is tried with other sizes, and those that take the same branches are looked at.
@@ -198,7 +198,7 @@ def axis_multiples(guards: list[str], module: torch.nn.Module, example: Example)
 
 
 class _Shape(tuple[int, ...]):
-    """What a guard may ask of a tensor."""
+    """Stand-in for a tensor, with what a guard may ask of it."""
 
     def size(self) -> tuple[int, ...]:
         return self

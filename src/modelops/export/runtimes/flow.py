@@ -21,7 +21,7 @@ from modelops.models.pipelines.signatures import TIMESTEP_NAMES
 
 
 def is_plain_euler(scheduler: Any) -> bool:
-    """Whether a step of this scheduler is x + (next sigma - sigma) * velocity and nothing else."""
+    """Return whether a scheduler's step is x + (next sigma - sigma) * velocity and nothing else."""
     return (
         type(scheduler) is FlowMatchEulerDiscreteScheduler
         and not scheduler.config.stochastic_sampling

@@ -16,7 +16,7 @@ Part = tuple[Graph, Signature]
 
 
 class ExportedModule:
-    """What a pipeline asks of a network, answered by graphs.
+    """Stand-in for a pipeline's network that answers by graphs.
 
     `forward` (which calling it calls), `encode` and `decode` run a graph. `config`, `dtype` and
     `device` are its own. Whatever else a pipeline looks at (the width of a layer, say) is looked up
@@ -49,7 +49,7 @@ class ExportedModule:
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What a call runs, as in a torch module."""
+        """Run the graph, as a call of a torch module does."""
         return self._run("forward", args, kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,8 +61,10 @@ class ExportedModule:
         return self._run("decode", args, kwargs)
 
     def memory(self, **arguments: Any) -> dict[str, torch.Tensor] | None:
-        """Where the graph reads such arguments of `forward` from, by input name: what is written
-        there need not be copied by the call. None where it has no such place.
+        """Return the memory from which the graph reads such arguments of `forward`.
+
+        It is by input name. A call need not copy what is written there. None if the graph has no
+        such memory.
 
         The memory is the graph's, and every call with other arguments of these shapes writes it;
         the graph counts those (`overwritten`).
@@ -106,7 +108,7 @@ class ExportedModule:
 
 
 class ExportedControl(ExportedModule):
-    """Passes for the class it stands for: ControlNet pipelines ask which one they were given."""
+    """Stand-in that passes for the original class, which ControlNet pipelines check."""
 
     @property
     def __class__(self) -> Any:

@@ -167,7 +167,7 @@ class OpenVinoGraph:
 
 
 def _same_memory(first: Array, second: Array) -> bool:
-    """Whether two arrays of one shape are the same numbers in the same place."""
+    """Return whether two arrays of one shape are the same numbers in the same place."""
     a, b = first.__array_interface__, second.__array_interface__
     return bool(a["data"][0] == b["data"][0] and a["strides"] == b["strides"])
 

@@ -12,7 +12,7 @@ from modelops.records.export import ArtifactRecord
 
 
 def default_precision(artifact_format: str, runtime: str) -> str:
-    """What the nodes that are not INT8 run in when nobody says."""
+    """Return the precision of nodes that are not INT8, if none was asked for."""
     if artifact_format == "int8" and runtime == "openvino" and openvino_has_bfloat16():
         return "bfloat16"
     return "float32"
@@ -68,7 +68,7 @@ def require_supported(path: Path, runtime: str, axes: GraphAxes | None = None) -
 
 
 def openvino_has_bfloat16() -> bool:
-    """Whether OpenVINO would run bfloat16 in hardware here."""
+    """Return whether OpenVINO would run bfloat16 in hardware here."""
     if not has_module("openvino") or not this_processor().has_bfloat16:
         return False
     import openvino
@@ -77,7 +77,8 @@ def openvino_has_bfloat16() -> bool:
 
 
 def served_precision(record: ArtifactRecord, runtime: str) -> str:
-    """What nodes that are not INT8 run in where the artifact is opened: what it was gated in, or
-    float32 where the processor has no bfloat16 and would emulate it."""
+    """Return the precision of nodes that are not INT8 where the artifact is opened: the one that it
+    was gated in, or float32 where the processor has no bfloat16 and would emulate it.
+    """
     gated_in_bfloat16 = record.precision == "int8+bfloat16"
     return default_precision(record.format, runtime) if gated_in_bfloat16 else "float32"

@@ -54,13 +54,13 @@ class Probe:
     exact: dict[str, Array]  # file name of a graph to what it says; "" is the artifact's own
 
     def exact_of(self, file: str) -> Array | None:
-        """What the graph in that file says, if it is INT8."""
+        """Return the exact output of the graph in that file, if it is INT8."""
         return self.exact.get(file, self.exact.get(""))
 
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """Whether a runtime gives the artifact's numbers on this machine.
+    """Result of the test whether a runtime gives the artifact's numbers on this machine.
 
     Attributes:
         runtime: its name.

@@ -96,7 +96,7 @@ def _angles(model: Any) -> dict[str, Any]:
 
 
 def _is_outer_product(node: Any) -> bool:
-    """Whether a MatMul adds nothing up: of rates and places, say."""
+    """Return whether a MatMul adds nothing up (a product of rates and places, for example)."""
     if node.get_type_name() != "MatMul":
         return False
     shape = node.input_value(0).get_partial_shape()

@@ -110,7 +110,7 @@ class TensorRtGraph:
 
     @property
     def captured_shapes(self) -> int:
-        """How many sets of shapes are replayed as CUDA graphs now."""
+        """Number of sets of shapes that are replayed as CUDA graphs now."""
         return sum(prepared.graph is not None for prepared in self._ready.values())
 
     def run(self, feed: dict[str, Array]) -> Array:

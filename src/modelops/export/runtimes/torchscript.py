@@ -248,7 +248,7 @@ def _proven_axes(label: str, module: Any, exported: Any, example: Example) -> li
 
 
 def _difference(module: Any, exported: Any, inputs: list[torch.Tensor]) -> str | None:
-    """What is wrong with the export on some inputs; None if nothing is."""
+    """Return the difference of the export on some inputs, in words; None if there is none."""
     try:
         expected = _as_tuple(module(*inputs))
     except Exception:  # the module itself does not take this length: nothing to prove

@@ -1,4 +1,4 @@
-"""What an engine was built from, on and for, and the refusal of one that does not belong here.
+"""Fingerprint of an engine: what it was built from, on and for. One that differs is refused.
 
 An engine is a program for one GPU, one TensorRT and one driver, and TensorRT executes what the plan
 says. So beside NAME.plan lies NAME.json; a plan is only read together with it, its bytes are hashed
@@ -29,7 +29,7 @@ _REBUILD = "add --rebuild to build it here"
 
 
 class EngineFlags(BaseModel):
-    """What changes the engine and not its input."""
+    """Flags that change the engine and not its input."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -156,7 +156,7 @@ def fingerprint_differences(
     profiles: Sequence[OptimizationProfile] | None = None,
     flags: EngineFlags | None = None,
 ) -> list[str]:
-    """Why an engine does not belong to this machine, graph, profiles or flags; empty if it does.
+    """Return why an engine is not for this machine, graph, profiles or flags; empty if it is.
 
     What is not given is not compared.
     """

@@ -12,7 +12,7 @@ PIP_COMMAND = 'pip install "modelops[gpu]"'
 
 
 def has_tensorrt() -> bool:
-    """Whether the package tensorrt is installed, without importing it.
+    """Return whether the package tensorrt is installed, without importing it.
 
     tensorrt-stubs leave a folder of that name that imports as an empty package; that is not it.
     """

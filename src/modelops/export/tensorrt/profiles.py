@@ -41,7 +41,7 @@ class ShapeRange(BaseModel):
         return self
 
     def holds(self, shape: Sequence[int]) -> bool:
-        """Whether a shape lies in the range."""
+        """Return whether a shape lies in the range."""
         return len(shape) == len(self.minimum) and all(
             low <= size <= high
             for low, size, high in zip(self.minimum, shape, self.maximum, strict=True)
@@ -56,7 +56,7 @@ class OptimizationProfile(BaseModel):
     inputs: dict[str, ShapeRange]
 
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether shapes for all inputs lie in the profile."""
+        """Return whether shapes for all inputs lie in the profile."""
         return set(shapes) == set(self.inputs) and all(
             self.inputs[name].holds(shape) for name, shape in shapes.items()
         )

@@ -17,7 +17,7 @@ from modelops.models.request import ImageRequest
 def pipeline_arguments(
     accepts: Collection[str], requests: Sequence[ImageRequest]
 ) -> dict[str, Any]:
-    """What to call a diffusers pipeline with, to be given these images as `.images` [N, H, W, 3].
+    """Return a diffusers pipeline's arguments for these images, its `.images` [N, H, W, 3].
 
     What a request leaves open, and what the pipeline does not take, is left out.
 

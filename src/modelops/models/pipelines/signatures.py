@@ -1,4 +1,4 @@
-"""How a component is called: nested arguments to flat named tensors and back again.
+"""Signature of a component: nested arguments to flat named tensors and back again.
 
 A pipeline calls its networks with keyword arguments that may hold lists and dicts of tensors beside
 plain values, and reads its answer as a tuple or an object with named fields. A graph takes named
@@ -26,7 +26,7 @@ TIMESTEP_NAMES = ("timestep", "timesteps")
 
 
 class Signature(BaseModel):
-    """How one method of a component is called, and what it answers.
+    """Arguments and answer of one method of a component.
 
     Attributes:
         method: "forward", or "encode" or "decode" of an autoencoder.
@@ -217,7 +217,7 @@ def _collect(template: Template, value: Any, name: str, tensors: dict[str, torch
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether leaving an argument out changes nothing."""
+    """Return whether leaving an argument out changes nothing."""
     if name in ("return_dict", "output_attentions", "use_cache", "generator"):
         return True
     return value is None or value is False or (isinstance(value, dict) and not value)
@@ -229,7 +229,9 @@ Example = dict[str, tuple[torch.Tensor, dict[int, str]]]
 
 
 def is_variadic(module: torch.nn.Module) -> bool:
-    """Whether a module takes its tensors as *args; torch.export wants shapes of those nested."""
+    """Return whether a module takes its tensors as *args; torch.export wants shapes of those
+    nested.
+    """
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
     return inspect.Parameter.VAR_POSITIONAL in kinds
 

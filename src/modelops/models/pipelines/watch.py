@@ -47,7 +47,7 @@ CaughtCalls = dict[Key, list[CaughtCall]]
 
 @dataclass(frozen=True)
 class Probe:
-    """What one call of the pipeline is made with."""
+    """Settings of one call of the pipeline; None keeps the pipeline's own."""
 
     batch: int = 2
     height: int | None = None

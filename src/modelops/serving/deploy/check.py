@@ -23,7 +23,7 @@ from modelops.base.files import sha256_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointCheck:
-    """What `check_endpoint` saw.
+    """Result of `check_endpoint`.
 
     Attributes:
         pixels: the image, [H, W, 3] uint8 RGB.

@@ -1,4 +1,4 @@
-"""Whether a model gives its own numbers on this machine, before anything is served from it.
+"""Preflight: does a model give its own numbers on this machine? Run before it is served.
 
     python -m modelops.serving.deploy.preflight RELEASE
 

@@ -58,7 +58,7 @@ State = Literal["new", "same", "different"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaffoldOptions:
-    """What differs from one deployment to the next.
+    """Options of a deployment.
 
     Attributes:
         image: name of the container image, with its registry if it has one.
@@ -121,7 +121,7 @@ def render(options: ScaffoldOptions | None = None) -> dict[str, str]:
 def scaffold_files(
     directory: str | Path, options: ScaffoldOptions | None = None
 ) -> dict[Path, State]:
-    """What a scaffold consists of, and whether each file is there already.
+    """Return the files of a scaffold, and whether each is there already.
 
     Raises:
         UsageError: the directory is a file, or a file in it cannot be read.

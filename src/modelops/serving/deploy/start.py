@@ -1,5 +1,6 @@
-"""What is refused before any worker starts. A worker that cannot start is started again for ever,
-so whatever can be known beforehand is said here, in one line. Imports no torch without a GPU."""
+"""Checks before any worker starts. A worker that cannot start is started again for ever, so every
+fault that can be found beforehand is refused here, in one line. Imports no torch without a GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast an engine is: which batch widths pay, and how long a backlog will take."""
+"""Speed of an engine: which batch widths pay, and how long a backlog will take."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ class BatchProfile:
     """Seconds of one network evaluation by its rows, and what follows from them.
 
     Attributes:
-        seconds: of the fastest run by rows, for what else the machine does only adds to them; empty
+        seconds: of the fastest run, by rows (other load on the machine only adds to them); empty
             when nothing was measured.
-        pays: whether rows in company are done faster than one by one. If not, one request runs at
+        pays: whether rows in a batch are done faster than one by one. If not, one request runs at
             a time (its two rows, if it is guided, together).
-        narrow: rows in a batch while few requests wait: most of the speed, and less company, which
-            would make each of them later.
+        narrow: rows in a batch while few requests wait: near-peak throughput at lower latency.
         wide: rows in a batch once enough requests wait to fill it.
-        complete: whether every width was measured. Where the time for it was over, wider batches
-            than the measured ones are taken for as good as the best of those.
+        complete: whether every width was measured. If the time for it was over, wider batches
+            than the measured ones are assumed to be as good as the best of those.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
@@ -122,9 +121,9 @@ def profile_from_seconds(seconds: dict[int, float], *, widest: int) -> BatchProf
 
 
 class RowRate:
-    """Row-steps per second of a busy engine, everything between two steps included.
+    """Speed of a busy engine in row-steps per second, with the time between two steps.
 
-    Only steps that follow another at once count: an idle engine tells nothing.
+    Only steps that follow another at once count: an idle engine has no speed.
 
     Args:
         half_life_s: a change in speed is half known after so many seconds of work.
@@ -136,7 +135,7 @@ class RowRate:
         self._known_s = 0.0
 
     def expect(self, rate: float) -> None:
-        """What a profile promises, until something was measured."""
+        """Take the rate that a profile promises, until something was measured."""
         if not self._known_s:
             self._rate = rate
 

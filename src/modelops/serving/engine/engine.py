@@ -41,7 +41,7 @@ class StepEngine:
             runtime. The engine owns it until it is closed.
         max_rows: rows of a forward pass, at most (a guided request takes two).
         profile_s: seconds to spend, before the first request, on finding out which widths pay (see
-            `batch_profile.BatchProfile`); 0 takes every width up to max_rows for good.
+            `batch_profile.BatchProfile`); 0 measures nothing and allows every width up to max_rows.
         queue_limit: requests that may wait; an empty queue takes a longer list too.
         on_step: called after each network evaluation, in the engine's thread.
         on_wasted: called as (steps, reason) when a request ends unfinished.

@@ -63,9 +63,10 @@ class FlowTrack:
 
 
 class NetworkInputs:
-    """What the network is called with, in memory that is used again at every step; where it is a
-    graph on the CPU, in the graph's own, so that nothing is copied there. A row's text is written
-    when another one was there before.
+    """Inputs of the network, in memory that every step uses again.
+
+    Where the network is a graph on the CPU this is the graph's own memory, so that nothing is
+    copied there. A row's text is written only if another one was there before.
 
     Args:
         width: rows, of which the last may be there only because the network wants so many.
@@ -92,13 +93,13 @@ class NetworkInputs:
         self._overwritten = -1
 
     def put_latents(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Write at most `width` rows [1, C, h, w]; returns all rows, [width, C, h, w]."""
+        """Write at most `width` rows [1, C, h, w]; return all rows, [width, C, h, w]."""
         torch.cat(list(rows), out=self._latents[: len(rows)])
         return self._latents
 
     def put_texts(self, texts: Sequence[Text]) -> list[torch.Tensor]:
-        """Write at most `width` texts, the last of them into what is left too; returns pooled,
-        tokens and mask of all rows."""
+        """Write at most `width` texts and pad with the last one; return pooled, tokens and mask of
+        all rows."""
         overwritten = getattr(self._graph, "overwritten", 0)
         if overwritten != self._overwritten:  # by somebody else's call of the graph
             self._written, self._overwritten = [None] * self.width, overwritten

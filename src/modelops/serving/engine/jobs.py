@@ -97,7 +97,7 @@ class Job:
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
+        """Return whether `cancel` was called."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""What the engine asks of a model: images in the making, one network evaluation at a time."""
+"""Interface of the engine to a model: unfinished images, one network evaluation at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Track(Protocol):
 
     @property
     def finished(self) -> bool:
-        """Whether no evaluation is left to do."""
+        """Return whether no evaluation is left to do."""
 
 
 TrackT = TypeVar("TrackT", bound=Track)
@@ -80,7 +80,7 @@ class StepModel(Protocol[TrackT]):
         is returned fails one."""
 
     def preview(self, track: TrackT) -> npt.NDArray[np.uint8]:
-        """Where a track would end if it went on straight, [H, W, 3] uint8."""
+        """Return where a track would end if it went on straight, [H, W, 3] uint8."""
 
     def pixels(self, track: TrackT) -> npt.NDArray[np.uint8]:
         """The image [H, W, 3] uint8 of a finished track."""
@@ -96,7 +96,7 @@ class StepModel(Protocol[TrackT]):
 
 
 def step_model(pipeline: Any) -> StepModel[Any]:
-    """How the engine drives a pipeline.
+    """Return the step model with which the engine drives a pipeline.
 
     Raises:
         UsageError: a pipeline without a denoiser that could be shared.

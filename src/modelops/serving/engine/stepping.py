@@ -21,7 +21,7 @@ _KEPT = 256  # schedules by step count
 
 @dataclass(slots=True)
 class Schedule:
-    """Where a trajectory goes.
+    """Schedule of a trajectory.
 
     Attributes:
         timesteps: [S], 1000 sigma, on the device.

@@ -1,4 +1,4 @@
-"""Whether a request may come in: who asks, from where, and how often."""
+"""Access check of a request: caller, address and rate limit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Access:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Access:
-        """What the environment says; see keys.py, limits.py and MODELOPS_INSECURE.
+        """Read the environment; see keys.py, limits.py and MODELOPS_INSECURE.
 
         Raises:
             UsageError: a variable holds what it cannot.
@@ -54,7 +54,7 @@ class Access:
         )
 
     def identify(self, authorization: str, server_host: str | None) -> Caller:
-        """Who asks.
+        """Return the caller.
 
         Args:
             authorization: the header's value.
@@ -122,7 +122,7 @@ class Charge:
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether an address can be reached from its own machine only; a name or None counts as it."""
+    """Return whether an address is reachable from its own machine only; true of a name or None."""
     try:
         address = ipaddress.ip_address(host or "")
     except ValueError:

@@ -66,7 +66,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def _refusal(request: Request) -> ApiError | None:
-    """Why a body will not be used, by its headers."""
+    """Return the reason to refuse a body, by its headers; None if there is none."""
     kind, *parameters = request.headers.get("content-type", "application/json").lower().split(";")
     charsets = [p.strip() for p in parameters if p.strip().startswith("charset=")]
     if kind.strip() != "application/json":
@@ -88,7 +88,7 @@ def _too_large() -> ApiError:
 
 
 def check_key(app: FastAPI, request: Request) -> Caller:
-    """Who asks; raises ApiError (401, 403 or 503) unless it may."""
+    """Return the caller; raise ApiError (401, 403 or 503) unless it may ask."""
     access: Access = app.state.access
     server: tuple[str, int | None] | None = request.scope.get("server")
     authorization = request.headers.get("authorization", "")
@@ -155,7 +155,7 @@ def error_response(app: FastAPI, error: ApiError) -> JSONResponse:
 
 
 def failure_to_api_error(error: BaseException) -> ApiError:
-    """What a client is told when its work ended without an image."""
+    """Return the answer to a client whose work ended without an image."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, DeadlineError):

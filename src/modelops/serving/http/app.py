@@ -81,7 +81,7 @@ def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = N
 
 
 def _add_errors(app: FastAPI) -> None:
-    """What fails before or in a route is answered in OpenAI's shape."""
+    """Answer failures before or in a route in OpenAI's shape."""
 
     @app.exception_handler(ApiError)
     async def _api_error(request: Request, error: ApiError) -> JSONResponse:

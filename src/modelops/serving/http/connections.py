@@ -31,7 +31,7 @@ SPARE_HANDLES = 128  # for the model, the logs, and the files that an image is s
 
 @dataclass(slots=True)
 class ClientLimits:
-    """What one client, and all of them together, may hold.
+    """Limits of one client, and of all clients together.
 
     Attributes:
         timeout_s: seconds for a request's head, or without a byte of the answer being read.
@@ -74,7 +74,7 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     _latest: Any = None  # the request that was the latest when last looked at
 
     def connection_made(self, transport: Any) -> None:
-        """Refuse one too many; else begin to look at it now and then."""
+        """Refuse the connection if there are too many; else check it from time to time."""
         super().connection_made(transport)
         if len(self.connections) > LIMITS.max_connections:
             LIMITS.on_closed("full")
@@ -84,7 +84,7 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         self._look_later()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Look no more."""
+        """Stop the checks."""
         if self._look_again is not None:
             self._look_again.cancel()
             self._look_again = None

@@ -1,4 +1,4 @@
-"""Who may ask: API keys by name, kept as digests, read again whenever their file changes.
+"""API keys by name, kept as digests, read again whenever their file changes.
 
 A key is `mo-` and 256 random bits, made here and shown once; the file holds its sha256. A slow hash
 (scrypt) protects passwords that people choose. It adds nothing to a secret that cannot be guessed,
@@ -81,8 +81,9 @@ class KeyFile(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks: the key's name, what it may do per minute (None: the node's default), and whether
-    it may swap releases."""
+    """Caller: the key's name, its rates per minute (None: the node's default), and whether it may
+    swap releases.
+    """
 
     name: str
     requests_per_minute: int | None = None
@@ -143,11 +144,11 @@ class KeyRing:
 
     @property
     def required(self) -> bool:
-        """Whether a key is asked for. A file without a valid key lets nobody in."""
+        """Return whether a key is asked for. A file without a valid key lets nobody in."""
         return bool(self._fixed) or self._path is not None
 
     def identify(self, authorization: str) -> Caller:
-        """Whose key an Authorization header holds; ANONYMOUS when no key is asked for.
+        """Return the owner of an Authorization header's key; ANONYMOUS when no key is asked for.
 
         Raises:
             UnknownKeyError: nobody's.

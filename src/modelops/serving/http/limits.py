@@ -1,4 +1,4 @@
-"""How often a caller may ask: two token buckets per key, for requests and for images.
+"""Rate limits of a caller: two token buckets per key, for requests and for images.
 
 A bucket holds a minute's worth and refills evenly, so a caller that was quiet may send a minute's
 worth at once; over any longer time t it gets at most rate x (t + 60 s). The workers of a node share
@@ -32,7 +32,7 @@ IMAGES_VARIABLE = "MODELOPS_IMAGES_PER_MINUTE"
 MINUTE_S = 60.0
 MAX_CALLERS = 10_000
 _WHAT = ("requests", "images")
-_LOCK_S = 0.5  # it is held for microseconds, unless its process stands still
+_LOCK_S = 0.5  # it is held for microseconds, unless its process hangs
 
 
 class RateLimitError(ModelopsError):
@@ -71,7 +71,7 @@ _NONE = TokenBucket(rate=0.0, level=0.0, at=0.0)
 
 
 class BucketStore(Protocol):
-    """Where buckets are kept."""
+    """Store of the buckets."""
 
     def of(self, caller: str) -> AbstractContextManager[Buckets]:
         """A caller's buckets, nobody else's within the block; changes are kept at its end."""
@@ -106,7 +106,7 @@ class OwnBuckets:
 class SharedBuckets:
     """Buckets of the workers of a node: one small file for each caller, locked while it is used.
 
-    A killed worker lets its locks go. One that stands still within the block keeps that caller
+    A killed worker lets its locks go. One that hangs within the block keeps that caller
     out: RateLimitError rather than no limit. Where the files cannot be written, each worker counts
     by itself.
     """

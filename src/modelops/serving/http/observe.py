@@ -25,7 +25,7 @@ ROUTES = (
 
 
 def note_request(trace: RequestTrace, request: ImagesRequest) -> None:
-    """What the log line says of a request. Its texts are kept apart from the rest."""
+    """Add a request to its log line. Its texts are kept apart from the rest."""
     asked = request.model_dump(exclude_none=True, include=set(_LOGGED))
     trace.fields |= asked
     trace.prompts["prompt"] = request.prompt

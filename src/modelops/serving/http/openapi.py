@@ -59,7 +59,7 @@ _WITH_BODY = (404, 408, 413, 415, 429)
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, for a person and for a program."""
+    """Description of a failure, for a person and for a program."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -90,7 +90,7 @@ class Peers:
         return (merge_expositions(found) + _UP + up).encode()
 
     async def problems(self) -> list[str]:
-        """Why a worker other than this one is not ready; empty when all are."""
+        """Return why a worker other than this one is not ready; empty when all are."""
         problems = []
         for index, state in (await self._states()).items():
             if state is None:

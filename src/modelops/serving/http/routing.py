@@ -55,7 +55,7 @@ async def through_routes(
     *,
     begun: Callable[[], bool] = lambda: False,
 ) -> T:
-    """What `attempt` returns on the request's route, or on the stable one when a canary failed it.
+    """Run `attempt` on the request's route, or on the stable one when a canary failed it.
 
     Args:
         begun: whether the client has seen something of it, so that it cannot be made again.
@@ -102,7 +102,7 @@ class _UnsaidError(Exception):
 class RoutedStream(Response):
     """An `ImageStream` on the request's route; before its first event a canary can be rescued.
 
-    Keep-alive comments are no events: who waits for a canary that stands still has seen some.
+    Keep-alive comments are no events: a client that waits for a canary that hangs has seen some.
     """
 
     def __init__(

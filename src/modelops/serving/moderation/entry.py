@@ -14,7 +14,7 @@ class _Part(BaseModel):
 
 
 class BlockedRequest(_Part):
-    """What was asked for. The texts are there only where MODELOPS_QUARANTINE_PROMPTS=text."""
+    """Request that was blocked. The texts are there only with MODELOPS_QUARANTINE_PROMPTS=text."""
 
     prompt: str | None = None
     prompt_sha256: Digest

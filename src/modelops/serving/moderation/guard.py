@@ -54,12 +54,12 @@ class FilterGuard:
 
     @property
     def reason(self) -> str | None:
-        """Why the filter is red, or None."""
+        """Reason why the filter is red, or None."""
         return self._reason
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the filter says of itself (name, digests, threshold); {} when it says nothing."""
+        """Filter's own description (name, digests, threshold); {} when it gives none."""
         try:
             return dict(self._filter.info)
         except Exception:

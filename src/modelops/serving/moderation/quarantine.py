@@ -1,4 +1,4 @@
-"""What a filter blocked, kept for people who say whether it was right; off without a folder.
+"""Quarantine of blocked requests, for people who review the filter; off without a folder.
 
 Without it a blocked image is forgotten and only counted. With it each blocked request becomes one
 file in a folder that nobody else can read; `modelops serve review` lists, shows and decides them.

@@ -35,7 +35,7 @@ _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 class Decision(BaseModel):
-    """What a reviewer said of an entry: `upheld` (rightly blocked) or `overturned` (a false alarm).
+    """Reviewer's answer on an entry: `upheld` (rightly blocked) or `overturned` (a false alarm).
 
     `score` is the highest of the entry's images. `previous` is the sha256 of the line before.
     """
@@ -71,7 +71,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was decided about one filter.
+    """Decisions about one filter.
 
     Attributes:
         upheld, overturned: entries, each by its last decision.
@@ -213,12 +213,12 @@ def decide(
 
 
 def last_decisions(decisions: Iterable[Decision]) -> dict[str, Decision]:
-    """{entry: the decision that stands}: the last one, whoever made it."""
+    """Return {entry: its valid decision}: the last one, whoever made it."""
     return {decision.entry: decision for decision in decisions}
 
 
 def weigh(decisions: Sequence[Decision]) -> list[Evidence]:
-    """What standing decisions say of each filter, most decided first.
+    """Count the valid decisions of each filter, most decided first.
 
     A filter with another threshold, other weights or other lists is another filter.
     """

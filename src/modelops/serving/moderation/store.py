@@ -38,7 +38,7 @@ class EntryFile:
 
     @property
     def sealed(self) -> bool:
-        """Whether it is encrypted to a reviewer."""
+        """Return whether it is encrypted to a reviewer."""
         return self.path.suffix == SEALED
 
 
@@ -134,7 +134,7 @@ def make_private(folder: Path) -> None:
 
 
 def _delete(path: Path) -> bool:
-    """Whether it was still there: of several processes only one counts it."""
+    """Delete a file; return whether it was still there, so that only one process counts it."""
     try:
         path.unlink()
     except FileNotFoundError:

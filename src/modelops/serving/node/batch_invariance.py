@@ -1,4 +1,4 @@
-"""How far an image made in a batch is from the same image made alone: what a release states.
+"""Batch invariance: how far an image made in a batch is from the same image made alone.
 
 A runtime picks its kernels by the number of rows, and they round differently. So an image may
 depend a little on the requests that happen to run beside it. How much is measured here, with the
@@ -47,9 +47,10 @@ def measure_batch_invariance(
         runtime: of an exported artifact.
 
     Returns:
-        `runtime`, `pictures`, `widest_rows` that were seen, and for `company` (in batches, beside
-        alone) and `offline` (in batches, beside the pipeline that was evaluated): `identical`
-        images, `max_difference` and `mean_difference` in grey levels of 255.
+        `runtime`, `precision`, `pictures`, and `widest_rows`, the widest batch that was seen. For
+        `company` (in batches against alone) and `offline` (in batches against the pipeline that
+        was evaluated): `identical` images, `max_difference` and `mean_difference` in grey levels
+        of 255.
     """
     from modelops.serving.engine.engine import StepEngine
     from modelops.serving.node.load import open_model
@@ -86,9 +87,10 @@ def release_proofs(
     guidance: float | None = None,
     fallback: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What a release says about serving its model: for `build_release`, `defaults` (the golden
-    image and what company does) and `extra_files` (the image, and that of the fallback if there
-    is one, which are written to `folder`)."""
+    """Make a release's proofs about serving its model. For `build_release`: `defaults` (the golden
+    image and the batch invariance) and `extra_files` (the image, and that of the fallback if there
+    is one, which are written to `folder`).
+    """
     golden = Path(folder) / GOLDEN_FILE
     said: dict[str, Any] = {
         "golden": make_golden(model_dir, golden, steps=steps, guidance=guidance),

@@ -27,7 +27,7 @@ MEAN_BOUND = 4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenCheck:
-    """How the golden image of this start compares with the released one.
+    """Difference of the golden image of this start from the released one.
 
     Attributes:
         pixels_sha256: of this start's pixels.

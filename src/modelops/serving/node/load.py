@@ -1,4 +1,4 @@
-"""What a node opens at its start: the model and the two filters."""
+"""Loading of a node at its start: the model and the two filters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("modelops.serving")
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """What a node serves of its release.
+    """Model of a release, opened for a node.
 
     Attributes:
         pipeline: with its networks in the runtime that was chosen.
@@ -117,7 +117,7 @@ def open_model(
 
 
 def prompt_filter_loader(name: str) -> Callable[[], Any]:
-    """What opens a prompt filter; the name is sure to be known."""
+    """Return the function that opens a prompt filter; the name is sure to be known."""
     from modelops.safety.registry import check_prompt_filter, open_prompt_filter
 
     check_prompt_filter(name)
@@ -125,7 +125,7 @@ def prompt_filter_loader(name: str) -> Callable[[], Any]:
 
 
 def image_filter_loader(name: str) -> Callable[[], Any]:
-    """What opens an image filter; the name is sure to be known."""
+    """Return the function that opens an image filter; the name is sure to be known."""
     from modelops.safety.registry import check_image_filter, open_image_filter
 
     def open_nsfw() -> Any:

@@ -173,13 +173,13 @@ class InferenceNode:
         return self.engine.alive and self.engine.stalled_for() < self.settings.stalled_s
 
     def readiness(self) -> list[str]:
-        """Why the node is not ready; empty when it is. Red filters are probed again."""
+        """Return why the node is not ready; empty when it is. Red filters are probed again."""
         if not self._closing:
             self.filters.probe(self._golden_pixels, every_s=2.0)
         return self.problems()
 
     def problems(self) -> list[str]:
-        """Why the node is not ready; probes nothing."""
+        """Return why the node is not ready; probes nothing."""
         problems = []
         if self._closing:
             problems.append("shutting down")

@@ -33,7 +33,7 @@ _MAX_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How an image was made, as a signature vouches for it; texts by digest where known."""
+    """Recipe of an image, as a signature vouches for it; texts by digest where known."""
 
     signed_by: Literal["receipt", "manifest"]
     receipt_id: str
@@ -57,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """How the image made again compares with the one that was sent.
+    """Comparison of the image made again with the one that was sent.
 
     Attributes:
         pixels_sha256: of the image made now.
@@ -198,7 +198,7 @@ def replay_recipe(
         image: the image that was sent; needed to say how far pixels that differ are.
         runtime: in place of the one that made it.
         tolerance: levels of 255 that count as "within tolerance"; when not given, as many as the
-            release states that company may change an image.
+            release states for images made in batches.
 
     Raises:
         IntegrityError: `image` is not the image that the recipe is about.
@@ -374,7 +374,7 @@ def _sent_pixels(path: Path, recipe: Recipe) -> npt.NDArray[np.uint8]:
 
 
 def _as_sent(pixels: npt.NDArray[np.uint8], output_format: str) -> npt.NDArray[np.uint8]:
-    """What a reader of the file sees: JPEG loses something, in the same way each time."""
+    """Return the pixels that a reader of the file sees: JPEG loses the same each time."""
     from modelops.serving.provenance.images import encode_image
 
     if output_format != "jpeg":

@@ -46,7 +46,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
-    """What an image's manifest says.
+    """Content of an image's manifest.
 
     Attributes:
         generation: our assertion: release and model digests, seed, steps, guidance, size, pixel

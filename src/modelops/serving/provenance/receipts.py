@@ -1,4 +1,4 @@
-"""What an image was made of, signed: one receipt per image, and a bounded folder to keep them in.
+"""Signed receipts: one per image, saying what it was made of, and a bounded folder of them.
 
 The signature covers everything but itself and the two prompt texts, which it binds by their
 digests. So the same receipt can go to the client with the prompt and be kept without it, and either
@@ -38,7 +38,7 @@ class _Part(BaseModel):
 
 
 class ReceiptRequest(_Part):
-    """What was asked for, with every default filled in. The texts may have been left out."""
+    """Request with every default filled in. The texts may have been left out."""
 
     prompt: str | None = None
     prompt_sha256: Digest
@@ -60,7 +60,7 @@ class ReceiptRelease(_Part):
 
 
 class ReceiptFilters(_Part):
-    """Which filters let it pass, and the image filter's score in [0, 1]."""
+    """Filters that let it pass, and the image filter's score in [0, 1]."""
 
     prompt: str
     image: str
@@ -189,7 +189,7 @@ def without_texts(receipt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def signed_bytes(receipt: Mapping[str, Any]) -> bytes:
-    """What the signature covers, in canonical form."""
+    """Return the bytes that the signature covers, in canonical form."""
     content = without_texts(receipt)
     content.pop("signature", None)
     return canonical_bytes(content)

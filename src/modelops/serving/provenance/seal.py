@@ -48,8 +48,9 @@ log = logging.getLogger("modelops.serving")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What every image of a node has in common; `filters` by kind, "prompt" and "image".
-    `model_sha256` is of what was opened: the release's model, or its fallback."""
+    """Facts that all images of a node share; `filters` by kind, "prompt" and "image".
+    `model_sha256` is of what was opened: the release's model, or its fallback.
+    """
 
     release: ReleaseRecord
     release_sha256: str
@@ -102,7 +103,9 @@ class Sealer:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How others can check what this node signs: the key's digest and its certificates."""
+        """Describe how others can check what this node signs: the key's digest and its
+        certificates.
+        """
         return {
             "key_id": self.key.key_id,
             "development": self.key.development,
@@ -206,7 +209,7 @@ class Sealer:
         return made.pixels, {"watermark": said}
 
     def _generation(self, request: ImageRequest, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
-        """How an image was made. Nothing of the prompt: this goes wherever the image goes."""
+        """Describe how an image was made, without the prompt: this goes where the image goes."""
         release = self.origin.release
         return {
             "release": f"{release.name} {release.version}",
@@ -234,7 +237,7 @@ class Sealer:
 
 
 def _visible(generation: Mapping[str, Any]) -> dict[str, str]:
-    """What programs that know no C2PA find in the file's own metadata."""
+    """Return the metadata for programs that know no C2PA, which read it in the file itself."""
     return {
         "Software": "modelops",
         "Notice": MARK,

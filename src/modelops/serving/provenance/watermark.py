@@ -56,7 +56,7 @@ _LUMA = np.array([0.299, 0.587, 0.114])  # BT.601, as JPEG
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detection:
-    """What a look for the watermark found.
+    """Result of a search for the watermark.
 
     Attributes:
         z: the statistic, in standard deviations of images without the watermark.
@@ -82,7 +82,9 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the key says: `index` [N, L] into the DCT, `signs` [N, L], `offsets` [N] in [0, 1)."""
+    """Values derived from the key: `index` [N, L] into the DCT, `signs` [N, L], `offsets` [N] in
+    [0, 1).
+    """
 
     index: npt.NDArray[np.intp]
     signs: Floats

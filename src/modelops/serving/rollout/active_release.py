@@ -1,4 +1,4 @@
-"""Which release stands: a folder of releases, and the file in it that a restart goes by.
+"""Active release: a folder of releases, and the file in it that a restart reads.
 
 RELEASES/
   pilot-1/  pilot-2/  ...   releases
@@ -86,13 +86,13 @@ def read_active_release(folder: str | Path) -> ActiveRelease | None:
 
 
 def release_to_serve(path: str | Path) -> Path:
-    """The release at a path: that directory itself, or of a folder of releases the one that stands.
+    """Return the release at a path: the directory itself, or the active one of several in it.
 
     A folder without serving.json is unambiguous when one release lies in it.
 
     Raises:
-        UsageError: no release, or several and none of them stands.
-        IntegrityError: the release that stands was replaced by another one.
+        UsageError: several releases and none of them is active.
+        IntegrityError: the active release was replaced by another one.
     """
     folder = Path(path)
     if (folder / RECORD_FILE).is_file() or not folder.is_dir():
@@ -112,13 +112,13 @@ def release_to_serve(path: str | Path) -> Path:
     if not inside:
         return folder
     raise UsageError(
-        f"{folder}: holds several releases and no {STATE_FILE} that says which one stands",
+        f"{folder}: holds several releases and no {STATE_FILE} that says which one is active",
         hint=f"name one: {folder / inside[0]}",
     )
 
 
 def release_from_environment(environment: Mapping[str, str] = os.environ) -> Path:
-    """What MODELOPS_RELEASE names, else the release that stands in MODELOPS_RELEASES.
+    """Return the release in MODELOPS_RELEASE, else the active one of MODELOPS_RELEASES.
 
     Raises:
         UsageError: neither is set, or see `release_to_serve`.

@@ -59,7 +59,7 @@ def open_canary(
 
 
 def _misfit(node: InferenceNode, stable: InferenceNode) -> str:
-    """Why requests cannot be dealt to both nodes alike; "" if they can."""
+    """Return why requests cannot be dealt to both nodes alike; "" if they can."""
     if (node.model_id, node.release.version) == (stable.model_id, stable.release.version):
         return "it has the stable one's name and version; give it a version of its own"
     if node.size != stable.size:
@@ -89,7 +89,7 @@ def compare_speed(trial: Trial, canary: InferenceNode, stable: InferenceNode) ->
 
 
 class SwapEvents:
-    """What happened to canaries: kept (the last ones), counted and logged. Thread-safe."""
+    """Events of canaries: kept (the last ones), counted and logged. Thread-safe."""
 
     def __init__(self, counter: Counter) -> None:
         self._counter = counter

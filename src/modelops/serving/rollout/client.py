@@ -56,7 +56,7 @@ class SwapClient:
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
     def status(self) -> dict[str, Any]:
-        """What GET /admin/swap says."""
+        """Return the answer of GET /admin/swap."""
         return self._ask("", None)
 
     def post(self, action: str, order: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def exit_code(found: dict[str, Any]) -> int:
 
 
 def trial_exit_code(ordered: dict[str, Any], found: dict[str, Any]) -> int:
-    """What became of a canary: 0 while it is one, and when it was promoted.
+    """Return a canary's exit code: 0 while it is one, and when it was promoted.
 
     1 when it could not be loaded, 3 when it was rolled back, by whomever.
 

@@ -1,4 +1,4 @@
-"""When a canary is judged, so that a look costs nothing, whoever takes it and however often.
+"""Looks at a canary: the moments of its verdicts, the same for everybody who asks.
 
 Whoever tests again and again finds a difference in the end. So verdicts are made at a few looks
 that are due, and everybody who asks in between (a person, a script, the gauge for the alert) is
@@ -39,7 +39,7 @@ class InterimAnalyses:
 
     @property
     def worse(self) -> bool:
-        """The last look that was made said so; makes none."""
+        """Return whether the last verdict was "worse"; makes none."""
         return (found := self._standing) is not None and found.answer == "worse"
 
     @property

@@ -28,7 +28,7 @@ _Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class RolloutMetrics:
-    """What a rollout counts beyond its nodes; its counters run on from one canary to the next."""
+    """Counters of a rollout beyond its nodes'; they run on from one canary to the next."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()

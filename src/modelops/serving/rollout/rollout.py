@@ -63,7 +63,7 @@ class Rollout:
         off: why swapping is off although there is a folder.
         pinned: a restart serves a release that was named to it, whatever was promoted.
         open_node: makes a node of a release directory, not started; needed for swapping.
-        tick_s: seconds between two looks at a canary's health.
+        tick_s: seconds between two checks of a canary's health.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Rollout:
         return None if interim is None else interim.verdict()
 
     def status(self) -> dict[str, Any]:
-        """Where the rollout stands, for a person or a program."""
+        """Return the state of the rollout, for a person or a program."""
         about, last = self.slots.about(), self._last_verdict
         loading = self._loading
         return {

@@ -1,4 +1,4 @@
-"""Which of a rollout's nodes makes a request, and how that ended."""
+"""Routes: the node of a rollout that makes a request, and how that ended."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Route:
         self._error: BaseException | None = None
 
     def note(self, error: BaseException) -> None:
-        """What ended it without an image."""
+        """Note the error that ended the request without an image."""
         self._error = self._error or error
 
     def outcome(self) -> str:
@@ -79,8 +79,9 @@ class Route:
         return "rejected" if error.status == 429 else "client_error"
 
     def may_be_rescued(self, error: BaseException) -> bool:
-        """Whether the stable release should make it instead: chance dealt it to a canary, and that
-        failed or had no room."""
+        """Return whether the stable release should make it instead: chance dealt it to a canary,
+        and that failed or had no room.
+        """
         if self.arm != "canary" or not self.dealt:
             return False
         if isinstance(error, ApiError):
@@ -116,8 +117,8 @@ def choose_slot(
             return stable, False
         who = key if rules.sticky == "key" and key else identity
         dealt = draw(canary.node.release_sha256, who) < rules.share
-        # One that has turned red is on its way out; the stable one's share is no sample of chance
-        # while it stands in.
+        # A canary that has turned red is on its way out. Requests that the stable one makes in its
+        # place are no random sample.
         if dealt and canary.node.problems():
             return stable, False
         return (canary if dealt else stable), True

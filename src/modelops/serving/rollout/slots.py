@@ -22,7 +22,7 @@ class Slots:
     """A stable node, a canary on trial, and former nodes that finish their work.
 
     Attributes:
-        stable, canary, draining: who stands where.
+        stable, canary, draining: the slot of each role.
         trial, interim: of the canary; None without one.
         changed: guards all of these, and is notified when one of them or a count changes.
         totals: counters that go on over a promotion.

@@ -1,4 +1,4 @@
-"""What a canary and the stable release did in the same time, counted so that they can be compared.
+"""Trial: counts of a canary and the stable release over the same time, for a comparison.
 
 Only requests that chance dealt out count (those that named a release chose it themselves), and both
 sides count from the moment at which the canary began to take traffic.
@@ -40,7 +40,7 @@ _MAX_BLOCKS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryRules:
-    """What a canary gets, and what it is judged by. All of it is stated before it takes traffic.
+    """Rules of a canary: its traffic, and how it is judged. All are stated before it takes traffic.
 
     Attributes:
         share: of the requests, in (0, 1].
@@ -94,7 +94,7 @@ class CanaryRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialData:
-    """What a trial has counted so far.
+    """Counts of a trial so far.
 
     Attributes:
         canary, stable: answers by outcome; the same keys as OUTCOMES.

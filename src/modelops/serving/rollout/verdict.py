@@ -1,4 +1,4 @@
-"""What was counted of a canary and of the stable release to an answer: better, worse, or neither.
+"""Verdict on a canary from its counts and the stable release's: better, worse, or neither.
 
 Four measures, lower is better for each: share of failed requests, of prompts and of images that a
 filter stopped, and seconds of a network evaluation (as a ratio).
@@ -119,7 +119,7 @@ def judge(
 
 
 def not_yet(rules: CanaryRules, requests: int, seconds: float) -> str:
-    """Why a canary cannot be found no worse (yet); "" if it can."""
+    """Return the reason why a canary cannot be found no worse yet; "" if it can."""
     if rules.sticky == "key":
         return (
             "undecided: the share is dealt out by key, and requests of one key are no independent "

@@ -1,6 +1,6 @@
-"""The drift log: what a share of the requests looked like, for `modelops monitor`.
+"""Drift log: features and scores of a share of the requests, for `modelops monitor`.
 
-    request ─▶ sampled? ─▶ bounded queue ─▶ features, in a slow lane ─▶ drift-*.jsonl
+    request ─▶ sampled? ─▶ bounded queue ─▶ features, in a slow thread ─▶ drift-*.jsonl
 
 No image and nothing of a prompt's text is kept. A request never waits: what the queue cannot take
 is dropped and counted, and a full disk loses lines, not requests.
@@ -96,7 +96,7 @@ class DriftLog:
         self._thread.start()
 
     def takes(self, request_id: str) -> bool:
-        """Whether a request is in the sample; the same answer for the same id in this process.
+        """Return whether a request is in the sample; the same for the same id in this process.
 
         Nobody can choose an id that is in or out, as the key is not known; but a client that sends
         one id for all its requests is in or out as a whole.

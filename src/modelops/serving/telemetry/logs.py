@@ -1,6 +1,6 @@
 """Log records to JSON lines, written by a thread that never holds up a request.
 
-A full disk, a closed pipe or a reader that stands still loses lines, which are counted; it never
+A full disk, a closed pipe or a reader that hangs loses lines, which are counted; it never
 blocks or fails a request. Prompts are left out unless they are asked for.
 """
 
@@ -206,7 +206,7 @@ def redact(text: str, prompts: list[str]) -> str:
 
 
 def log_prompts(environment: Mapping[str, str]) -> bool:
-    """Whether prompts are to be logged.
+    """Return whether prompts are to be logged.
 
     Raises:
         UsageError: the variable says neither yes nor no.

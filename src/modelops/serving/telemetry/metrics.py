@@ -61,7 +61,7 @@ _ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
 
 class NodeMetrics:
-    """What a node counts. Every label takes values from a fixed set; none comes from a request.
+    """Metrics of a node. Every label takes values from a fixed set; none comes from a request.
 
     Args:
         filter_names: {"prompt": name, "image": name}, the filters by the names of their kind
@@ -284,7 +284,7 @@ class GpuMemory:
 
 
 def evaluation_time(release_dir: str | Path, record: ReleaseRecord) -> float | None:
-    """When the newest evaluation of the released model ended, in Unix seconds.
+    """Return the end of the newest evaluation of the released model, in Unix seconds.
 
     Only evaluations that lie in the release, succeeded and are of the very model that it holds
     count; None without one.

@@ -1,4 +1,4 @@
-"""Something that cannot be written for a while: said at its start and end, and now and then."""
+"""Rate-limited logging for a sink that fails: at the start, at the end, and once a minute."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ EVERY_S = 60.0  # a disk that is nearly full takes one line and refuses the next
 
 
 class Outage:
-    """Keeps count of what was lost; may be used by any thread.
+    """Counter of the lines that a sink lost, with rate-limited log lines. Thread-safe.
 
-    Says so at most once in `EVERY_S` seconds, however often it comes and goes.
+    Logs at most once in `EVERY_S` seconds, however often the sink fails and recovers.
 
     Args:
-        what: is kept there, for messages.
+        what: name of the sink, for messages.
     """
 
     def __init__(self, what: str) -> None:
         self.failing = False
         self._what = what
         self._lock = threading.Lock()
-        self._lost = 0  # since it was said last
+        self._lost = 0  # since the last log line
         self._said: float | None = None
-        self._open = False  # the last word was that it fails
+        self._open = False  # the last log line said that the sink fails
 
     def failed(self, reason: str) -> None:
-        """One could not be kept."""
+        """Count one line that could not be written."""
         with self._lock:
             self.failing = True
             self._lost += 1

@@ -40,7 +40,9 @@ class RotatingFile:
         self._regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
 
     def descriptor(self, size: int) -> int:
-        """Where a line of `size` bytes goes; valid until the next call, by one thread.
+        """Return the descriptor for a line of `size` bytes, valid until the next call.
+
+        Only one thread may call this.
 
         Raises:
             OSError: the file is full and cannot be rotated, or is gone and cannot be made.

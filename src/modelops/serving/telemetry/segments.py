@@ -88,7 +88,7 @@ class SegmentLog:
 
     @property
     def failing(self) -> bool:
-        """Whether the last line could not be kept."""
+        """Return whether the last line could not be kept."""
         return self._outage.failing
 
     def close(self) -> None:
