@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
+from modelops.cli.options import DIRECTORY, FILE, PATH, dry_run_option, seed_option
+from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
     from modelops.base.errors import ModelopsError
     from modelops.records.base import Measurement
     from modelops.records.comparison import AbTestRecord
 
-_PATH = click.Path(path_type=Path)
-_STUDY = click.argument(
-    "directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path)
-)
+_STUDY = click.argument("directory", metavar="DIR", type=DIRECTORY)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,9 +31,9 @@ def abtest() -> None:
 
 
 @abtest.command()
-@click.argument("a", type=_PATH)
-@click.argument("b", type=_PATH)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--out", type=DIRECTORY, required=True,
               metavar="DIR", help="Folder of the study; empty or not there yet.")  # fmt: skip
 @click.option("-n", type=click.IntRange(1), default=100, show_default=True,
               help="Number of pairs to show; the seed chooses them.")  # fmt: skip
@@ -136,9 +134,9 @@ def serve(directory: Path, host: str, port: int) -> None:
 
 @abtest.command()
 @_STUDY
-@click.option("--key", "key_path", type=_PATH, metavar="FILE",
+@click.option("--key", "key_path", type=PATH, metavar="FILE",
               help="Key of the study: which image is whose.  [default: DIR/key.json]")  # fmt: skip
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--out", type=FILE, metavar="FILE",
               help="Record to write.  [default: DIR/abtest.json]")  # fmt: skip
 @click.option("--min-attention", type=click.FloatRange(0, 1), default=0.0, show_default=True,
               metavar="SHARE",
@@ -147,8 +145,7 @@ def serve(directory: Path, host: str, port: int) -> None:
               help="Exit with 3 if B is not, or with 4 if the votes do not decide it.")  # fmt: skip
 @click.option("--margin", type=click.FloatRange(0, 0.5, max_open=True), default=0.05,
               show_default=True, help="Margin of the win rate for `not-worse`.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
-              help="Seed of the bootstrap resampling.")  # fmt: skip
+@seed_option("Seed of the bootstrap resampling.")
 @click.option("--resamples", type=click.IntRange(20), default=2000, show_default=True,
               help="Number of bootstrap resamples.")  # fmt: skip
 @json_option

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from modelops.base.errors import ModelopsError, UsageError
+from modelops.cli.options import EXISTING, FILE
 from modelops.cli.output import emit, is_json, json_option
-
-FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group()
@@ -192,7 +191,7 @@ def dataset(
 
 
 @card.command("check")
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.argument("path", type=EXISTING)
 @json_option
 def check(path: Path) -> int:
     """Compare cards with the records they print; exits 1 with one line per finding.

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from modelops.cli.options import FILE, seed_option
 from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
     from modelops.records.comparison import ComparedMetric, ComparisonRecord
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
 EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 
 
 @click.command()
-@click.argument("first", type=_FILE)
-@click.argument("second", type=_FILE)
+@click.argument("first", type=FILE)
+@click.argument("second", type=FILE)
 @click.option("--margin", "margins", multiple=True, metavar="METRIC=VALUE",
               help="Loss that is accepted: 0.01 in the metric's unit, or 5% of FIRST's value. "
               "Repeatable.")  # fmt: skip
@@ -26,26 +26,20 @@ EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
               help="Let the default margins decide where no --margin is given.")  # fmt: skip
 @click.option("--adjust", type=click.Choice(["holm", "none"]), default="holm", show_default=True,
               help="Adjustment of p-values for the number of metrics.")  # fmt: skip
-@click.option("--manifest", type=_FILE, metavar="FILE",
+@click.option("--manifest", type=FILE, metavar="FILE",
               help="Manifest of the real images, if it is not where the records say.")  # fmt: skip
 @click.option(
     "--splits",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="Splits of the real images, if they are not where the records say.",
 )
-@click.option("--lpips-weights", type=_FILE, metavar="FILE",
+@click.option("--lpips-weights", type=FILE, metavar="FILE",
               help="torchvision's weights of the LPIPS backbone. With them, LPIPS measures how "
               "different the images of the same prompts and seeds look.")  # fmt: skip
 @click.option("--lpips-net", type=click.Choice(["alex", "vgg", "squeeze"]), default="alex",
               show_default=True, help="Backbone that --lpips-weights belongs to.")  # fmt: skip
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed of the bootstrap resampling.",
-)
+@seed_option("Seed of the bootstrap resampling.")
 @click.option(
     "--resamples",
     type=click.IntRange(20),
@@ -53,7 +47,7 @@ EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
     show_default=True,
     help="Number of bootstrap resamples.",
 )
-@click.option("--out", type=_FILE, metavar="FILE", help="Comparison record to write.")
+@click.option("--out", type=FILE, metavar="FILE", help="Comparison record to write.")
 @json_option
 def compare(
     first: Path,

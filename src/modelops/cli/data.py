@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
+from modelops.cli.options import PATH, dry_run_option, seed_option
+from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
-MANIFEST = click.argument("manifest", type=click.Path(path_type=Path))
+MANIFEST = click.argument("manifest", type=PATH)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,7 +39,7 @@ def corpus() -> None:
 
 
 @corpus.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @click.option(
     "--resolution",
     default=64,
@@ -47,7 +48,7 @@ def corpus() -> None:
     help="Height and width of each image, in pixels.",
 )
 @click.option("--limit", type=int, metavar="N", help="Render at most N images, in whole groups.")
-@click.option("--seed", default=0, show_default=True, help="Seed for choosing groups.")
+@seed_option("Seed for choosing groups.")
 @dry_run_option
 @json_option
 def openmoji(directory: Path, resolution: int, limit: int | None, seed: int, dry_run: bool) -> None:
@@ -121,7 +122,7 @@ def check(manifest: Path) -> int:
 @MANIFEST
 @click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Report to write.  [default: dedup_report.json beside MANIFEST]",
 )
 @click.option(
@@ -138,9 +139,9 @@ def check(manifest: Path) -> int:
     metavar="K",
     help="Nearest neighbours to check for each image.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of calibration and shown pairs.")
+@seed_option("Seed of calibration and shown pairs.")
 @click.option(
-    "--cleaned", type=click.Path(path_type=Path), metavar="MANIFEST",
+    "--cleaned", type=PATH, metavar="MANIFEST",
     help="Also write a manifest without duplicates, in the folder of the old one.",
 )  # fmt: skip
 @click.option(
@@ -203,15 +204,15 @@ def dedup(
 @click.option(
     "--dedup",
     "dedup_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Duplicate report.  [default: dedup_report.json beside MANIFEST]",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder to write to.  [default: the manifest's folder]",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed for dealing units to splits.")
+@seed_option("Seed for dealing units to splits.")
 @click.option(
     "--fractions",
     default="0.8,0.1,0.1",
@@ -259,12 +260,12 @@ def split(
 @MANIFEST
 @click.option(
     "--splits",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Splits of the samples.  [default: splits.parquet beside MANIFEST]",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder to write to.  [default: the manifest's folder]",
 )
 @click.option(
@@ -281,7 +282,7 @@ def split(
     metavar="N",
     help="Images in a tar file.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the order of samples.")
+@seed_option("Seed of the order of samples.")
 @dry_run_option
 @json_option
 def shard(
@@ -337,10 +338,10 @@ def shard(
 
 
 @data.command()
-@click.argument("shard_manifest", type=click.Path(path_type=Path))
+@click.argument("shard_manifest", type=PATH)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Record to write.  [default: smoke.json beside SHARD_MANIFEST]",
 )
 @click.option("--batch-size", default=64, show_default=True, metavar="N", help="Images in a batch.")
@@ -384,13 +385,13 @@ def smoke(shard_manifest: Path, out: Path | None, batch_size: int, workers: int)
 @MANIFEST
 @click.option(
     "--splits",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Splits of the samples, to count by split as well.",
 )
 @click.option(
     "--dedup",
     "dedup_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Duplicate report, to count duplicates as well.",
 )
 @json_option

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, table
+from modelops.cli.options import PATH, dry_run_option
+from modelops.cli.output import emit, is_json, json_option, progress, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("modelops-demo"))
+@click.argument("directory", type=PATH, default=Path("modelops-demo"))
 @click.option(
     "--budget", "budget_name", default="default", show_default=True, metavar="NAME",
     help="`default` (about 20 minutes on two cores with bf16 instructions, 40 with AVX2 only) or "

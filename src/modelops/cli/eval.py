@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
+from modelops.cli.options import DIRECTORY, FILE, PATH, dry_run_option, seed_option
+from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
     from modelops.records.base import Measurement
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 
 @click.command("eval")
 @click.argument("source")
-@click.option("--manifest", type=_FILE, metavar="FILE", help="Manifest of the real images.")
-@click.option("--splits", type=_FILE, metavar="FILE", help="Splits of the real images.")
+@click.option("--manifest", type=FILE, metavar="FILE", help="Manifest of the real images.")
+@click.option("--splits", type=FILE, metavar="FILE", help="Splits of the real images.")
 @click.option(
     "--split",
     default="test",
@@ -35,20 +34,14 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--prompts",
     "prompts_file",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="File of prompts, one a line, UTF-8.",
 )
 @click.option("-n", type=click.IntRange(2), help="Number of images.  [default: one per prompt]")
 @click.option("--replicates", type=click.IntRange(1), default=1, show_default=True,
               help="Number of images per prompt if -n is not given.")  # fmt: skip
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed of the images and of the bootstrap resampling.",
-)
+@seed_option("Seed of the images and of the bootstrap resampling.")
 @click.option(
     "--steps", type=click.IntRange(1), help="Number of sampling steps.  [default: the source's own]"
 )
@@ -61,9 +54,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     metavar="PIXELS",
     help="Height and width of each image, in pixels.  [default: the source's own]",
 )
-@click.option("--lit", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+@click.option("--lit", type=DIRECTORY, metavar="DIR",
               help="Folder of an alignment model from `modelops fit-lit`.")  # fmt: skip
-@click.option("--inception-weights", type=_FILE, metavar="FILE",
+@click.option("--inception-weights", type=FILE, metavar="FILE",
               help="Inception weights file of pytorch-fid, torch-fidelity or clean-fid. With it, "
               "FID, KID and Inception Score are measured.")  # fmt: skip
 @click.option("--fid-mode", type=click.Choice(["clean", "legacy_pytorch", "legacy_tensorflow"]),
@@ -71,7 +64,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
               help="Resize method: that of clean-fid, pytorch-fid or torch-fidelity.")  # fmt: skip
 @click.option("--extractor-dtype", type=click.Choice(["float32", "float64"]), default="float32",
               show_default=True, help="Precision of Inception; float64 for audits.")  # fmt: skip
-@click.option("--clip-weights", type=click.Path(path_type=Path), metavar="FILE|DIR",
+@click.option("--clip-weights", type=PATH, metavar="FILE|DIR",
               help="open_clip state dict, or a directory with its config. With it, CLIPScore is "
               "measured.")  # fmt: skip
 @click.option(
@@ -80,7 +73,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Architecture of the CLIP weights.",
 )
-@click.option("--dinov2-weights", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+@click.option("--dinov2-weights", type=DIRECTORY, metavar="DIR",
               help="DINOv2 as transformers saves it. With it, distances of DINOv2 features are "
               "measured.")  # fmt: skip
 @click.option("--safety", metavar="FILTER", default="open_nsfw", show_default=True,
@@ -99,9 +92,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--audit-threshold", type=click.FloatRange(0, 1, min_open=True), default=0.5,
               show_default=True,
               help="Score of the second filter from which an image counts as unsafe.")  # fmt: skip
-@click.option("--blocklist", type=click.Path(path_type=Path), metavar="DIR|FILE",
+@click.option("--blocklist", type=PATH, metavar="DIR|FILE",
               help="Images, or a file of hashes, that the model must not make again.")  # fmt: skip
-@click.option("--train-record", type=_FILE, metavar="FILE",
+@click.option("--train-record", type=FILE, metavar="FILE",
               help="train.json of the run: its losses enter the overfitting note.")  # fmt: skip
 @click.option("--slice-by", multiple=True, metavar="COLUMN|tags|words",
               help="Compare slices of the prompts with the rest: by manifest column, tags, or "
@@ -143,7 +136,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               default=120, show_default=True,
               help="Seconds to wait for an answer of a service.")  # fmt: skip
-@click.option("--out", type=_FILE, required=True, metavar="FILE", help="Record to write.")
+@click.option("--out", type=FILE, required=True, metavar="FILE", help="Record to write.")
 @click.option("--report/--no-report", default=True, show_default=True,
               help="Also write an HTML page beside the record.")  # fmt: skip
 @dry_run_option

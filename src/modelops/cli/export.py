@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelops.cli import output
+from modelops.cli.options import PATH, dry_run_option
 
 if TYPE_CHECKING:
     from modelops.export.source import Lora
@@ -61,14 +62,14 @@ def _size(
 @click.option(
     "--out",
     "out_dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="Directory of the artifact.",
 )
 @click.option(
     "--onnx",
     "onnx_dir",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="For int8 and tensorrt: ONNX artifact of the same checkpoint to start from.  [default: "
     "'onnx' beside --out]",
 )
@@ -90,7 +91,7 @@ def _size(
 @click.option(
     "--lora",
     "lora_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="For onnx and torchscript: LoRA weights to include.",
 )
 @click.option(
@@ -111,7 +112,7 @@ def _size(
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Text file of prompts for calibration and comparison, one a line.",
 )
 @click.option(
@@ -196,7 +197,7 @@ def _size(
 )
 @click.option(
     "--timing-cache",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="For tensorrt: folder where kernel timings are kept between builds.",
 )
 @click.option(
@@ -214,7 +215,7 @@ def _size(
     "--overwrite", "--rebuild", "overwrite", is_flag=True,
     help="Replace an artifact that is already there.",
 )  # fmt: skip
-@output.dry_run_option
+@dry_run_option
 @output.json_option
 def export(
     ctx: click.Context,

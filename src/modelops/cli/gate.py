@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelops.base.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
+from modelops.cli.options import DIRECTORY, FILE, PATH
 from modelops.cli.output import emit, is_json, json_option, say, table
 
 if TYPE_CHECKING:
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("policy", type=click.Path(path_type=Path))
+@click.argument("policy", type=PATH)
 @click.option(
-    "--root", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    "--root", type=DIRECTORY, metavar="DIR",
     help="Folder that the policy's paths are relative to.  [default: the policy's folder]",
 )  # fmt: skip
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--out", type=FILE, metavar="FILE",
     help="Verdict to write.  [default: ROOT/gate/verdict.json]",
 )  # fmt: skip
 @json_option
@@ -58,7 +59,7 @@ def gate(policy: Path, root: Path | None, out: Path | None) -> int:
 
 
 @click.command("sign-off")
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE", type=PATH)
 @click.option("--name", metavar="NAME", help="Name of the person who signs.")
 @click.option("--role", metavar="ROLE", help="Role of that person; there is one sign-off per role.")
 @click.option(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option
+from modelops.cli.options import PATH, dry_run_option
+from modelops.cli.output import emit, json_option
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--force", is_flag=True, help="Replace files whose content differs.")
 @dry_run_option
 @json_option

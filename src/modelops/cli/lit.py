@@ -6,27 +6,20 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, is_json, json_option, progress, say, table
-
-_FILE = click.Path(dir_okay=False, path_type=Path)
+from modelops.cli.options import DIRECTORY, FILE, dry_run_option, seed_option
+from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
 
 @click.command("fit-lit")
-@click.argument("manifest", type=_FILE)
+@click.argument("manifest", type=FILE)
 @click.option(
     "--splits",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="Splits of the samples.  [default: splits.parquet beside MANIFEST]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed for fitting the heads.",
-)
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
+@seed_option("Seed for fitting the heads.")
+@click.option("--out", type=DIRECTORY, required=True,
               metavar="DIR", help="Folder for an open_clip checkpoint and lit.json.")  # fmt: skip
 @dry_run_option
 @json_option

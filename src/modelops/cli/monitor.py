@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelops.base.errors import GateFailedError, GateUndecidedError, UsageError
+from modelops.cli.options import EXISTING_DIRECTORY, EXISTING_FILE, FILE, PATH
 from modelops.cli.output import emit, is_json, json_option, say, table
 
 if TYPE_CHECKING:
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("log", type=click.Path(path_type=Path))
+@click.argument("log", type=PATH)
 @click.option(
     "--release", required=True, metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_DIRECTORY,
     help="Release that wrote the log.",
 )  # fmt: skip
 @click.option(
@@ -32,20 +33,20 @@ if TYPE_CHECKING:
     help="Rows of the log to compare with, in place of the release's evaluation.",
 )  # fmt: skip
 @click.option(
-    "--evaluation", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--evaluation", metavar="FILE", type=EXISTING_FILE,
     help="Evaluation record of the release, with its features beside it, if the release holds "
     "none.",
 )  # fmt: skip
 @click.option(
-    "--policy", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--policy", metavar="FILE", type=EXISTING_FILE,
     help="Policy whose `monitoring:` section is used in place of the released one's.",
 )  # fmt: skip
 @click.option(
-    "--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    "--out", metavar="FILE", type=FILE,
     help="Record of the verdict to write.",
 )  # fmt: skip
 @click.option(
-    "--textfile", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    "--textfile", metavar="FILE", type=FILE,
     help="File for node-exporter's textfile collector, with the verdict; the name must end in "
     ".prom.",
 )  # fmt: skip

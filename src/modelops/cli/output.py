@@ -40,13 +40,6 @@ def is_json() -> bool:
     return context is not None and bool(context.meta.get(_JSON))
 
 
-def dry_run_option(command: F) -> F:
-    """`--dry-run`: say what would be done, and do nothing."""
-    return click.option("--dry-run", is_flag=True, help="Say what would be done; do nothing.")(
-        command
-    )
-
-
 def stderr_console() -> Console:
     """The console for progress and remarks."""
     from rich.console import Console

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, say
+from modelops.cli.options import EXISTING, EXISTING_DIRECTORY, PATH, dry_run_option
+from modelops.cli.output import emit, json_option, say
 
 if TYPE_CHECKING:
     from modelops.records.release import ReleaseRecord
@@ -26,37 +27,37 @@ def release() -> None:
 
 
 @release.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @click.option(
     "--model", "model_dir", required=True, metavar="DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_DIRECTORY,
     help="Checkpoint or exported artifact to release.",
 )  # fmt: skip
 @click.option(
-    "--verdict", required=True, metavar="FILE", type=click.Path(exists=True, path_type=Path),
+    "--verdict", required=True, metavar="FILE", type=EXISTING,
     help="Verdict of the gate on this very model, verdict.json.",
 )  # fmt: skip
 @click.option(
-    "--policy", metavar="FILE", type=click.Path(exists=True, path_type=Path),
+    "--policy", metavar="FILE", type=EXISTING,
     help="Policy of the verdict.",
 )  # fmt: skip
 @click.option(
     "--record", "records", multiple=True, metavar="FILE",
-    type=click.Path(exists=True, path_type=Path), help="Record to include. Repeatable.",
+    type=EXISTING, help="Record to include. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--card", "cards", multiple=True, metavar="FILE",
-    type=click.Path(exists=True, path_type=Path),
+    type=EXISTING,
     help="Card to include, with its images. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--fallback", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    "--fallback", metavar="DIR", type=EXISTING_DIRECTORY,
     help="ONNX artifact of the same checkpoint. It is served on processors where no runtime gives "
     "the numbers that the model was gated with.",
 )  # fmt: skip
 @click.option(
     "--preflight", "preflights", multiple=True, metavar="FILE",
-    type=click.Path(exists=True, path_type=Path),
+    type=EXISTING,
     help="Record of `modelops serve preflight` on another machine. Repeatable.",
 )  # fmt: skip
 @click.option(
@@ -68,7 +69,7 @@ def release() -> None:
 )
 @click.option("--guidance", type=click.FloatRange(1, 20), help="Guidance scale served by default.")
 @click.option(
-    "--notice", metavar="FILE", type=click.Path(exists=True, path_type=Path),
+    "--notice", metavar="FILE", type=EXISTING,
     help="File with the attribution of images and weights.",
 )  # fmt: skip
 @click.option(
@@ -175,7 +176,7 @@ def said_of_processors(record: ReleaseRecord) -> str:
 
 
 @release.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @json_option
 def verify(directory: Path) -> None:
     """Check every byte of DIRECTORY against release.json.

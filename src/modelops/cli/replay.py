@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option
+from modelops.cli.options import DIRECTORY, EXISTING, EXISTING_FILE, dry_run_option
+from modelops.cli.output import emit, json_option
 
 
 @click.command()
-@click.argument("receipt", type=click.Path(exists=True, path_type=Path))
+@click.argument("receipt", type=EXISTING)
 @click.option(
-    "--release", required=True, metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    "--release", required=True, metavar="DIR", type=DIRECTORY,
     help="Release that made the image.",
 )  # fmt: skip
 @click.option("--prompt", help="Prompt of the image, if the receipt has only its digest.")
@@ -20,17 +21,17 @@ from modelops.cli.output import dry_run_option, emit, json_option
     "--negative-prompt", help="Negative prompt of the image, if the receipt has only its digest."
 )
 @click.option(
-    "--image", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--image", metavar="FILE", type=EXISTING_FILE,
     help="Image that was sent, to measure how far its pixels are off.",
 )  # fmt: skip
 @click.option(
-    "--key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--key", metavar="FILE", type=EXISTING_FILE,
     help="Certificate or public key (PEM) to trust.  [default: $MODELOPS_SIGNING_CHAIN, else this "
     "machine's development key]",
 )  # fmt: skip
 @click.option("--id", "receipt_id", help="Id of the receipt, if RECEIPT holds several.")
 @click.option(
-    "--receipts", metavar="DIR", type=click.Path(exists=True, path_type=Path),
+    "--receipts", metavar="DIR", type=EXISTING,
     help="Folder of receipts to search, if RECEIPT is an image.",
 )  # fmt: skip
 @click.option("--runtime", help="Runtime to use in place of the one that made the image.")

@@ -7,22 +7,21 @@ from pathlib import Path
 import click
 
 from modelops.base.errors import ModelopsError, UsageError
+from modelops.cli.options import FILE
 from modelops.cli.output import emit, json_option, progress, say
-
-_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("record", type=_FILE)
-@click.option("--against", type=_FILE, metavar="FILE",
+@click.argument("record", type=FILE)
+@click.option("--against", type=FILE, metavar="FILE",
               help="Earlier record; the page says what got better or worse.")  # fmt: skip
 @click.option(
     "--out",
-    type=_FILE,
+    type=FILE,
     metavar="FILE",
     help="Page to write.  [default: RECORD with the suffix .html]",
 )
-@click.option("--check", "page", type=_FILE, metavar="FILE",
+@click.option("--check", "page", type=FILE, metavar="FILE",
               help="Write nothing; check whether this page still belongs to RECORD.")  # fmt: skip
 @json_option
 def report(record: Path, against: Path | None, out: Path | None, page: Path | None) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, say
+from modelops.cli.options import DIRECTORY, FILE, dry_run_option, seed_option
+from modelops.cli.output import emit, json_option, progress, say
 
 
 @click.command()
@@ -18,17 +19,11 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress, say
     metavar="TEXT",
     help="Prompt to make images of. Repeatable.",
 )
-@click.option("--prompt-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+@click.option("--prompt-file", type=FILE, metavar="FILE",
               help="File of prompts, one a line, UTF-8.")  # fmt: skip
 @click.option("-n", "per_prompt", type=click.IntRange(1), default=1, show_default=True,
               help="Number of images per prompt.")  # fmt: skip
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Seed of the images; each image also depends on its prompt and number.",
-)
+@seed_option("Seed of the images; each image also depends on its prompt and number.")
 @click.option(
     "--steps", type=click.IntRange(1), help="Number of sampling steps.  [default: the source's own]"
 )
@@ -58,7 +53,7 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress, say
     show_default=True,
     help="Runtime of an exported artifact: auto, or a name such as openvino.",
 )
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True,
+@click.option("--out", type=DIRECTORY, required=True,
               metavar="DIR", help="Folder for PNG files, grid.png and samples.json.")  # fmt: skip
 @dry_run_option
 @json_option

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, say
+from modelops.cli.options import (
+    DIRECTORY,
+    EXISTING_DIRECTORY,
+    EXISTING_FILE,
+    FILE,
+    PATH,
+    dry_run_option,
+)
+from modelops.cli.output import emit, json_option, say
 from modelops.cli.serve_key import key
 from modelops.cli.serve_review import review
 from modelops.cli.serve_swap import swap
@@ -43,7 +51,7 @@ serve.add_command(review)
 
 
 @serve.command()
-@click.argument("release", type=click.Path(path_type=Path))
+@click.argument("release", type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=3000, show_default=True, type=int, help="Port to listen on.")
 @click.option(
@@ -52,7 +60,7 @@ serve.add_command(review)
     "MODELOPS_WORKERS, else 1]",
 )  # fmt: skip
 @click.option(
-    "--keys", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--keys", metavar="FILE", type=EXISTING_FILE,
     help="File of API keys, made by `modelops serve key create`. Changes apply without a restart.",
 )  # fmt: skip
 @click.option(
@@ -61,33 +69,33 @@ serve.add_command(review)
     help="Serve without keys on an address that others can reach: everybody is let in.",
 )
 @click.option(
-    "--receipts", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    "--receipts", metavar="DIR", type=DIRECTORY,
     help="Folder for the signed receipt of each image, 256 MB at most.",
 )  # fmt: skip
 @click.option(
-    "--drift-log", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    "--drift-log", metavar="DIR", type=DIRECTORY,
     help="Folder for a log of features and scores of a tenth of the requests, for `modelops "
     "monitor`.",
 )  # fmt: skip
 @click.option(
-    "--releases", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    "--releases", metavar="DIR", type=EXISTING_DIRECTORY,
     help="Folder of releases that `modelops serve swap` may load while the server runs.",
 )  # fmt: skip
 @click.option(
-    "--signing-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--signing-key", metavar="FILE", type=EXISTING_FILE,
     help="P-256 key (PEM) that signs images and receipts.  [default: a development key]",
 )  # fmt: skip
 @click.option(
-    "--signing-chain", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--signing-chain", metavar="FILE", type=EXISTING_FILE,
     help="Certificate of that key, then those of its issuers (PEM).",
 )  # fmt: skip
 @click.option(
-    "--watermark-key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--watermark-key", metavar="FILE", type=EXISTING_FILE,
     help="Key of the invisible watermark that is put into each image; `modelops watermark key` "
     "makes one.",
 )  # fmt: skip
 @click.option(
-    "--quarantine", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    "--quarantine", metavar="DIR", type=DIRECTORY,
     help="Folder for blocked images, for `modelops serve review`; 256 MB and 30 days at most.",
 )  # fmt: skip
 @click.option(
@@ -96,7 +104,7 @@ serve.add_command(review)
     help="Write prompts into the log, which otherwise leaves them out.",
 )
 @click.option(
-    "--log-file", type=click.Path(path_type=Path, dir_okay=False),
+    "--log-file", type=FILE,
     help="File that the log is appended to.  [default: stderr]",
 )  # fmt: skip
 @click.option(
@@ -217,13 +225,13 @@ def run(
 
 
 @serve.command()
-@click.argument("model", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("model", metavar="DIR", type=PATH)
 @click.option(
     "--runtime", default="auto", show_default=True, metavar="NAME",
     help="Runtime that would serve it: onnxruntime, openvino, tensorrt or auto.",
 )  # fmt: skip
 @click.option(
-    "--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+    "--out", metavar="FILE", type=FILE,
     help="Record to write, for `modelops release build --preflight` on another machine.",
 )  # fmt: skip
 @json_option
@@ -254,7 +262,7 @@ def preflight(model: Path, runtime: str, out: Path | None) -> None:
 
 
 @serve.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--image", help="Name of the container image, with its registry if it has one.")
 @click.option(
     "--gpus",

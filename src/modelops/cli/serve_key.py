@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from modelops.cli.options import PATH
 from modelops.cli.output import emit, is_json, json_option, table
 
 DEFAULT_FILE = "api_keys.json"
 
 _file_option = click.option(
-    "--file", "path", default=DEFAULT_FILE, show_default=True, type=click.Path(path_type=Path),
+    "--file", "path", default=DEFAULT_FILE, show_default=True, type=PATH,
     help="File of keys, which `modelops serve --keys` reads.",
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from modelops.cli.options import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE
 from modelops.cli.output import emit, is_json, json_option, say, table
 
 if TYPE_CHECKING:
@@ -14,9 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument(
-    "directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("directory", metavar="DIR", type=EXISTING_DIRECTORY)
 @click.argument("entry", metavar="[ID]", required=False)
 @click.option(
     "--uphold", multiple=True, metavar="ID", help="Record that ID was rightly blocked. Repeatable."
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
     "--reason", metavar="TEXT", help="Reason of the decision; needed with --uphold and --overturn."
 )
 @click.option(
-    "--key", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    "--key", metavar="FILE", type=EXISTING_FILE,
     help="Private key (PEM) of the reviewer, for encrypted entries.",
 )  # fmt: skip
 @click.option(
-    "--pictures", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    "--pictures", metavar="DIR", type=DIRECTORY,
     help="Folder to write the images of ID to.",
 )  # fmt: skip
 @click.option("--page", is_flag=True, help="Write DIR/review.html, with blurred images.")

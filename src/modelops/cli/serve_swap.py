@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from modelops.cli.options import FILE
 from modelops.cli.output import emit, json_option, progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,7 +19,7 @@ KEY_VARIABLE = "MODELOPS_ADMIN_KEY"
 def _server(command: F) -> F:
     """The server's address, and the file with the admin key."""
     option = click.option(
-        "--key-file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path),
+        "--key-file", metavar="FILE", type=FILE,
         help=f"File that holds the admin key alone.  [default: variable {KEY_VARIABLE}]",
     )  # fmt: skip
     return click.argument("url")(option(command))

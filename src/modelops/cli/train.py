@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.output import dry_run_option, emit, json_option, progress, say
+from modelops.cli.options import PATH, dry_run_option
+from modelops.cli.output import emit, json_option, progress, say
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.option(
     "--resume", is_flag=True, help="Continue from the newest checkpoint, if there is one."
 )
@@ -22,7 +23,7 @@ from modelops.cli.output import dry_run_option, emit, json_option, progress, say
     "--run-name", metavar="NAME", help="Name of the run.  [default: the config's, without _config]"
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR",
+    "--out", type=PATH, metavar="DIR",
     help="Folder of all runs.  [default: runs/ beside the config]",
 )  # fmt: skip
 @click.option(

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from modelops.cli.options import EXISTING_FILE, FILE
 from modelops.cli.output import emit, is_json, json_option, say, table
 
 
@@ -23,7 +24,7 @@ def watermark() -> None:
 
 
 @watermark.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 @json_option
 def key(file: Path) -> None:
     """Write a new key to FILE, which only you can read, and print its id.
@@ -44,11 +45,11 @@ def key(file: Path) -> None:
 @watermark.command()
 @click.argument(
     "images", metavar="IMAGE...", nargs=-1, required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
 )  # fmt: skip
 @click.option(
     "--key", "key_file", metavar="FILE", required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING_FILE,
     help="Key file of the watermark, or a copy of it.",
 )  # fmt: skip
 @json_option

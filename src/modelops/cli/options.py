@@ -1,0 +1,33 @@
+"""Options and types that several commands have, each declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# A command says in its own words what is missing; `EXISTING` ones leave that to click.
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def seed_option(help_text: str) -> Callable[[F], F]:
+    """`--seed`, 0 or more, 0 by default; `help_text` says what is drawn from it."""
+    return click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help=help_text
+    )
+
+
+def dry_run_option(command: F) -> F:
+    """`--dry-run`: say what would be done, and do nothing."""
+    return click.option("--dry-run", is_flag=True, help="Say what would be done; do nothing.")(
+        command
+    )
