@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-new-test-after", type=float, metavar="UNIX_SECONDS",
         help="Time after which no test is started; the tests left out are named at the end",
     )  # fmt: skip
+    parser.addoption("--demo", metavar="DIR", help="A smoke demo, for the commands of the guides")
 
 
 @pytest.hookimpl(tryfirst=True)
