@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDES = sorted(
-    path.name for path in DOCS.glob("*.md") if "<!-- run -->" in path.read_text("utf-8")
-)
+PAGES = sorted(DOCS.glob("*.md"))
+GUIDES = [path.name for path in PAGES if "<!-- run -->" in path.read_text("utf-8")]
 BLOCK = re.compile(r"<!-- run -->\n *```bash\n(.*?)\n *```", re.DOTALL)
 
 

@@ -16,7 +16,6 @@ from modelops.metrics.intervals import (
     bootstrap_mean,
     bootstrap_median,
     clopper_pearson,
-    wilson,
 )
 from modelops.metrics.protocol import (
     protocol_differences,
@@ -37,11 +36,6 @@ def test_clopper_pearson_literals(successes: int, n: int, low: float, high: floa
     made = clopper_pearson(successes, n)
     assert made.low == pytest.approx(low, abs=1e-6)
     assert made.high == pytest.approx(high, abs=1e-6)
-
-
-def test_wilson_literal() -> None:
-    made = wilson(5, 20)  # scipy.stats.binomtest(5, 20).proportion_ci(method="wilson")
-    assert (made.low, made.high) == pytest.approx((0.1118617, 0.4687009), abs=1e-6)
 
 
 def test_impossible_counts_are_refused() -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError
 from modelops.base.seeding import numpy_generator
-from modelops.metrics.intervals import Interval
+from modelops.metrics.intervals import Interval, exact_bounds
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ def clustered_share(
     Raises:
         EvaluationError: fewer than two clusters.
     """
-    from scipy.stats import beta, t
+    from scipy.stats import t
 
     sums, counts = _cluster_sums(scores, owners)
     clusters, n = len(counts), len(scores)
@@ -52,10 +52,7 @@ def clustered_share(
         effective = min(float(n), (1 + share * (1 - share) / variance) * shrink)
     else:
         effective = float(clusters)
-    tail = (1 - confidence) / 2
-    x = share * effective
-    low = float(beta.ppf(tail, x, effective - x + 1)) if share > 0 else 0.0
-    high = float(beta.ppf(1 - tail, x + 1, effective - x)) if share < 1 else 1.0
+    low, high = exact_bounds(share * effective, effective, confidence=confidence)
     method = "Korn-Graubard, clustered by prompt"
     return Interval(share, min(low, share), max(high, share), method), effective
 

@@ -16,12 +16,11 @@ def count_to_rate(
     """hits / n in [0, 1] with the 95 % interval of Clopper and Pearson (1934); n = 0 says so."""
     if n == 0:
         return Measurement.missing("there is nothing to count")
-    from scipy.stats import beta
+    from scipy.stats import binomtest
 
-    low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, n - hits + 1))
-    high = 1.0 if hits == n else float(beta.ppf(0.975, hits + 1, n - hits))
+    exact = binomtest(hits, n).proportion_ci(0.95, method="exact")
     return Measurement(
-        value=hits / n, low=low, high=high, n=n, method="Clopper-Pearson",
+        value=hits / n, low=float(exact.low), high=float(exact.high), n=n, method="Clopper-Pearson",
         higher_is_better=higher_is_better, protocol=protocol,
         details={"hits": hits, **(details or {})},
     )  # fmt: skip

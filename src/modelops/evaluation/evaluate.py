@@ -28,7 +28,6 @@ from modelops.evaluation.prompts import (
 from modelops.evaluation.reference import RealPictures, open_reference
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.settings import EvaluationSettings
-from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.workbench import Workbench
 from modelops.evaluation.workers.tasks import Workers
 from modelops.metrics.features import write_arrays
@@ -191,14 +190,14 @@ def _plan(
 ) -> tuple[PromptSet, list[PlannedImage]]:
     """The prompts and the images that are asked for."""
     n, seed = settings.n, settings.seed
-    if isinstance(source, FolderSource):
+    if source.n_images is not None:
         # Without prompts, one nameless prompt stands for all of the folder's images.
         lines, least = ["(folder of images)"], 0
         if settings.prompts_file is not None:
             read_prompts(settings.prompts_file)  # there is one that can be used
             lines = read_lines(settings.prompts_file)
             least = len(lines)  # an image is missing where there is a line and no file
-        return plan_ready_images(lines, n or max(len(source.files), least), seed=seed)
+        return plan_ready_images(lines, n or max(source.n_images, least), seed=seed)
     if settings.prompts_file is not None:
         found = read_prompts(settings.prompts_file)
     else:

@@ -72,7 +72,7 @@ def draw_samples(
     Workers stay for the images that are to be read, until they are closed; after an error they end.
     """
     cache = directory / _sampling_key(source, request)
-    is_folder = source.info.kind == "folder"
+    is_folder = source.n_images is not None
     jobs = [
         Job(
             place,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -186,10 +186,10 @@ def _open_all(contenders: Sequence[Contender], counts: Sequence[int]) -> list[_C
             if contender.has_threads != (count is not None):
                 continue
             source = contender.open(count or 0)
-            if source.info.kind == "folder":
+            if source.n_images is not None:
                 raise UsageError(f"{source.info.uri}: a folder of images makes none")
-            if isinstance(source, PipelineSource):
-                source = _WholeBatches(source.pipeline, source.info)
+            if source.runs_here:
+                source = _WholeBatches(cast("PipelineSource", source).pipeline, source.info)
             cells.append(_Cell(index, contender, source, count))
     return cells
 
@@ -311,13 +311,15 @@ def make_contenders(
             contenders.append(Contender(_artifact_opener(uri, runtime)))
             continue
         source = open_source(uri)
-        if not isinstance(source, PipelineSource):
+        if not source.runs_here:
             contenders.append(Contender(_constant(source), has_threads=False))
             continue
         contenders.append(Contender(_constant(source)))
         compile_wanted = True
         if with_compile and missing is None:
-            contenders.append(Contender(_constant(compiled_source(source)), compiled=True))
+            contenders.append(
+                Contender(_constant(compiled_source(cast("PipelineSource", source))), compiled=True)
+            )
     if compile_wanted and missing is not None:
         notes.append(missing)
     return contenders, notes

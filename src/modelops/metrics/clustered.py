@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError
-from modelops.metrics.intervals import Interval, clopper_pearson
+from modelops.metrics.intervals import Interval, clopper_pearson, exact_bounds
 
 PRIOR_CLUSTERS = 4  # weight of the worst case, in prompts that were hit
 
@@ -67,16 +67,6 @@ def clustered_rate(
     told = min(int((found > 0).sum()), int((found < sizes).sum()))
     effect = (told * observed + PRIOR_CLUSTERS * all_alike) / (told + PRIOR_CLUSTERS)
     effective = n / max(1.0, effect)
-    low, high = _real_clopper_pearson(rate * effective, effective, confidence)
+    low, high = exact_bounds(rate * effective, effective, confidence=confidence)
     method = "Clopper-Pearson on the effective sample size, clustered by prompt (Korn-Graubard)"
     return ClusteredRate(Interval(rate, low, high, method), clusters, effect, effective)
-
-
-def _real_clopper_pearson(hits: float, n: float, confidence: float) -> tuple[float, float]:
-    """Clopper and Pearson's bounds for counts that need not be whole."""
-    from scipy.stats import beta
-
-    tail = (1.0 - confidence) / 2.0
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
-    high = float(beta.ppf(1.0 - tail, hits + 1, n - hits)) if hits < n else 1.0
-    return low, high

@@ -31,25 +31,19 @@ def clopper_pearson(successes: int, n: int, *, confidence: float = 0.95) -> Inte
     Raises:
         EvaluationError: n < 1, or successes outside [0, n].
     """
-    from scipy.stats import beta
-
     _check_counts(successes, n)
-    tail = (1.0 - confidence) / 2.0
-    low = float(beta.ppf(tail, successes, n - successes + 1)) if successes > 0 else 0.0
-    high = float(beta.ppf(1.0 - tail, successes + 1, n - successes)) if successes < n else 1.0
+    low, high = exact_bounds(successes, n, confidence=confidence)
     return Interval(successes / n, low, high, "Clopper-Pearson")
 
 
-def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
-    """Score interval for a rate (Wilson, 1927)."""
-    from scipy.stats import norm
+def exact_bounds(hits: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Clopper and Pearson's bounds of hits / n, for counts that need not be whole."""
+    from scipy.stats import beta
 
-    _check_counts(successes, n)
-    z = float(norm.ppf(0.5 + confidence / 2.0))
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Interval(rate, max(0.0, float(centre - half)), min(1.0, float(centre + half)), "Wilson")
+    tail = (1.0 - confidence) / 2.0
+    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
+    high = float(beta.ppf(1.0 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    return low, high
 
 
 def bootstrap_mean(

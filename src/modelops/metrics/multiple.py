@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError
 from modelops.base.seeding import numpy_generator
-from modelops.metrics.intervals import Interval, bootstrap_mean
+from modelops.metrics.intervals import Interval, bootstrap_mean, exact_bounds
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -210,12 +210,8 @@ def bounded_rate(values: npt.NDArray[np.floating], *, confidence: float = 0.95) 
     Clopper and Pearson's, with the sum in place of the count: theirs for values of 0 and 1, wider
     than need be for values between, whose spread is smaller than a coin's.
     """
-    from scipy.stats import beta
-
     n, hits = len(values), float(np.sum(values))
-    tail = (1.0 - confidence) / 2.0
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
-    high = float(beta.ppf(1.0 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    low, high = exact_bounds(hits, n, confidence=confidence)
     value = min(1.0, hits / n)
     return Interval(value, min(low, value), max(high, value), "Clopper-Pearson over groups")
 

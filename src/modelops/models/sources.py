@@ -40,11 +40,15 @@ class ModelSource(ABC):
         info: kind, digest, runtime and precision, for the record.
         scheduler_name: class name of the sampler.
         batch_size: requests that one call of `generate` takes well.
+        n_images: number of images that are there already; None where they are made.
+        runs_here: whether the networks run in this process, on torch's threads or a device.
     """
 
     info: SourceInfo
     scheduler_name: str
     batch_size: int
+    n_images: int | None = None
+    runs_here = False
 
     @property
     @abstractmethod
@@ -109,6 +113,8 @@ class PipelineSource(ModelSource):
             `rows_per_call`. Calls are always filled up with copies of the last request, so that an
             image does not depend on the others in its call.
     """
+
+    runs_here = True
 
     def __init__(self, pipeline: Any, info: SourceInfo, *, batch_size: int = 16) -> None:
         self.pipeline = pipeline

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,6 +17,9 @@ from pydantic import (
 )
 
 from modelops.base.seeding import MAX_SEED
+from modelops.serving.failures import NodeError
+
+log = logging.getLogger("modelops.serving")
 
 MAX_IMAGES = 4
 MAX_PARTIAL_IMAGES = 3
@@ -141,6 +147,28 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def failure_to_api_error(error: BaseException) -> ApiError:
+    """Return the answer to a client whose work ended without an image."""
+    if isinstance(error, ApiError):
+        return error
+    if not isinstance(error, NodeError):
+        return ApiError(NodeError.status, NodeError.code, NodeError.answer)
+    return ApiError(
+        error.status, error.code, error.answer or error.message, retry_after_s=error.retry_after_s
+    )
+
+
+@contextmanager
+def as_api_errors() -> Iterator[None]:
+    """Turn failures in the block into answers to the client."""
+    try:
+        yield
+    except NodeError as error:
+        if error.answer:  # the client is told less
+            log.error("%s: %s", error.code, error.message)
+        raise failure_to_api_error(error) from error
 
 
 def parse_request(body: bytes) -> ImagesRequest:

@@ -27,6 +27,7 @@ class FolderSource(ModelSource):
 
         found = sorted(folder.iterdir())
         self.files = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+        self.n_images = len(self.files)
         digest = sha256_json({file.name: sha256_file(file) for file in self.files})
         self.info = SourceInfo(
             kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +27,13 @@ from modelops.serving.engine.batch_profile import BatchProfile, RowRate, measure
 from modelops.serving.engine.jobs import MAX_PREVIEWS, Job, Preview, StepReport, job_to_image
 from modelops.serving.engine.queue import JobQueue
 from modelops.serving.engine.step_model import StepModel, Track, step_model
-from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
+from modelops.serving.failures import (
+    CancelledError,
+    DeadlineError,
+    EngineError,
+    EngineStoppedError,
+    QueueFullError,
+)
 
 log = logging.getLogger("modelops.serving")
 
@@ -64,6 +71,8 @@ class StepEngine:
         self.max_rows = max_rows
         self._on_step = on_step or (lambda report: None)
         self._on_wasted = on_wasted or (lambda steps, reason: None)
+        # A prompt is counted where it is checked, logged and billed: tokenised once for all.
+        self._count_tokens = lru_cache(maxsize=64)(self.model.count_tokens)
         self._waiting = JobQueue(queue_limit)
         self._running: list[Track] = []
         self._changed = threading.Condition()
@@ -114,7 +123,7 @@ class StepEngine:
         ]  # fmt: skip
         with self._changed:
             if self._stopping or not self.alive:
-                raise EngineError("the engine is not running")
+                raise EngineStoppedError("the engine is not running")
             if not self._waiting.add(jobs):
                 raise QueueFullError(self._backlog_seconds())
             self._changed.notify()
@@ -130,7 +139,7 @@ class StepEngine:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text before truncation, with the special ones."""
-        return self.model.count_tokens(text)
+        return self._count_tokens(text)
 
     def estimated_wait(self) -> float:
         """Seconds until the work now queued and running will have been done; 0 when unknown."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from modelops.serving.api import ApiError
-from modelops.serving.failures import CancelledError, DeadlineError
+from modelops.serving.api import ApiError, failure_to_api_error
+from modelops.serving.failures import DeadlineError
 from modelops.serving.http.connections import LIMITS
 
 if TYPE_CHECKING:
@@ -152,14 +152,3 @@ def error_response(app: FastAPI, error: ApiError) -> JSONResponse:
     if error.code in CLOSING:
         headers["Connection"] = "close"  # what the client still sends would be taken for a request
     return JSONResponse(error.body, status_code=error.status, headers=headers)
-
-
-def failure_to_api_error(error: BaseException) -> ApiError:
-    """Return the answer to a client whose work ended without an image."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, DeadlineError):
-        return ApiError(503, "deadline_exceeded", str(error), retry_after_s=5)
-    if isinstance(error, CancelledError):
-        return ApiError(503, "cancelled", "the server is shutting down", retry_after_s=5)
-    return ApiError(500, "generation_failed", "the image could not be made")

@@ -37,12 +37,11 @@ import numpy as np
 import numpy.typing as npt
 from starlette.responses import Response
 
-from modelops.serving.api import ApiError, ImagesRequest
+from modelops.serving.api import ApiError, ImagesRequest, failure_to_api_error
 from modelops.serving.engine.jobs import Job
 from modelops.serving.failures import DeadlineError
 from modelops.serving.http.answers import (
     disconnected,
-    failure_to_api_error,
     in_pool,
     last_moment,
 )

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from modelops.serving.api import ApiError, ImageData, ImagesRequest, ImagesResponse
+from modelops.serving.api import ApiError, ImageData, ImagesRequest, ImagesResponse, as_api_errors
 from modelops.serving.engine.jobs import EngineImage, Job
-from modelops.serving.failures import ProvenanceError, ReceiptError
 from modelops.serving.moderation.quarantine import Quarantine, Withheld
 from modelops.serving.node.filters import NodeFilters
 from modelops.serving.provenance.seal import Sealer
@@ -126,16 +125,10 @@ class AnswerMaker:
                 "an unfinished image was withheld by the image filter, and the work stopped; try "
                 "another seed or prompt",
             )  # fmt: skip
-        try:
+        with as_api_errors():
             return self.sealer.seal_partial(
                 pixels, ticket.jobs[0].request, ticket.request.output_format or "png", index
             )
-        except ProvenanceError as error:
-            log.error("a partial image could not be marked: %s", error.message)
-            raise ApiError(
-                503, "provenance_unavailable",
-                "the image could not be marked as AI-generated, so it is not sent",
-            ) from error  # fmt: skip
 
     def _keep_blocked(
         self,
@@ -153,14 +146,6 @@ class AnswerMaker:
             )  # fmt: skip
 
     def _encode(self, image: EngineImage, output_format: str, score: float) -> ImageData:
-        try:
+        with as_api_errors():
             encoded, receipt = self.sealer.seal(image, output_format, score)
-        except ProvenanceError as error:
-            log.error("an image could not be marked: %s", error.message)
-            raise ApiError(
-                503, "provenance_unavailable",
-                "the image could not be marked as AI-generated, so it is not sent",
-            ) from error  # fmt: skip
-        except ReceiptError as error:
-            raise ApiError(503, "receipt_unavailable", error.message) from error
         return ImageData(b64_json=base64.b64encode(encoded).decode("ascii"), x_modelops=receipt)

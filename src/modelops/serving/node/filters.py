@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.safety.registry import parse_filter
-from modelops.serving.api import ApiError
+from modelops.serving.api import failure_to_api_error
 from modelops.serving.failures import FilterError
 from modelops.serving.moderation.guard import FilterGuard
 from modelops.serving.node.load import image_filter_loader, prompt_filter_loader
@@ -90,9 +90,7 @@ class NodeFilters:
                 blocked, reasons = self.prompt.check_prompt(prompt)
         except FilterError as error:
             self.metrics.on_filter_failure("prompt")
-            raise ApiError(
-                503, "safety_filter_unavailable", "the prompt filter gave no answer"
-            ) from error
+            raise failure_to_api_error(error) from error
         self.metrics.on_phase("prompt_filter", trace.seconds()["prompt_filter"])
         self.metrics.on_filter("prompt", 1, blocked=blocked)
         return blocked, reasons
@@ -109,10 +107,7 @@ class NodeFilters:
             return self.image.check_images(images)
         except FilterError as error:
             self.metrics.on_filter_failure("image")
-            raise ApiError(
-                503, "safety_filter_unavailable",
-                "the image filter gave no answer, so no image is sent",
-            ) from error  # fmt: skip
+            raise failure_to_api_error(error) from error
 
     def close(self) -> None:
         """End the threads."""

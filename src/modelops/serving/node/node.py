@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.base.errors import ModelopsError, ServingError, UsageError
+from modelops.base.errors import ModelopsError, UsageError
 from modelops.base.files import sha256_file
 from modelops.base.seeding import MAX_SEED
 from modelops.models.request import ImageRequest
 from modelops.releases.verify import RECORD_FILE, verify_release
-from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse
+from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse, as_api_errors
 from modelops.serving.engine.engine import StepEngine
 from modelops.serving.engine.jobs import EngineImage, Preview, StepReport
 from modelops.serving.failures import (
@@ -245,23 +245,19 @@ class InferenceNode:
             for index in range(request.n or 1)
         ]
         try:
-            jobs = self.engine.submit(
-                wanted,
-                timeout_s=self.settings.deadline_s,
-                previews=(request.partial_images or 0) if on_preview else 0,
-                on_preview=on_preview,
-            )
-        except QueueFullError as error:
-            self.metrics.on_rejected("queue_full")
-            raise ApiError(
-                429, "rate_limit_exceeded",
-                f"too many requests are waiting; try again in {max(1, round(error.wait_s))} s",
-                retry_after_s=error.wait_s,
-            ) from error  # fmt: skip
+            with as_api_errors():
+                jobs = self.engine.submit(
+                    wanted,
+                    timeout_s=self.settings.deadline_s,
+                    previews=(request.partial_images or 0) if on_preview else 0,
+                    on_preview=on_preview,
+                )
+        except ApiError as error:
+            if error.status == QueueFullError.status:
+                self.metrics.on_rejected("queue_full")
+            raise
         except UsageError as error:
             raise ApiError(400, "invalid_value", error.message) from error
-        except ServingError as error:
-            raise ApiError(503, "engine_unavailable", error.message) from error
         return Ticket(request=request, jobs=jobs, trace=trace)
 
     def _check_possible(self, request: ImagesRequest) -> None:
