@@ -52,6 +52,7 @@ def test_torchscript_and_what_tensorrt_says_without_a_gpu(
     onnx_artifact: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "torchscript"
     line = ["export", str(tiny_checkpoint), "--to", "torchscript", "--out", str(out), "--json"]
@@ -63,9 +64,19 @@ def test_torchscript_and_what_tensorrt_says_without_a_gpu(
     assert "unet/model.pt2" in record["files"]
     assert all(check["passed"] for check in record["parity"])
     made = tmp_path / "made"
-    for runtime in ("torchscript", "torch-export"):
-        line = ["sample", str(out), "--prompt", "red heart", "--out", str(made / runtime)]
-        assert main([*line, "--runtime", runtime, "--steps", "2"]) == 0
+    # Opening such a file runs code from it, so that nobody does without being told to.
+    monkeypatch.setenv("MODELOPS_TRUST_CODE", "0")
+    sample = ["sample", str(out), "--prompt", "red heart", "--steps", "2"]
+    for runtime in ("auto", "torchscript", "torch-export"):
+        line = [*sample, "--out", str(made / runtime), "--runtime", runtime]
+        assert main(line) == 2
+        assert "whose code runs when it is opened" in capsys.readouterr().err
+        assert not (made / runtime).exists()
+    for runtime in ("auto", "torchscript", "torch-export"):
+        line = [*sample, "--out", str(made / runtime), "--runtime", runtime, "--trust-code"]
+        assert main(line) == 0
+        used = json.loads((made / runtime / "samples.json").read_text())["source"]["runtime"]
+        assert used == f"{'torchscript' if runtime == 'auto' else runtime}-cpu"
     capsys.readouterr()
     out = tmp_path / "tensorrt"
     line = [str(tiny_checkpoint), "--to", "tensorrt", "--onnx", str(onnx_artifact)]

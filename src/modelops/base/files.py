@@ -156,12 +156,39 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read JSON.
 
     Raises:
-        UsageError: the file is missing, unreadable, not UTF-8 or not JSON.
+        UsageError: the file is missing, unreadable, not UTF-8 or not JSON, has a key twice, NaN, a
+            number of thousands of digits, or is nested too deeply.
     """
+    return parse_json(read_text(path), source=str(path))
+
+
+def parse_json(text: str, *, source: str) -> Any:
+    """Parse JSON that somebody else may have written; see `read_json`.
+
+    Args:
+        text: JSON.
+        source: its name, for messages.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            names = [name for name, _ in items]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"{source}: the key {twice!r} is there twice")
+        return found
+
+    def constant(name: str) -> Any:
+        raise UsageError(f"{source}: {name} is no number")
+
     try:
-        return json.loads(read_text(path))
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON: line {error.lineno}: {error.msg}") from error
+        raise UsageError(f"{source}: not JSON: line {error.lineno}: {error.msg}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source}: nested too deeply") from error
+    except ValueError as error:  # Python refuses to read numbers of more than 4,300 digits
+        raise UsageError(f"{source}: {error}") from error
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from modelops.cli import output
+from modelops.cli.options import trust_code_option
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -72,6 +73,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     is_flag=True,
     help="Do not measure torch.compile, which may compile for minutes.",
 )
+@trust_code_option
 @output.json_option
 def bench(
     sources: tuple[str, ...],

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modelops.cli.options import DIRECTORY, FILE, PATH, dry_run_option, seed_option
+from modelops.cli.options import (
+    DIRECTORY,
+    FILE,
+    PATH,
+    dry_run_option,
+    seed_option,
+    trust_code_option,
+)
 from modelops.cli.output import emit, is_json, json_option, progress, say, table
 
 if TYPE_CHECKING:
@@ -140,6 +147,7 @@ if TYPE_CHECKING:
 @click.option("--report/--no-report", default=True, show_default=True,
               help="Also write an HTML page beside the record.")  # fmt: skip
 @dry_run_option
+@trust_code_option
 @json_option
 def evaluate(
     source: str,

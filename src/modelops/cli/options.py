@@ -31,3 +31,19 @@ def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Say what would be done; do nothing.")(
         command
     )
+
+
+def trust_code_option(command: F) -> F:
+    """`--trust-code`: open TorchScript and .pt2 programs, which run code."""
+    return click.option(
+        "--trust-code", is_flag=True, expose_value=False, callback=_trust_code,
+        help="Open an artifact of TorchScript or .pt2 programs, which runs code from it. Only for "
+        "artifacts whose maker you trust.",
+    )(command)  # fmt: skip
+
+
+def _trust_code(_context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        from modelops.base.trust import trust_code
+
+        trust_code()

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from modelops.cli.options import EXISTING, EXISTING_DIRECTORY, PATH, dry_run_option
+from modelops.cli.options import (
+    EXISTING,
+    EXISTING_DIRECTORY,
+    PATH,
+    dry_run_option,
+    trust_code_option,
+)
 from modelops.cli.output import emit, json_option, say
 
 if TYPE_CHECKING:
@@ -81,6 +87,7 @@ def release() -> None:
     "--allow", is_flag=True, help="Build although the gate did not pass; the release says so."
 )
 @dry_run_option
+@trust_code_option
 @json_option
 def build(
     directory: Path,

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.options import DIRECTORY, EXISTING, EXISTING_FILE, dry_run_option
+from modelops.cli.options import (
+    DIRECTORY,
+    EXISTING,
+    EXISTING_FILE,
+    dry_run_option,
+    trust_code_option,
+)
 from modelops.cli.output import emit, json_option
 
 
@@ -41,6 +47,7 @@ from modelops.cli.output import emit, json_option
     "[default: the batch invariance in the release]",
 )  # fmt: skip
 @dry_run_option
+@trust_code_option
 @json_option
 def replay(
     receipt: Path,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.options import DIRECTORY, FILE, dry_run_option, seed_option
+from modelops.cli.options import DIRECTORY, FILE, dry_run_option, seed_option, trust_code_option
 from modelops.cli.output import emit, json_option, progress, say
 
 
@@ -56,6 +56,7 @@ from modelops.cli.output import emit, json_option, progress, say
 @click.option("--out", type=DIRECTORY, required=True,
               metavar="DIR", help="Folder for PNG files, grid.png and samples.json.")  # fmt: skip
 @dry_run_option
+@trust_code_option
 @json_option
 def sample(
     source: str,

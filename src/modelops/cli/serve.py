@@ -13,6 +13,7 @@ from modelops.cli.options import (
     FILE,
     PATH,
     dry_run_option,
+    trust_code_option,
 )
 from modelops.cli.output import emit, json_option, say
 from modelops.cli.serve_key import key
@@ -112,6 +113,7 @@ serve.add_command(review)
     help="Format of the log: one JSON object a line, or text; auto is text on a terminal.",
 )  # fmt: skip
 @dry_run_option
+@trust_code_option
 @json_option
 def run(
     release: Path,
@@ -234,6 +236,7 @@ def run(
     "--out", metavar="FILE", type=FILE,
     help="Record to write, for `modelops release build --preflight` on another machine.",
 )  # fmt: skip
+@trust_code_option
 @json_option
 def preflight(model: Path, runtime: str, out: Path | None) -> None:
     """Say whether this machine gives the numbers that a release or an artifact was gated with.

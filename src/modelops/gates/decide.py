@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_p
 from modelops.records.base import Answer, InputRef, Measurement, Record
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
-from modelops.records.release import Criterion, Verdict
+from modelops.records.release import Criterion, Verdict, overall
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "at_most": operator.le, "at_least": operator.ge, "below": operator.lt, "above": operator.gt,
@@ -89,12 +89,6 @@ def decide(policy_path: str | Path, *, root: str | Path, out_path: str | Path) -
     return verdict
 
 
-def overall(answers: Iterable[Answer]) -> Answer:
-    """`fail` wins over `undecided`, which wins over `pass`."""
-    found = set(answers)
-    return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
-
-
 def _criterion(
     criterion: PolicyCriterion, policy: Policy, evidence: dict[str, Evidence], subject: Subject
 ) -> Criterion:
@@ -155,18 +149,18 @@ def describe_bound(criterion: PolicyCriterion) -> str:
 def _parity(wanted: str | list[str], record: Record, shown: str) -> _Finding:
     if not isinstance(record, ArtifactRecord):
         return _undecided(f"a {record.kind} record has no parity checks", shown)
-    checks = {check.name: check for check in record.parity}
-    names = list(checks) if wanted == "all" else list(wanted)
-    missing = [name for name in names if name not in checks]
-    if missing or not names:
+    known = {check.name for check in record.parity}
+    missing = [] if wanted == "all" else [name for name in wanted if name not in known]
+    checks = [check for check in record.parity if wanted == "all" or check.name in wanted]
+    if missing or not checks:
         return _undecided(f"not checked: {', '.join(missing) or 'no parity check at all'}", shown)
-    failed = [name for name in names if not checks[name].passed]
+    failed = [check for check in checks if not (check.passed and check.holds)]
     worst = ", ".join(
-        f"{name} {checks[name].measure} {checks[name].value:.3g} (bound {checks[name].bound:.3g})"
-        for name in failed or names
+        f"{check.name} {check.measure} {check.value:.3g} (bound {check.bound:.3g})"
+        for check in failed or checks
     )
     answer: Answer = "fail" if failed else "pass"
-    value = f"{len(names) - len(failed)} of {len(names)}"
+    value = f"{len(checks) - len(failed)} of {len(checks)}"
     return _Finding(answer=answer, reason=worst, bound=shown, value=value)
 
 

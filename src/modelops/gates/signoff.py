@@ -66,17 +66,30 @@ def sign_off(
         environment=current_environment(),
     )  # fmt: skip
     out = target.with_name(f"{target.name}{MARK}{slug}.json")
+    if out.exists():
+        state = _state(out, target.name, digest)
+        if state.state == "valid" and state.name != signed.name:
+            raise UsageError(
+                f"{out}: {state.name} has signed as {state.role} on {state.date}, and it holds",
+                hint="sign in another role, or remove that sign-off first",
+            )
+        if state.state == "broken":
+            raise UsageError(f"{out}: {state.reason}", hint="look at it, then remove it")
     signed.write(out)
     return out
 
 
 def _refuse_without_pass(target: Path) -> None:
-    if target.suffix != ".json":
-        return
-    data = read_json(target)
+    try:
+        data = read_json(target)
+    except UsageError:
+        return  # a charter, a card: whatever its name, no record
     if not isinstance(data, dict) or data.get("kind") != "verdict":
         return
-    answer = read_record(target, Verdict).answer
+    verdict = read_record(target, Verdict)
+    answer = verdict.answer
+    if verdict.status != "ok":
+        raise GateUndecidedError(f"{target}: its status is {verdict.status}", hint="run the gate")
     hint = "a sign-off approves; mend what the verdict names and run the gate again"
     if answer == "fail":
         raise GateFailedError(f"{target}: the verdict is fail", hint=hint)
@@ -103,6 +116,11 @@ def _state(path: Path, name: str, digest: str) -> SignOffState:
             path=path, state="broken", name="", role="", date="", reason=error.message
         )
     holds = signed.subject.sha256 == digest and signed.subject.path == name
+    if signed.status != "ok":
+        return SignOffState(
+            path=path, state="broken", name=signed.name, role=signed.role, date="",
+            reason=f"its status is {signed.status}",
+        )  # fmt: skip
     return SignOffState(
         path=path,
         state="valid" if holds else "lapsed",

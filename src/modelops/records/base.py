@@ -43,9 +43,9 @@ class Measurement(RecordPart):
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    confidence: float = 0.95
+    confidence: float = Field(0.95, ge=0.5, lt=1)
     method: str = ""
-    n: int = 0
+    n: int = Field(0, ge=0)
     unit: str = ""
     higher_is_better: bool | None = None
     protocol: str | None = None
@@ -63,6 +63,12 @@ class Measurement(RecordPart):
             raise ValueError("an interval needs a value")
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError("the interval is upside down")
+        if self.value is not None and self.low is not None and self.high is not None:
+            if self.n < 1:
+                raise ValueError("a value of nothing: n is 0")
+            slack = 1e-9 * max(1.0, abs(self.low), abs(self.high))
+            if not self.low - slack <= self.value <= self.high + slack:
+                raise ValueError("the value is outside its interval")
         return self
 
     @classmethod

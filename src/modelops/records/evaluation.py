@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from modelops.records.base import InputRef, Measurement, Record, RecordPart
 
@@ -146,7 +148,18 @@ class EvaluationRecord(Record):
     metrics: dict[str, Measurement] = {}
     protocols: dict[str, dict[str, Any]] = {}
     files: dict[str, InputRef] = {}
-    n_failed_images: int = 0
+    n_failed_images: int = Field(0, ge=0)
     memorization: MemorizationVerdict | None = None
     safety_sweep: SafetySweep | None = None
     slices: list[SliceMeasurement] = []
+
+    @model_validator(mode="after")
+    def _rates_are_shares(self) -> Self:
+        for name, measured in self.metrics.items():
+            if "rate" not in name.split("_") or measured.low is None or measured.high is None:
+                continue
+            if measured.low < 0 or measured.high > 1:
+                raise ValueError(
+                    f"{name}: [{measured.low}, {measured.high}] is no interval of a rate"
+                )
+        return self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from modelops.records.base import InputRef, Measurement, Record, RecordPart
 
 
@@ -26,6 +28,9 @@ class ExportedComponent(RecordPart):
     axis_multiples: dict[str, int] = {}  # sizes of an axis must be a multiple of its number
 
 
+_AT_LEAST = ("psnr_db", "ssim")
+
+
 class ParityCheck(RecordPart):
     """Distance of an exported component, or of the whole pipeline, from its source."""
 
@@ -41,7 +46,16 @@ class ParityCheck(RecordPart):
     value: float
     bound: float
     passed: bool
-    n: int
+    n: int = Field(ge=0)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is within its bound and something was compared, whatever `passed` says.
+
+        PSNR and SSIM must be at least their bound, distances at most.
+        """
+        within = self.value >= self.bound if self.measure in _AT_LEAST else self.value <= self.bound
+        return within and self.n > 0
 
 
 class ReproductionCheck(RecordPart):

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from modelops.base.errors import UsageError
-from modelops.base.files import read_json
+from modelops.base.files import parse_json, read_json, read_text
 from modelops.records.base import Record
 from modelops.records.comparison import AbTestRecord, ComparisonRecord
 from modelops.records.data import DedupReport, SmokeReport, SplitReport
@@ -45,14 +45,16 @@ def read_record(path: str | Path, expected: type[RecordT]) -> RecordT:
     Raises:
         UsageError: the file is missing, not JSON, of another kind, or does not fit the schema.
     """
-    data = read_json(path)
+    text = read_text(path)
+    data = parse_json(text, source=str(path))
     if not isinstance(data, dict):
         raise UsageError(f"{path}: not a record")
     wanted = expected.model_fields["kind"].default
     if data.get("kind") != wanted:
         raise UsageError(f"{path}: a record of kind {data.get('kind')!r}, expected {wanted!r}")
     try:
-        return expected.model_validate(data)
+        # Strict: "0.1" is no number, and neither is true.
+        return expected.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "record"

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, Self
 
+from pydantic import model_validator
+
+from modelops.base.files import sha256_json
 from modelops.records.base import Answer, InputRef, Record, RecordPart
 from modelops.records.export import ReproductionCheck
+
+
+def overall(answers: Iterable[Answer]) -> Answer:
+    """Return the answer of criteria: `fail` wins over `undecided`, which wins over `pass`."""
+    found = set(answers)
+    return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
+
+
+_ORDER: tuple[Answer, ...] = ("pass", "undecided", "fail")
 
 
 class Criterion(RecordPart):
@@ -30,6 +43,13 @@ class Verdict(Record):
     policy_sha256: str
     subject_sha256: str | None = None
     criteria: list[Criterion] = []
+
+    @model_validator(mode="after")
+    def _answer_of_the_criteria(self) -> Self:
+        found = overall(line.answer for line in self.criteria)
+        if _ORDER.index(self.answer) < _ORDER.index(found):
+            raise ValueError(f"the answer is {self.answer!r}, that of the criteria is {found!r}")
+        return self
 
 
 class SignOff(Record):
@@ -78,3 +98,13 @@ class ReleaseRecord(Record):
     policy_sha256: str | None = None
     defaults: dict[str, Any] = {}
     files: dict[str, ReleaseFile]
+    seal: str = ""  # sha256 of all other fields; see `sealed`
+
+    def sealed(self) -> ReleaseRecord:
+        """Return this record with its seal, by which an edit of it is found."""
+        return self.model_copy(update={"seal": self.expected_seal})
+
+    @property
+    def expected_seal(self) -> str:
+        """The seal that fits the other fields."""
+        return sha256_json(self.model_dump(mode="json", exclude={"seal"}))

@@ -140,7 +140,7 @@ def build_release(
                 for relative, path in tree_files(folder).items()
             },
             environment=current_environment(),
-        )
+        ).sealed()
         if sha256_tree(folder / MODEL_FOLDER) != model_sha256:
             raise IntegrityError(f"{model}: changed while it was copied", hint="try again")
         record.write(folder / RECORD_FILE)
@@ -186,6 +186,10 @@ def check_verdict(
     """
     verdict_path, model = Path(verdict), Path(model_dir)
     answer = read_record(verdict_path, Verdict)
+    if answer.status != "ok":
+        raise IntegrityError(
+            f"{verdict_path}: its status is {answer.status}", hint="run `modelops gate` again"
+        )
     if answer.answer != "pass" and not allow:
         failed = [line.name for line in answer.criteria if line.answer != "pass"]
         kind = GateFailedError if answer.answer == "fail" else GateUndecidedError

@@ -57,6 +57,10 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
             hint="make one with `modelops release build`",
         )
     record = read_record(root / RECORD_FILE, ReleaseRecord)
+    if record.status != "ok":
+        raise IntegrityError(f"{root / RECORD_FILE}: its status is {record.status}", hint=_REBUILD)
+    if record.seal != record.expected_seal:
+        raise IntegrityError(f"{root / RECORD_FILE}: was edited after it was built", hint=_REBUILD)
     present = tree_files(root)
     for relative, expected in sorted(record.files.items()):
         path = safe_join(root, relative)
@@ -78,8 +82,20 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
     answer = read_record(verdict, Verdict)
     if answer.subject_sha256 != record.model_sha256:
         raise IntegrityError(f"{verdict}: is about another model", hint=_REBUILD)
+    if answer.status != "ok":
+        raise IntegrityError(f"{verdict}: its status is {answer.status}", hint=_REBUILD)
     if answer.answer != "pass" and not record.allowed_without_pass:
         raise IntegrityError(f"{verdict}: answers {answer.answer}", hint=_REBUILD)
+    stated = {
+        "verdict_answer": (record.verdict_answer, answer.answer),
+        "policy_sha256": (record.policy_sha256, answer.policy_sha256),
+        "allowed_without_pass": (record.allowed_without_pass, answer.answer != "pass"),
+    }
+    for field, (said, found) in stated.items():
+        if said != found:
+            raise IntegrityError(
+                f"{root / RECORD_FILE}: says {field} {said}, the verdict {found}", hint=_REBUILD
+            )
     if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
         raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
     if record.fallback is not None:

@@ -87,7 +87,9 @@ def choose_runtime(
     Raises:
         NotReproducedError: no runtime that was tried gives the artifact's numbers.
     """
-    names: list[Any] = available_runtimes(record.format) if runtime == "auto" else [runtime]
+    names: list[Any] = [runtime]
+    if runtime == "auto":  # torch.export's programs run expressions of the file: only if named
+        names = [name for name in available_runtimes(record.format) if name != "torch-export"]
     machine, processor = current_environment(), this_processor().kind
     packages = {*names, "onnxruntime-gpu", "torch"}
     identity = {

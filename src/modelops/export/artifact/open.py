@@ -11,6 +11,7 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.base.files import read_json
+from modelops.base.trust import require_trust
 from modelops.export.artifact.directory import (
     denoiser_of,
     graph_file,
@@ -38,7 +39,10 @@ def open_artifact(
     precision: str = "auto",
     device_id: int = 0,
 ) -> PipelineSource:
-    """Open an artifact after comparing every file with its digest. Nothing in it is executed.
+    """Open an artifact after comparing every file with its digest.
+
+    Nothing in an ONNX, INT8 or TensorRT artifact is executed. One of TorchScript or .pt2 programs
+    is code; it is opened only for callers who trust it, see `base.trust`.
 
     Args:
         directory: what `modelops export` wrote.
@@ -56,7 +60,8 @@ def open_artifact(
         precision, and why this runtime.
 
     Raises:
-        UsageError: not a finished artifact; unknown runtime or precision; batch_size below 1.
+        UsageError: not a finished artifact; unknown runtime or precision; batch_size below 1; code
+            that nobody said to trust.
         IntegrityError: a file differs from its digest.
         MissingExtraError: OpenVINO was asked for and is not installed.
         NotReproducedError: no runtime here gives the artifact's numbers.
@@ -69,6 +74,8 @@ def open_artifact(
             f"unknown runtime {runtime!r}", hint=f"choose one of auto, {', '.join(RUNTIMES)}"
         )
     record, digest = verify_artifact(directory)
+    if record.format == "torchscript":
+        require_trust(directory)
     if runtime not in ("auto", *RUNTIMES_OF[record.format]):
         raise UsageError(
             f"{directory}: {runtime} does not run artifacts in {record.format}",

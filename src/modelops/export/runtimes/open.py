@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelops.base.errors import UsageError
+from modelops.base.trust import require_trust
 from modelops.export.graphs.graph import ENGINE, PRECISIONS, RUNTIMES, Graph, RuntimeName
 
 
@@ -30,7 +31,8 @@ def open_graph(
         device_id: CUDA device.
 
     Raises:
-        UsageError: an unknown runtime, or a precision the runtime does not have.
+        UsageError: an unknown runtime, a precision the runtime does not have, or a program of torch
+            that nobody said to trust.
         MissingExtraError: the runtime is not installed.
         ExportError: the runtime refuses the graph, or the engine is another machine's.
         IntegrityError: an engine's bytes are not those of its fingerprint.
@@ -54,6 +56,7 @@ def open_graph(
 
         return TensorRtGraph(path.with_name(ENGINE), onnx_path=path, device=device_id)
     if runtime in ("torchscript", "torch-export"):
+        require_trust(path)
         from modelops.export.runtimes.torchscript import TorchGraph
 
         return TorchGraph(path, threads=threads)
