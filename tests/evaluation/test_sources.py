@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from modelops.base.errors import (
     UsageError,
 )
 from modelops.base.seeding import image_seed
+from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.prompts import (
     choose_prompts,
     clean_prompts,
@@ -27,8 +30,9 @@ from modelops.evaluation.prompts import (
     plan_ready_images,
     read_prompts,
 )
+from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.endpoint import EndpointSource
-from modelops.evaluation.sources.folder import FolderSource
+from modelops.evaluation.sources.folder import FolderSource, natural_key
 from modelops.evaluation.sources.open import open_source
 from modelops.models.request import ImageRequest
 
@@ -207,3 +211,67 @@ def test_no_image_of_a_batch_is_asked_for_twice_because_another_failed(service: 
 def test_shades_are_real(service: Service) -> None:
     made = EndpointSource(service.url).generate([request("sun", seed=150)])[0]
     assert np.unique(made).tolist() == [150]
+
+
+def shades(source: FolderSource) -> list[int]:
+    return [int(source.read(index)[0, 0, 0]) for index in range(len(source.files))]
+
+
+def test_files_are_in_the_order_in_which_people_count(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(png((number, 0, 0)))
+    (tmp_path / "._0.png").write_bytes(b"resource fork")
+    (tmp_path / "notes.txt").write_text("no image")
+    source = FolderSource(tmp_path)
+    assert [path.name for path in source.files] == names
+    assert shades(source) == list(range(12))
+    for wanted in (
+        ["a2.png", "a10.png", "b1.png"], ["img_9.png", "img_10.png"], ["x1y2.png", "x1y10.png"],
+        ["A.png", "a.png", "b.png"],
+    ):  # fmt: skip
+        assert sorted(wanted[::-1], key=lambda name: (natural_key(name), name)) == wanted
+
+
+def test_what_sample_left_says_which_image_is_of_which_prompt(tmp_path: Path) -> None:
+    listed = [
+        {"prompt": "red heart", "file": "0000-0.png"},
+        {"prompt": "red heart", "file": "0000-1.png"},
+        {"prompt": "sun", "file": "0001-0.png"}, {"prompt": "sun", "file": None, "failure": "no"},
+    ]  # fmt: skip
+    for shade, name in enumerate(["0000-0.png", "0000-1.png", "0001-0.png", "grid.png"]):
+        (tmp_path / name).write_bytes(png((shade, 0, 0)))
+    (tmp_path / "samples.json").write_text(json.dumps({"images": listed, "grid": "grid.png"}))
+    source = FolderSource(tmp_path)
+    assert shades(source) == [0, 1, 2]
+    assert source.prompts == ["red heart", "red heart", "sun"]
+    out = tmp_path / "out.json"
+    settings = EvaluationSettings(safety="none")
+    record = evaluate(source, settings, out_path=out)
+    assert record.metrics["diversity_lite0"].value is not None  # two of one prompt
+    rows = json.loads((tmp_path / "out/per_image.json").read_text())
+    assert [(row["file"], row["prompt"]) for row in rows] == [
+        (item["file"], item["prompt"]) for item in listed[:3]
+    ]
+    (tmp_path / "p.txt").write_text("red heart\nmoon\n")
+    with pytest.raises(UsageError, match="'sun' is not in it"):
+        evaluate(
+            source, replace(settings, prompts_file=tmp_path / "p.txt"), out_path=tmp_path / "x.json"
+        )
+    (tmp_path / "0001-0.png").unlink()
+    with pytest.raises(UsageError, match=r"names 0001-0\.png, which is not there"):
+        FolderSource(tmp_path)
+
+
+def test_images_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(png((number, 0, 0)))
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a\nb\n")
+    settings = EvaluationSettings(safety="none", prompts_file=prompts)
+    with pytest.raises(UsageError, match="5 images for the 2 lines"):
+        evaluate(FolderSource(tmp_path), settings, out_path=tmp_path / "e.json")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "6.png").write_bytes(png((6, 0, 0)))
+    with pytest.raises(UsageError, match="images in the folder and in more/ below it"):
+        FolderSource(tmp_path)

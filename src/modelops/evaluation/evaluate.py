@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from modelops.base.environment import current_environment
-from modelops.base.errors import EvaluationError, ModelopsError
+from modelops.base.errors import EvaluationError, ModelopsError, UsageError
 from modelops.base.files import sha256_file, write_json
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.measures import FAMILIES
@@ -57,10 +57,16 @@ def evaluate(
     whatever could be measured, and the error is raised. `workers` are closed in the end.
 
     Raises:
+        UsageError: nothing says which prompts to evaluate.
         EvaluationError: more images failed than `max_failures`, or the safety filter is broken.
         ModelopsError: an input cannot be used.
     """
     out = Path(out_path)
+    if settings.manifest is None and settings.prompts_file is None and source.n_images is None:
+        raise UsageError(
+            "nothing says which prompts to evaluate",
+            hint="give --manifest and --splits, or --prompts",
+        )
     record = EvaluationRecord(
         source=source.info,
         seeds={"seed": settings.seed},
@@ -135,6 +141,10 @@ def _evaluate(
         # Not the scheduler: it belongs to the source, as its runtime and precision do.
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
         reference=reference, training=training, on_progress=on_progress, workers=workers,
+        source_files=source.files, has_prompts=(
+            source.n_images is None or source.prompts is not None
+            or settings.prompts_file is not None
+        ),
     )  # fmt: skip
     if len(samples.failures) > settings.max_failures:
         first = samples.failures[min(samples.failures)]
@@ -197,6 +207,21 @@ def _plan(
             read_prompts(settings.prompts_file)  # there is one that can be used
             lines = read_lines(settings.prompts_file)
             least = len(lines)  # an image is missing where there is a line and no file
+            if source.prompts is None and source.n_images > least and source.n_images % least:
+                raise UsageError(
+                    f"{source.info.uri}: {source.n_images} images for the {least} lines of "
+                    f"{settings.prompts_file}",
+                    hint="give one line for each image, in the natural order of the file names",
+                )
+        if source.prompts is not None:  # whoever made the images has said of what
+            unknown = set(source.prompts) - set(lines)
+            if settings.prompts_file is not None and unknown:
+                raise UsageError(
+                    f"{settings.prompts_file}: {min(unknown)!r} is not in it, but "
+                    f"{source.info.uri}/samples.json says that an image was made from it",
+                    hint="leave --prompts out",
+                )
+            lines, least = source.prompts, 0
         return plan_ready_images(lines, n or max(source.n_images, least), seed=seed)
     if settings.prompts_file is not None:
         found = read_prompts(settings.prompts_file)
@@ -230,7 +255,8 @@ def _write_files(bench: Workbench, out: Path) -> None:
             made["features"] = workdir / "features.npz"
     rows = [
         {"prompt": planned.prompt, "replicate": planned.replicate, "seed": planned.seed,
-         "failure": samples.failures.get(place)}
+         "failure": samples.failures.get(place),
+         **({"file": bench.source_files[place].name} if place < len(bench.source_files) else {})}
         for place, planned in enumerate(samples.plan)
     ]  # fmt: skip
     for row, place in enumerate(samples.made):

@@ -108,11 +108,6 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if (self.manifest is None) != (self.splits is None):
             raise UsageError("a manifest and its splits belong together", hint="give both")
-        if self.manifest is None and self.prompts_file is None:
-            raise UsageError(
-                "nothing says which prompts to evaluate",
-                hint="give --manifest and --splits, or --prompts",
-            )
         self._check_safety()
         for name, allowed in (("fid_mode", FID_MODES), ("extractor_dtype", EXTRACTOR_DTYPES)):
             if getattr(self, name) not in allowed:

@@ -60,6 +60,8 @@ class Workbench:
         pages: further files, by name, that the record shall name.
         on_progress: called with (done, total) by what goes through the images one by one.
         workers: other processes that read images too.
+        source_files: files of a folder that is measured, by place in the plan.
+        has_prompts: whether somebody said what the images are of.
     """
 
     settings: EvaluationSettings
@@ -75,6 +77,8 @@ class Workbench:
     pages: dict[str, Path] = field(default_factory=dict)
     on_progress: Callable[[int, int], None] | None = None
     workers: Workers | None = None
+    source_files: Sequence[Path] = ()
+    has_prompts: bool = True
     _openings: dict[str, dict[str, Any]] = field(default_factory=dict)
     _lite0: Lite0Extractor | None = None
     _features: dict[str, Features] = field(default_factory=dict)

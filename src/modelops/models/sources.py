@@ -41,6 +41,7 @@ class ModelSource(ABC):
         scheduler_name: class name of the sampler.
         batch_size: requests that one call of `generate` takes well.
         n_images: number of images that are there already; None where they are made.
+        files, prompts: of these images; prompts are None where nothing says them.
         runs_here: whether the networks run in this process, on torch's threads or a device.
     """
 
@@ -48,6 +49,8 @@ class ModelSource(ABC):
     scheduler_name: str
     batch_size: int
     n_images: int | None = None
+    files: Sequence[Path] = ()
+    prompts: list[str] | None = None
     runs_here = False
 
     @property

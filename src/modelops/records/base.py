@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,9 +43,9 @@ class Measurement(RecordPart):
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    confidence: float = Field(0.95, ge=0.5, lt=1)
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     method: str = ""
-    n: int = Field(0, ge=0)
+    n: Annotated[int, Field(ge=0)] = 0
     unit: str = ""
     higher_is_better: bool | None = None
     protocol: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -148,7 +148,7 @@ class EvaluationRecord(Record):
     metrics: dict[str, Measurement] = {}
     protocols: dict[str, dict[str, Any]] = {}
     files: dict[str, InputRef] = {}
-    n_failed_images: int = Field(0, ge=0)
+    n_failed_images: Annotated[int, Field(ge=0)] = 0
     memorization: MemorizationVerdict | None = None
     safety_sweep: SafetySweep | None = None
     slices: list[SliceMeasurement] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,7 +46,7 @@ class ParityCheck(RecordPart):
     value: float
     bound: float
     passed: bool
-    n: int = Field(ge=0)
+    n: Annotated[int, Field(ge=0)]
 
     @property
     def holds(self) -> bool:

@@ -35,7 +35,7 @@ def measure(bench: Workbench) -> None:
     record, directory = bench.record, bench.settings.lit
     if directory is None:
         raise EvaluationError("no alignment model was given (--lit)")
-    if record.source.kind == "folder" and bench.settings.prompts_file is None:
+    if not bench.has_prompts:
         raise EvaluationError("the images have no prompts")
     model = load_lit(directory)
     record.inputs["lit"] = InputRef(path=str(directory), sha256=sha256_tree(directory))

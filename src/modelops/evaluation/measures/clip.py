@@ -33,7 +33,7 @@ def measure(bench: Workbench) -> None:
         path=str(settings.clip_weights), sha256=model.protocol["weights_sha256"]
     )
     bench.attempt(lambda bench: _put_distances(bench, model), DISTANCES)
-    if bench.record.source.kind == "folder" and settings.prompts_file is None:
+    if not bench.has_prompts:
         raise EvaluationError("the images have no prompts")
     prompts, owner = list(bench.prompts.prompts), bench.owner
     images = bench.features_of(model)

@@ -12,7 +12,7 @@ KEYS = ("diversity_lite0", "diversity_lite0_between")
 def measure(bench: Workbench) -> None:
     """Mean pairwise distance within prompts and between them. Neither has a better direction:
     noise is diverse, and a prompt may allow one image only."""
-    if bench.record.source.kind == "folder" and bench.settings.prompts_file is None:
+    if not bench.has_prompts:
         raise EvaluationError("the images have no prompts")
     if bench.sampling["replicates"] < 2:
         raise EvaluationError("each prompt has one image (--replicates 2)")

@@ -66,7 +66,7 @@ def measure(bench: Workbench) -> None:
     columns = bench.settings.slice_by
     if not columns:
         return
-    if bench.record.source.kind == "folder" and bench.settings.prompts_file is None:
+    if not bench.has_prompts:
         raise UsageError("the images have no prompts to slice by", hint="leave out --slice-by")
     manifest = bench.reference.manifest if bench.reference else None
     check_columns(manifest, columns)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from modelops.base.errors import UsageError
 from modelops.evaluation.sources.endpoint import TIMEOUT_S, EndpointSource
-from modelops.evaluation.sources.folder import IMAGE_SUFFIXES, FolderSource
+from modelops.evaluation.sources.folder import FolderSource, is_image
 from modelops.models.sources import ModelSource
 
 
@@ -39,7 +39,7 @@ def open_source(
 
         return open_artifact(path, runtime=runtime, batch_size=batch_size)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        if any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir()):
+        if any(map(is_image, path.iterdir())):
             return FolderSource(path)
         raise UsageError(
             f"{uri}: neither a diffusers checkpoint, an artifact, nor a folder of images",
