@@ -230,7 +230,8 @@ def test_files_are_in_the_order_in_which_people_count(tmp_path: Path) -> None:
         ["a2.png", "a10.png", "b1.png"], ["img_9.png", "img_10.png"], ["x1y2.png", "x1y10.png"],
         ["A.png", "a.png", "b.png"],
     ):  # fmt: skip
-        assert sorted(wanted[::-1], key=lambda name: (natural_key(name), name)) == wanted
+        for order in (wanted, wanted[::-1]):
+            assert sorted(order, key=lambda name: (natural_key(name), name)) == wanted
 
 
 def test_what_sample_left_says_which_image_is_of_which_prompt(tmp_path: Path) -> None:
@@ -275,3 +276,11 @@ def test_images_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
     (tmp_path / "more" / "6.png").write_bytes(png((6, 0, 0)))
     with pytest.raises(UsageError, match="images in the folder and in more/ below it"):
         FolderSource(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    for name, mark in (("with.txt", b"\xef\xbb\xbf"), ("without.txt", b"")):
+        (tmp_path / name).write_bytes(mark + b"red heart\nsun\n")
+    both = [read_prompts(tmp_path / name) for name in ("with.txt", "without.txt")]
+    assert both[0] == both[1]
+    assert both[0].prompts == ("red heart", "sun")

@@ -5,13 +5,23 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import tiny_pipelines
 from modelops.base.errors import UsageError
 from modelops.base.files import sha256_bytes
 from modelops.models import sources
 from modelops.models.pipeline import PixelFlowPipeline
-from modelops.models.sources import load_checkpoint
+from modelops.models.request import ImageRequest
+from modelops.models.sources import (
+    CPU_ROWS,
+    PipelineSource,
+    load_checkpoint,
+    open_checkpoint,
+)
+from modelops.records.evaluation import SourceInfo
 
 HARMFUL = b"raise SystemExit('the directory was run')\n"
 
@@ -51,3 +61,35 @@ def test_a_spoilt_index_is_said_in_one_line(checkpoint: Path, index: str) -> Non
     (checkpoint / "model_index.json").write_text(index)
     with pytest.raises(UsageError, match="cannot be loaded as a checkpoint"):
         load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("guidance", [-3.0, -1e-9, float("nan"), float("inf")])
+def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
+    with pytest.raises(UsageError, match="guidance"):
+        ImageRequest(prompt="x", seed=0, guidance=guidance)
+
+
+def test_guidance_0_and_1_are_both_off(tiny_checkpoint: Path) -> None:
+    source = open_checkpoint(tiny_checkpoint)
+    off, one, on = (
+        source.generate([ImageRequest(prompt="red heart", seed=3, steps=2, guidance=value)])[0]
+        for value in (0.0, 1.0, 4.0)
+    )
+    assert np.array_equal(off, one)
+    assert not np.array_equal(off, on)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_an_image_is_diffusers_own_of_the_same_call(family: str) -> None:
+    """What the user did not give is not passed: SDXL takes zeros for no negative prompt."""
+    pipeline = tiny_pipelines.make(family)
+    info = SourceInfo(kind="checkpoint", uri=family, runtime="torch-cpu")
+    source = PipelineSource(pipeline, info)
+    request = ImageRequest(prompt="red heart", seed=5, steps=2, guidance=5.0, height=32, width=32)
+    made = source.generate([request])[0]
+    expected = pipeline(
+        ["red heart"] * CPU_ROWS, num_inference_steps=2, guidance_scale=5.0, height=32, width=32,
+        generator=[torch.Generator("cpu").manual_seed(5) for _ in range(CPU_ROWS)],
+        output_type="np",
+    ).images[0]  # fmt: skip
+    assert np.array_equal(made, np.rint(expected * 255).astype(np.uint8))

@@ -145,7 +145,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         UsageError: the file is missing, unreadable or not UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8-sig")  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:

@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     "--steps", type=click.IntRange(1), help="Number of sampling steps.  [default: the source's own]"
 )
 @click.option(
-    "--guidance", type=float, help="Classifier-free guidance scale.  [default: the source's own]"
+    "--guidance",
+    type=click.FloatRange(0),
+    help="Classifier-free guidance scale; 0 or 1 is off.  [default: the source's own]",
 )
 @click.option(
     "--size",

@@ -73,7 +73,10 @@ def release() -> None:
 @click.option(
     "--steps", type=click.IntRange(1, 1000), help="Number of denoising steps served by default."
 )
-@click.option("--guidance", type=click.FloatRange(1, 20), help="Guidance scale served by default.")
+@click.option(
+    "--guidance", type=click.FloatRange(0, 20),
+    help="Guidance scale served by default; 0 or 1 is off.",
+)  # fmt: skip
 @click.option(
     "--notice", metavar="FILE", type=EXISTING,
     help="File with the attribution of images and weights.",

@@ -28,7 +28,9 @@ from modelops.cli.output import emit, json_option, progress, say
     "--steps", type=click.IntRange(1), help="Number of sampling steps.  [default: the source's own]"
 )
 @click.option(
-    "--guidance", type=float, help="Classifier-free guidance scale.  [default: the source's own]"
+    "--guidance",
+    type=click.FloatRange(0),
+    help="Classifier-free guidance scale; 0 or 1 is off.  [default: the source's own]",
 )
 @click.option(
     "--size",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from modelops.base.errors import UsageError
+
 Image = npt.NDArray[np.uint8]
+GUIDANCE_OFF = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,9 +22,13 @@ class ImageRequest:
         prompt: text.
         seed: of the starting noise, in [0, 2**53).
         steps: network evaluations along the trajectory; None takes the source's default.
-        guidance: classifier-free guidance scale; None takes the source's default.
+        guidance: classifier-free guidance scale; None takes the source's default. 0 and 1 are both
+            "off", whatever a pipeline makes of 0, and 0 is kept as 1.
         height, width: pixels; None takes the source's training resolution.
         negative_prompt: what to guide away from.
+
+    Raises:
+        UsageError: guidance below 0, or no number.
     """
 
     prompt: str
@@ -30,3 +38,11 @@ class ImageRequest:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.guidance is None:
+            return
+        if not 0 <= self.guidance < math.inf:
+            raise UsageError(f"guidance {self.guidance:g}: 0 or 1 is off, more guides; not below 0")
+        if self.guidance == 0:
+            object.__setattr__(self, "guidance", GUIDANCE_OFF)

@@ -55,13 +55,20 @@ class ImagesRequest(BaseModel):
 
     seed: Annotated[_Integer, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Annotated[_Integer, Field(ge=1, le=MAX_STEPS)] | None = None
-    guidance: Annotated[float, Field(strict=True, ge=1.0, le=MAX_GUIDANCE)] | None = None
+    guidance: Annotated[float, Field(strict=True, ge=0.0, le=MAX_GUIDANCE)] | None = None
     negative_prompt: _Text | None = None
 
     # Fields of OpenAI's own models: the values that ask for nothing are accepted.
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto"] | None = None
+
+    @field_validator("guidance")
+    @classmethod
+    def _off_or_on(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < 1:
+            raise ValueError("must be 0 or 1 (off), or more")
+        return value
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

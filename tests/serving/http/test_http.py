@@ -128,7 +128,7 @@ def test_without_a_seed_pictures_differ_and_the_receipt_names_the_seed(
         ({"style": "vivid"}, "unknown_parameter"),
         ({"extra_body": {"seed": -1}}, "invalid_value"),
         ({"extra_body": {"seed": 2**53}}, "invalid_value"),
-        ({"extra_body": {"guidance": 0}}, "invalid_value"),
+        ({"extra_body": {"guidance": -1}}, "invalid_value"),
     ],
 )
 def test_the_client_gets_its_own_errors(

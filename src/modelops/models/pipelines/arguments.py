@@ -28,7 +28,10 @@ def pipeline_arguments(
     first = requests[0]
     wanted: dict[str, Any] = {
         "prompt": [request.prompt for request in requests],
-        "negative_prompt": [request.negative_prompt for request in requests],
+        # None and "" differ: SDXL and others take zeros for none, not the encoding of "".
+        "negative_prompt": [request.negative_prompt for request in requests]
+        if any(request.negative_prompt for request in requests)
+        else None,
         "num_inference_steps": first.steps,
         "guidance_scale": first.guidance,
         "height": first.height,
