@@ -116,7 +116,7 @@ def test_the_document_is_valid_openapi(app: Any) -> None:
 
 def test_every_error_code_is_counted_by_its_name(app: Any) -> None:
     """A code that the metrics do not know would be counted as `other`."""
-    client = TestClient(app, raise_server_exceptions=False)
+    client = TestClient(app, raise_server_exceptions=False, base_url="http://127.0.0.1")
     answers = [
         client.post(GENERATE, content=b"{}"),
         client.post(GENERATE, content=b"["),

@@ -70,7 +70,9 @@ def spans() -> InMemorySpanExporter:
 
 
 def ask(node: InferenceNode, headers: dict[str, str] | None = None, **body: Any) -> Any:
-    with TestClient(create_app(node), client=("127.0.0.1", 1)) as client:
+    with TestClient(
+        create_app(node), client=("127.0.0.1", 1), base_url="http://127.0.0.1"
+    ) as client:
         client.headers["host"] = "127.0.0.1"
         return client.post(
             "/v1/images/generations", json={"prompt": SECRET} | body, headers=headers

@@ -78,6 +78,8 @@ def compare_records(
     """
     started, clock = datetime.now(UTC), time.monotonic()
     first, second = read_evidence(first_path), read_evidence(second_path)
+    for name in first.record.metrics.keys() - second.record.metrics.keys():
+        second.record.metrics[name] = Measurement.missing("the second record does not have it")
     names = _comparable_names(first.record, second.record)
     asked = dict(margins or {})
     unknown_margins(asked, names)
@@ -287,6 +289,8 @@ def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool)
             known = row.first is not None or row.second is not None
             if row.metric in asked or (known and row.metric in deciding):
                 doubts.append(f"{row.metric} is not comparable")
+            elif row.first is not None and row.second is None:  # nobody passes by measuring less
+                doubts.append(f"{row.metric} was measured in the first record alone")
         elif row.metric in deciding:
             if row.within_margin == "no":
                 failures.append(

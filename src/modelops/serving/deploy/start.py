@@ -19,6 +19,7 @@ from modelops.serving.http.keys import DIGESTS_VARIABLE
 from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
 from modelops.serving.http.limits import IMAGES_VARIABLE, REQUESTS_VARIABLE
 from modelops.serving.http.page import PAGE_VARIABLE
+from modelops.serving.http.sites import ORIGINS_VARIABLE, allowed_origins
 from modelops.serving.moderation.quarantine import check_quarantine
 from modelops.serving.provenance.signing import open_signing_key
 from modelops.serving.provenance.watermark import open_watermark
@@ -43,7 +44,7 @@ _OTHERS = (
     KEEP_VARIABLE, KEYS_VARIABLE, MEGABYTES_VARIABLE, PAGE_VARIABLE, PROMPTS_VARIABLE,
     RELEASES_VARIABLE, RELEASE_VARIABLE, REQUESTS_VARIABLE, RUN_VARIABLE, WORKERS_VARIABLE,
     "MODELOPS_ADMIN_KEY", "MODELOPS_API_KEY", "MODELOPS_CACHE", "MODELOPS_DEBUG",
-    "MODELOPS_TRUST_CODE",
+    "MODELOPS_TRUST_CODE", ORIGINS_VARIABLE,
 )  # fmt: skip
 _ALIKE = 0.9
 log = logging.getLogger("modelops.serving")
@@ -59,6 +60,7 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     check_prompt_filter(settings.prompt_filter)
     check_image_filter(settings.image_filter)
     check_tracing(environment)
+    allowed_origins(environment)
     if settings.releases and not Path(settings.releases).is_dir():
         raise UsageError(f"{RELEASES_VARIABLE}={settings.releases}: no such folder")
     check_quarantine(settings)

@@ -67,7 +67,7 @@ async def read_body(request: Request) -> bytes:
 
 def _refusal(request: Request) -> ApiError | None:
     """Return the reason to refuse a body, by its headers; None if there is none."""
-    kind, *parameters = request.headers.get("content-type", "application/json").lower().split(";")
+    kind, *parameters = request.headers.get("content-type", "").lower().split(";")
     charsets = [p.strip() for p in parameters if p.strip().startswith("charset=")]
     if kind.strip() != "application/json":
         return ApiError(415, "unsupported_media_type", "send the body as application/json")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 
 from modelops import __version__
 from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse, parse_request
@@ -22,6 +23,7 @@ from modelops.serving.http.observe import ROUTES, Observe, note_request
 from modelops.serving.http.openapi import describe
 from modelops.serving.http.page import add_page
 from modelops.serving.http.routing import AppState, RoutedStream, make_images, through_routes
+from modelops.serving.http.sites import SiteRules, allowed_origins
 from modelops.serving.http.streaming import MEDIA_TYPE as EVENTS
 from modelops.serving.telemetry.logs import PROMPTS
 from modelops.serving.telemetry.metrics import CONTENT_TYPE
@@ -57,6 +59,13 @@ def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = N
     app.state.access = Access.from_environment(os.environ)
     app.state.preview_turns = asyncio.Semaphore(1)
     app.state.peers = None  # the other workers, where there are any
+    origins = allowed_origins()
+    app.add_middleware(SiteRules, application=app, origins=origins)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )  # fmt: skip
     app.add_middleware(Observe, application=app)
 
     _add_errors(app)
@@ -155,6 +164,19 @@ def _add_images(app: FastAPI) -> None:
             {"id": name, **_model_entry(role, node)} for name, role, node in rollout.models()
         ]
         return JSONResponse({"object": "list", "data": entries})
+
+    @app.get("/v1/models/{name}", summary="One of these models")
+    async def model(request: Request, name: str) -> JSONResponse:
+        check_key(app, request)
+        _node(app)
+        rollout: Rollout = app.state.rollout
+        for known, role, node in rollout.models():
+            if known == name:
+                return JSONResponse({"id": known, **_model_entry(role, node)})
+        raise ApiError(
+            404, "model_not_found", f"this server has no model {name[:100]!r}; see /v1/models",
+            param="model",
+        )  # fmt: skip
 
 
 def _add_health(app: FastAPI) -> None:

@@ -18,6 +18,7 @@ log = logging.getLogger("modelops.serving")
 
 _LOGGED = ("n", "size", "output_format", "steps", "guidance", "seed")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+MODEL_ROUTE = "/v1/models/{name}"
 ROUTES = (
     "/", "/v1/images/generations", "/v1/models", "/livez", "/readyz", "/metrics", "/openapi.json",
     *ADMIN_ROUTES,
@@ -53,6 +54,8 @@ class Observe:
         trace = RequestTrace(request_id(headers.get("x-request-id")), headers=headers)
         scope[SCOPE_KEY] = trace
         route = scope["path"] if scope["path"] in ROUTES else "other"
+        if scope["path"].startswith(MODEL_ROUTE.partition("{")[0]):
+            route = MODEL_ROUTE
         method = scope["method"] if scope["method"] in METHODS else "other"
 
         async def watch(message: Message) -> None:

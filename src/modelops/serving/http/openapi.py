@@ -37,6 +37,7 @@ _REASONS = {
     413: "The body is too large",
     415: "The body is not plain JSON in UTF-8",
     429: "Too many requests: of this key, or in the queue",
+    421: "Without API keys a node answers to its loopback names only",
     500: "The node failed",
     503: "Not ready, shutting down, or a filter gave no answer",
 }
@@ -53,7 +54,7 @@ _HEADERS: dict[int, dict[str, Any]] = {
     },
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}},
 }
-_EVERYWHERE = (400, 405, 500)  # by the middleware, before a route is asked
+_EVERYWHERE = (400, 403, 405, 421, 500)  # by the middleware, before a route is asked
 _WITH_KEY = (401, 403, 503)
 _WITH_BODY = (404, 408, 413, 415, 429)
 
@@ -138,6 +139,7 @@ def complete(document: dict[str, Any]) -> None:
             _complete(path, operation)
     answers = document["paths"]
     _says(answers, "/v1/models", 200, JSON, _ref("ModelList"))
+    _says(answers, "/v1/models/{name}", 200, JSON, _ref("ModelEntry"))
     for status in (200, 503):
         _says(answers, "/readyz", status, JSON, _ref("Readiness"))
         _says(answers, "/livez", status, TEXT, {"type": "string"})
@@ -155,6 +157,8 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     responses = operation.setdefault("responses", {})
     responses.pop("422", None)
     wanted = {*_EVERYWHERE, *(_WITH_KEY if keyed else (503,))}
+    if "{" in path:
+        wanted.add(404)
     if "requestBody" in operation:
         wanted.update(_WITH_BODY)
     for status in sorted(wanted):

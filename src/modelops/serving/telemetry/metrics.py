@@ -44,6 +44,7 @@ STREAM_OUTCOMES = ("completed", "blocked", "failed", "client_left", "slow_reader
 # Codes that say that the node failed; what the client did wrong, a red filter, a full queue and a
 # start that is not over yet have metrics of their own.
 FAULT_CODES = (
+    "cross_origin_request", "misdirected_request",
     "api_keys_unavailable", "deadline_exceeded", "engine_unavailable", "generation_failed",
     "internal_error", "provenance_unavailable", "receipt_unavailable",
 )  # fmt: skip

@@ -1,0 +1,85 @@
+"""Rules for browsers: a page of another site must not use a node, nor read what it answers.
+
+A node without API keys answers whoever reaches its loopback address, and every page in a browser of
+that machine does. So its name must be a loopback name (a foreign name may be made to lead there),
+requests that say which site they come from must come from its own, and none may have come through
+a proxy, which would open the node to whoever reaches that. Keys are sent on purpose only, so a node
+with keys needs no such rule.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from modelops.base.errors import UsageError
+from modelops.serving.api import ApiError
+from modelops.serving.http.answers import error_response
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+ORIGINS_VARIABLE = "MODELOPS_ALLOWED_ORIGINS"  # comma-separated, as https://studio.example
+OPEN_PATHS = ("/healthz", "/readyz", "/livez")  # a probe of the platform names the node as it likes
+_LOCAL = re.compile(r"(127\.[0-9.]+|localhost|\[::1\])(:[0-9]+)?", re.IGNORECASE)
+_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+
+
+def allowed_origins(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the origins of browser clients on other sites that may use the node.
+
+    Raises:
+        UsageError: one that is no origin.
+    """
+    listed = [item.strip() for item in environment.get(ORIGINS_VARIABLE, "").split(",")]
+    for origin in filter(None, listed):
+        url = urlsplit(origin)
+        if url.scheme not in ("http", "https") or not url.netloc or url.path or url.query:
+            raise UsageError(
+                f"{ORIGINS_VARIABLE}: {origin!r} is no origin",
+                hint="such as https://studio.example",
+            )
+    return [origin for origin in listed if origin]
+
+
+class SiteRules:
+    """ASGI middleware that refuses what a foreign page may have sent to a node without keys."""
+
+    def __init__(self, app: ASGIApp, *, application: FastAPI, origins: list[str]) -> None:
+        self.app, self.application, self.origins = app, application, origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            access: Any = self.application.state.access
+            if not access.keys.required and not access.insecure:
+                refusal = _refusal(dict(scope["headers"]), self.origins)
+                if refusal is not None:
+                    await error_response(self.application, refusal)(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
+
+
+def _refusal(headers: Mapping[bytes, bytes], origins: list[str]) -> ApiError | None:
+    host = headers.get(b"host", b"").decode("latin-1")
+    if any(name in headers for name in _FORWARDED):
+        return ApiError(
+            403, "api_keys_not_configured",
+            "this server has no API keys and answers no request that came through a proxy",
+        )  # fmt: skip
+    if not _LOCAL.fullmatch(host):
+        return ApiError(
+            421, "misdirected_request",
+            "this server has no API keys and answers to localhost and 127.0.0.1 only",
+        )  # fmt: skip
+    origin = headers.get(b"origin")
+    if origin is not None:
+        said = origin.decode("latin-1")
+        if urlsplit(said).netloc != host and said not in origins:
+            return ApiError(
+                403, "cross_origin_request", "this server answers no page of another site"
+            )
+    return None
