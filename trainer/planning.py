@@ -8,6 +8,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from modelops.base.files import temporary_name
+
 from .grids import prompts_to_images
 from .plan import VALIDATION_SHARE
 from .precision import Trial
@@ -109,8 +111,9 @@ def _rehearse(run: Run, limit: float) -> None:
             )
         clock.costs["grid"] = (time.monotonic() - began) * steps / tried
     parts.checkpoints.mkdir(exist_ok=True)
+    prefix, suffix = temporary_name("rehearsal")
     with (
         clock.work("checkpoint"),
-        tempfile.TemporaryDirectory(dir=parts.checkpoints, prefix=".", suffix=".tmp") as folder,
+        tempfile.TemporaryDirectory(dir=parts.checkpoints, prefix=prefix, suffix=suffix) as folder,
     ):
         run.save_to(Path(folder), replace(run.progress))

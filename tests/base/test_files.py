@@ -114,11 +114,37 @@ def test_killed_writer_leaves_a_whole_file(tmp_path: Path, round_: int) -> None:
 
 
 def test_leftovers_put_back_a_directory_caught_between_two_renames(tmp_path: Path) -> None:
-    old = tmp_path / ".d.old"
+    old = tmp_path / ".d.modelops-old"
     old.mkdir()
     (old / "one").write_text("1")
     files.remove_leftovers(tmp_path)
     assert (tmp_path / "d" / "one").read_text() == "1"
+
+
+def test_leftovers_of_others_and_of_running_processes_stay(tmp_path: Path) -> None:
+    for name in (".keep.tmp", ".d.old", ".x.old.tmp", "y.tmp"):
+        (tmp_path / name).write_text("not ours")
+    (tmp_path / ".images.old").mkdir()
+    (tmp_path / ".images.old" / "originals.txt").write_text("not ours")
+    (tmp_path / "images").mkdir()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert files.remove_leftovers(tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    with files.atomic_path(tmp_path / "a") as mine, files.atomic_directory(tmp_path / "b") as own:
+        assert files.remove_leftovers(tmp_path) == 0  # this process still writes them
+        mine.write_text("a")
+        (own / "c").write_text("c")
+    assert (tmp_path / "a").read_text() == "a" and (tmp_path / "b" / "c").read_text() == "c"
+    prefix, suffix = files.temporary_name("e")
+    ended = tmp_path / f"{prefix.replace(str(os.getpid()), '4194305')}x{suffix}"
+    ended.write_text("left by a process that was killed")
+    assert files.remove_leftovers(tmp_path) == 1 and not ended.exists()
+    machine = prefix.split(".")[2].partition("-")[0]
+    foreign = tmp_path / f"{prefix.replace(machine, '0' * 8)}x{suffix}"
+    foreign.write_text("written on another machine, now")
+    assert files.remove_leftovers(tmp_path) == 0
+    os.utime(foreign, (1, 1))
+    assert files.remove_leftovers(tmp_path) == 1
 
 
 def test_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modelops.base.errors import UsageError
-from modelops.base.files import sha256_tree
+from modelops.base.files import sha256_tree, temporary_name
 from modelops.data.corpora import openmoji
 from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
@@ -124,7 +125,8 @@ def test_a_killed_build_is_made_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         openmoji.build_corpus(tmp_path, resolution=32, limit=20, on_progress=stop)
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
-    (tmp_path / ".images.x.tmp").mkdir()  # what SIGKILL would leave
+    prefix, suffix = temporary_name("images")  # what SIGKILL would leave
+    (tmp_path / f"{prefix.replace(str(os.getpid()), '4194305')}x{suffix}").mkdir()
     path = openmoji.build_corpus(tmp_path, resolution=32, limit=20)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "manifest.parquet"]
     assert read_manifest(path).quarantined == {}

@@ -185,3 +185,23 @@ def test_tampering_is_named(
     tamper(release)
     with pytest.raises(ModelopsError, match=says):
         verify_release(release)
+
+
+def test_a_folder_that_is_no_release_is_not_replaced(
+    tmp_path: Path, build: Callable[..., Path]
+) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/release.json").write_text("{}")
+    (tmp_path / "release/thesis.tex").write_text("five years")
+    with pytest.raises(UsageError, match="is not a release, or holds other files"):
+        build()
+    assert (tmp_path / "release/thesis.tex").read_text() == "five years"
+
+
+def test_a_release_with_files_of_others_is_not_replaced(build: Callable[..., Path]) -> None:
+    release = build()
+    build()  # a release and nothing else is
+    (release / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds other files"):
+        build()
+    assert (release / "notes.txt").read_text() == "mine"

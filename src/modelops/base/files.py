@@ -6,8 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,11 @@ from typing import Any
 from modelops.base.errors import ConfigError, IntegrityError, ModelopsError, UsageError
 
 _CHUNK = 1 << 20
+_TEMPORARY, _OLD = ".modelops-tmp", ".modelops-old"
+_MADE_BY = re.compile(
+    rf"\.(?P<machine>[0-9a-f]{{8}})-(?P<pid>[0-9]+)-[^.]+{re.escape(_TEMPORARY)}$"
+)
+_FOREIGN_S = 24 * 3600.0
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -103,7 +111,8 @@ def atomic_path(path: str | os.PathLike[str], *, private: bool = False) -> Itera
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        prefix, suffix = temporary_name(target.name)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=suffix)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -231,7 +240,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     An existing directory at `path` is moved aside, replaced and then deleted, so a killed process
     leaves the old directory, the new one, or (between two renames) the old one under a name that
-    starts with a dot and ends in `.old`.
+    starts with a dot and ends in `.modelops-old`.
 
     Raises:
         ModelopsError: the disk is full or the folder cannot be written.
@@ -240,14 +249,13 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        )
+        prefix, suffix = temporary_name(target.name)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=suffix))
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         with ThreadPoolExecutor(16) as pool:  # waiting together is 20 times faster for small files
             list(pool.map(_sync_file, (file for file in temporary.rglob("*") if file.is_file())))
-        old = target.parent / f".{target.name}.old"
+        old = target.parent / f".{target.name}{_OLD}"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
@@ -264,30 +272,63 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(directory: str | os.PathLike[str]) -> int:
-    """Delete temporary files and directories that a killed process left in `directory`.
+def temporary_name(name: str) -> tuple[str, str]:
+    """Return (prefix, suffix) of a temporary file or directory that will become `name`.
 
-    Returns the number of entries removed. Directories moved aside (`.NAME.old`) are put back when
-    their target is missing.
+    They say that modelops made it, and which process of which machine.
+    """
+    return f".{name}.{_machine()}-{os.getpid()}-", _TEMPORARY
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> int:
+    """Delete what killed processes of modelops left in `directory`, and nothing else.
+
+    What a running process is writing stays, and so do temporary files of other programs.
+    Directories moved aside are put back when their target is missing.
+
+    Returns:
+        The number of entries removed.
     """
     top = Path(directory)
     removed = 0
     if not top.is_dir():
         return 0
     for entry in top.iterdir():
-        if not entry.name.startswith("."):
-            continue
-        if entry.name.endswith(".old"):
-            target = top / entry.name[1:-4]
+        if entry.name.startswith(".") and entry.name.endswith(_OLD):
+            target = top / entry.name[1 : -len(_OLD)]
             if target.exists():
                 shutil.rmtree(entry, ignore_errors=True)
                 removed += 1
             else:
                 entry.rename(target)
-        elif entry.name.endswith(".tmp"):
+        elif is_leftover(entry):
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
             removed += 1
     return removed
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a temporary file or directory was left by a process that has ended.
+
+    One of another machine, on a disk that several share, counts as left after a day.
+    """
+    found = _MADE_BY.search(path.name)
+    if found is None or not path.name.startswith("."):
+        return False
+    if found["machine"] != _machine():
+        return time.time() - path.lstat().st_mtime > _FOREIGN_S
+    try:
+        os.kill(int(found["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def _machine() -> str:
+    """Eight characters that tell machines, and containers on one, apart."""
+    return hashlib.sha256(f"{socket.gethostname()}".encode()).hexdigest()[:8]
 
 
 def safe_join(root: str | os.PathLike[str], relative: str) -> Path:

@@ -87,3 +87,8 @@ def load_about(path: str | Path) -> About:
 def openmoji_about() -> About:
     """The words for a model trained on OpenMoji."""
     return load_about(TEMPLATES / "openmoji_about.yaml")
+
+
+def unstated_about() -> About:
+    """The words for a model of which nobody has said anything: "not stated", licence unknown."""
+    return load_about(TEMPLATES / "unstated_about.yaml")

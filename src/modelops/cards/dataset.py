@@ -9,7 +9,7 @@ from typing import Any
 from modelops.base.errors import UsageError
 from modelops.base.files import check_writable, read_json, sha256_bytes, write_json, write_text
 from modelops.cards import statistics as stats
-from modelops.cards.about import About, openmoji_about, parse_about
+from modelops.cards.about import About, parse_about, unstated_about
 from modelops.cards.context import read_input
 from modelops.cards.hub import dataset_front_matter
 from modelops.cards.numbers import measurements_table
@@ -58,7 +58,7 @@ def write_dataset_card(
         manifest, shard_manifest: what they describe; watched for changes where present.
         dedup, split, smoke: records of the data.
         images: what it shows -> image.
-        about: sources, biases and licences; by default those of OpenMoji.
+        about: sources, biases and licences; "not stated" and an unknown licence by default.
         force: replace a file that is not such a card.
 
     Raises:
@@ -79,7 +79,7 @@ def write_dataset_card(
     taken: set[str] = set()
     sources = CardSources(
         card="dataset",
-        about=(about or openmoji_about()).model_dump(mode="json"),
+        about=(about or unstated_about()).model_dump(mode="json"),
         inputs={role: reference(item, folder) for role, item in named.items() if item is not None},
         watched={
             role: reference(item, folder) for role, item in watched.items() if item is not None

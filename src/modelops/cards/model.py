@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from modelops.base.files import check_writable, sha256_bytes, write_text
-from modelops.cards.about import About, openmoji_about, parse_about
+from modelops.cards.about import About, parse_about, unstated_about
 from modelops.cards.context import evaluations_of, model_context
 from modelops.cards.hub import check_model_front_matter, count_results, model_front_matter
 from modelops.cards.render import render_template
@@ -47,7 +47,7 @@ def write_model_card(
         split, dedup: records of the data.
         config: the run's frozen config; by default config.json beside train.json, when there.
         images: what it shows -> image. The first is at the top (the grid).
-        about: purpose, limits and licences; by default those of OpenMoji.
+        about: purpose, limits and licences; "not stated" and an unknown licence by default.
         dataset_card: is linked.
         force: replace a file that is not such a card.
 
@@ -77,7 +77,7 @@ def write_model_card(
     taken: set[str] = set()
     sources = CardSources(
         card="model",
-        about=(about or openmoji_about()).model_dump(mode="json"),
+        about=(about or unstated_about()).model_dump(mode="json"),
         options=options,
         inputs=inputs,
         pictures=[copy_picture(path, alt, folder, taken) for alt, path in (pictures or {}).items()],

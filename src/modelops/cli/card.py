@@ -25,7 +25,8 @@ def card() -> None:
 def _about_option(command: click.decorators.FC) -> click.decorators.FC:
     return click.option(
         "--about", type=FILE, metavar="YAML",
-        help="File with purpose, limits, licences and attribution.  [default: those of OpenMoji]",
+        help="File with purpose, limits, licences and attribution.  "
+        "[default: none of them is stated]",
     )(command)  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from modelops.base.errors import (
 )
 from modelops.base.files import atomic_directory, write_bytes
 from modelops.base.steps import OnProgress
+from modelops.cards.about import openmoji_about
 from modelops.demo.budgets import Budget
 from modelops.demo.project import (
     CARDS,
@@ -224,6 +225,7 @@ class Stages:
             split=self.root / "data/split.json",
             smoke=self.root / "data/smoke.json",
             shard_manifest=self.root / SHARDS,
+            about=openmoji_about(),
         )
         report(1, 2)
         write_model_card(
@@ -243,7 +245,7 @@ class Stages:
                 "64 common prompts, one fixed seed each, none selected": self.root / GRID,
                 "Loss": self.root / RUN / "loss.png",
             },
-            dataset_card=cards / "dataset_card.md",
+            dataset_card=cards / "dataset_card.md", about=openmoji_about(),
         )  # fmt: skip
         return "model_card.md, dataset_card.md"
 
@@ -262,7 +264,6 @@ class Stages:
 
     def release(self, report: OnProgress) -> str:
         from modelops.base.files import sha256_tree
-        from modelops.cards.about import openmoji_about
         from modelops.monitoring.reference import release_files
         from modelops.releases.build import build_release
         from modelops.serving.node.batch_invariance import release_proofs

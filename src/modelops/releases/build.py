@@ -93,7 +93,10 @@ def build_release(
     out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
     answer, model_sha256 = check_verdict(verdict_path, model, policy=policy, allow=allow)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_release(out))):
-        raise UsageError(f"{out}: exists and is not a release", hint="choose another directory")
+        raise UsageError(
+            f"{out}: exists and is not a release, or holds other files",
+            hint="choose another directory",
+        )
 
     if fallback is not None:
         check_fallback(fallback, model)

@@ -96,6 +96,8 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
             raise IntegrityError(
                 f"{root / RECORD_FILE}: says {field} {said}, the verdict {found}", hint=_REBUILD
             )
+    if "policy.yaml" in record.files and sha256_file(root / "policy.yaml") != record.policy_sha256:
+        raise IntegrityError(f"{root / 'policy.yaml'}: not the policy of the verdict")
     if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
         raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
     if record.fallback is not None:
@@ -136,7 +138,12 @@ _REBUILD = "copy the release again, or rebuild it with `modelops release build`"
 
 
 def is_release(directory: Path) -> bool:
-    return (directory / RECORD_FILE).is_file()
+    """Return whether a directory is a release and nothing else, so that it may be replaced."""
+    try:
+        record = read_record(directory / RECORD_FILE, ReleaseRecord)
+        return tree_files(directory).keys() <= {*record.files, RECORD_FILE}
+    except ModelopsError:
+        return False
 
 
 def short_digest(digest: str | None) -> str:

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 import live_node
 from browsers import chromium, page_of
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.files import temporary_name
 from modelops.base.pixels import pixels_sha256
 from modelops.cli.main import main
 from modelops.models.request import ImageRequest
@@ -246,9 +247,10 @@ def test_what_is_too_old_goes_without_any_request(node: InferenceNode, tmp_path:
     day_before = time.strftime("%Y%m%dT%H%M%S", time.gmtime(time.time() - 86400))
     parts = old.name.split("-")
     old.rename(old.with_name("-".join([parts[0], day_before, *parts[2:]])))
-    leftover = tmp_path / "q" / ".entry-x.json.abc.tmp"
+    prefix, suffix = temporary_name("entry-x.json")
+    ended = str(2**22 + 1)  # above every process number
+    leftover = tmp_path / "q" / f"{prefix.replace(str(os.getpid()), ended)}abc{suffix}"
     leftover.write_bytes(b"half an entry")
-    os.utime(leftover, (1, 1))
     registry = CollectorRegistry()
     own_quarantine(node, tmp_path / "q", max_age_s=80_000, registry=registry).close()
     assert [read_entry(file).pictures[0].seed for file in list_files(tmp_path / "q")] == [2]

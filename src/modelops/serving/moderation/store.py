@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
-from modelops.base.files import check_writable
+from modelops.base.files import check_writable, is_leftover
 from modelops.serving.moderation.encryption import decrypt_entry
 from modelops.serving.moderation.entry import Entry
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 PAGE = "review.html"
 SEALED = ".sealed"
 _NAME = "entry-"
-_LEFTOVER_S = 3600.0  # a temporary file this old is nobody's any more
 _MAX_BYTES = 256 * 1024 * 1024
 
 
@@ -76,9 +75,9 @@ def tidy_folder(folder: Path, *, max_age_s: float, max_bytes: int | None = None)
     gone = [sum(_delete(file.path) for file in some) for some in (old, over)]
     if any(gone) or not files:
         (folder / PAGE).unlink(missing_ok=True)
-    for path in folder.glob(f".{_NAME}*.tmp"):
+    for path in folder.glob(f".{_NAME}*"):
         with contextlib.suppress(OSError):
-            if now - path.stat().st_mtime > _LEFTOVER_S:
+            if is_leftover(path):
                 path.unlink()
     return gone[0], gone[1]
 

@@ -44,15 +44,15 @@ STREAM_OUTCOMES = ("completed", "blocked", "failed", "client_left", "slow_reader
 # Codes that say that the node failed; what the client did wrong, a red filter, a full queue and a
 # start that is not over yet have metrics of their own.
 FAULT_CODES = (
-    "cross_origin_request", "misdirected_request",
     "api_keys_unavailable", "deadline_exceeded", "engine_unavailable", "generation_failed",
     "internal_error", "provenance_unavailable", "receipt_unavailable",
 )  # fmt: skip
 CODES = frozenset(FAULT_CODES) | {
     "admin_key_required", "ambiguous_length", "api_keys_not_configured", "body_timeout",
-    "body_too_large", "canary_worse", "cancelled", "content_policy_violation", "invalid_api_key",
-    "invalid_json", "invalid_value", "method_not_allowed", "missing_required_parameter",
-    "model_not_found", "not_found", "not_ready", "prompt_too_long", "rate_limit_exceeded",
+    "body_too_large", "canary_worse", "cancelled", "content_policy_violation",
+    "cross_origin_request", "invalid_api_key", "invalid_json", "invalid_value",
+    "method_not_allowed", "misdirected_request", "missing_required_parameter", "model_not_found",
+    "not_found", "not_ready", "prompt_too_long", "rate_limit_exceeded",
     "safety_filter_unavailable", "swap_conflict", "swap_failed", "swap_off", "unknown_parameter",
     "unsupported_media_type", "unsupported_value",
 }  # fmt: skip
