@@ -187,7 +187,7 @@ def test_tampering_is_named(
         verify_release(release)
 
 
-def test_a_folder_that_is_no_release_is_not_replaced(
+def test_a_file_called_release_json_makes_no_release(
     tmp_path: Path, build: Callable[..., Path]
 ) -> None:
     (tmp_path / "release").mkdir()

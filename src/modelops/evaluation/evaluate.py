@@ -134,7 +134,7 @@ def _evaluate(
     samples = draw_samples(
         source, plan, request, workdir / "samples", workers=workers, on_progress=on_progress
     )
-    record.n_failed_images = len(samples.failures)
+    record.n_failed_images, record.n_reused_images = len(samples.failures), samples.reused
 
     bench = Workbench(
         settings=settings, record=record, workdir=workdir, prompts=prompts, samples=samples,

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import ImageError
-from modelops.base.files import remove_leftovers, sha256_json, write_bytes
+from modelops import __version__
+from modelops.base.environment import current_environment
+from modelops.base.files import remove_leftovers, sha256_file, sha256_json, write_bytes
 from modelops.data.images import read_image
 from modelops.evaluation.prompts import PlannedImage, image_name
-from modelops.evaluation.workers.making import make_images
+from modelops.evaluation.workers.making import made_digests, make_images
 from modelops.evaluation.workers.tasks import Job, Outcome, Workers
 from modelops.evaluation.workers.threads import fewer_threads
 from modelops.models.request import ImageRequest
@@ -24,6 +25,9 @@ from modelops.models.sources import ModelSource
 
 Image = npt.NDArray[np.uint8]
 COMPLETE = "complete"
+# Packages that may change an image.
+_MAKERS = ("diffusers", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch",
+           "transformers")  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -35,12 +39,14 @@ class Samples:
         paths: PNG of each planned image that was made, by its place in the plan.
         failures: reason for each that was not.
         blocked: places that the source's own filter refused; they are failures too.
+        reused: number of images that an earlier run had made.
     """
 
     plan: Sequence[PlannedImage]
     paths: dict[int, Path] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     blocked: set[int] = field(default_factory=set)
+    reused: int = 0
 
     @property
     def made(self) -> list[int]:
@@ -93,7 +99,8 @@ def draw_samples(
         if source.info.sha256 is None and (cache / COMPLETE).exists():
             shutil.rmtree(cache)
         remove_leftovers(cache)
-        missing = [job for job in jobs if not _usable(job.path)]
+        known = made_digests(cache)
+        missing = [job for job in jobs if not _usable(job.path, known.get(job.path.name))]
         finished.update({job.place for job in jobs} - {job.place for job in missing})
         return missing
 
@@ -127,24 +134,23 @@ def draw_samples(
             sorted({**{p: o.failure or "" for p, o in failed.items()}, **faults}.items())
         ),
         blocked={place for place, outcome in failed.items() if outcome.blocked},
+        reused=len(jobs) - len(outcomes),
     )
     write_bytes(cache / COMPLETE, b"")
     return samples
 
 
-def _usable(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        read_image(path)
-    except ImageError:
-        return False
-    return True
+def _usable(path: Path, sha256: str | None) -> bool:
+    """Whether a file holds the very bytes that were made under its name."""
+    return sha256 is not None and path.is_file() and sha256_file(path) == sha256
 
 
 def _sampling_key(source: ModelSource, request: ImageRequest) -> str:
     info = source.info
+    versions = current_environment().packages if info.kind in ("checkpoint", "artifact") else {}
     identity: dict[str, Any] = {
+        "uri": info.uri if info.kind == "endpoint" else None,
+        "versions": {"modelops": __version__, **{n: versions.get(n) for n in _MAKERS}},
         "source": info.sha256 or info.uri, "kind": info.kind, "runtime": info.runtime,
         "precision": info.precision, "scheduler": source.scheduler_name, "steps": request.steps,
         "guidance": request.guidance, "height": request.height, "width": request.width,

@@ -149,6 +149,7 @@ class EvaluationRecord(Record):
     protocols: dict[str, dict[str, Any]] = {}
     files: dict[str, InputRef] = {}
     n_failed_images: Annotated[int, Field(ge=0)] = 0
+    n_reused_images: Annotated[int, Field(ge=0)] = 0  # made by an earlier run of the same command
     memorization: MemorizationVerdict | None = None
     safety_sweep: SafetySweep | None = None
     slices: list[SliceMeasurement] = []

@@ -17,6 +17,7 @@ from modelops.base.errors import ProcessDiedError, UsageError
 from modelops.base.files import sha256_file
 from modelops.evaluation.prompts import PromptSet, plan_images
 from modelops.evaluation.samples import Samples, draw_samples
+from modelops.evaluation.sources.endpoint import EndpointSource
 from modelops.evaluation.sources.open import open_source
 from modelops.evaluation.workers.open import open_with_workers
 from modelops.evaluation.workers.pool import WorkerPool
@@ -157,3 +158,30 @@ def test_threads_are_divided_and_never_none(monkeypatch: pytest.MonkeyPatch) -> 
     assert threads_of(1) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads_of(10_000) == 1
+
+
+def test_an_image_that_was_replaced_is_made_again(
+    alone: dict[str, str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = open_source(str(tiny_checkpoint), batch_size=4)
+    assert draw(source, tmp_path).reused == 0
+    assert draw(source, tmp_path).reused == 9
+    first, second = sorted(tmp_path.rglob("*.png"))[:2]
+    first.write_bytes(second.read_bytes())  # a whole image, of another prompt
+    assert draw(source, tmp_path).reused == 8
+    assert digests(tmp_path) == alone
+    for log in tmp_path.rglob("made-*.jsonl"):  # images that nobody says were made here
+        log.unlink()
+    assert draw(source, tmp_path).reused == 0
+    assert digests(tmp_path) == alone
+
+
+def test_another_url_of_the_same_release_is_asked(tmp_path: Path) -> None:
+    """A record of production must not be made of what staging drew."""
+    with serve() as staging, serve() as production:  # both name one release
+        for service in (staging, production):
+            source = EndpointSource(service.url)
+            assert source.info.sha256
+            samples = draw(source, tmp_path, n=3)
+            assert (samples.reused, len(samples.made), len(service.bodies)) == (0, 3, 3)
+        assert draw(EndpointSource(production.url), tmp_path, n=3).reused == 3
