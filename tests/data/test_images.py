@@ -6,10 +6,11 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modelops.base.errors import ImageError
 from modelops.data.images import decode_image, encode_png, read_image, resize_image
@@ -137,3 +138,50 @@ def test_resizing_keeps_the_aspect_and_the_centre() -> None:
     stripes = np.tile(np.array([[0], [255]], np.uint8), (32, 64))[..., None].repeat(3, 2)
     small = resize_image(stripes, 8)
     assert small.min() >= 120 and small.max() <= 135, "aliased"
+
+
+def exif_block(**values: Any) -> bytes:
+    exif = Image.Exif()
+    for tag, value in values.items():
+        exif[int(tag.removeprefix("t"), 16)] = value
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_pixels_are_turned_as_pillow_turns_them(orientation: int, kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, exif=exif_block(t0112=orientation))
+    found = decode_image(buffer.getvalue(), f"a.{kind.lower()}")
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
+    assert np.array_equal(found, np.asarray(expected.convert("RGB")))
+
+
+def test_a_phones_photograph_of_several_frames_is_its_first() -> None:
+    first, second = (Image.new("RGB", (16, 12), color) for color in ("red", "blue"))
+    buffer = io.BytesIO()
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    assert Image.open(io.BytesIO(buffer.getvalue())).format == "MPO"
+    found = decode_image(buffer.getvalue(), "phone.jpg")
+    assert found.shape == (12, 16, 3)
+    assert found[6, 8, 0] > 200 and found[6, 8, 2] < 60
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_no_exif_makes_an_intact_image_damaged(kind: str) -> None:
+    """Bytes that are no EXIF, and thousands of mutations of bytes that are."""
+    pixels = np.full((8, 8, 3), 90, np.uint8)
+    good = exif_block(t0112=6, t010f="maker", t011a=72.0, t8769={0x9003: "2026:01:01 00:00:00"})
+    generator = np.random.default_rng(1)
+    blocks = [b"\x00\x08garbage", b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff"]
+    for _ in range(400):
+        block = bytearray(good)
+        for place in generator.integers(6, len(block), generator.integers(1, 6)):
+            block[place] = generator.integers(0, 256)
+        blocks.append(bytes(block))
+    for block in blocks:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, exif=block)
+        found = decode_image(buffer.getvalue(), f"a.{kind.lower()}")
+        assert found.shape == (8, 8, 3) and abs(int(found.mean()) - 90) <= 2

@@ -60,7 +60,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> npt
     Raises:
         ImageError: as in `read_image`.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise ImageError(f"{name}: the file is empty")
@@ -73,7 +73,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> npt
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, as an error
             picture = Image.open(io.BytesIO(data), formats=sorted(set(FORMAT_OF_SUFFIX.values())))
-            found = picture.format
+            found = {"MPO": "JPEG"}.get(str(picture.format), picture.format)  # as phones write it
             width, height = picture.size
             if found != expected:
                 raise ImageError(
@@ -86,7 +86,7 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> npt
                     hint="scale the image down",
                 )
             picture.load()
-            return _picture_to_rgb(ImageOps.exif_transpose(picture))
+            return _picture_to_rgb(_upright(picture))
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image of a known format") from error
     except Image.DecompressionBombError as error:
@@ -116,6 +116,27 @@ def encode_png(image: npt.NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn the pixels as the EXIF orientation says; EXIF that cannot be read says nothing.
+
+    Pillow's own `exif_transpose` also writes the EXIF anew, which fails on much that phones and
+    editors leave in intact images.
+    """
+    from PIL import Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }  # fmt: skip
+    try:
+        turn = turns.get(picture.getexif().get(0x0112, 1))
+    except Exception:  # whatever Pillow's reader makes of bytes that are no EXIF
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _picture_to_rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:
