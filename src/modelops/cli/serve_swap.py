@@ -216,7 +216,7 @@ def _change(
     client = SwapClient(url, _key(key_file))
     found = client.post(action, order)
     if wait:
-        with progress("requests in hand", quiet=as_json):
+        with progress("requests in progress", quiet=as_json):
             found = client.wait(lambda now: not now["draining"], timeout, what="finished")
     _finish(found, as_json)
 

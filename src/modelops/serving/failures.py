@@ -8,7 +8,7 @@ from modelops.base.errors import ServingError
 
 
 class QueueFullError(ServingError):
-    """No room in the queue. `wait_s`: seconds until the work now queued will have been done."""
+    """No room in the queue. `wait_s`: seconds until the work now queued should be done."""
 
     def __init__(self, wait_s: float) -> None:
         super().__init__("the queue is full", hint=f"try again in {math.ceil(wait_s)} s")

@@ -50,7 +50,7 @@ _WORDS_OF = {
 _FACE_BLOCKS = re.compile(r"(?:^|_)face(?:_|$)")
 
 # Sequences of code points that draw one thing in another gender, age or direction, and what stands
-# for all of them in the group's name. Applied after tones, gender signs and selectors are taken out.
+# for all of them in the group's name. Applied after tones, gender signs and selectors are removed.
 _SAME_AS = {
     "1F468": "1F9D1", "1F469": "1F9D1",  # man, woman -> person
     "1F466": "1F9D2", "1F467": "1F9D2",  # boy, girl -> child

@@ -295,11 +295,11 @@ class InferenceNode:
         return self.answers.preview(ticket, index, pixels)
 
     def begin_shutdown(self) -> None:
-        """Turn /readyz red; requests in hand go on."""
+        """Turn /readyz red; requests in progress go on."""
         self._closing = True
 
     def close(self, *, drain: bool = True, timeout_s: float | None = 60.0) -> None:
-        """Finish the work in hand and end the threads."""
+        """Finish the work in progress and end the threads."""
         self.begin_shutdown()
         self.engine.close(drain=drain, timeout_s=timeout_s)
         self.filters.close()

@@ -177,7 +177,7 @@ def describe_status(found: dict[str, Any]) -> str:
             f"; the next look at {canary['next_look']}" if arm == "canary" else " of the stable one"
         ) for arm in ("canary", "stable")]  # fmt: skip
     lines += [
-        f"drains   {_release(slot)}: {slot['in_hand']} requests in hand"
+        f"drains   {_release(slot)}: {slot['in_hand']} requests in progress"
         for slot in found["draining"]
     ]
     if verdict := found["verdict"]:

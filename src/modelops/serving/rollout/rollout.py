@@ -332,12 +332,12 @@ class Rollout:
                 self.roll_back(by="auto", reason=reason, event=event)
 
     def _drain(self, slot: Slot) -> None:
-        """Wait for the requests that a slot has in hand, then close it and give its memory back."""
+        """Wait for the requests in progress of a slot, then close it and give its memory back."""
         label = slot.label
         limit_s = 2 * slot.node.settings.deadline_s + 60.0
         in_hand = self.slots.wait_until_idle(slot, limit_s=limit_s, stopped=self._closing)
         if in_hand:
-            log.warning("swap: %d requests still in hand at %s", in_hand, label)
+            log.warning("swap: %d requests still in progress at %s", in_hand, label)
         if self._closing.is_set():
             return  # `close` closes this one too
         slot.node.close(drain=True, timeout_s=60.0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Slot:
-    """A node in a rollout, and how many requests it has in hand."""
+    """A node in a rollout, and its number of requests in progress."""
 
     def __init__(self, node: InferenceNode) -> None:
         self.node = node

@@ -1,4 +1,4 @@
-"""The nodes of a process, a stable one and perhaps a canary, and the requests they have in hand."""
+"""The nodes of a process, a stable one and perhaps a canary, and their requests in progress."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Slots:
             self._end_trial(canary)
 
     def wait_until_idle(self, slot: Slot, *, limit_s: float, stopped: threading.Event) -> int:
-        """Wait until a slot has no request in hand, or `stopped`; returns those still in hand."""
+        """Wait until a slot has no request in progress, or `stopped`; return the number left."""
         with self.changed:
             self.changed.wait_for(lambda: slot.in_hand == 0 or stopped.is_set(), limit_s)
             return slot.in_hand

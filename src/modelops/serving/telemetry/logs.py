@@ -39,7 +39,7 @@ class JsonLines(logging.Formatter):
     Args:
         prompts: also write the prompts; otherwise they are taken out of exceptions too, which may
             quote them.
-        quoted: the prompts of the requests in hand, for that.
+        quoted: the prompts of the requests in progress, for that.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class LineWriter(logging.Handler):
 
 
 class Prompts:
-    """The prompts of the requests in hand, so that they can be taken out of exceptions."""
+    """The prompts of the requests in progress, so that they can be taken out of exceptions."""
 
     def __init__(self) -> None:
         self._texts: dict[int, list[str]] = {}
