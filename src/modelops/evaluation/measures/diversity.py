@@ -10,8 +10,8 @@ KEYS = ("diversity_lite0", "diversity_lite0_between")
 
 
 def measure(bench: Workbench) -> None:
-    """Mean pairwise distance within prompts and between them. Neither has a better direction:
-    noise is diverse, and a prompt may allow one image only."""
+    """Measure the mean pairwise distance within prompts and between them. Neither has a better
+    direction: noise is diverse, and a prompt may allow only one image."""
     if bench.record.source.kind == "folder" and bench.settings.prompts_file is None:
         raise EvaluationError("the images have no prompts")
     if bench.sampling["replicates"] < 2:
