@@ -190,7 +190,7 @@ def _release_of(entry: dict[str, Any]) -> str | None:
 
 
 def _parse_size(text: Any) -> tuple[int | None, int | None]:
-    """ "64x32" (width x height) to (height, width)."""
+    """Parse "64x32" (width x height) into (height, width)."""
     width, _, height = str(text or "").partition("x")
     if width.isdigit() and height.isdigit():
         return int(height), int(width)

@@ -242,7 +242,7 @@ def _context(anchors: bytes | None = None) -> Any:
 
 
 def picture_format(data: bytes) -> str | None:
-    """ "png", "jpeg" or "webp" by a file's first bytes, or None."""
+    """Return "png", "jpeg" or "webp" by a file's first bytes, or None."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
