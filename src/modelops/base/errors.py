@@ -81,7 +81,7 @@ class EvaluationError(ModelopsError):
 
 
 class ProcessDiedError(ModelopsError):
-    """A process that shared the work is gone; what was made is kept."""
+    """A process that shared the work has died; finished work is kept."""
 
 
 class ExportError(ModelopsError):

@@ -33,7 +33,7 @@ class Processor:
     Attributes:
         architecture: as `platform.machine()` names it.
         features: names of `_FEATURES` that it has.
-        limit: what a variable limits oneDNN to (torch's and OpenVINO's kernels), or "".
+        limit: limit that a variable sets for oneDNN (torch's and OpenVINO's kernels), or "".
     """
 
     architecture: str
@@ -73,7 +73,7 @@ def this_processor() -> Processor:
 def describe_processor(
     architecture: str, capabilities: Mapping[str, Any], variables: Mapping[str, str]
 ) -> Processor:
-    """A processor from what torch says of it and from variables; see `this_processor`."""
+    """Describe a processor from torch's report and from variables; see `this_processor`."""
     features = tuple(
         name for name, keys in _FEATURES.items() if any(capabilities.get(key) for key in keys)
     )

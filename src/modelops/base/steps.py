@@ -71,7 +71,7 @@ class Chain:
         force: Sequence[str] = (),
         on_start: Callable[[Step], OnProgress] | None = None,
     ) -> Iterator[StepResult]:
-        """Run what is not fresh; yield a result for each step as it ends.
+        """Run the steps that are not fresh; yield a result for each step as it ends.
 
         Args:
             force: names of steps to run even if they are fresh.

@@ -10,7 +10,7 @@ from modelops.cli.output import emit, json_option, table
 @click.command()
 @json_option
 def doctor(as_json: bool) -> int:
-    """Say what this machine can do, and what to do about what it cannot.
+    """Report what this machine can do, and how to add what is missing.
 
     Exits 1 if something that is installed does not work.
 

@@ -115,10 +115,10 @@ class Progress:
 
 @contextmanager
 def progress(description: str, *, quiet: bool = False) -> Iterator[Progress]:
-    """A progress bar on stderr with the time left; call what it yields with (done, total).
+    """Show a progress bar on stderr with the time left; call the yielded object with (done, total).
 
-    It appears after two seconds. Without a terminal it is a line a minute, which tells the log of a
-    pipeline that something is still going on. With `quiet` there is nothing.
+    It appears after two seconds. Without a terminal it is a line a minute, which shows in the log
+    of a pipeline that the command still runs. With `quiet` there is nothing.
     """
     console = stderr_console()
     if quiet:

@@ -55,7 +55,7 @@ def create(
     admin: bool,
     as_json: bool,
 ) -> None:
-    """Make a key called NAME and print it: this once, nobody can read it later.
+    """Make a key called NAME and print it, only this once: it cannot be read later.
 
     \b
     Example:

@@ -44,10 +44,10 @@ def swap() -> None:
 @_server
 @json_option
 def status(url: str, key_file: Path | None, as_json: bool) -> None:
-    """Say what is served, what is on trial, and what has been measured of it.
+    """Print which releases are served and on trial, and the measurements so far.
 
-    The verdict is that of the last look. Looks are made when the canary's requests have doubled, so
-    asking often finds nothing by chance.
+    The verdict is that of the last look. A look is made when the canary's requests have doubled, so
+    that frequent questions do not find a difference by chance.
 
     \b
     Example:
@@ -198,7 +198,7 @@ def promote(
 def rollback(
     url: str, key_file: Path | None, reason: str, wait: bool, timeout: float, as_json: bool
 ) -> None:
-    """Send the canary no more requests and let it go; the stable release makes them all.
+    """Send the canary no more requests and close it; the stable release serves them all.
 
     \b
     Example:

@@ -75,8 +75,8 @@ def write_shards(
     """Write `data_dir/shards/SPLIT-NNNNNN.tar` and `data_dir/shard_manifest.csv`.
 
     Images are scaled and centre-cropped to resolution x resolution and stored as PNG without
-    metadata. Samples stand in an order shuffled by `seed`, so that reading a shard in order is
-    already mixed. The same input gives the same bytes.
+    metadata. The order of samples is shuffled by `seed`, so that a shard read in order is already
+    mixed. The same input gives the same bytes.
 
     Returns the path of shard_manifest.csv.
 

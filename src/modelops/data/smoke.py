@@ -23,7 +23,7 @@ from modelops.records.base import InputRef, Measurement
 from modelops.records.data import SmokeReport
 
 MAX_STALL_RATIO = 20.0  # slowest batch over the median, once the workers are warm
-MIN_STALL_SECONDS = 1.0  # a batch that took less stalls nobody, whatever the median is
+MIN_STALL_SECONDS = 1.0  # a faster batch is no stall, whatever the median is
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 

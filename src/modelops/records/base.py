@@ -35,9 +35,9 @@ class InputRef(RecordPart):
 
 
 class Measurement(RecordPart):
-    """One number with its interval, or the reason why there is none.
+    """Number with its interval, or the reason why there is none.
 
-    `value`, `low` and `high` are None exactly when `not_measured` says why.
+    `value`, `low` and `high` are None exactly when `not_measured` holds the reason.
     """
 
     value: float | None = None

@@ -49,8 +49,8 @@ _WORDS_OF = {
 }
 _FACE_BLOCKS = re.compile(r"(?:^|_)face(?:_|$)")
 
-# Sequences of code points that draw one thing in another gender, age or direction, and what stands
-# for all of them in the group's name. Applied after tones, gender signs and selectors are removed.
+# Sequences of code points that draw one thing in another gender, age or direction, and the one that
+# represents them in the group's name. Applied after tones, gender signs and selectors are removed.
 _SAME_AS = {
     "1F468": "1F9D1", "1F469": "1F9D1",  # man, woman -> person
     "1F466": "1F9D2", "1F467": "1F9D2",  # boy, girl -> child
@@ -109,8 +109,8 @@ def build_corpus(
     Args:
         data_dir: made if missing; `images/` in it is replaced as a whole.
         resolution: height and width in pixels, 8 to 1024.
-        limit: at most so many images; whole groups, spread evenly over the corpus by `seed`.
-        seed: which groups a limit takes; without a limit it changes nothing.
+        limit: largest number of images; whole groups, spread evenly over the corpus by `seed`.
+        seed: for choosing the groups under a limit; without a limit it changes nothing.
         on_progress: called with (done, total).
 
     Returns the manifest's path.
