@@ -114,7 +114,7 @@ class TrainingBatches:
         )
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The images of one epoch in order; with weights, a weighted draw of as many."""
+        """Return the images of one epoch in order; with weights, a weighted draw of equal size."""
         count = len(self.pictures)
         random = numpy_generator(self.config.training.seed, "order", epoch)
         if self._weights is None:

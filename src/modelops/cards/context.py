@@ -1,4 +1,4 @@
-"""Records to what the model card's template prints. The one place where numbers get their words."""
+"""Context of the model card's template, from records. Only here do numbers get their words."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def released_evaluations(evaluations: list[Measured]) -> list[Measured]:
 
 
 def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
-    """Everything model_card.md.j2 names.
+    """Return every value that model_card.md.j2 uses.
 
     Raises:
-        UsageError: a record is missing or is not what it should be.
+        UsageError: a record is missing or of another kind.
     """
     train = read_input(sources, folder, "train", TrainRecord)
     if train.status != "ok":
@@ -156,7 +156,7 @@ def _compute(train: TrainRecord) -> dict[str, str]:
 
 
 def _column(item: Measured, train: TrainRecord) -> dict[str, Any]:
-    """An evaluation's head in the tables: what was measured."""
+    """Return an evaluation's column head in the tables: the source that was measured."""
     record, source = item.record, item.record.source
     step = next((c.step for c in train.checkpoints if c.sha256 == source.sha256), None)
     if step is not None:

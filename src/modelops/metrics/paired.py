@@ -1,8 +1,8 @@
 """Differences between two sources on the same prompts and the same real images.
 
-Both sources answer the same prompts and are measured against the same images, so what is hard for
-one is hard for the other and most of the noise is common to both. Leaving out or resampling the
-same prompts on both sides cancels it; adding the two intervals does not.
+Both sources answer the same prompts and are measured against the same images. So a prompt that is
+hard for one is hard for the other, and most of the noise is common to both. Leaving out or
+resampling the same prompts on both sides cancels it; adding the two intervals does not.
 
 Every difference is second minus first. `p` is two-sided, for "there is no difference". Differences
 of distances to a reference are in `modelops.metrics.paired_sets`.

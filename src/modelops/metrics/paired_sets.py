@@ -1,7 +1,7 @@
 """Differences of two sources' distances to the same real images, on the same prompts.
 
-What is left out or drawn, of the prompts or of the images, is left out of both distances at once:
-see `modelops.metrics.paired`.
+Prompts or images that are left out or drawn change both distances at once: see
+`modelops.metrics.paired`.
 """
 
 from __future__ import annotations

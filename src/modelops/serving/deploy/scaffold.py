@@ -139,13 +139,13 @@ def write_scaffold(
 
     Args:
         directory: made if it is not there.
-        force: replace files that say something else.
+        force: replace files whose content differs.
 
     Returns:
         The files that were written.
 
     Raises:
-        UsageError: a file says something else and `force` is not given; nothing is written then.
+        UsageError: a file differs and `force` is not given; then nothing is written.
         ModelopsError: the directory cannot be written.
     """
     states = scaffold_files(directory, options)
