@@ -16,7 +16,7 @@ class Budget:
 
     Attributes:
         config: training config among the trainer's own; its resolution is the corpus's.
-        images: number of emoji (whole groups of variants); None takes all.
+        pictures: number of emoji (whole groups of variants); None takes all.
         prompts: held-out captions that are evaluated; None takes all of the test split.
         steps: sampling steps for evaluations; None takes the checkpoint's own default.
         training_seconds: the trainer's time limit; None takes the config's own.

@@ -96,7 +96,7 @@ class SwapEvents:
         self._entries: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def note(self, event: str, release: str, **more: str) -> None:
-        """Note one of `exposition.EVENTS`; `more` may hold `by`, `reason` and `sha256`."""
+        """Note one of `metrics.EVENTS`; `more` may hold `by`, `reason` and `sha256`."""
         entry = {"time": utc_now(), "event": event, "release": release}
         entry |= {name: value for name, value in more.items() if value}
         self._entries.append(entry)
