@@ -152,7 +152,7 @@ def _retain(directory: Path, keep: int, progress: Progress) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every complete checkpoint, oldest first."""
+    """Return (step, path) of every complete checkpoint, oldest first."""
     found = []
     if directory.is_dir():
         for path in directory.iterdir():

@@ -191,7 +191,7 @@ def say_copies(step: int, verdict: CopyingVerdict) -> None:
 
 
 def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` indices, evenly over `count`."""
+    """Return at most `limit` indices, evenly over `count`."""
     if count <= limit:
         return list(range(count))
     return [index * count // limit for index in range(limit)]

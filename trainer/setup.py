@@ -1,4 +1,4 @@
-"""Before training proper: the images, captions and networks of a run."""
+"""Setup of a run before the training: its images, captions and networks."""
 
 from __future__ import annotations
 

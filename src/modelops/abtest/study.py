@@ -118,7 +118,7 @@ def read_study(directory: str | Path) -> tuple[Study, str]:
 
 
 def read_key(path: str | Path, study: Study) -> StudyKey:
-    """key.json of this very study.
+    """Read key.json of this study.
 
     Raises:
         UsageError: it is missing.

@@ -1,4 +1,4 @@
-"""votes.jsonl: one line a vote, only ever appended to, and on disk before a rater hears of it."""
+"""Votes in votes.jsonl: one line a vote, append-only, on disk before the rater gets an answer."""
 
 from __future__ import annotations
 

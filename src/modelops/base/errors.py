@@ -43,7 +43,7 @@ class ModelopsError(Exception):
 
 
 class UsageError(ModelopsError):
-    """Something the user wrote on the command line or named there is wrong."""
+    """Wrong argument on the command line, or a wrong file that it names."""
 
     exit_code = 2
 

@@ -42,7 +42,7 @@ class Processor:
 
     @property
     def kind(self) -> str:
-        """For records and messages: "x86_64 with AVX2, AVX-512, VNNI, bf16"."""
+        """Name for records and messages: "x86_64 with AVX2, AVX-512, VNNI, bf16"."""
         text = f"{self.architecture} with {', '.join(self.features) or 'no extensions'}"
         return f"{text}, oneDNN limited to {self.limit}" if self.limit else text
 

@@ -56,7 +56,7 @@ class StepResult:
 
 
 class Chain:
-    """Runs steps in order in a project directory, skipping the fresh ones."""
+    """Chain of steps that run in order in a project directory, skipping the fresh ones."""
 
     def __init__(self, root: Path, steps: Sequence[Step]) -> None:
         names = [step.name for step in steps]

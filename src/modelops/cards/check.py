@@ -1,4 +1,4 @@
-"""Is a card still what its records say?"""
+"""Check of cards against the records that they print."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def read_input(sources: CardSources, folder: Path, role: str, kind: type[RecordT
 
 
 def roles(sources: CardSources, group: str) -> Iterator[tuple[str, str, InputRef]]:
-    """(role, name, file) of inputs whose role is `group:name`."""
+    """Return (role, name, file) of inputs whose role is `group:name`."""
     for role, file in sources.inputs.items():
         if role.startswith(f"{group}:"):
             yield role, role.removeprefix(f"{group}:"), file
@@ -60,7 +60,7 @@ def evaluations_of(sources: CardSources, folder: Path) -> list[Measured]:
 
 
 def released_evaluations(evaluations: list[Measured]) -> list[Measured]:
-    """All but the baseline."""
+    """Return all evaluations but the baseline."""
     return [item for item in evaluations if item.name != BASELINE]
 
 
@@ -174,7 +174,7 @@ def _column(item: Measured, train: TrainRecord) -> dict[str, Any]:
 
 
 def _samplings(evaluations: list[Measured]) -> list[tuple[str, str]]:
-    """(how images were sampled, which evaluations), grouped."""
+    """Return (how images were sampled, which evaluations), grouped."""
     groups: dict[str, list[str]] = {}
     for item in evaluations:
         s = item.record.sampling
@@ -189,7 +189,7 @@ def _samplings(evaluations: list[Measured]) -> list[tuple[str, str]]:
 
 
 def _glance(evaluations: list[Measured]) -> list[tuple[Markup, Markup, Markup]]:
-    """(metric, value [low, high], record) of the last released evaluation that has it."""
+    """Return (metric, value [low, high], record) of the last released evaluation that has it."""
     rows = []
     for key in GLANCE:
         for item in reversed(released_evaluations(evaluations)):

@@ -39,7 +39,7 @@ def value(item: Any) -> Markup:
 
 
 def summary(statistics: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """(what, value) rows of single figures."""
+    """Return (what, value) rows of single figures."""
     nsfw, dates = statistics.get("nsfw") or {}, statistics.get("dates") or {}
     words = statistics.get("caption_words") or {}
     rows: list[tuple[str, Markup]] = [("Images", value(statistics.get("samples")))]

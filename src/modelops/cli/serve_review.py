@@ -283,5 +283,5 @@ def _row(one: Listed) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Remove characters that a terminal would interpret."""
     return "".join(c if c.isprintable() else "?" for c in text)

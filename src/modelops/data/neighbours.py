@@ -83,7 +83,7 @@ def candidate_pairs(
 
 
 def all_pairs(unit: npt.NDArray[np.float32], *, threshold: float) -> Pairs:
-    """Every pair at or above `threshold`, found in blocks: O(N^2) time, O(N) memory."""
+    """Find every pair at or above `threshold`, in blocks: O(N^2) time, O(N) memory."""
     firsts, seconds = [], []
     for start in range(0, len(unit), _BLOCK):
         block = unit[start : start + _BLOCK] @ unit[start:].T

@@ -1,4 +1,4 @@
-"""Counts to rates with exact intervals."""
+"""Rates from counts, with exact intervals."""
 
 from __future__ import annotations
 

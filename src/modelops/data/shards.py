@@ -235,7 +235,7 @@ class ShardDataset:
         return self._read(index, "txt").decode("utf-8")
 
     def captions(self) -> list[str]:
-        """All captions, in index order."""
+        """Return all captions, in index order."""
         return [self.caption(index) for index in range(len(self))]
 
     def __getstate__(self) -> dict[str, Any]:

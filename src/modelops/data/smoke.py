@@ -29,7 +29,7 @@ OnProgress = Callable[[int, int], None]  # (done, total)
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """torch's DataLoader leaves a SIGCHLD handler in the process; take it out again.
+    """Remove the SIGCHLD handler that torch's DataLoader leaves in the process.
 
     With it a later child's end, of a server say, interrupts whatever the process is doing then.
     """

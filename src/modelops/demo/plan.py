@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Seconds of all stages."""
         return sum(seconds for _, seconds in self.stages)
 
     def apply(self, budget: Budget) -> Budget:

@@ -141,7 +141,7 @@ def grid_prompts() -> list[str]:
 
 
 def headline(root: Path) -> list[tuple[str, str, str]]:
-    """(measure, value, meaning) rows about a finished demo."""
+    """Return (measure, value, meaning) rows about a finished demo."""
     early, final, released = (
         read_record(root / name, EvaluationRecord) for name in (EARLY, FINAL, RELEASED)
     )

@@ -39,7 +39,7 @@ class PromptSet:
         return sha256_json([*self.prompts, *(list(each) for each in self.rejected)])
 
     def __len__(self) -> int:
-        """All distinct prompts, usable or not."""
+        """Number of distinct prompts, usable or not."""
         return len(self.prompts) + len(self.rejected)
 
 

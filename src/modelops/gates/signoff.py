@@ -85,7 +85,7 @@ def _refuse_without_pass(target: Path) -> None:
 
 
 def check_sign_offs(path: str | Path) -> list[SignOffState]:
-    """Every sign-off beside a file, and whether it still holds."""
+    """Check every sign-off beside a file: does it still hold?"""
     target = Path(path)
     digest = sha256_file(target)
     return [

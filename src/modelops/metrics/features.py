@@ -29,7 +29,7 @@ class Extractor(Protocol):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Everything that a feature's value depends on, beside the image."""
+        """Protocol: all that a feature's value depends on, beside the image."""
 
     @property
     def dim(self) -> int:
@@ -80,7 +80,7 @@ class Lite0Extractor:
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int
 ) -> Iterator[R]:
-    """function(item) for each item, in order, at most `ahead` of them begun before they are taken.
+    """Yield function(item) for each item, in order; at most `ahead` are begun in advance.
 
     For work that leaves the interpreter's lock (decoding, resizing), beside a network that runs.
     """

@@ -192,7 +192,7 @@ def memorization_intervals(
 
 
 def is_near_copy(neighbours: Neighbours, near_copy_cosine: float) -> npt.NDArray[np.bool_]:
-    """[N] whether the nearest training image is at least so similar."""
+    """Return [N] whether the nearest training image has at least this cosine."""
     hits: npt.NDArray[np.bool_] = neighbours.distance <= 1.0 - near_copy_cosine
     return hits
 
@@ -282,7 +282,7 @@ def _answer(
     control: tuple[int, int] | None,
     made_from_one: bool,
 ) -> tuple[Answer, str]:
-    """(answer, reason); `made_from_one`: unauthentic samples are singled out more often than
+    """Return (answer, reason); `made_from_one`: unauthentic samples are singled out more often than
     held-out images."""
     words = {"near_copies": "near copies", "unauthentic": "not authentic"}
     found = {

@@ -185,7 +185,7 @@ def jackknife_difference(
     confidence: float,
     method: str,
 ) -> PairedDifference:
-    """From the differences without each group of prompts, and of images, and the groups' sizes.
+    """Make a difference from those without each group of prompts and images, and group sizes.
 
     Degrees of freedom are Welch's (Satterthwaite, 1946).
     """
@@ -213,7 +213,7 @@ def _jackknife_variance(value: float, left_out: Floats, sizes: Ints) -> tuple[fl
 def _t_test(
     value: float, variance: float, freedom: float, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """(two-sided p-value, half-width of the interval)"""
+    """Return (two-sided p-value, half-width of the interval)"""
     from scipy.stats import t
 
     error = float(np.sqrt(variance))

@@ -276,7 +276,7 @@ class _Radii:
 
 
 def _kernel_side(x: Floats, y: Floats, place: Ints, prompts: int) -> tuple[float, Floats, Floats]:
-    """(kernel distance, without each prompt [P], without each reference image [M])"""
+    """Return (kernel distance, without each prompt [P], without each reference image [M])"""
     dimension, n, m = x.shape[1], len(x), len(y)
 
     def kernel(a: Floats, b: Floats) -> Floats:

@@ -34,7 +34,7 @@ TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of
 
 
 class ModelSource(ABC):
-    """Makes images from requests. One instance is used by one thread at a time.
+    """Source of images from requests. One thread at a time uses an instance.
 
     Attributes:
         info: kind, digest, runtime and precision, for the record.

@@ -181,7 +181,7 @@ def _test(
 def compare_samples(
     later: Sample, earlier: Sample | None, rules: MonitoringPolicy, *, seed: int
 ) -> list[DriftTest]:
-    """Every test that two samples allow, corrected together; the others say why they were not made.
+    """Make every test that two samples allow, corrected together; the others give the reason.
 
     Without drift any of them is `found` with a probability of at most `rules.window_alpha`.
     """
@@ -207,7 +207,7 @@ class _Tests:
         self.permutations = int(min(max(1999, 5 * len(UNITS) / rules.window_alpha), 99_999))
 
     def made(self) -> list[DriftTest]:
-        """All of them, in a fixed order; those that cannot be made say why."""
+        """Return all tests in a fixed order; those that cannot be made give the reason."""
         if self.earlier is None:
             return [self._not(name, "not measured", "no reference") for name in UNITS]
         later, earlier = self.later, self.earlier
@@ -388,7 +388,7 @@ def _reason(test: DriftTest) -> str:
 
 
 def _logged_extractor(rows: DriftRows) -> dict[str, object] | None:
-    """Without a reference: the protocol of this machine's extractor, if the rows are of it."""
+    """Return the protocol of this machine's extractor if the rows, without a reference, are of it."""
     from modelops.metrics.features import Lite0Extractor
 
     ours = Lite0Extractor().protocol

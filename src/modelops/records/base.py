@@ -1,4 +1,4 @@
-"""Every file that one stage leaves for another, as versioned models. Imports no torch.
+"""Records: files that one stage leaves for another, as versioned models. Imports no torch.
 
 A record names its inputs by sha256, says how it ended (`ok`, `failed`, `refused`), and gives each
 number as a `Measurement`: a value with an interval, n, a method and a protocol, or the reason why

@@ -44,7 +44,7 @@ class ListedImage:
 
 
 class BlockListFilter:
-    """Blocks images that look like a listed one.
+    """Filter that blocks images that look like a listed one.
 
     The score is 1 − d / 62 for the distance d to the nearest listed image, at least 0: 1 is the
     image itself, and d = 31 gives 0.5.

@@ -45,7 +45,7 @@ class PromptVerdict:
 
 
 class PromptFilter(Protocol):
-    """Says which prompts must not be answered."""
+    """Filter that says which prompts must not be answered."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class PromptFilter(Protocol):
 
 
 class WordListFilter:
-    """Blocks prompts that hold a listed word or phrase.
+    """Filter that blocks prompts with a listed word or phrase.
 
     Args:
         lists: {category: entries}; the packaged lists, with their exceptions, when not given.

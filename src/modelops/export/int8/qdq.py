@@ -189,7 +189,7 @@ class QdqWriter:
         return model
 
     def _weight(self, node: Any, axis: int, top: int) -> tuple[Array, Array]:
-        """(int8 weights, float32 scales [channels])."""
+        """Return (int8 weights, float32 scales [channels])."""
         import onnx
 
         key = (node.input[1], axis, top)

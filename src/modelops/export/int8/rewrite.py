@@ -284,7 +284,7 @@ class LinearEditor:
         self._graph.initializer.extend(kept)
 
     def _weights(self, node: Any) -> Array:
-        """[input channels, outputs]."""
+        """Return the weights [input channels, outputs]."""
         stored = self._array(node.input[1])
         return stored.T if _transposed(node) else stored
 

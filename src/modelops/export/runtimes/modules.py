@@ -53,11 +53,11 @@ class ExportedModule:
         return self._run("forward", args, kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """As the autoencoder's."""
+        """Encode as the autoencoder does."""
         return self._run("encode", args, kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """As the autoencoder's."""
+        """Decode as the autoencoder does."""
         return self._run("decode", args, kwargs)
 
     def memory(self, **arguments: Any) -> dict[str, torch.Tensor] | None:

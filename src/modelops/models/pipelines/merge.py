@@ -105,7 +105,7 @@ def content_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 
 def digest(value: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes."""
+    """Return the sha256 of a tensor's bytes."""
     data = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()
 

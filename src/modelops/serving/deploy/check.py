@@ -103,7 +103,7 @@ def check_endpoint(
 def _ask_twice(
     base: str, wanted: dict[str, Any], *, api_key: str, timeout_s: float
 ) -> tuple[str, list[Any], list[float]]:
-    """(model, two images, their seconds) of the same request, by the official client."""
+    """Return (model, two images, their seconds) of the same request, by the official client."""
     openai = require_module("openai", needed_for="checking an endpoint")
     pictures, times = [], []
     extra = {key: value for key, value in wanted.items() if key != "prompt"}
@@ -128,7 +128,7 @@ def _ask_twice(
 
 
 def _decoded(file: bytes) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
-    """([H, W, 3] RGB, text chunks) of an image.
+    """Return ([H, W, 3] RGB, text chunks) of an image.
 
     Raises:
         OSError: it is none.
@@ -140,7 +140,7 @@ def _decoded(file: bytes) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
 
 
 def get(url: str, *, timeout_s: float = 30.0) -> tuple[int, str]:
-    """(status, body) of a GET.
+    """Return (status, body) of a GET.
 
     Raises:
         UsageError: not an address of the web.
