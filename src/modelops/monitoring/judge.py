@@ -388,7 +388,7 @@ def _reason(test: DriftTest) -> str:
 
 
 def _logged_extractor(rows: DriftRows) -> dict[str, object] | None:
-    """Return the protocol of this machine's extractor if the rows, without a reference, are of it."""
+    """Return the protocol of this machine's extractor if the rows are of it (no reference)."""
     from modelops.metrics.features import Lite0Extractor
 
     ours = Lite0Extractor().protocol
