@@ -114,7 +114,7 @@ class TrainingBatches:
         )
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The images of one epoch in order; with weights, a weighted draw of as many."""
+        """Return the images of one epoch in order; with weights, a weighted draw of equal size."""
         count = len(self.pictures)
         random = numpy_generator(self.config.training.seed, "order", epoch)
         if self._weights is None:
@@ -126,7 +126,7 @@ class TrainingBatches:
 
 
 def fixed_batch(pictures: PictureSet, texts: TextTable, config: TrainConfig, purpose: str) -> Batch:
-    """Every image of a small set once, at noise levels and with noise that never change."""
+    """Return every image of a small set once, with fixed noise levels and noise."""
     seed, shape, count = config.training.seed, latent_shape(config), len(pictures)
     pooled, tokens, mask = texts.lookup(pictures.captions)
     return Batch(
@@ -158,7 +158,7 @@ def noise_of_sample(
 
 
 def latent_shape(config: TrainConfig) -> tuple[int, int, int]:
-    """(C, h, w) of one sample's latents."""
+    """Return (C, h, w) of one sample's latents."""
     side = config.model.resolution // config.model.patch
     return 3 * config.model.patch**2, side, side
 

@@ -49,17 +49,17 @@ class Progress:
         warmup_steps, anchor_step, anchor_phase: of the plan; see `plan.Plan`.
         early_step: the step whose checkpoint is kept for comparison; 0 for none.
         costs: seconds of each kind of work, as last measured.
-        precision: fp32, bf16 or fp16: what the run began with.
-        precision_reason: why.
+        precision: fp32, bf16 or fp16: the one that the run began with.
+        precision_reason: reason for it.
         precision_rates: images per second of each precision that was measured for the choice.
         effective_batch: samples per step.
         microbatch: samples per forward pass and process, after any out-of-memory remedy.
         training_seconds: from fitting the batch and planning on, over all sessions.
         setup_seconds: before that: reading data, embedding captions, loading networks.
-        sessions: how many processes have worked on the run.
+        sessions: number of processes that have worked on the run.
         skipped_steps: steps that fp16's loss scaling left out.
         checkpoints: [step, images_seen, tree digest] of those written so far.
-        warnings: what a reader of the record should know.
+        warnings: warnings for a reader of the record.
     """
 
     step: int = 0
@@ -113,8 +113,8 @@ def save_checkpoint(
         network: the live network.
         optimizer: Adam over `network`.
         scaler: state of fp16's loss scaling, or None.
-        identity: what a resume must agree with (config digest, input digests).
-        keep: how many of the newest to keep; None keeps all.
+        identity: values that a resume must agree with (config digest, input digests).
+        keep: number of the newest to keep; None keeps all.
     """
     target = directory / f"step-{progress.step}"
     earlier = [path for _, path in list_checkpoints(directory) if path != target]
@@ -152,7 +152,7 @@ def _retain(directory: Path, keep: int, progress: Progress) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every complete checkpoint, oldest first."""
+    """Return (step, path) of every complete checkpoint, oldest first."""
     found = []
     if directory.is_dir():
         for path in directory.iterdir():
@@ -163,9 +163,9 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(directory: Path, identity: dict[str, Any]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose bytes are whole, and a line for each that was passed over.
+    """Find the newest checkpoint whose bytes are whole, and a line for each one skipped.
 
-    What a killed process left half-written is removed first.
+    Half-written files of a killed process are removed first.
 
     Raises:
         TrainingError: the checkpoint belongs to another config or other data.

@@ -1,4 +1,4 @@
-"""The time of a run: what each kind of work takes, and how many steps still fit into the limit."""
+"""Clock of a run: the cost of each kind of work, and the steps that still fit into the limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WINDOW = 20  # steps whose mean forecasts the others
 
 
 class Clock:
-    """Counts the seconds of training proper and forecasts its end.
+    """Clock that counts the seconds of the training itself and forecasts its end.
 
     Args:
         config: with or without a time limit.
@@ -24,7 +24,7 @@ class Clock:
         now: seconds of a clock that only goes forward.
 
     Attributes:
-        costs: kept up to date while the run goes on.
+        costs: kept up to date during the run.
         reserve: seconds that work outside the plan (checks at their own intervals) may still take.
     """
 

@@ -1,8 +1,8 @@
 """Early checks: are a few samples closer to training images than new images are, and does the
 held-out loss still follow the training loss? By the same code as the evaluation's verdict.
 
-They run between two steps, in the process and thread of the training: a second thread would bring
-OpenMP workers of its own. They change nothing that a step depends on.
+They run between two steps, in the process and thread of the training, because a second thread would
+bring its own OpenMP workers. They change nothing that a step depends on.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def make_early_checks(
 
 
 def new_overfitting(rows: Sequence[Mapping[str, Any]]) -> Overfitting | None:
-    """Overfitting that the last check of these rows of stats.jsonl shows and the one before did
-    not: to be said once. A function of the rows, so a resumed run says what the whole one says."""
+    """Return overfitting that the last check of these rows of stats.jsonl shows and the one before
+    did not, to report it once. It depends on the rows only, so a resumed run reports the same."""
     losses = rows_to_losses(rows)
     now, before = find_overfitting(losses), find_overfitting(losses[:-1])
     return now if now and (before is None or before.kind != now.kind) else None
@@ -191,7 +191,7 @@ def say_copies(step: int, verdict: CopyingVerdict) -> None:
 
 
 def spread(count: int, limit: int) -> list[int]:
-    """At most `limit` indices, evenly over `count`."""
+    """Return at most `limit` indices, evenly over `count`."""
     if count <= limit:
         return list(range(count))
     return [index * count // limit for index in range(limit)]

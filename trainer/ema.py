@@ -1,4 +1,4 @@
-"""Averaged weights, always float32 and always in a network of their own.
+"""Averaged weights, always float32 and always in a separate network.
 
 The average lives in a separate copy of the network, so evaluating it needs no swap, and no tensor
 of it ever aliases a live weight.

@@ -15,7 +15,7 @@ from .run import Run
 
 
 def fit(run: Run) -> dict[str, Trial]:
-    """Find a precision and a microbatch that fits into memory; returns what was measured.
+    """Find a precision and a microbatch that fits into memory; return the measurements.
 
     A run that was resumed keeps its precision. All ranks take the same, by the slowest of them.
 

@@ -71,7 +71,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """[M, N] to a matrix of the same row and column space with singular values near 1 (0.7 to 1.2).
+    """Map [M, N] to the same row and column space with singular values near 1 (0.7 to 1.2).
 
     Long matrices iterate on their small Gram matrix, in float32 because it squares the singular
     values; the others on themselves, on a GPU in bfloat16, as Muon's authors do. On a CPU bfloat16

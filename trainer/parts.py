@@ -25,7 +25,7 @@ from .stats import StatsWriter, event, warn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Everything of a run that stays the same object from the first step to the last.
+    """Parts of a run that stay the same objects from the first step to the last.
 
     Attributes:
         spec: config.json.
@@ -192,7 +192,7 @@ def set_up(
 
 
 def identity(spec: RunSpec) -> dict[str, Any]:
-    """Return what a checkpoint and the run that goes on from it must share."""
+    """Return the values that a checkpoint and the run that continues from it must share."""
     return {
         "effective_batch": spec.effective_batch,
         "inputs": {name: ref.sha256 for name, ref in sorted(spec.inputs.items())},

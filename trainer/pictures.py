@@ -182,7 +182,7 @@ def _cache(
     open_picture: Reader,
     config: TrainConfig,
 ) -> tuple[PictureSet, dict[str, str]]:
-    """Decode what fits; leave out what cannot be read, with the reason.
+    """Decode the images that fit; leave out unreadable ones, with the reason.
 
     `open_picture` gives images of any size; they are cut and scaled to the config's resolution.
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from modelops.training.config import TrainConfig, TrainingSection
 
-AIM = 0.98  # of a time limit is what a plan fills
+AIM = 0.98  # share of a time limit that a plan fills
 ENOUGH = 0.95  # of it: a plan that fills less is made anew
 AT_MOST = 1.05  # of it: with long steps, the last one may begin when half of it still fits
 ROWS = 40  # lines of stats.jsonl, if there are so many steps; a plan that is halved keeps 20
@@ -23,11 +23,11 @@ Costs = Mapping[str, float]  # seconds of one step, validation, grid, checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps of a run and the shape of its learning rate.
+    """Steps of a run and the shape of its learning rate.
 
     The rate is a function of a phase that reaches 1 with the last step, linearly in the steps since
-    an anchor. A correction while the rate decays moves the anchor to the present step: the rate
-    goes on from where it is and still ends near 0.
+    an anchor. A correction while the rate decays moves the anchor to the current step: the rate
+    continues from its value and still ends near 0.
 
     Attributes:
         total: steps of the whole run.
@@ -82,13 +82,13 @@ def lr_factor(step: int, plan: Plan, section: TrainingSection) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rhythm:
-    """After which steps something is written, measured, drawn or saved; always after the last.
+    """Rhythm of a run: steps after which it writes, measures, draws or saves; always the last.
 
     Attributes:
         total: steps planned.
         rows, validations, checkpoints, early_checks: steps between two of them; 0 for none.
         grids: steps between two; 0 for those of checkpoints, None for none at all.
-        early_step: a checkpoint of its own; 0 for none.
+        early_step: step of the early checkpoint; 0 for none.
     """
 
     total: int
@@ -141,8 +141,8 @@ def make_rhythm(
 ) -> Rhythm:
     """Make the rhythm that the config asks for in a run of `total` steps.
 
-    With a time limit, what it leaves open is done as often as the measured costs allow: validations
-    take at most a tenth of the time of the steps, and grids a tenth of the limit.
+    With a time limit, intervals that the config leaves open follow from the measured costs:
+    validations take at most a tenth of the time of the steps, and grids a tenth of the limit.
     """
     training = config.training
     validations = training.validate_every_steps or max(1, total // 20)

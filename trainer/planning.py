@@ -23,9 +23,9 @@ LATE = 1.1  # times the time limit: a run that ends after it is told so
 
 
 def first_plan(run: Run, trials: dict[str, Trial]) -> None:
-    """Measure what a run does beside steps, then decide how many steps it has.
+    """Measure the work of a run beside its steps, then decide its number of steps.
 
-    The losses before the first step are part of that, unless they would take a tenth of a limit.
+    This includes the losses before the first step, unless they would take a tenth of a limit.
     """
     parts, clock, limit = run.parts, run.clock, run.clock.limit
     total = 0

@@ -1,7 +1,7 @@
-"""fp32, bf16 or fp16: the fastest here, found by a few steps of the real network and batch.
+"""Choice of the fastest of fp32, bf16 and fp16, by a few steps of the real network and batch.
 
-The steps are made on a copy of the network with an optimizer of its own and a learning rate of 0,
-so that a run whose precision was measured learns what a run with that precision named learns.
+The steps are made on a copy of the network with its own optimizer and a learning rate of 0. So a
+run whose precision was measured learns the same as a run whose config names that precision.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The precision a run takes.
+    """Precision of a run.
 
     Attributes:
         reason: for the record.
-        warning: one line for a person if what was asked for is slow here.
+        warning: one line for a person if the requested precision is slow here.
     """
 
     precision: str
@@ -139,11 +139,11 @@ def measure(
     limit: float | None = None,
     whole: bool = False,
 ) -> dict[str, Trial]:
-    """Seconds of an optimizer step in each precision.
+    """Measure the seconds of an optimizer step in each precision.
 
-    Passes grow from one image to the whole microbatch, or to what is measured quickly. A format
-    that falls far behind on the way is given up and estimated, unless it is `asked` for; the others
-    then take turns, and medians count.
+    Passes grow from one image to the whole microbatch, or to a size that is measured quickly. A
+    format that is much slower on the way is given up and estimated, unless it is `asked` for. The
+    others then take turns, and medians count.
 
     Args:
         steps: makes and times the parts of a step.

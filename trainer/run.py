@@ -20,16 +20,16 @@ from .stepper import Stepper
 
 
 class Run:
-    """A run under way.
+    """Run in progress.
 
     Attributes:
-        parts: what stays.
-        progress: what a checkpoint keeps.
+        parts: the parts that stay the same.
+        progress: the state that a checkpoint keeps.
         clock: seconds of each kind of work.
         rhythm: the steps that something is done after.
         stepper: forward, backward and update in the chosen precision.
         rate: images per second over the steps since the last row of stats.jsonl.
-        stop_reason: why the loop ended.
+        stop_reason: reason why the loop ended.
     """
 
     stepper: Stepper
@@ -44,7 +44,7 @@ class Run:
         self._copies_said = False
 
     def take_plan(self, total: int) -> None:
-        """Go for so many steps in all."""
+        """Take a plan of this many steps in all."""
         progress, config = self.progress, self.parts.config
         progress.plan = replanned(progress.plan, progress.step, total, config)
         progress.early_step = early_step(

@@ -1,4 +1,4 @@
-"""Before training proper: the images, captions and networks of a run."""
+"""Setup of a run before the training: its images, captions and networks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .texts import TextTable
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """All that a run is trained and judged on.
+    """Data that a run is trained and judged on.
 
     Attributes:
-        images: the splits.
+        pictures: the splits.
         batches: of the training split.
         probe, held_out: fixed batches of the training and the validation split; the second is None
             without one.

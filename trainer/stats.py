@@ -88,7 +88,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _start_wandb(project: str, run_name: str, run_dir: Path, config: dict[str, Any]) -> Any:
-    """A Weights & Biases run, or None with one line that says why not."""
+    """Start a Weights & Biases run; else return None and give the reason in one line."""
     if not has_module("wandb"):
         warn(
             f"wandb_project {project!r} is set but wandb is not installed: "

@@ -1,8 +1,8 @@
-"""The training run, from top to bottom.
+"""Training run, from top to bottom.
 
-`train` reads a frozen config.json, sets everything up, runs the loop and writes train.json whatever
-happens. Progress is counted in optimizer steps and images; what a step is trained on is a function
-of the seed and the step (see batches.py), so a run that was killed goes on as if it had not been.
+`train` reads a frozen config.json, sets everything up, runs the loop and writes train.json in any
+case. Progress is counted in optimizer steps and images. The data of a step is a function of the
+seed and the step (see batches.py), so a killed run continues as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def train(config_path: Path, *, resume: bool) -> int:
 
 
 def fit_and_plan(run: Run, scaler: dict[str, Any] | None) -> None:
-    """Find the microbatch, the precision and, for a new run, how many steps there are."""
+    """Find the microbatch, the precision and, for a new run, the number of steps."""
     parts, progress, config = run.parts, run.progress, run.parts.config
     trials = fit(run)
     compiles = config.training.compile

@@ -76,7 +76,7 @@ class Load:
         return status, after, sent
 
     async def closed(self, concurrency: int, seconds: float | None, count: int | None) -> None:
-        """`concurrency` clients, each with one request in hand."""
+        """`concurrency` clients, each with one request in progress."""
         leave, following = self.plan.get("leave_s") or [None], iter(range(count or 10**9))
 
         async def client() -> None:

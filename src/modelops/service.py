@@ -135,7 +135,7 @@ class ImageGenerator:
 
     @bentoml.on_shutdown
     def drain(self) -> None:
-        """Finish the work in hand, and write what is to be written about it."""
+        """Finish the work in progress, and write what is to be written about it."""
         self.rollout.close()
         if app.state.peers is not None:
             app.state.peers.close()

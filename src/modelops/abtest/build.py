@@ -44,7 +44,7 @@ class StudySettings:
         n: pairs to show, chosen by the seed; None shows all.
         repeat: share of the pairs that is shown a second time with sides swapped, 0 to 1.
         attention: checks in which one image's pixels are shuffled; the other one is expected.
-        seed: of the choice, sides and names. None draws one: whoever knows the seed and has both
+        seed: of the choice, sides and names. None draws one: anyone who knows the seed and has both
             records can find out which image is whose.
         title, question: shown to the raters.
         allow: settings of the sampling that may differ, of ALLOWED_DIFFERENCES.
@@ -248,7 +248,7 @@ def _require_alike(
 
 
 def _choose(a: Side, b: Side) -> tuple[list[Planned], Counter[str]]:
-    """Planned images that both have, in order, and how many were left out for which reason."""
+    """Return the planned images that both have, in order, and the number left out by reason."""
     left_out: Counter[str] = Counter()
     shown = []
     for planned in a.seeds:

@@ -70,7 +70,7 @@ def score_study(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> AbTestRecord:
-    """Everything that the votes say, as a record; it is not written here.
+    """Compute the results of the votes as a record, which is not written here.
 
     Args:
         key_path: the study's key.json, if it is not in the directory.
@@ -137,7 +137,7 @@ def score_study(
 def decide(
     record: AbTestRecord, require: Literal["better", "not-worse"], *, margin: float = 0.05
 ) -> tuple[Answer, str]:
-    """Is B better than A, or not worse by more than `margin` of the win rate? With the reason.
+    """Decide whether B is better, or not worse by more than `margin` of the win rate; with reason.
 
     pass when the whole interval of the win rate is above the bound (0.5, or 0.5 - margin), fail
     when it is all below, else undecided.
@@ -277,7 +277,7 @@ def _position_bias(judged: list[Judgement]) -> Measurement:
 
 
 def _twice(judged: list[Judgement]) -> list[tuple[int, bool]]:
-    """(prompt, same answer) of each pair that a rater saw with both orders of sides."""
+    """Return (prompt, same answer) of each pair that a rater saw with both orders of sides."""
     first = {(j.rater, j.pair): j for j in judged if not j.again}
     return [
         (j.prompt, first[j.rater, j.pair].score == j.score)

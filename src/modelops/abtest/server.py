@@ -48,7 +48,7 @@ class ConflictError(ModelopsError):
 
 
 class Session:
-    """A study being voted on: what each rater sees next, and their votes.
+    """Session of a study: the next trial of each rater, and their votes.
 
     Raises:
         UsageError: there is no study in the directory.
@@ -217,7 +217,7 @@ class AbTestServer(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no error of ours."""
+        """Ignore a client that hangs up, which is not a server error."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Statistics of votes. Arrays in, numbers out; nothing here knows what a study is."""
+"""Statistics of votes, on plain arrays, without knowledge of a study."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def krippendorff_alpha(values: Floats, *, level: Level = "ordinal") -> float | N
 
     Args:
         values: one row a rater and one column a unit, NaN where there is no value, [R, U].
-        level: how far two values are apart: nominal (equal or not), ordinal (how many values lie
-            between), interval (squared difference).
+        level: measure of distance: nominal (equal or not), ordinal (number of values between them),
+            interval (squared difference).
 
     Returns:
         None when no unit has two values, or all values are the same.

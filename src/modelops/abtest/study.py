@@ -41,11 +41,11 @@ class Study(Record):
     """study.json. Nothing in it, or in the images' names and order, tells A from B.
 
     Attributes:
-        records: what A and B were read from; not which image is whose.
+        records: files that A and B were read from; not which image is whose.
         trials: sorted by their opaque ids.
         images: {name: sha256 of its PNG}.
         left_out: {reason: pairs} of the pairs that are not shown.
-        differences: what the two samplings may differ in, because the user allowed it.
+        differences: settings that may differ between the samplings, as the user allowed.
     """
 
     kind: Literal["abtest_study"] = "abtest_study"
@@ -104,7 +104,7 @@ class Showing:
 
 
 def read_study(directory: str | Path) -> tuple[Study, str]:
-    """study.json and its sha256.
+    """Read study.json; return it with its sha256.
 
     Raises:
         UsageError: there is no study in the directory.
@@ -118,7 +118,7 @@ def read_study(directory: str | Path) -> tuple[Study, str]:
 
 
 def read_key(path: str | Path, study: Study) -> StudyKey:
-    """key.json of this very study.
+    """Read key.json of this study.
 
     Raises:
         UsageError: it is missing.

@@ -1,4 +1,4 @@
-"""votes.jsonl: one line a vote, only ever appended to, and on disk before a rater hears of it."""
+"""Votes in votes.jsonl: one line a vote, append-only, on disk before the rater gets an answer."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def clean_rater(name: str) -> str:
 def parse_votes(
     data: bytes, study_sha256: str, *, name: str = "votes.jsonl"
 ) -> tuple[list[Vote], int]:
-    """Votes of a file, and how many bytes at its end are a torn line.
+    """Parse the votes of a file; return them with the number of bytes of a torn last line.
 
-    A line without its newline was cut short by a kill before its rater was told that it counts: it
-    is left out.
+    A line without its newline was cut short by a kill before its rater got an answer: it is left
+    out.
 
     Raises:
         IntegrityError: another line is damaged, or belongs to another study.

@@ -43,7 +43,7 @@ class ModelopsError(Exception):
 
 
 class UsageError(ModelopsError):
-    """Something the user wrote on the command line or named there is wrong."""
+    """Wrong argument on the command line, or a wrong file that it names."""
 
     exit_code = 2
 
@@ -81,7 +81,7 @@ class EvaluationError(ModelopsError):
 
 
 class ProcessDiedError(ModelopsError):
-    """A process that shared the work is gone; what was made is kept."""
+    """A process that shared the work has died; finished work is kept."""
 
 
 class ExportError(ModelopsError):

@@ -60,12 +60,12 @@ def sha256_json(value: Any) -> str:
 
 
 def tree_files(root: str | os.PathLike[str], *, exclude: Iterable[str] = ()) -> dict[str, Path]:
-    """Every regular file below `root` as {posix path relative to root: path}, sorted.
+    """Return every regular file below `root` as {posix path relative to root: path}, sorted.
 
     `exclude` names top-level entries to leave out.
 
     Raises:
-        IntegrityError: a symbolic link lies below root (a digest must not follow one out).
+        IntegrityError: there is a symbolic link below root (a digest must not follow one out).
     """
     top = Path(root)
     skipped = set(exclude)

@@ -33,7 +33,7 @@ class Processor:
     Attributes:
         architecture: as `platform.machine()` names it.
         features: names of `_FEATURES` that it has.
-        limit: what a variable limits oneDNN to (torch's and OpenVINO's kernels), or "".
+        limit: limit that a variable sets for oneDNN (torch's and OpenVINO's kernels), or "".
     """
 
     architecture: str
@@ -42,7 +42,7 @@ class Processor:
 
     @property
     def kind(self) -> str:
-        """For records and messages: "x86_64 with AVX2, AVX-512, VNNI, bf16"."""
+        """Name for records and messages: "x86_64 with AVX2, AVX-512, VNNI, bf16"."""
         text = f"{self.architecture} with {', '.join(self.features) or 'no extensions'}"
         return f"{text}, oneDNN limited to {self.limit}" if self.limit else text
 
@@ -73,7 +73,7 @@ def this_processor() -> Processor:
 def describe_processor(
     architecture: str, capabilities: Mapping[str, Any], variables: Mapping[str, str]
 ) -> Processor:
-    """A processor from what torch says of it and from variables; see `this_processor`."""
+    """Describe a processor from torch's report and from variables; see `this_processor`."""
     features = tuple(
         name for name, keys in _FEATURES.items() if any(capabilities.get(key) for key in keys)
     )

@@ -18,12 +18,12 @@ MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 
 
 def derive_seed(seed: int, purpose: str, *index: int | str) -> int:
-    """A seed in [0, 2**53) for one stream.
+    """Derive a seed in [0, 2**53) for one stream.
 
     Args:
         seed: the user's seed.
-        purpose: what the stream is for, such as "image" or "timestep".
-        index: position within the purpose; strings (a prompt, say) count by their text.
+        purpose: purpose of the stream, such as "image" or "timestep".
+        index: position within the purpose; strings, such as a prompt, count by their text.
     """
     parts = [str(int(seed)), purpose, *(f"{type(part).__name__}:{part}" for part in index)]
     digest = hashlib.sha256("\x1f".join(parts).encode("utf-8", "surrogatepass")).digest()

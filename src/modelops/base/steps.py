@@ -56,7 +56,7 @@ class StepResult:
 
 
 class Chain:
-    """Runs steps in order in a project directory, skipping the fresh ones."""
+    """Chain of steps that run in order in a project directory, skipping the fresh ones."""
 
     def __init__(self, root: Path, steps: Sequence[Step]) -> None:
         names = [step.name for step in steps]
@@ -71,7 +71,7 @@ class Chain:
         force: Sequence[str] = (),
         on_start: Callable[[Step], OnProgress] | None = None,
     ) -> Iterator[StepResult]:
-        """Run what is not fresh; yield a result for each step as it ends.
+        """Run the steps that are not fresh; yield a result for each step as it ends.
 
         Args:
             force: names of steps to run even if they are fresh.

@@ -15,16 +15,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 class About(BaseModel):
-    """The words of a model card and of its dataset card. Every text is one paragraph of plain text.
+    """Texts of a model card and of its dataset card; each is one paragraph of plain text.
 
     Attributes:
         name: of the model.
         summary: two sentences at the top of the model card.
         license: of the weights, as a Hugging Face licence id.
-        license_reason: why that licence.
+        license_reason: reason for that licence.
         dataset_id, dataset_name, dataset_summary, dataset_license: of the images.
         attribution: lines that the licences ask to be shown.
-        openness: what is open: weights, code, data, documentation.
+        openness: the parts that are open: weights, code, data, documentation.
         example_prompt: of the how-to-use snippets.
     """
 

@@ -1,4 +1,4 @@
-"""Is a card still what its records say?"""
+"""Check of cards against the records that they print."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MOST_LINES = 20
 
 
 def find_cards(path: str | Path) -> list[Path]:
-    """The card at `path`, or every card below a folder: what has sources or a notes region.
+    """Find the card at `path`, or every card below a folder: files with sources or notes.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no card.
     """
     top = Path(path)
     if top.is_file():
@@ -47,8 +47,8 @@ def check_card(path: str | Path) -> list[str]:
 
     Returns:
         One line per finding, each naming the file or line: a record or image that changed or is
-        missing, a line that was edited outside the notes, or that nothing says what the card was
-        made from. Empty when the card holds.
+        missing, a line that was edited outside the notes, or missing sources. Empty when the card
+        is up to date.
     """
     card = Path(path)
     try:

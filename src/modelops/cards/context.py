@@ -1,4 +1,4 @@
-"""Records to what the model card's template prints. The one place where numbers get their words."""
+"""Context of the model card's template, from records. Only here do numbers get their words."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_input(sources: CardSources, folder: Path, role: str, kind: type[RecordT
 
 
 def roles(sources: CardSources, group: str) -> Iterator[tuple[str, str, InputRef]]:
-    """(role, name, file) of inputs whose role is `group:name`."""
+    """Return (role, name, file) of inputs whose role is `group:name`."""
     for role, file in sources.inputs.items():
         if role.startswith(f"{group}:"):
             yield role, role.removeprefix(f"{group}:"), file
@@ -60,15 +60,15 @@ def evaluations_of(sources: CardSources, folder: Path) -> list[Measured]:
 
 
 def released_evaluations(evaluations: list[Measured]) -> list[Measured]:
-    """All but the baseline."""
+    """Return all evaluations but the baseline."""
     return [item for item in evaluations if item.name != BASELINE]
 
 
 def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
-    """Everything model_card.md.j2 names.
+    """Return every value that model_card.md.j2 uses.
 
     Raises:
-        UsageError: a record is missing or is not what it should be.
+        UsageError: a record is missing or of another kind.
     """
     train = read_input(sources, folder, "train", TrainRecord)
     if train.status != "ok":
@@ -156,7 +156,7 @@ def _compute(train: TrainRecord) -> dict[str, str]:
 
 
 def _column(item: Measured, train: TrainRecord) -> dict[str, Any]:
-    """An evaluation's head in the tables: what was measured."""
+    """Return an evaluation's column head in the tables: the source that was measured."""
     record, source = item.record, item.record.source
     step = next((c.step for c in train.checkpoints if c.sha256 == source.sha256), None)
     if step is not None:
@@ -174,7 +174,7 @@ def _column(item: Measured, train: TrainRecord) -> dict[str, Any]:
 
 
 def _samplings(evaluations: list[Measured]) -> list[tuple[str, str]]:
-    """(how images were sampled, which evaluations), grouped."""
+    """Return (how images were sampled, which evaluations), grouped."""
     groups: dict[str, list[str]] = {}
     for item in evaluations:
         s = item.record.sampling
@@ -189,7 +189,7 @@ def _samplings(evaluations: list[Measured]) -> list[tuple[str, str]]:
 
 
 def _glance(evaluations: list[Measured]) -> list[tuple[Markup, Markup, Markup]]:
-    """(metric, value [low, high], record) of the last released evaluation that has it."""
+    """Return (metric, value [low, high], record) of the last released evaluation that has it."""
     rows = []
     for key in GLANCE:
         for item in reversed(released_evaluations(evaluations)):

@@ -53,9 +53,9 @@ def write_dataset_card(
     """Write a dataset card, its images, NAME.statistics.json and NAME.sources.json beside it.
 
     Args:
-        out_path: where the card goes; notes that an earlier card holds are kept.
+        out_path: path of the card; notes of an earlier card are kept.
         statistics: of `data.stats.manifest_statistics`, or a JSON file of them.
-        manifest, shard_manifest: what they describe; watched for changes where present.
+        manifest, shard_manifest: the files that they describe; watched for changes if present.
         dedup, split, smoke: records of the data.
         images: what it shows -> image.
         about: sources, biases and licences; "not stated" and an unknown licence by default.
@@ -94,10 +94,10 @@ def write_dataset_card(
 
 
 def render_dataset_card(sources: CardSources, folder: Path) -> str:
-    """The card's text with an empty notes region, from the records as they are now.
+    """Render the card's text with an empty notes region, from the records as they are now.
 
     Raises:
-        UsageError: an input is missing or is not what it should be.
+        UsageError: an input is missing or of another kind.
         ModelopsError: the card would print an undefined or non-finite value.
     """
     about = parse_about(sources.about, source="about")

@@ -1,4 +1,4 @@
-"""Text from records into Markdown, as text: no markup, link, mention or table cell comes of it."""
+"""Escaping of records' text for Markdown: it makes no markup, link, mention or table cell."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def write_model_card(
     """Write a model card, its images and NAME.sources.json beside it.
 
     Args:
-        out_path: where the card goes; notes that an earlier card holds are kept.
+        out_path: path of the card; notes of an earlier card are kept.
         train: train.json.
         evaluations: name -> record, in the order of the columns; `early` is the baseline, which is
             printed but not offered to the Hub as a result.
@@ -90,10 +90,10 @@ def write_model_card(
 
 
 def render_model_card(sources: CardSources, folder: Path) -> str:
-    """The card's text with an empty notes region, from the records as they are now.
+    """Render the card's text with an empty notes region, from the records as they are now.
 
     Raises:
-        UsageError: a record is missing or is not what it should be.
+        UsageError: a record is missing or of another kind.
         ModelopsError: the card would print an undefined or non-finite value.
     """
     about = parse_about(sources.about, source="about")

@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of one part of the card, and the warnings that its ⚠1, ⚠2… stand for."""
+    """Rows of one part of the card, and the warnings behind its ⚠1, ⚠2…"""
 
     rows: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -142,7 +142,7 @@ def _place(key: str) -> tuple[int, str]:
 
 
 def measurement_in(item: Measured, key: str) -> Measurement:
-    """A record's measurement, or why there is none."""
+    """Return a record's measurement, or the reason why there is none."""
     if item.record.status != "ok":
         return Measurement.missing(f"the evaluation {item.record.status}: {item.record.error}")
     return item.record.metrics.get(key) or Measurement.missing("not in this record")

@@ -17,7 +17,7 @@ def render_template(name: str, context: dict[str, Any]) -> str:
     """Render a template of this package with an empty notes region.
 
     Raises:
-        ModelopsError: the context lacks a name, or holds a number that nobody formatted.
+        ModelopsError: the context lacks a name, or holds a number that was not formatted.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

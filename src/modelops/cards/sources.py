@@ -1,4 +1,4 @@
-"""NAME.sources.json beside a card: what it was rendered from, so that it can be checked."""
+"""Sources of a card, NAME.sources.json: the files it was rendered from, to check it later."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class PictureRef(_Model):
 
 
 class CardSources(_Model):
-    """Everything a card was rendered from. Paths are relative to the card's folder.
+    """Sources that a card was rendered from. Paths are relative to the card's folder.
 
     Attributes:
-        inputs: what the text is rendered from; without them the card cannot be checked.
-        watched: what the inputs were computed from; compared when present.
+        inputs: files that the text is rendered from; without them the card cannot be checked.
+        watched: files that the inputs were computed from; compared when present.
         body_sha256: of the card without its notes.
     """
 
@@ -66,10 +66,10 @@ def sources_path(card: str | Path) -> Path:
 
 
 def read_sources(card: str | Path) -> CardSources:
-    """Read what a card was rendered from.
+    """Read the sources of a card.
 
     Raises:
-        UsageError: it is missing or damaged.
+        UsageError: the file is missing or damaged.
     """
     path = sources_path(card)
     if not path.is_file():
@@ -108,7 +108,7 @@ def reference(path: str | Path, folder: Path) -> InputRef:
 
 
 def copy_picture(picture: str | Path, alt: str, folder: Path, taken: set[str]) -> PictureRef:
-    """Copy an image beside the card, if it does not lie there, under a name of its own.
+    """Copy an image beside the card, if it is not there yet, under a unique name.
 
     Raises:
         UsageError: it is missing or not a PNG, JPEG, GIF or WebP file.
@@ -156,10 +156,10 @@ def split_notes(text: str) -> tuple[str, str]:
 
 
 def existing_notes(card: Path, *, force: bool) -> str:
-    """The notes of the card that is about to be written again.
+    """Return the notes of the card that is about to be written again.
 
     Raises:
-        UsageError: a file is there that is not such a card, and `force` is not given.
+        UsageError: the file is not such a card, and `force` is not given.
     """
     if not card.exists():
         return NO_NOTES

@@ -39,7 +39,7 @@ def value(item: Any) -> Markup:
 
 
 def summary(statistics: dict[str, Any]) -> list[tuple[str, Markup]]:
-    """(what, value) rows of single figures."""
+    """Return (what, value) rows of single figures."""
     nsfw, dates = statistics.get("nsfw") or {}, statistics.get("dates") or {}
     words = statistics.get("caption_words") or {}
     rows: list[tuple[str, Markup]] = [("Images", value(statistics.get("samples")))]
@@ -65,7 +65,7 @@ def summary(statistics: dict[str, Any]) -> list[tuple[str, Markup]]:
 
 
 def tables(statistics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tables of counts with each count's share; long ones say how many rows they leave out."""
+    """Make tables of counts and their shares; long ones give the number of rows left out."""
     made = []
     for key, heading in COUNTED.items():
         counts = statistics.get(key)
@@ -92,6 +92,6 @@ def _share(count: Any, samples: int) -> Markup:
 
 
 def quarantined(statistics: dict[str, Any]) -> list[tuple[Markup, Markup]]:
-    """(id, reason) of what was left out, the first of them."""
+    """Return (id, reason) of the first samples that were left out."""
     items = statistics.get("quarantined") or {}
     return [(markdown(str(name)), markdown(str(why))) for name, why in items.items()][:MOST_ROWS]

@@ -93,8 +93,8 @@ def serve(directory: Path, host: str, port: int) -> None:
     """Serve the study in DIR to raters, until Ctrl-C.
 
     Each vote is on disk, in DIR/votes.jsonl, before its rater sees the next pair. A rater who comes
-    back under the same name goes on where they were. There are no passwords: with --host 0.0.0.0,
-    whoever reaches the address can vote under any name.
+    back under the same name continues where they were. There are no passwords: with --host 0.0.0.0,
+    anyone who reaches the address can vote under any name.
 
     \b
     Example:
@@ -153,11 +153,11 @@ def score(
     directory: Path, key_path: Path | None, out: Path | None, min_attention: float,
     require: Literal["better", "not-worse"] | None, margin: float, seed: int, resamples: int,
 ) -> int:  # fmt: skip
-    """Say how often B beats A in the study in DIR, and how far the raters can be believed.
+    """Print how often B beats A in the study in DIR, and how reliable the raters are.
 
     A tie counts half. Intervals are clustered by prompt. With --require better the whole interval
     of the win rate must be above 0.5, with not-worse above 0.5 less the margin: exits 0 for yes, 3
-    for no, 4 for undecided. Without it, exits 0 whoever wins, and 1 if there are no votes.
+    for no, 4 for undecided. Without it, exits 0 for any result, and 1 if there are no votes.
 
     \b
     Examples:

@@ -63,20 +63,21 @@ def compare(
     resamples: int,
     out: Path | None,
 ) -> int:
-    """Say what of evaluation SECOND is better or worse than in FIRST.
+    """Compare evaluation SECOND with FIRST: which metrics are better or worse?
 
-    Both must have drawn the same prompts and seeds; everything is then compared prompt by prompt.
-    Values of different protocols are refused, with what differs.
+    Both must have used the same prompts and seeds; all metrics are compared prompt by prompt.
+    Values of different protocols are refused, with their differences.
 
-    "better" and "worse" say that there is a difference, however small; "within noise" that none was
-    shown, which is not the same as none. So that many metrics do not make one "worse" by chance,
-    p-values are adjusted by Holm's method: all verdicts together err in at most 5 % of comparisons
-    of equal sources. A margin turns the question round: how much worse is accepted? "within margin"
-    is yes when the whole 95 % interval is, no when the whole interval is beyond, else undecided.
-    All margins must be met at once, so they need no adjustment. With --margin, the margin decides
-    about that metric in place of the verdict. "detectable" is the smallest difference seen with
-    80 % power at this n, and "prompts needed" how many prompts show an equal source to be within
-    the margin with 80 % power.
+    "better" and "worse" mean that there is a difference, however small. "within noise" means that
+    none was shown, which does not prove that there is none. With many metrics one could be "worse"
+    by chance, so p-values are adjusted by Holm's method: all verdicts together err in at most 5 %
+    of comparisons of equal sources. A margin asks the opposite question: how much worse is
+    accepted? "within margin" is yes when the whole 95 % interval is within it, no when the whole
+    interval is beyond it, else undecided. All margins must be met at once, so they need no
+    adjustment. With --margin, the margin decides about that metric in place of the verdict.
+    "detectable" is the smallest difference that is found with 80 % power at this n. "prompts
+    needed" is the number of prompts that show an equal source to be within the margin with 80 %
+    power.
 
     Default margins (shown with a *, deciding with --default-margins): 0.01 for unsafe_rate,
     near_copy_rate and failed_image_rate, 0.05 for other rates, precision, recall and coverage, and

@@ -36,9 +36,9 @@ def demo(directory: Path, budget_name: str, force: tuple[str, ...], dry_run: boo
     """Run the whole chain on OpenMoji in DIRECTORY: images, deduplication, split, shards,
     training, evaluation, export, cards, gate, release, and one image from the served release.
 
-    The default budget measures this machine for some seconds first and says what it will do and
-    how long each step should take; --dry-run says it and stops there. Run again, it keeps that plan
-    and skips every step whose inputs and outputs have not changed; killed, it goes on where it was.
+    The default budget first measures this machine for some seconds, then prints what it will do and
+    how long each step should take. --dry-run prints this and stops. A second run keeps the plan and
+    skips every step whose inputs and outputs have not changed. A killed run continues where it was.
 
     \b
     Examples:

@@ -167,7 +167,7 @@ def evaluate(
     """Measure SOURCE and write an evaluation record.
 
     SOURCE is a checkpoint directory or hub id, an artifact directory, the URL of a running service,
-    or a folder of images. A run that was killed goes on where it was. Exits 1 if the record is
+    or a folder of images. A killed run continues where it was. Exits 1 if the record is
     `failed`: more images failed than --max-failures, or the safety filter is broken.
 
     \b

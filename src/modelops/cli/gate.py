@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 def gate(policy: Path, root: Path | None, out: Path | None) -> int:
     """Decide a release by a policy.
 
-    Exits 0 for pass, 3 for fail, 4 for undecided. What was not measured, was measured in another
-    way, or belongs to another model is undecided, never passed. The verdict is written either way.
+    Exits 0 for pass, 3 for fail, 4 for undecided. A criterion whose metric was not measured, was
+    measured in another way, or belongs to another model is undecided, never passed. The verdict is
+    always written.
 
     \b
     Examples:

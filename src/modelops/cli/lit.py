@@ -27,8 +27,8 @@ def fit_lit(manifest: Path, splits: Path | None, seed: int, out: Path, dry_run: 
     """Fit the alignment model that `modelops eval --lit` scores prompts with.
 
     Two frozen towers (EfficientNet-Lite0, MiniLM) get heads fitted on the train split, chosen on
-    val and measured on test, so it needs no download. Its held-out retrieval rates say how far its
-    scores can be trusted, and stand beside every score.
+    val and measured on test, so it needs no download. Its held-out retrieval rates, which are
+    printed beside every score, show how far its scores can be trusted.
 
     \b
     Example:

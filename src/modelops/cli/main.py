@@ -30,10 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sign-off": ("modelops.cli.gate:sign_off", "Sign a verdict; lapses when it changes."),
     "release": ("modelops.cli.release:release", "Build and verify a release directory."),
     "serve": ("modelops.cli.serve:serve", "Serve a release with BentoML."),
-    "monitor": ("modelops.cli.monitor:monitor", "Say whether a served release has drifted."),
+    "monitor": ("modelops.cli.monitor:monitor", "Test whether a served release has drifted."),
     "watermark": ("modelops.cli.watermark:watermark", "Make a watermark key; find the watermark."),
     "replay": ("modelops.cli.replay:replay", "Make a served image again from its receipt."),
-    "doctor": ("modelops.cli.doctor:doctor", "Say what this machine can do."),
+    "doctor": ("modelops.cli.doctor:doctor", "Report what this machine can do."),
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; never prints a traceback without --debug.
 
-    `--debug` may stand anywhere on the line.
+    `--debug` may be anywhere on the line.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in args

@@ -61,16 +61,16 @@ def monitor(
     out: Path | None,
     textfile: Path | None,
 ) -> int:
-    """Say whether what a release is asked for, and what it makes, has drifted.
+    """Test whether a served release has drifted: its prompts, and its images.
 
-    LOG is the folder that `modelops serve run --drift-log` writes. Tested are the mean and the
-    covariance of the images' features, the image filter's scores, how often each filter stops
-    something, the prompts' length and scripts, and with --baseline the latencies.
+    LOG is the folder that `modelops serve run --drift-log` writes. The tests cover the mean and the
+    covariance of the images' features, the image filter's scores, the rate at which each filter
+    blocks, the prompts' length and scripts, and with --baseline the latencies.
 
-    Exits 0 for keep, 3 for investigate and retrain, 4 for undecided. The answer is `investigate`,
-    too, when the release's evaluation is older than the policy allows. How often a window without
-    any drift is called one is at most what the answer says (Holm over the tests, and the policy's
-    alpha divided by its windows); a shift below its margin is no drift.
+    Exits 0 for keep, 3 for investigate and retrain, 4 for undecided. The answer is also
+    `investigate` when the release's evaluation is older than the policy allows. The answer states
+    an upper bound of its false alarm rate for a window without drift (Holm over the tests, and the
+    policy's alpha divided by its windows). A shift below its margin is no drift.
 
     \b
     Examples:

@@ -170,7 +170,7 @@ def progress(description: str) -> Iterator[Progress]:
 
 @contextmanager
 def _lines_of(shown: Progress) -> Iterator[None]:
-    """Says on stderr every minute where a command is, and how many minutes it took so far."""
+    """Print on stderr every minute the progress of a command and its minutes so far."""
     from threading import Event, Thread
 
     ended = Event()

@@ -112,8 +112,8 @@ def build(
 ) -> None:
     """Copy a model, its verdict, records and cards to DIRECTORY, with digests.
 
-    If an evaluation of this model is among the records, and its features lie beside it, the release
-    also gets the reference that `modelops monitor` holds served images against.
+    If the records include an evaluation of this model, with its features beside it, the release
+    also gets the reference with which `modelops monitor` compares served images.
 
     \b
     Example:

@@ -28,8 +28,8 @@ def report(record: Path, against: Path | None, out: Path | None, page: Path | No
     """Print an evaluation RECORD as a page to read.
 
     The page is one HTML file that needs no network: what was measured and how, every value with its
-    interval and protocol, images that nobody chose, the worst and best, distributions. With
-    --check, exits 3 if the page no longer belongs to the record.
+    interval and protocol, unselected images, the worst and best, distributions. With --check, exits
+    3 if the page no longer belongs to the record.
 
     \b
     Examples:

@@ -193,7 +193,7 @@ def run(
     if workers is not None:
         environment[WORKERS_VARIABLE] = str(workers)
     everything = {**os.environ, **environment}
-    worker_count(everything)  # a wrong number is said before anything starts
+    worker_count(everything)  # a wrong number is reported before anything starts
     check_open_address(
         address, everything, insecure=insecure or everything.get(INSECURE_VARIABLE) == "1"
     )

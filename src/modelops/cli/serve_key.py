@@ -55,7 +55,7 @@ def create(
     images_per_minute: int | None,
     admin: bool,
 ) -> None:
-    """Make a key called NAME and print it: this once, nobody can read it later.
+    """Make a key called NAME and print it, only this once: it cannot be read later.
 
     \b
     Example:

@@ -53,12 +53,12 @@ def review(
     page: bool,
     purge_older: float | None,
 ) -> None:
-    """List what was blocked and put into the quarantine DIR, show ID, or decide.
+    """List the blocked requests in the quarantine DIR, show ID, or decide.
 
-    A node writes there when it is served with --quarantine DIR. Decisions are appended to
-    DIR/decisions.jsonl, with who and why; the last one on an entry counts. The summary says how
-    many blocks were false alarms, with a 95 % interval. It knows nothing of what a filter let
-    through.
+    A node that is served with --quarantine DIR writes there. Decisions are appended to
+    DIR/decisions.jsonl, with reviewer and reason; the last one on an entry counts. The summary
+    gives the share of blocks that were false alarms, with a 95 % interval. It cannot count what a
+    filter missed.
 
     \b
     Examples:
@@ -275,5 +275,5 @@ def _row(one: Listed) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Remove characters that a terminal would interpret."""
     return "".join(c if c.isprintable() else "?" for c in text)

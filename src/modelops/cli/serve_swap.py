@@ -47,8 +47,8 @@ def swap() -> None:
 def status(url: str, key_file: Path | None) -> None:
     """Say what is served, what is on trial, and what has been measured of it.
 
-    The verdict is that of the last look. Looks are made when the canary's requests have doubled, so
-    asking often finds nothing by chance.
+    The verdict is that of the last look. A look is made when the canary's requests have doubled, so
+    that frequent questions do not find a difference by chance.
 
     \b
     Example:

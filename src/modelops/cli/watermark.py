@@ -13,7 +13,7 @@ from modelops.cli.output import emit, is_json, json_option, say, table
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def watermark() -> None:
-    """Make a watermark key, or look for its watermark in images.
+    """Make a watermark key, or search for its watermark in images.
 
     \b
     Examples:
@@ -29,8 +29,8 @@ def watermark() -> None:
 def key(file: Path) -> None:
     """Write a new key to FILE, which only you can read, and print its id.
 
-    Who has the key can find the watermark, and also forge and remove it. Without it nobody can find
-    the watermark again: keep a copy.
+    Anyone with the key can find the watermark, and also forge and remove it. Without the key the
+    watermark cannot be found again: keep a copy.
 
     \b
     Example:
@@ -56,15 +56,14 @@ def key(file: Path) -> None:
 def detect(images: tuple[Path, ...], key_file: Path) -> None:
     """Say of each IMAGE whether it carries the watermark of a key.
 
-    p bounds the chance that an unmarked image, whatever it shows, looks this much like a marked
-    one; yes means at most one in a million. An image without the watermark may still have been
-    made by the model: cropping or rotating it takes the watermark off, and under 32 pixels it is
-    not reliable.
+    p bounds the chance that an unmarked image of any content looks this much like a marked one; yes
+    means at most one in a million. An image without the watermark may still have been made by the
+    model: cropping or rotating removes the watermark, and under 32 pixels it is not reliable.
 
     \b
     Exit codes:
       0  all of them carry it (p at most 1e-6)
-      2  usage, or a file that is no image
+      2  usage error, or a file that is not an image
       3  at least one does not
     \b
     Example:

@@ -43,7 +43,7 @@ def compress(image: Image) -> Image:
 
 
 def shrink(image: Image) -> Image:
-    """At three quarters of its size."""
+    """Shrink an image to three quarters of its size."""
     from PIL import Image as Pictures
 
     height, width = image.shape[:2]
@@ -52,7 +52,7 @@ def shrink(image: Image) -> Image:
 
 
 def darken(image: Image) -> Image:
-    """At 92 % of its brightness."""
+    """Darken an image to 92 % of its brightness."""
     return np.rint(image * 0.92).astype(np.uint8)
 
 

@@ -23,10 +23,10 @@ SHOWN = 24  # pairs
 def write_candidate_sheet(
     manifest: Manifest, samples: Sequence[Sample], pairs: Pairs, path: Path, *, seed: int
 ) -> InputRef | None:
-    """Write a sheet of at most 24 pairs from all over the range of cosines, the least alike first.
+    """Write a sheet of at most 24 pairs over the whole range of cosines, the least alike first.
 
-    Half of them are pairs whose members belong to different groups, where there are such: those are
-    the ones that the threshold may have wrong. Returns None where there are no pairs.
+    Half of them are pairs of different groups, if there are any: the threshold may be wrong about
+    those. Returns None if there are no pairs.
     """
     if not len(pairs):
         return None

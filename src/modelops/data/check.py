@@ -22,7 +22,7 @@ def check_manifest(path: str | Path, *, on_progress: OnProgress | None = None) -
 
     Raises:
         ManifestError: the table itself is malformed.
-        UsageError: there is no such file.
+        UsageError: the file does not exist.
     """
     manifest = read_manifest(path)
     quarantined = dict(manifest.quarantined)

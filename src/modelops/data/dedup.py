@@ -53,18 +53,18 @@ def deduplicate(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> DedupReport:
-    """Find exact and near duplicates; writes the report, and a sheet of pairs to look at beside it.
+    """Find exact and near duplicates; write the report, and a sheet of pairs beside it.
 
-    Nothing is deleted: `removable` in the report lists the exact copies, and `clean_manifest` takes
-    them out. Embeddings are cached below the manifest's folder, so a killed run goes on.
+    Nothing is deleted: `removable` in the report lists the exact copies, and `clean_manifest`
+    removes them. Embeddings are cached below the manifest's folder, so a killed run can continue.
 
     Args:
         manifest_path: the manifest.
-        report_path: where dedup_report.json goes.
+        report_path: path of dedup_report.json.
         threshold: cosine at or above which two images are candidates, in (0, 1].
-        neighbours: nearest neighbours asked for each image, at least 1.
-        encoder: what makes the embeddings; EfficientNet-Lite0 if not given.
-        seed: which samples calibrate the threshold and which pairs are shown.
+        neighbours: number of nearest neighbours for each image, at least 1.
+        encoder: makes the embeddings; EfficientNet-Lite0 if not given.
+        seed: for choosing the samples that calibrate the threshold and the pairs shown.
         on_progress: called with (done, total) images embedded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Images of a manifest to embeddings, in chunks cached on disk, so that a killed run goes on."""
+"""Embeddings of a manifest's images, cached on disk in chunks so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Image = npt.NDArray[np.uint8]
 
 
 class Encoder(Protocol):
-    """Images to vectors. `name`, `weights_sha256` and `dim` identify what it computes."""
+    """Encoder of images as vectors. `name`, `weights_sha256` and `dim` identify its output."""
 
     @property
     def name(self) -> str: ...
@@ -89,7 +89,7 @@ def embed_manifest(
     """Embed every image; chunks already cached for the same bytes and weights are not redone.
 
     Args:
-        manifest: read with its files checked, because the cache goes by sha256.
+        manifest: read with its files checked, because sha256 is the cache's key.
         encoder: Lite0 if none is given.
         on_progress: called with (done, total).
     """

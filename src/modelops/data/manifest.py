@@ -222,7 +222,7 @@ def _check_columns(path: Path, names: Sequence[str]) -> None:
 
 
 def _record_to_sample(record: Mapping[str, Any], root: Path) -> Sample:
-    """A row of text cells to a Sample; ValueError says what is wrong with it."""
+    """Parse a row of text cells into a Sample; ValueError names the fault."""
     cells = {name: _cell_to_text(name, value) for name, value in record.items()}
     name = cells["id"]
     if not name:

@@ -83,7 +83,7 @@ def candidate_pairs(
 
 
 def all_pairs(unit: npt.NDArray[np.float32], *, threshold: float) -> Pairs:
-    """Every pair at or above `threshold`, found in blocks: O(N^2) time, O(N) memory."""
+    """Find every pair at or above `threshold`, in blocks: O(N^2) time, O(N) memory."""
     firsts, seconds = [], []
     for start in range(0, len(unit), _BLOCK):
         block = unit[start : start + _BLOCK] @ unit[start:].T
@@ -141,10 +141,10 @@ def connected_components(count: int, pairs: Pairs) -> list[list[int]]:
 
 
 def star_clusters(count: int, pairs: Pairs) -> list[list[int]]:
-    """Clusters [keeper, member, ...] in which every member is paired with the keeper itself.
+    """Return clusters [keeper, member, ...] in which every member is paired with the keeper itself.
 
-    Greedy: the node with the most unclustered partners becomes a keeper, ties going to the smaller
-    index. No chaining: two members may be far from each other, but none is far from its keeper.
+    Greedy: the node with the most unclustered partners becomes a keeper; the smaller index wins
+    ties. No chaining: two members may be far from each other, but never far from their keeper.
     """
     partners: list[set[int]] = [set() for _ in range(count)]
     for first, second in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Counts to rates with exact intervals."""
+"""Rates from counts, with exact intervals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def count_to_rate(
     protocol: str | None = None,
     details: dict[str, float | int | str | bool | None] | None = None,
 ) -> Measurement:
-    """hits / n in [0, 1] with the 95 % interval of Clopper and Pearson (1934); n = 0 says so."""
+    """Measure hits / n in [0, 1] with Clopper and Pearson's (1934) 95 % interval; n may be 0."""
     if n == 0:
         return Measurement.missing("there is nothing to count")
     from scipy.stats import binomtest

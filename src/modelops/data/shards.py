@@ -75,8 +75,8 @@ def write_shards(
     """Write `data_dir/shards/SPLIT-NNNNNN.tar` and `data_dir/shard_manifest.csv`.
 
     Images are scaled and centre-cropped to resolution x resolution and stored as PNG without
-    metadata. Samples stand in an order shuffled by `seed`, so that reading a shard in order is
-    already mixed. The same input gives the same bytes.
+    metadata. The order of samples is shuffled by `seed`, so that a shard read in order is already
+    mixed. The same input gives the same bytes.
 
     Returns the path of shard_manifest.csv.
 
@@ -235,7 +235,7 @@ class ShardDataset:
         return self._read(index, "txt").decode("utf-8")
 
     def captions(self) -> list[str]:
-        """All captions, in index order."""
+        """Return all captions, in index order."""
         return [self.caption(index) for index in range(len(self))]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from modelops.records.base import InputRef, Measurement
 from modelops.records.data import SmokeReport
 
 MAX_STALL_RATIO = 20.0  # slowest batch over the median, once the workers are warm
-MIN_STALL_SECONDS = 1.0  # a batch that took less stalls nobody, whatever the median is
+MIN_STALL_SECONDS = 1.0  # a faster batch is no stall, whatever the median is
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """torch's DataLoader leaves a SIGCHLD handler in the process; take it out again.
+    """Remove the SIGCHLD handler that torch's DataLoader leaves in the process.
 
     With it a later child's end, of a server say, interrupts whatever the process is doing then.
     """

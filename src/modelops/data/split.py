@@ -1,8 +1,8 @@
-"""Samples to train, val and test, so that what is alike stays together.
+"""Split of samples into train, val and test that keeps similar samples together.
 
-Indivisible units are built from the manifest's `group` and from the near-duplicate pairs; units are
-then dealt to the splits by a hash of the seed. What still leaks is measured afterwards: every pair
-of splits is queried for near neighbours again.
+Indivisible units are built from the manifest's `group` and from the near-duplicate pairs. Units are
+then dealt to the splits by a hash of the seed. The remaining leakage is measured afterwards: every
+pair of splits is searched for near neighbours again.
 """
 
 from __future__ import annotations
@@ -144,10 +144,10 @@ def measure_leakage(
     threshold: float,
     seed: int = 0,
 ) -> dict[str, Measurement]:
-    """Share of one split's samples that have a neighbour in another at or above the threshold.
+    """Measure the share of one split's samples with a neighbour in another at the threshold.
 
-    Keys: `val_in_train`, `test_in_train`, `test_in_val`, and `test_in_train_random`: what a random
-    split of the same sizes, without regard to groups and likeness, would leak.
+    Keys: `val_in_train`, `test_in_train`, `test_in_val`, and `test_in_train_random`: the leakage of
+    a random split of the same sizes, without regard to groups and similarity.
     """
     found: dict[str, Measurement] = {}
     for query, base in ((1, 0), (2, 0), (2, 1)):

@@ -20,7 +20,7 @@ def manifest_statistics(
     splits_path: str | Path | None = None,
     dedup_path: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Counts of a manifest as JSON-able values.
+    """Count a manifest; return JSON-able values.
 
     Keys: samples, groups, quarantined, manifest_sha256, licenses, sources, tags, nsfw, dates,
     caption_characters, caption_words, distinct_captions, resolutions (of the stored files, from

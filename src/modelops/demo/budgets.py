@@ -16,7 +16,7 @@ class Budget:
 
     Attributes:
         config: training config among the trainer's own; its resolution is the corpus's.
-        images: how many emoji (whole groups of variants); None takes all.
+        pictures: number of emoji (whole groups of variants); None takes all.
         prompts: held-out captions that are evaluated; None takes all of the test split.
         steps: sampling steps for evaluations; None takes the checkpoint's own default.
         training_seconds: the trainer's time limit; None takes the config's own.
@@ -60,10 +60,10 @@ BUDGETS = {
 
 
 def budget_named(name: str) -> Budget:
-    """The budget of that name.
+    """Return the budget of that name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such budget.
     """
     if name not in BUDGETS:
         raise UsageError(f"no budget {name!r}", hint=f"one of: {', '.join(BUDGETS)}")

@@ -10,7 +10,7 @@ from modelops.demo.project import DEDUP, MANIFEST, SEED, SHARDS, SPLITS
 
 
 class DataStages:
-    """Steps on the data; each returns one line about what it made."""
+    """Steps on the data; each returns one line about its result."""
 
     def __init__(self, root: Path, budget: Budget, resolution: int) -> None:
         self.root = root

@@ -1,4 +1,4 @@
-"""Speed of this machine at what the demo spends its time on, measured in some seconds."""
+"""Speed of this machine at the demo's main tasks, measured in some seconds."""
 
 from __future__ import annotations
 

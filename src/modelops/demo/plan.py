@@ -1,8 +1,8 @@
-"""The speed of a machine to what the demo does there, and how long each stage should take.
+"""Plan of the demo from the speed of a machine: its steps, and how long each stage should take.
 
-A pure function of the rates. What a stage costs beside the work that the rates tell was measured on
-two quiet cores with AVX-512 and bf16 and is scaled by how much slower this machine extracts
-features. How the recipes were found: bench/README.md.
+It is a pure function of the rates. The other costs of a stage were measured on two quiet cores with
+AVX-512 and bf16, and are scaled by how much slower this machine extracts features. bench/README.md
+describes how the recipes were found.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Plan:
     Attributes:
         config, policy: of the recipe.
         training_seconds: the trainer's time limit.
-        images: that it should have seen by then.
-        precision: that is expected to be the fastest; the trainer measures again.
+        images: number that it should have seen by then.
+        precision: the one expected to be the fastest; the trainer measures again.
         steps: sampler steps of evaluations and of the checkpoint's own default.
         stages: (name of the chain's step, seconds) in order.
         rates: of the machine, as measured.
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Seconds of all stages."""
         return sum(seconds for _, seconds in self.stages)
 
     def apply(self, budget: Budget) -> Budget:

@@ -1,4 +1,4 @@
-"""The demo's project directory: what lies where, how it is made, and what it came to."""
+"""Project directory of the demo: its layout, its creation and its results."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def is_made(root: Path, budget_name: str) -> bool:
 
 
 def kept_plan(root: Path, budget_name: str) -> Plan | None:
-    """The plan of a demo that is there already; None if there is none, or one from before plans.
+    """Read the plan of an existing demo; None if there is no demo or it is from before plans.
 
     Raises:
-        UsageError: the directory holds something else, or a demo of another budget; or the plan
-            that was kept is damaged.
+        UsageError: the directory holds something else, or a demo of another budget; or the plan is
+            damaged.
     """
     values = _read_state(root, budget_name).get("plan")
     return Plan.from_dict(values) if values else None
@@ -141,7 +141,7 @@ def grid_prompts() -> list[str]:
 
 
 def headline(root: Path) -> list[tuple[str, str, str]]:
-    """(measure, value, meaning) rows about a finished demo."""
+    """Return (measure, value, meaning) rows about a finished demo."""
     early, final, released = (
         read_record(root / name, EvaluationRecord) for name in (EARLY, FINAL, RELEASED)
     )

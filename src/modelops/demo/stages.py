@@ -51,7 +51,7 @@ from modelops.records.train import TrainRecord
 
 
 class Stages:
-    """Steps on the model; each returns one line about what it made."""
+    """Steps on the model; each returns one line about its result."""
 
     def __init__(self, root: Path, budget: Budget) -> None:
         self.root = root

@@ -1,4 +1,4 @@
-"""One evaluation: source, samples, features, metrics, record."""
+"""Evaluation of a source: samples, features, metrics, record."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def evaluate(
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
 ) -> EvaluationRecord:
-    """Measure a source and write the record; beside it, in a folder of its name, samples, features,
-    per-image values and grids.
+    """Measure a source and write the record. Samples, features, per-image values and grids go into
+    a folder of the record's name beside it.
 
-    Image k of a prompt depends on (seed, prompt, k) alone. A killed evaluation goes on where it
-    was. If something essential fails, the record is written with status `failed`, its error and
-    whatever could be measured, and the error is raised. `workers` are closed in the end.
+    Image k of a prompt depends on (seed, prompt, k) alone. A killed evaluation continues where it
+    was. If something essential fails, the record is written with status `failed`, the error and
+    the values measured so far, and the error is raised. `workers` are closed in the end.
 
     Raises:
         UsageError: nothing says which prompts to evaluate.
@@ -111,7 +111,7 @@ def _evaluate(
     on_progress: OnProgress | None,
     on_stage: OnStage | None,
 ) -> list[str]:
-    """Fill the record; returns what makes it `failed`."""
+    """Fill the record; return the problems that make it `failed`."""
     workdir = out.with_suffix("")
     reference, training = _real_pictures(settings, record)
     prompts, plan = _plan(settings, reference, source)
@@ -198,7 +198,7 @@ def _unusable_pictures(bench: Workbench) -> list[str]:
 def _plan(
     settings: EvaluationSettings, reference: RealPictures | None, source: ModelSource
 ) -> tuple[PromptSet, list[PlannedImage]]:
-    """The prompts and the images that are asked for."""
+    """Plan the prompts and the images."""
     n, seed = settings.n, settings.seed
     if source.n_images is not None:
         # Without prompts, one nameless prompt stands for all of the folder's images.
@@ -226,7 +226,7 @@ def _plan(
     if settings.prompts_file is not None:
         found = read_prompts(settings.prompts_file)
     else:
-        assert reference is not None  # EvaluationSettings has seen to it
+        assert reference is not None  # EvaluationSettings checks this
         samples = reference.samples
         found = clean_prompts([s.caption for s in samples], ids=[s.id for s in samples])
     chosen = choose_prompts(found, n, seed=seed)
@@ -244,7 +244,7 @@ def _request(source: ModelSource, settings: EvaluationSettings) -> ImageRequest:
 
 
 def _write_files(bench: Workbench, out: Path) -> None:
-    """Features, per-image values and grids, named in the record by path and digest."""
+    """Write features, per-image values and grids; the record names them by path and digest."""
     samples, record, workdir = bench.samples, bench.record, bench.workdir
     made: dict[str, Path] = dict(bench.pages)
     if samples.made:

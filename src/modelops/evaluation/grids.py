@@ -56,13 +56,13 @@ def write_grid(
 
 
 def image_to_inline(path: Path, largest: int) -> tuple[bytes, str, int, int]:
-    """An image file for a page: (bytes, media type, width, height).
+    """Encode an image file for a page: (bytes, media type, width, height).
 
-    Width and height are the file's own. An image of up to `largest` pixels a side is a PNG of the
-    very pixels; a larger one is a smaller WebP, to look at only.
+    Width and height are the file's own. An image of up to `largest` pixels a side becomes a PNG of
+    the same pixels; a larger one becomes a smaller WebP, only to be looked at.
 
     Raises:
-        ImageError: it cannot be read.
+        ImageError: the file cannot be read.
     """
     from PIL import Image
 

@@ -40,7 +40,7 @@ def fit_lit(
     """Fit heads for each candidate on `train`, keep the best on `val`, measure it on `test`.
 
     Writes an open_clip checkpoint directory with `lit.json` in it. Image features come from the
-    cache that deduplication leaves, where it is there.
+    cache of the deduplication, if there is one.
 
     Raises:
         UsageError: the manifest's splits lack one of train, val, test.

@@ -18,7 +18,7 @@ from modelops.records.train import TrainRecord, read_stats
 
 
 def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNote:
-    """By the samples' distances, and by the run's losses where its train.json is known."""
+    """Note overfitting by the samples' distances, and by the run's losses if they are known."""
     closer = next((test for test in copying.tests if test.name == "closer"), None)
     is_closer = None if closer is None else closer.found
     words = []
@@ -57,7 +57,7 @@ def note_overfitting(bench: Workbench, copying: CopyingVerdict) -> OverfittingNo
 
 
 def _losses(bench: Workbench) -> tuple[list[Losses], str]:
-    """(checks of the run up to the step of the source, a remark)."""
+    """Return (checks of the run up to the step of the source, a remark)."""
     path, sure = bench.settings.train_record, False
     source = bench.record.source
     checkpoint, exported = source.sha256, ""
@@ -87,7 +87,7 @@ def _losses(bench: Workbench) -> tuple[list[Losses], str]:
 
 
 def _exported_from(artifact: Path) -> InputRef | None:
-    """The checkpoint that an artifact was exported from, as its artifact.json names it."""
+    """Return the checkpoint that an artifact was exported from, as its artifact.json names it."""
     try:
         return read_record(artifact / "artifact.json", ArtifactRecord).inputs.get("checkpoint")
     except UsageError:
@@ -95,10 +95,10 @@ def _exported_from(artifact: Path) -> InputRef | None:
 
 
 def _train_record_of(kind: str, source: Path, made_from: InputRef | None) -> Path | None:
-    """train.json of the run whose checkpoint the source is, or was exported from.
+    """Find train.json of the run whose checkpoint the source is, or was exported from.
 
-    An artifact names its checkpoint relative to where it was exported: that is looked for below
-    the working directory and below the folders that the artifact lies in.
+    An artifact names its checkpoint relative to the place of the export. It is searched below the
+    working directory and below the folders that hold the artifact.
     """
     if kind == "checkpoint":
         places = [source]

@@ -1,4 +1,4 @@
-"""The per-image rows that an evaluation writes beside its record."""
+"""Per-image rows that an evaluation writes beside its record."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from modelops.records.evaluation import EvaluationRecord
 
 
 def read_per_image(record_path: str | Path, record: EvaluationRecord) -> list[dict[str, Any]]:
-    """The per-image values that a record names.
+    """Read the per-image values that a record names.
 
     Raises:
-        EvaluationError: they are not there, or other than the record's digest says.
+        EvaluationError: they are missing, or do not have the record's digest.
     """
     entry = record.files.get("per_image")
     path = Path(record_path).parent / entry.path if entry else None

@@ -1,5 +1,5 @@
-"""Prompts of an evaluation: held-out captions or a file. One that no image can be made from stays
-in the plan and fails there; blank or repeated lines are skipped and counted.
+"""Prompts of an evaluation: held-out captions or a file. An unusable prompt stays in the plan and
+fails there; blank or repeated lines are skipped and counted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_PROMPT = 10_000  # characters
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Distinct prompts in order, with what cannot be used.
+    """Distinct prompts in order, with those that cannot be used.
 
     Attributes:
-        prompts: usable.
-        dropped: {reason: how many} of the lines that ask for nothing new: blank and repeated ones.
+        prompts: usable prompts.
+        dropped: {reason: number} of blank and repeated lines.
         ids: manifest ids, one per usable prompt, if they are captions.
-        rejected: (how to show it, why it cannot be used) of the others. Images are planned for
-            them as for every prompt, and fail.
+        rejected: (text to show, why it cannot be used) of the others. Images are planned for them
+            as for every prompt, and fail.
     """
 
     prompts: tuple[str, ...]
@@ -39,7 +39,7 @@ class PromptSet:
         return sha256_json([*self.prompts, *(list(each) for each in self.rejected)])
 
     def __len__(self) -> int:
-        """All distinct prompts, usable or not."""
+        """Number of distinct prompts, usable or not."""
         return len(self.prompts) + len(self.rejected)
 
 
@@ -48,8 +48,8 @@ class PlannedImage:
     """Replicate k of prompt p; its seed depends on (seed, prompt, k) alone.
 
     Attributes:
-        owner: index into `PromptSet.prompts`; of a rejected prompt, from their number on.
-        fault: why no image can be made of the prompt.
+        owner: index into `PromptSet.prompts`; rejected prompts follow after these.
+        fault: reason why no image can be made of the prompt.
     """
 
     prompt: str
@@ -60,12 +60,12 @@ class PlannedImage:
 
 
 def image_name(prompt: str, seed: int, place: int = 0) -> str:
-    """File name of an image in the cache; its place counts only in a folder of ready images."""
+    """Return the name of an image's file in the cache; `place` counts only for ready images."""
     return f"{sha256_json([prompt, seed, place])[:32]}.png"
 
 
 def clean_prompts(lines: Iterable[str], *, ids: Sequence[str] = ()) -> PromptSet:
-    """Distinct prompts of some lines. Blank and repeated lines are dropped and counted; a prompt
+    """Return the distinct prompts of lines. Blank and repeated ones are only counted; a prompt
     with a null byte, or of more than `MAX_PROMPT` characters, is rejected."""
     prompts: dict[str, str] = {}
     rejected: dict[str, str] = {}
@@ -89,7 +89,7 @@ def clean_prompts(lines: Iterable[str], *, ids: Sequence[str] = ()) -> PromptSet
 
 
 def _fault(text: str) -> tuple[str, str | None]:
-    """(the prompt as it can be shown, why it cannot be used or None)"""
+    """Return (the prompt as it can be shown, why it cannot be used or None)."""
     if "\0" not in text and len(text) <= MAX_PROMPT:
         return text, None
     shown = text.replace("\0", "\N{SYMBOL FOR NULL}")
@@ -101,7 +101,7 @@ def _fault(text: str) -> tuple[str, str | None]:
 
 
 def read_prompts(path: Path) -> PromptSet:
-    """Prompts of a UTF-8 file, one a line.
+    """Read the prompts of a UTF-8 file, one a line.
 
     Raises:
         UsageError: the file is missing, not UTF-8, or holds no usable prompt.
@@ -113,7 +113,7 @@ def read_prompts(path: Path) -> PromptSet:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file, blank ones too.
+    """Read the lines of a UTF-8 file, blank ones too.
 
     Raises:
         UsageError: the file is missing or not UTF-8.
@@ -123,10 +123,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def choose_prompts(found: PromptSet, n: int | None, *, seed: int) -> PromptSet:
-    """n of the prompts, by a seeded order that does not depend on the others; all if n is None.
+    """Choose n prompts, by a seeded order that does not depend on the others; all if n is None.
 
-    Rejected ones are chosen like any other. Asking for more than there are is no error:
-    `plan_images` then repeats them.
+    Rejected ones are chosen like any other. n may be larger than their number: `plan_images` then
+    repeats them.
     """
     if n is None or n >= len(found):
         return found
@@ -146,7 +146,7 @@ def choose_prompts(found: PromptSet, n: int | None, *, seed: int) -> PromptSet:
 def plan_images(
     found: PromptSet, *, n: int | None, replicates: int, seed: int
 ) -> list[PlannedImage]:
-    """The images of an evaluation: every prompt `replicates` times, or as often as n asks."""
+    """Plan the images of an evaluation: every prompt `replicates` times, or as often as n asks."""
     texts = [*((prompt, None) for prompt in found.prompts), *found.rejected]
     total = n if n is not None else len(texts) * replicates
     plan = []
@@ -161,8 +161,8 @@ def plan_images(
 def plan_ready_images(
     lines: Sequence[str], count: int, *, seed: int
 ) -> tuple[PromptSet, list[PlannedImage]]:
-    """Prompts and plan of `count` images that are there already: line k belongs to image k, and
-    where lines are fewer they begin again. A line repeated is one prompt with several images."""
+    """Plan `count` ready-made images: line k is the prompt of image k, and with fewer lines they
+    begin again. A repeated line is one prompt with several images."""
     used = [lines[place % len(lines)] for place in range(count)]
     found = clean_prompts(used)
     faults = {**dict(found.rejected), "": "its line of the prompts is blank"}

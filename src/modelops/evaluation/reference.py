@@ -24,10 +24,10 @@ CACHE = Path(".cache/reference")  # below the manifest's folder
 
 @dataclass(frozen=True, slots=True)
 class RealPictures:
-    """The usable images of one split with their Lite0 features, row for row.
+    """Usable images of one split with their Lite0 features, row for row.
 
     Attributes:
-        pixels: sha256 of each decoded image; empty where nobody decoded them.
+        pixels: sha256 of each decoded image; empty if they were not decoded.
         unusable: {id: reason} of the split's other images.
     """
 
@@ -47,12 +47,12 @@ class RealPictures:
         return [sample.caption for sample in self.samples]
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
-        """Image `index`, uint8 [H, W, 3]."""
+        """Read image `index`, uint8 [H, W, 3]."""
         return read_image(self.manifest.image_path(self.samples[index]))
 
     @property
     def paths(self) -> list[Path]:
-        """The file of each image."""
+        """File of each image."""
         return [self.manifest.image_path(sample) for sample in self.samples]
 
     @property
@@ -72,7 +72,7 @@ class RealPictures:
         use_cache: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Features of another extractor, cached by content beside the manifest."""
+        """Return features of another extractor, cached by content beside the manifest."""
         cache = FeatureCache(self.cache_dir if use_cache else None)
         return cache.features(extractor, self.digests, self.read, on_progress=on_progress)
 
@@ -84,7 +84,7 @@ def open_reference(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, RealPictures]:
-    """{split: its pictures}. Features come from the dedup cache.
+    """Open {split: its real images}. Features come from the dedup cache.
 
     Raises:
         UsageError: a wanted split has fewer than two images.
@@ -110,7 +110,7 @@ def open_reference(
 
 
 def shared_pictures(first: RealPictures, second: RealPictures) -> npt.NDArray[np.bool_]:
-    """[N] whether each image of the first is one of the second, to the byte or to the pixel."""
+    """Return [N] whether each image of the first is in the second, by its bytes or its pixels."""
     known = {*(sample.sha256 for sample in second.samples), *second.pixels}
     same = [sample.sha256 in known for sample in first.samples]
     if first.pixels:

@@ -1,4 +1,4 @@
-"""Samples of a source, kept on disk: a killed evaluation goes on, a second one is free."""
+"""Samples of a source, kept on disk, so that a killed evaluation can continue."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _MAKERS = ("diffusers", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "
 
 @dataclass(slots=True)
 class Samples:
-    """The images of a plan.
+    """Images of a plan.
 
     Attributes:
-        plan: what was asked for.
-        paths: PNG of each planned image that was made, by its place in the plan.
-        failures: reason for each that was not.
+        plan: the planned images.
+        paths: PNG of each image that was made, by its place in the plan.
+        failures: reason for each image that was not made.
         blocked: places that the source's own filter refused; they are failures too.
         reused: number of images that an earlier run had made.
     """
@@ -54,7 +54,7 @@ class Samples:
         return sorted(self.paths)
 
     def read(self, place: int) -> Image:
-        """One image, uint8 [H, W, 3]."""
+        """Read one image, uint8 [H, W, 3]."""
         return read_image(self.paths[place])
 
 
@@ -75,7 +75,7 @@ def draw_samples(
             a digest (a service that does not name its release) may have changed since, so its
             images only serve to finish an evaluation that was cut short.
 
-    Workers stay for the images that are to be read, until they are closed; after an error they end.
+    Workers stay open to read the images later; after an error they end.
     """
     cache = directory / _sampling_key(source, request)
     is_folder = source.n_images is not None

@@ -28,12 +28,12 @@ def sample_images(
     columns: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write NNNN-K.png for each prompt and replicate, grid.png, and samples.json, and return the
-    last. The images are those that `modelops eval` makes of the same prompts and seed.
+    """Write NNNN-K.png for each prompt and replicate, grid.png, and samples.json; return the path
+    of samples.json. `modelops eval` makes the same images of the same prompts and seed.
 
     Raises:
-        UsageError: no prompts.
-        ModelopsError: no image could be made at all.
+        UsageError: there are no prompts.
+        ModelopsError: no image could be made.
     """
     if not prompts:
         raise UsageError("no prompts", hint="give --prompt or --prompt-file")

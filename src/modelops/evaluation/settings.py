@@ -21,11 +21,11 @@ class EvaluationSettings:
         manifest, splits: the images and their splits; without them no distance to real images
             is measured.
         split: the reference images, and the prompts when there is no prompts_file.
-        train_split: what samples must not be copies of.
+        train_split: the training images, which samples must not copy.
         prompts_file: UTF-8, one prompt a line, in place of the split's captions.
         n: number of images; None makes `replicates` of every prompt.
         replicates: images per prompt, when n is None.
-        seed: of images, resampling and choices.
+        seed: seed of images, resampling and choices.
         steps, guidance, height, width: None takes the source's own.
         lit: directory of the alignment model; None leaves alignment out.
         inception_weights: a state dict of the FID Inception, or clean-fid's TorchScript archive;
@@ -43,12 +43,12 @@ class EvaluationSettings:
         prompt_filter: prompt filter by name, or "none".
         audit_safety: a second image filter, which judges what the first would let through.
         audit_threshold: its score from which an image is unsafe.
-        blocklist: images that must not come out again, as a directory or a file of hashes.
+        blocklist: images that must not be made again, as a directory or a file of hashes.
         near_copy_cosine: similarity from which the nearest training image counts as a copy.
-        known_copies: training images that are changed a little to see whether the features
-            recognise a copy; 0 leaves that control out.
+        known_copies: number of training images that are slightly changed to test whether the
+            features recognise a copy; 0 leaves this control out.
         closest_pairs: pairs a side on the page of the closest training images.
-        train_record: train.json of the run that made the source; found by itself beside a
+        train_record: train.json of the run that made the source; found automatically beside a
             checkpoint that it names.
         neighbours: k of precision, recall, density and coverage.
         resamples: bootstrap resamples behind each interval.
@@ -60,7 +60,7 @@ class EvaluationSettings:
             number of images; None does so from `STREAM_FROM` images on.
         cache: keep features of the reference images beside their manifest, for the next
             evaluation against them, and use what is kept.
-        max_failures: so many images may fail before the record is `failed`.
+        max_failures: number of images that may fail before the record is `failed`.
         grid: images in the unselected grid; best and worst show a quarter of them each.
     """
 
@@ -121,7 +121,7 @@ class EvaluationSettings:
                 raise UsageError(f"{name} is {value}; it must be at least {low}")
 
     def _check_safety(self) -> None:
-        """Filters are known, and what they open is there, before any image is made."""
+        """Check that filters are known and their files are there, before any image is made."""
         if self.safety != "none":
             check_image_filter(self.safety)
         if self.prompt_filter != "none":

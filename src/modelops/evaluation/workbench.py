@@ -51,14 +51,14 @@ class Workbench:
     """State of one evaluation: what has been made so far, and the results.
 
     Attributes:
-        record: gets inputs, metrics and protocols; status and files are written at the end.
+        record: collects inputs, metrics and protocols; status and files are set at the end.
         workdir: folder beside the record: samples, cache, pages.
         sampling: the part of every protocol that says how images were sampled.
         reference, training: real held-out and training images; None without a manifest.
         per_image: one value for each image that was made, in the order of `samples.made`.
-        problems: what makes the record `failed`.
-        pages: further files, by name, that the record shall name.
-        on_progress: called with (done, total) by what goes through the images one by one.
+        problems: reasons why the record is `failed`.
+        pages: further files for the record, by name.
+        on_progress: called with (done, total) while images are processed one by one.
         workers: other processes that read images too.
         source_files: files of a folder that is measured, by place in the plan.
         has_prompts: whether somebody said what the images are of.
@@ -101,15 +101,15 @@ class Workbench:
         return [self.samples.plan[place].prompt for place in self.samples.made]
 
     def image(self, row: int) -> Image:
-        """The image of a row of `per_image`, uint8 [H, W, 3]."""
+        """Read the image of a row of `per_image`, uint8 [H, W, 3]."""
         return self.samples.read(self.samples.made[row])
 
     def open_extractor(self, name: str) -> Any:
-        """An extractor with the settings' weights: "lite0", "inception", "clip" or "dinov2".
+        """Open an extractor with the settings' weights: "lite0", "inception", "clip" or "dinov2".
 
         Raises:
-            EvaluationError: they were not given.
-            MissingWeightsError: they are not there, or do not fit.
+            EvaluationError: the weights were not given.
+            MissingWeightsError: the weights are missing, or do not fit.
         """
         opening = extractor_opening(self.settings, name)
         extractor = open_reader(opening)
@@ -119,7 +119,7 @@ class Workbench:
 
     @property
     def extractor(self) -> Lite0Extractor:
-        """The one that needs no weights from elsewhere."""
+        """Extractor that needs no further weights, Lite0."""
         if self._lite0 is None:
             self._lite0 = self.open_extractor("lite0")
         return self._lite0
@@ -151,8 +151,8 @@ class Workbench:
         return self._digests
 
     def features_of(self, extractor: Extractor) -> Features:
-        """Features of the images by an extractor, [n, D]; cached by content. Where they are
-        streamed this is a memory map, opened anew so that what was read of it can be let go."""
+        """Return features of the images by an extractor, [n, D]; cached by content. Streamed ones
+        are a new memory map each time, so that its pages can be freed after use."""
         if self.streams:
             return self._mapped_features(extractor)
         key = protocol_id(extractor.protocol)
@@ -170,7 +170,7 @@ class Workbench:
     def _divide(
         self, extractor: Extractor, paths: Sequence[Path], digests: Sequence[str]
     ) -> list[Path] | None:
-        """Feature files of the workers' shares, in order; None where one process reads them all."""
+        """Return feature files of the workers' shares, in order; None if one process reads all."""
         opening = self._openings.get(protocol_id(extractor.protocol))
         if opening is None:
             return None
@@ -189,10 +189,10 @@ class Workbench:
         """Return an image filter's verdicts on the images, in their order.
 
         Args:
-            name, threshold: what it was opened with.
+            name, threshold: arguments that the filter was opened with.
 
         Raises:
-            SafetyFilterError: it failed, or an answer is missing or no answer.
+            SafetyFilterError: the filter failed, or an answer is missing or unusable.
         """
         opening = {"filter": name, "threshold": threshold}
         identity = sha256_json([opening, dict(image_filter.info), self.digests])
@@ -216,7 +216,7 @@ class Workbench:
         return found
 
     def real_features_of(self, pictures: RealPictures, extractor: Extractor) -> Features:
-        """Features of real images by an extractor, [N, D]; cached by content."""
+        """Return features of real images by an extractor, [N, D]; cached by content."""
         if isinstance(extractor, Lite0Extractor):
             return pictures.features
         found = None
@@ -232,7 +232,7 @@ class Workbench:
     def frechet(
         self, first: Features, second: Features, *, known: Statistics | None = None
     ) -> Interval:
-        """Fréchet distance with its interval, streamed or not.
+        """Compute the Fréchet distance with its interval, streamed or not.
 
         Args:
             known: statistics of the second set, see `real_statistics_of`.
@@ -244,8 +244,8 @@ class Workbench:
         return frechet_interval(first, second, **options)
 
     def real_statistics_of(self, pictures: RealPictures, extractor: Extractor) -> Statistics | None:
-        """Mean and covariance of real images, cached by content; None where features are in
-        memory and nothing asks for them."""
+        """Return mean and covariance of real images, cached by content; None if features are in
+        memory and nothing needs them."""
         if not self.streams:
             return None
         return cached_statistics(
@@ -254,7 +254,7 @@ class Workbench:
         )  # fmt: skip
 
     def real(self) -> RealPictures:
-        """The reference images.
+        """Return the reference images.
 
         Raises:
             EvaluationError: there are none, or too few images to compare with them.
@@ -266,7 +266,7 @@ class Workbench:
         return self.reference
 
     def set_protocol(self, features: Mapping[str, Any], metric: str, **more: Any) -> dict[str, Any]:
-        """Protocol of a measure of the images against the reference images."""
+        """Return the protocol of a measure of the images against the reference images."""
         reference = self.reference
         return {
             "metric": metric, "features": dict(features), "n": self.n,
@@ -308,8 +308,7 @@ class Workbench:
         warnings: Sequence[str] = (),
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Collect one measurement under its protocol, with what is wrong about what it was made
-        from."""
+        """Add one measurement under its protocol, with the problems of its inputs."""
         identity = protocol_id(protocol)
         self.record.protocols[identity] = dict(protocol)
         failed = len(self.samples.failures)
@@ -327,15 +326,15 @@ class Workbench:
         )  # fmt: skip
 
     def missing(self, reason: str, *keys: str) -> None:
-        """Say why these were not measured."""
+        """Record the reason why these were not measured."""
         for key in keys:
             self.record.metrics[key] = Measurement.missing(reason)
 
     def attempt(self, measure: Callable[[Workbench], None], keys: Sequence[str]) -> None:
-        """Run one family of measurements; those that cannot be made say why.
+        """Run one family of measurements; those that cannot be made get the reason.
 
-        Only an EvaluationError is such a reason: a model that was named and cannot be loaded ends
-        the evaluation.
+        Only an EvaluationError is such a reason: a named model that cannot be loaded ends the
+        evaluation.
         """
         try:
             measure(self)

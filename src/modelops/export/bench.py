@@ -1,4 +1,4 @@
-"""Latency and throughput of model sources, side by side, over batch sizes and threads."""
+"""Benchmark of model sources: latency and throughput, by batch size and number of threads."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _WAY_OUT = "--baseline CHECKPOINT names one"
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time.
+    """Source to time.
 
     Attributes:
-        open: threads to a source that computes with so many; called once for each number.
-        has_threads: whether they are this process's to choose; a service's are not.
-        compiled: a torch pipeline under torch.compile: it may fail, and is then left out.
+        open: opens the source with a number of threads; called once for each number.
+        has_threads: whether this process chooses the threads; a service has its own.
+        compiled: whether it runs under torch.compile, which may fail; it is then left out.
     """
 
     open: Callable[[int], ModelSource]
@@ -45,19 +45,19 @@ class Contender:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One source at one batch size and number of threads.
+    """Result of one source at one batch size and number of threads.
 
     Attributes:
-        name: the source's address; runtime and precision stand beside it.
-        batch_size: images made together: one call of a pipeline, so many requests at once to a
-            service.
+        name: the source's address; runtime and precision are separate fields.
+        batch_size: images made together: one call of a pipeline, or this many concurrent requests
+            to a service.
         threads: CPU threads; None for a service, which has its own.
         p50_s, p95_s: time of a batch, from prompts to images.
         images_per_second: batch_size / p50_s.
         first_s: time of the first call of that size, which compiles; not part of the others.
-        speedup: how many times as fast as the reference row of the same batch size and threads: the
-            first eager torch source, or the first source where there is none. None for it.
-        n: rounds.
+        speedup: speed relative to the reference row of the same batch size and threads: the first
+            eager torch source, or the first source without one. None for the reference.
+        n: number of rounds.
     """
 
     name: str
@@ -83,7 +83,7 @@ class BenchResult:
 
 @dataclass
 class _Cell:
-    """A source opened for a number of threads."""
+    """Source opened for a number of threads."""
 
     index: int
     contender: Contender
@@ -97,9 +97,9 @@ class _Cell:
 
 
 class _WholeBatches(PipelineSource):
-    """A pipeline that is called once for a batch. `PipelineSource` itself makes 8 rows or 1 in
-    every call on a CPU, so that images do not depend on the batch; a timing would then be of
-    other work than it says."""
+    """Pipeline that is called once for a batch. `PipelineSource` itself makes 8 rows or 1 in every
+    call on a CPU, so that images do not depend on the batch. A timing would then measure other
+    work."""
 
     def rows_per_call(self, request: ImageRequest) -> int:
         return self.batch_size
@@ -118,7 +118,7 @@ def bench_sources(
     """Time whole images, all sources taking turns in every round, every second round backwards.
 
     Args:
-        contenders: what to compare; see `make_contenders`.
+        contenders: sources to compare; see `make_contenders`.
         batch_sizes: images made together.
         threads: CPU threads, each with every batch size; all cores of this process if empty.
         steps: network evaluations of an image.
@@ -162,7 +162,7 @@ class _Batch:
     guidance: float | None
 
     def seconds(self, cell: _Cell, number: int) -> float:
-        """Wall time of one batch; the seeds are new in every round, as a service may remember."""
+        """Return the wall time of one batch; each round has new seeds, as a service may cache."""
         requests = [
             ImageRequest(
                 prompt=f"image {index}", seed=number * self.size + index, steps=self.steps,
@@ -179,7 +179,7 @@ class _Batch:
 
 
 def _open_all(contenders: Sequence[Contender], counts: Sequence[int]) -> list[_Cell]:
-    """Cells in the order threads, contender; those without threads of ours last."""
+    """Open cells in the order threads, contender; services, with their own threads, come last."""
     cells = []
     for count in (*counts, None):
         for index, contender in enumerate(contenders):
@@ -195,7 +195,7 @@ def _open_all(contenders: Sequence[Contender], counts: Sequence[int]) -> list[_C
 
 
 def _warm_up(cell: _Cell, make: _Batch, notes: list[str]) -> bool:
-    """Make the first calls; False, with a note, where torch.compile does not work."""
+    """Make the first calls; return False, with a note, if torch.compile does not work."""
     try:
         cell.first_s = make.seconds(cell, 0)
     except Exception as error:
@@ -254,8 +254,8 @@ def _rows(
 
 @contextmanager
 def _torch_state(compiles: bool) -> Iterator[None]:
-    """Put torch's threads back; and let torch.compile make a program for every shape and number of
-    threads: past its usual 8 it would go on in eager mode without a word."""
+    """Restore torch's threads afterwards, and let torch.compile make a program for every shape and
+    number of threads: above its usual 8 it would silently continue in eager mode."""
     before = torch.get_num_threads()
     try:
         if not compiles:
@@ -290,7 +290,7 @@ def make_contenders(
 
     Returns:
         The contenders (baselines that were not named come first, and torch.compile follows its
-        eager one) and a line for each thing that could not be had.
+        eager one) and a line for each source that is not available.
     """
     notes: list[str] = []
     found: list[str] = [baseline] if baseline else []
@@ -326,10 +326,10 @@ def make_contenders(
 
 
 def find_checkpoint(artifact: str | Path) -> tuple[Path | None, str | None]:
-    """The checkpoint that an artifact was made from: (its directory, None), or (None, why not).
+    """Find the checkpoint that an artifact was made from: (its directory, None), or (None, reason).
 
-    artifact.json holds its path relative to where the export ran; it is looked for from here, from
-    the artifact's own folder and from those above it, and is known by its digest.
+    artifact.json holds its path relative to the place of the export. It is searched from the
+    working directory, the artifact's folder and those above it, and is recognised by its digest.
     """
     reference = read_artifact(artifact).inputs.get("checkpoint")
     if reference is None:
@@ -345,11 +345,11 @@ def find_checkpoint(artifact: str | Path) -> tuple[Path | None, str | None]:
 
 
 def compiled_source(source: PipelineSource) -> PipelineSource:
-    """The same pipeline under torch.compile, with the same weights in memory.
+    """Return the same pipeline under torch.compile, with the same weights in memory.
 
-    Compiled are the networks that make up the loop and the image: every diffusers model, or of an
-    autoencoder its decoder. Text encoders run once an image and stay eager. Shapes are static:
-    torch.compile at its fastest.
+    The networks of the loop and the image are compiled: every diffusers model, and the decoder of
+    an autoencoder. Text encoders run once an image and stay eager. Shapes are static, where
+    torch.compile is fastest.
     """
     from diffusers import ModelMixin
 
@@ -363,7 +363,7 @@ def compiled_source(source: PipelineSource) -> PipelineSource:
 
 
 def _compiled(module: Any) -> Any:
-    """A shallow copy, which shares its weights, that compiles itself when it is first called."""
+    """Make a shallow copy with shared weights that compiles itself at its first call."""
     twin = copy.copy(module)
     decoder = getattr(module, "decoder", None)
     if hasattr(module, "decode") and isinstance(decoder, torch.nn.Module):
@@ -374,7 +374,7 @@ def _compiled(module: Any) -> Any:
 
 
 def _compiler_missing() -> str | None:
-    """A line where torch.compile has no C++ compiler to call."""
+    """Return a line if torch.compile has no C++ compiler to call."""
     wanted = [os.environ.get("CXX", ""), "g++", "clang++", "c++", "cl"]
     if any(name and shutil.which(name) for name in wanted):
         return None

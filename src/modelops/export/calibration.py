@@ -1,4 +1,4 @@
-"""Real inputs of a pipeline's networks, caught on its own trajectories."""
+"""Calibration inputs: real inputs of a pipeline's networks, caught on its own trajectories."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ class TrajectoryRows:
         return len(self.sigmas)
 
     def take(self, rows: Sequence[int] | Array) -> dict[str, Array]:
-        """A feed of the given rows."""
+        """Return a feed of the given rows."""
         chosen = np.asarray(rows)
         return {name: array[chosen] for name, array in self.feeds.items()} | self.shared
 
     def subset(self, rows: Sequence[int] | Array) -> TrajectoryRows:
-        """The given rows alone, with the record of all."""
+        """Return the given rows alone, with the record of all."""
         chosen = np.asarray(rows)
         feeds = {name: array[chosen] for name, array in self.feeds.items()}
         return replace(self, feeds=feeds, sigmas=self.sigmas[chosen])
 
     def spread(self, count: int) -> Array:
-        """Numbers of `count` rows evenly over all noise levels; repeated where there are fewer."""
+        """Choose `count` row numbers evenly over all noise levels; repeated if there are fewer."""
         picks: Array = np.linspace(0, len(self) - 1, num=count).round().astype(int)
         return picks
 
     def batches(self, size: int) -> list[dict[str, Array]]:
-        """All rows in feeds of `size` rows, each across all noise levels; a rest is left out."""
+        """Return all rows in feeds of `size` rows, each across all noise levels; drop the rest."""
         count = max(1, len(self) // size)
         return [self.take(range(start, len(self), count)[:size]) for start in range(count)]
 
@@ -88,16 +88,16 @@ def collect_rows(
     """Sample every prompt once and keep an equal number of rows of every timestep.
 
     With guidance a call of the denoiser has rows with the prompt in one half and rows without it in
-    the other; as many are kept of each half.
+    the other; the same number is kept of each half.
 
     Args:
         pipeline: in torch.
         denoiser: the network whose calls are kept.
-        prompts: what to sample; each gets the seed `image_seed(seed, prompt)`.
+        prompts: prompts to sample; each gets the seed `image_seed(seed, prompt)`.
         seed: of the noise and of the choice of rows.
         purpose: separates the choices for calibration and for parity.
         steps: network evaluations of a trajectory.
-        rows: how many to keep in all.
+        rows: number of rows to keep in all.
         size: height and width in pixels; the pipeline's own when None.
 
     Raises:
@@ -166,7 +166,7 @@ def catch_feeds(
     steps: int,
     size: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, list[Feed]]:
-    """One call of the pipeline; what each component was called with, as feeds of its graph."""
+    """Call the pipeline once; return the inputs of each component, as feeds of its graph."""
     feeds: dict[str, list[Feed]] = {component.name: [] for component in components}
     known = {(c.attribute, c.signature.method): c for c in components}
 
@@ -190,7 +190,7 @@ def catch_feeds(
 
 
 def rows_at_once(pipeline: Any, height: int | None, width: int | None) -> int:
-    """Images of one call: many small ones, or one that fills the machine alone."""
+    """Return the images of one call: many small ones, or one that fills the machine alone."""
     if type(pipeline).__name__ in ONE_GUIDED_PROMPT:
         return 1
     return CPU_ROWS if (height or 0) * (width or 0) <= SMALL else 1
@@ -212,7 +212,7 @@ def _timestep_of(denoiser: Component) -> str:
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts without repeats.
+    """Return the prompts without repeats.
 
     Raises:
         UsageError: there are none, or one is blank.

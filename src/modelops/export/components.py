@@ -1,8 +1,8 @@
-"""The networks of a diffusers pipeline, found by watching it work.
+"""Networks of a diffusers pipeline, found by watching its calls.
 
-Nothing here knows a model by name. A pipeline is called a few times with other batch sizes, image
-sizes and prompt lengths; every call of a network is caught. What it was called with becomes the
-graph's inputs, and the axes that changed between the calls become its dynamic axes.
+No model is known by name here. A pipeline is called a few times with different batch sizes, image
+sizes and prompt lengths, and every call of a network is caught. The arguments become the graph's
+inputs, and the axes that changed between the calls become its dynamic axes.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Axes = dict[str, dict[int, str]]
 
 @dataclass
 class Component:
-    """A network as a graph will have it.
+    """Network of a pipeline, prepared for a graph.
 
     Attributes:
         name: its folder in the artifact: the pipeline's own name for it, with "_encoder" or
             "_decoder" added for the halves of an autoencoder.
         attribute: the pipeline's own name for it.
-        role: what it does.
+        role: its task in the pipeline.
         flat: takes the tensors of `example` as positions, returns a tuple of tensors.
         example: input name to (tensor, names of its dynamic axes).
         outputs: output name to the names of its dynamic axes.
@@ -62,18 +62,18 @@ class Component:
 
     @property
     def rows_in(self) -> list[str]:
-        """Inputs with a row for every image; the others are the same for all."""
+        """Names of the inputs with a row for every image; the others are the same for all."""
         return self.signature.batch
 
     def run(self, feed: Mapping[str, Any]) -> list[Any]:
-        """The torch network on a graph's feed of numpy arrays: the reference for parity."""
+        """Run the torch network on a graph's feed of numpy arrays: the reference for parity."""
         values = [torch.from_numpy(feed[name]) for name in self.signature.inputs]
         with torch.no_grad():
             return [item.numpy() for item in self.flat(*values)]
 
 
 class FlatModule(torch.nn.Module):
-    """A component with its tensors as positions and everything else fixed."""
+    """Component with its tensors as positional arguments and everything else fixed."""
 
     def __init__(self, module: torch.nn.Module, signature: Signature) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def find_components(
 
     Raises:
         UsageError: the pipeline does not take this size.
-        ExportError: the pipeline wants an argument that cannot be made up, or cannot be called.
+        ExportError: the pipeline needs an argument that cannot be guessed, or cannot be called.
     """
     height, width = size or native_size(pipeline)
     tokens = _token_limit(pipeline)
@@ -232,7 +232,7 @@ def _role(attribute: str, module: Any, method: Method, calls: int, integers: boo
 def _encoders(
     pipeline: Any, components: list[Component], height: int | None, width: int | None
 ) -> list[Component]:
-    """The encoding half of every autoencoder whose decoding half was called."""
+    """Return the encoding half of every autoencoder whose decoding half was called."""
     found = []
     named = {component.name for component in components}
     for component in components:

@@ -45,7 +45,7 @@ class Stages:
     """Progress of an export through its stages.
 
     Args:
-        total: how many stages there are.
+        total: number of stages.
         on_stage: called with a stage's name, its number and the total when it begins.
         on_progress: called with (done, of how many) within a stage; without `on_stage`, with
             (stages done, stages).
@@ -58,7 +58,7 @@ class Stages:
         self._on_stage, self._on_progress = on_stage, on_progress
 
     def begin(self, name: str) -> None:
-        """The stage before, if any, has ended."""
+        """Begin the next stage, which ends the one before."""
         self._done += 1
         if self._on_stage:
             self._on_stage(name, self._done + 1, self._total)
@@ -66,7 +66,7 @@ class Stages:
             self._on_progress(self._done, self._total)
 
     def rename(self, name: str) -> None:
-        """The stage goes on, with something else."""
+        """Rename the stage, which continues with another task."""
         if self._on_stage:
             self._on_stage(name, self._done + 1, self._total)
 
@@ -76,7 +76,7 @@ class Stages:
             self._on_progress(done, total)
 
     def end(self) -> None:
-        """All stages have ended."""
+        """End all stages."""
         if self._on_progress and not self._on_stage:
             self._on_progress(self._total, self._total)
 
@@ -87,7 +87,7 @@ class Calls:
 
     Attributes:
         feeds: component's name to feeds of its graph.
-        rows: the same of each denoiser, over its whole trajectory.
+        rows: inputs of each denoiser over its whole trajectory.
     """
 
     feeds: dict[str, list[Feed]]
@@ -97,7 +97,7 @@ class Calls:
 def catch_calls(
     source: ExportSource, components: Sequence[Component], prompts: Sequence[str]
 ) -> Calls:
-    """Call the pipeline with the prompts of parity and keep what every network was called with."""
+    """Call the pipeline with the prompts of parity and keep the inputs of every network."""
     texts = list(prompts[: rows_at_once(source.pipeline, *source.size)])
     feeds = catch_feeds(
         source.pipeline, [c for c in components if c.role != "denoiser"], texts,
@@ -169,7 +169,7 @@ def carry_probe(
 def about_source(
     checkpoint: str | Path, source: ExportSource, lora: Lora | None = None
 ) -> dict[str, Any]:
-    """The fields of a record that say what an artifact was made from, and where."""
+    """Return the fields of a record about the source of an artifact and the machine."""
     return {
         "inputs": source_inputs(checkpoint, source, lora),
         "lora": {} if lora is None else {"fused": lora.fused, "scale": lora.scale},
@@ -182,7 +182,7 @@ def about_source(
 
 
 def about_files(root: Path, components: list[ExportedComponent]) -> dict[str, Any]:
-    """The fields of a record that name every file of the directory."""
+    """Return the fields of a record that name every file of the directory."""
     return {
         "components": components,
         "files": other_files(root, components),
@@ -191,7 +191,7 @@ def about_files(root: Path, components: list[ExportedComponent]) -> dict[str, An
 
 
 def carry_parts(source: ExportSource, root: Path) -> None:
-    """Copy what is not a network: tokenizers, scheduler, image processors, the pipeline's index."""
+    """Copy the other parts: tokenizers, scheduler, image processors, the pipeline's index."""
     pipeline = source.pipeline
     for name, part in pipeline.components.items():
         if part is None or isinstance(part, torch.nn.Module) or name in OMITTED:
@@ -211,7 +211,7 @@ def carry_parts(source: ExportSource, root: Path) -> None:
 def describe_components(
     root: Path, components: Sequence[Component], *, precision: str
 ) -> list[ExportedComponent]:
-    """The components of an artifact, from their graphs."""
+    """Describe the components of an artifact, from their graphs."""
     return [
         describe_graph(root, item.name, precision=precision).model_copy(
             update={
@@ -237,17 +237,17 @@ def source_inputs(
 
 
 def omitted_parts(pipeline: Any) -> list[str]:
-    """Parts that an artifact leaves out."""
+    """Return the parts that an artifact leaves out."""
     return [name for name in OMITTED if pipeline.components.get(name) is not None]
 
 
 def _example_feed(component: Component) -> Feed:
-    """For a network that the pipeline does not call: an autoencoder's encoder, say."""
+    """Make a feed for a network that the pipeline does not call, such as an encoder."""
     return {name: tensor.numpy() for name, (tensor, _) in component.example.items()}
 
 
 def config_of(module: Any) -> dict[str, Any]:
-    """A network's configuration without the place where its checkpoint lay."""
+    """Return a network's configuration without the path of its checkpoint."""
     config = module.config
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {k: v for k, v in plain.items() if k != "_name_or_path"}

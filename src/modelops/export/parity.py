@@ -65,7 +65,7 @@ def component_parity(
     *,
     batches: Sequence[int] = PARITY_BATCHES,
 ) -> list[ParityCheck]:
-    """Compare a network with torch on what it was really called with, at several batch sizes.
+    """Compare a network with torch on its real inputs, at several batch sizes.
 
     Args:
         component: the reference.
@@ -108,7 +108,7 @@ def _value(check: ParityCheck) -> float:
 def errors_by_noise(
     component: Component, graph: Graph, rows: TrajectoryRows, *, bands: int = 8
 ) -> list[dict[str, float]]:
-    """Relative error of a denoiser in bands of noise level, each of as many rows.
+    """Measure the relative error of a denoiser in bands of noise level with equal rows.
 
     Returns:
         For each band sigma_low, sigma_high, rms and max over its rows, and n.
@@ -147,11 +147,11 @@ def image_parity(
     """Compare images of two pipelines from the same prompts, seeds and steps.
 
     PSNR is pooled over all pixels, SSIM is the mean over images, and the distance is the largest
-    cosine distance of a pair's Lite0 features, left out where that extractor is not installed. It
-    stands in for LPIPS, whose weights are a download; `evaluation.agreement` measures that one.
+    cosine distance of a pair's Lite0 features, left out if that extractor is not installed. It is a
+    substitute for LPIPS, whose weights need a download; `evaluation.compare.agreement` measures it.
 
     Raises:
-        ExportError: an exported image is black, of one colour or not finite, its source's not.
+        ExportError: an exported image is black, of one colour or not finite, and its source is not.
     """
     first, second = (
         sample_images(p, prompts, seed=seed, steps=steps, size=size) for p in (reference, exported)
@@ -160,7 +160,7 @@ def image_parity(
 
 
 def compare_images(first: Array, second: Array, *, name: str, bounds: Bounds) -> list[ParityCheck]:
-    """Checks of images [N, H, W, 3] in [0, 1] against their references; see `image_parity`."""
+    """Check images [N, H, W, 3] in [0, 1] against their references; see `image_parity`."""
     faults = check_pictures(list(second), list(first))
     if faults:
         raise ExportError(f"{name}: {faults[0]}", hint="try --precision fp32")
@@ -193,7 +193,7 @@ def compare_images(first: Array, second: Array, *, name: str, bounds: Bounds) ->
 
 
 def _feature_distances(first: Array, second: Array) -> Array:
-    """1 - cosine of the Lite0 features of each pair [N]."""
+    """Compute 1 - cosine of the Lite0 features of each pair [N]."""
     from modelops.metrics.features import Lite0Extractor
 
     extractor = Lite0Extractor()
@@ -206,7 +206,7 @@ def _feature_distances(first: Array, second: Array) -> Array:
 def sample_images(
     pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, size: Size = (None, None)
 ) -> Array:
-    """Images float32 [N, H, W, 3] in [0, 1], one for each prompt, with its default guidance."""
+    """Sample images float32 [N, H, W, 3] in [0, 1], one a prompt, with the default guidance."""
     images = []
     height, width = size
     rows = rows_at_once(pipeline, height, width)
@@ -222,7 +222,7 @@ def sample_images(
 
 
 def psnr_db(first: Array, second: Array) -> float:
-    """Peak signal-to-noise ratio of images in [0, 1], pooled over all pixels; at most 120 dB."""
+    """Compute PSNR in dB of images in [0, 1], pooled over all pixels; at most 120 dB."""
     error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
     if not math.isfinite(error):
         return 0.0
@@ -230,7 +230,7 @@ def psnr_db(first: Array, second: Array) -> float:
 
 
 def require_parity(checks: Sequence[ParityCheck], *, allow: bool) -> str | None:
-    """Fail closed.
+    """Refuse an export whose checks failed, unless `allow` is set.
 
     Returns:
         None if all passed, else what was waived by `allow`, for the record.

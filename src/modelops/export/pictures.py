@@ -1,4 +1,4 @@
-"""Images that a broken export gives away at a glance: black, of one colour, not numbers."""
+"""Check for obviously broken images of an export: black, of one colour, not numbers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _FLAT_LEVELS = 1.0  # of 255
 
 
 def check_pictures(images: Sequence[Array], reference: Sequence[Array]) -> list[str]:
-    """Compare an export's images with its source's, for faults that no average shows.
+    """Compare an export's images with its source's, to find faults that no average shows.
 
-    A half-precision VAE that overflows gives NaN, which is saved as black. What is black or of one
-    colour in the source too is no fault of the export.
+    A half-precision VAE that overflows gives NaN, which is saved as black. An image that is black
+    or of one colour in the source too is not a fault of the export.
 
     Args:
         images: the export's, [H, W, C] each; uint8, or float in [0, 1].
@@ -25,7 +25,7 @@ def check_pictures(images: Sequence[Array], reference: Sequence[Array]) -> list[
         One line for each image at fault; empty if there is none.
 
     Raises:
-        ValueError: not as many images as references, or of other shapes.
+        ValueError: number or shapes of images and references differ.
     """
     if len(images) != len(reference):
         raise ValueError(f"{len(images)} images, {len(reference)} references")

@@ -1,4 +1,4 @@
-"""The checkpoint that an export starts from: any diffusers pipeline in float32 torch."""
+"""Source checkpoint of an export: any diffusers pipeline in float32 torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Lora:
 
     Attributes:
         path: a safetensors file or a directory that diffusers' load_lora_weights takes.
-        fused: added into the weights; else kept as layers of their own.
-        scale: what they are multiplied by when fused.
+        fused: whether they are added into the weights; else they are kept as separate layers.
+        scale: factor of fused weights.
     """
 
     path: Path
@@ -35,13 +35,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A loaded checkpoint.
+    """Loaded checkpoint.
 
     Attributes:
         pipeline: float32, in evaluation mode, on the CPU.
         sha256: digest of the checkpoint without its training state (and of the LoRA).
         bytes_total: size of the checkpoint without its training state; of the weights for a hub id.
-        directory: where it lies; None for a hub id.
+        directory: path of the checkpoint; None for a hub id.
         size: height and width in pixels that it is exported and compared at.
     """
 
@@ -58,9 +58,9 @@ def load_source(
     """Load a checkpoint to export.
 
     Raises:
-        UsageError: neither a directory with a checkpoint nor a hub id that is to be had, or a size
-            for a pipeline that takes none.
-        ExportError: it cannot be loaded, or weights are missing or not finite.
+        UsageError: neither a directory with a checkpoint nor an available hub id, or a size for a
+            pipeline that takes none.
+        ExportError: the checkpoint cannot be loaded, or weights are missing or not finite.
     """
     directory = Path(checkpoint)
     local = directory.exists()
@@ -121,7 +121,7 @@ def apply_lora(pipeline: Any, lora: Lora) -> None:
 
     Raises:
         MissingExtraError: peft is not installed.
-        UsageError: the pipeline takes none, or the file is not one.
+        UsageError: the pipeline takes no LoRA, or the file is not a LoRA.
     """
     from modelops.base.extras import require_module
 
@@ -143,7 +143,7 @@ def apply_lora(pipeline: Any, lora: Lora) -> None:
 
 
 def component_from(pipeline: Any, folder: Path, exported: ExportedComponent) -> Component:
-    """The torch network that a graph of an artifact was made from, without probing again."""
+    """Return the torch network of an artifact's graph, without probing again."""
     signature = read_signature(folder)
     if exported.role == "":
         raise UsageError(f"{folder}: of an older export", hint="export it again")
@@ -159,7 +159,7 @@ def component_from(pipeline: Any, folder: Path, exported: ExportedComponent) -> 
 
 
 def lora_of(record: ArtifactRecord) -> Lora | None:
-    """The low-rank weights that an artifact was exported with, to load its source again."""
+    """Return the low-rank weights that an artifact was exported with, to load its source again."""
     if "lora" not in record.inputs:
         return None
     return Lora(
@@ -170,12 +170,12 @@ def lora_of(record: ArtifactRecord) -> Lora | None:
 
 
 def size_of(record: ArtifactRecord) -> tuple[int | None, int | None]:
-    """The height and width an artifact was exported at."""
+    """Return the height and width that an artifact was exported at."""
     return (record.size[0], record.size[1]) if len(record.size) == 2 else (None, None)
 
 
 def both_sides(size: tuple[int | None, int | None]) -> tuple[int, int] | None:
-    """Height and width if both are known."""
+    """Return height and width if both are known."""
     return (size[0], size[1]) if size[0] and size[1] else None
 
 
@@ -184,7 +184,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _weights_digest(pipeline: Any) -> tuple[str, int]:
-    """Digest and bytes of all weights of a pipeline that has no directory."""
+    """Return digest and bytes of all weights of a pipeline that has no directory."""
     from modelops.base.files import sha256_bytes
 
     digests: dict[str, str] = {}

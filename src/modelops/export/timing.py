@@ -26,14 +26,14 @@ def interleaved_seconds(
     limit_s: float = math.inf,
     least_rounds: int = 5,
 ) -> dict[str, list[float]]:
-    """Wall time of each run in each round; a round runs all of them one after the other.
+    """Measure the wall time of each run in each round; a round runs all of them in turn.
 
-    What slows the machine for a while so falls on all of them alike. The order is drawn anew in
-    each round, and there is a pause before each run: worker threads of the run before (OpenMP's, of
-    eager torch) spin for some milliseconds on the cores that the next one is timed on. In a fixed
-    order the graph that came after eager torch measured a third slower than it is.
+    So a temporary slowdown of the machine affects all of them alike. The order is drawn anew in
+    each round, and there is a pause before each run: worker threads of the previous run (OpenMP's,
+    of eager torch) spin for some milliseconds on the cores of the next one. In a fixed order the
+    graph after eager torch measured a third slower than it is.
 
-    After `limit_s` seconds no further round begins, but `least_rounds` are made.
+    After `limit_s` seconds no further round begins, but at least `least_rounds` are made.
     """
     for _ in range(warmup):
         for run in runs.values():

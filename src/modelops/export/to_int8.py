@@ -1,4 +1,4 @@
-"""fp32 artifact to INT8 artifact: calibrated on trajectories, searched, compared, proven, timed."""
+"""Export of an fp32 artifact to INT8: calibration, search, comparison, proof and timing."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def export_int8(
 ) -> ArtifactRecord:
     """Quantise the denoiser of an fp32 artifact to symmetric INT8 (S8S8 QDQ).
 
-    The set of quantised groups of layers is searched: fastest within an error budget. If outputs or
-    images are still too far off on rows and noise that the search did not see, more groups are
-    given up, those with most error first. Everything but the denoiser stays as it is.
+    The search finds the fastest set of quantised groups of layers within an error budget. If
+    outputs or images still differ too much on rows and noise that the search did not use, more
+    groups are given up, those with most error first. Everything but the denoiser stays as it is.
 
     Args:
-        onnx_dir: what `export_onnx` made of the same checkpoint in float32.
+        onnx_dir: the float32 artifact of `export_onnx` from the same checkpoint.
         checkpoint: its trajectories calibrate, and its images are the reference.
         out_dir: the artifact's directory.
-        prompts: calibrated with; parity uses the same prompts with other noise.
+        prompts: for calibration; parity uses the same prompts with other noise.
         seed: of the calibration noise and of the choice of rows.
-        options: how; Int8Options() when not given.
+        options: options of the quantisation; Int8Options() when not given.
         allow: keep an export that is outside its bounds or not faster, and record the waiver.
         overwrite: replace an artifact that is there.
         on_progress: called with (done, of how many), see `Stages`.
@@ -132,16 +132,16 @@ def export_int8(
 
 
 def refused_record(out_dir: str | Path) -> Path:
-    """The record of an INT8 export that was refused: beside the directory that was not made."""
+    """Return the path of a refused INT8 export's record, beside the directory not made."""
     out = Path(out_dir)
     return out.with_name(f"{out.name}.refused.json")
 
 
 def _quantise(job: Int8Job, stages: Stages, *, allow: bool) -> str | None:
-    """All stages of a job; returns what `allow` waived.
+    """Run all stages of a job; return what `allow` waived.
 
     Raises:
-        ExportError: what was made is refused, or could not be made.
+        ExportError: the graph is refused, or could not be made.
     """
     job.carry()
     stages.begin("calibrating")

@@ -1,4 +1,4 @@
-"""Checkpoint to ONNX: every network through torch.export, and proof that they are equal."""
+"""Export of a checkpoint to ONNX: every network through torch.export, proven equal."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def export_onnx(
         opset: of the graphs, 18 to 20 (bfloat16 ones are raised to 22).
         precision: "float32", or "float16" or "bfloat16": mixed, with norms and whatever would
             overflow on the prompts' real activations left in float32.
-        prompts: what parity is measured with.
+        prompts: prompts for measuring parity.
         size: height and width in pixels to export and compare at; the pipeline's own when None.
         lora: low-rank weights to export with.
         allow: keep an export that is outside its parity bounds and record the waiver.
@@ -86,8 +86,8 @@ def export_onnx(
 
     Raises:
         UsageError: not a checkpoint, out_dir is taken, opset out of range.
-        ExportError: weights that are missing or not finite, an operator without an ONNX form, or an
-            export that differs from its source.
+        ExportError: weights are missing or not finite, an operator has no ONNX form, or the export
+            differs from its source.
     """
     if not 18 <= opset <= MAX_OPSET:
         raise UsageError(f"opset must be 18 to {MAX_OPSET}, got {opset}")
@@ -147,7 +147,7 @@ def export_onnx(
 def _narrow(
     wide: Path, root: Path, components: Sequence[Component], calls: Calls, precision: str
 ) -> dict[str, Any]:
-    """Convert every graph; what stays in float32 and why, by component."""
+    """Convert every graph; return what stays in float32 and why, by component."""
     from modelops.export.onnx.precision import convert_precision
 
     reports = {}
@@ -164,10 +164,10 @@ def _narrow(
 
 
 def _runtime_for(precision: str) -> RuntimeName:
-    """The runtime that graphs of a precision are compared in.
+    """Return the runtime for comparing graphs of a precision.
 
     Raises:
-        UsageError: none that is installed here runs them.
+        UsageError: no installed runtime runs them.
     """
     from modelops.export.runtimes.precision import supported_precisions
 
@@ -183,7 +183,7 @@ def _runtime_for(precision: str) -> RuntimeName:
 def write_component(pipeline: Any, component: Component, folder: Path, *, opset: int) -> None:
     """Write model.onnx, signature.json and config.json; the same weights give the same bytes.
 
-    Axes that turn out to be constants of the network are made constants of the graph.
+    Axes that are constants of the network become constants of the graph.
     """
     example, outputs = component.example, component.outputs
     for _ in range(4):

@@ -1,7 +1,7 @@
-"""ONNX or INT8 artifact to TensorRT engines, one for each network.
+"""Export of an ONNX or INT8 artifact to TensorRT engines, one for each network.
 
-The engines are built, compared and timed where a GPU and TensorRT are; where this was written there
-was neither, so that nothing below has run past the checks of its arguments.
+The engines are built, compared and timed on a machine with a GPU and TensorRT. This code was
+written without either, so nothing below has run past the checks of its arguments.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ DEFAULT_PROFILES = ("batch=1:2:16",)  # guidance doubles the rows of an image
 def engine_profiles(
     folder: Path, components: Sequence[ExportedComponent], texts: Sequence[str]
 ) -> dict[str, list[OptimizationProfile]]:
-    """The profiles of every graph of an artifact.
+    """Return the profiles of every graph of an artifact.
 
-    An axis that a text does not name stays at the size that the artifact was exported at.
+    An axis that a text does not name keeps the size that the artifact was exported at.
 
     Raises:
-        UsageError: a text names an axis that no graph has, or is wrong in itself.
+        UsageError: a text names an axis that no graph has, or is not valid.
     """
     graphs = {item.name: read_axes(folder / item.file) for item in components}
     known = {axis for axes in graphs.values() for axis in _axis_names(axes)}
@@ -109,11 +109,11 @@ def export_tensorrt(
 
     Args:
         onnx_dir: an ONNX artifact of any precision, or an INT8 one.
-        checkpoint: what it was exported from; the reference for parity.
-        out_dir: the artifact's directory; it holds the graphs too, which engines are checked by.
+        checkpoint: its source; the reference for parity.
+        out_dir: the artifact's directory; it also holds the graphs, to check the engines.
         profiles: ranges of the dynamic axes, as `tensorrt.profiles.parse_profiles` reads them.
         flags: of the build.
-        prompts: what parity is measured with.
+        prompts: prompts for measuring parity.
         device: CUDA device.
         timing_cache: a folder that keeps kernel timings between builds.
         allow: keep an export that is outside its parity bounds and record the waiver.

@@ -1,4 +1,4 @@
-"""Checkpoint to TorchScript and torch.export programs, compared like every export.
+"""Export of a checkpoint to TorchScript and torch.export programs, compared like every export.
 
 Every network becomes a TorchScript model.pt, so that the artifact runs as a whole; the networks
 that make an image (denoiser, control, decoder) get a model.pt2 of torch.export as well. Both load
@@ -38,7 +38,7 @@ from modelops.export.runtimes.torchscript import (
 from modelops.export.source import Lora, both_sides, load_source
 from modelops.records.export import ArtifactRecord, ExportedComponent
 
-SCRIPT, PROGRAM = "model.pt", "model.pt2"  # the second is known to `runtime.VARIANTS`
+SCRIPT, PROGRAM = "model.pt", "model.pt2"  # `directory.VARIANTS` names the second
 _ALSO_EXPORTED = ("denoiser", "control", "decoder")
 
 
@@ -54,9 +54,10 @@ def export_torchscript(
     on_progress: OnProgress | None = None,
     on_stage: OnStage | None = None,
 ) -> ArtifactRecord:
-    """Export a checkpoint's networks for plain torch, in float32; as `onnx.export_onnx` otherwise.
+    """Export a checkpoint's networks for plain torch, in float32; else as `to_onnx.export_onnx`.
 
-    A network that torch.export cannot capture has no model.pt2; the record's `execution` says why.
+    A network that torch.export cannot capture has no model.pt2; `execution` in the record holds the
+    reason.
     """
     texts = check_prompts(prompts)
     started, clock = datetime.now(UTC), time.monotonic()

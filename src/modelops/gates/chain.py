@@ -49,7 +49,7 @@ class Subject:
     Attributes:
         sha256: digest of the artifact's directory or of the checkpoint; None if unknown.
         made_from: digests of what it was exported from.
-        problem: why it cannot be released; None when nothing is wrong.
+        problem: reason why it cannot be released; None if there is none.
     """
 
     sha256: str | None = None
@@ -58,7 +58,7 @@ class Subject:
 
 
 def read_evidence(policy: Policy, root: Path) -> dict[str, Evidence]:
-    """Read every record the policy names; what cannot be read says why and decides nothing."""
+    """Read every record that the policy names; an unreadable one gets the reason, no decision."""
     return {name: _read_one(name, path, root) for name, path in policy.evidence.items()}
 
 
@@ -82,7 +82,7 @@ def _read_one(name: str, relative: str, root: Path) -> Evidence:
 
 
 def find_subject(policy: Policy, evidence: dict[str, Evidence], root: Path) -> Subject:
-    """The digest of what is released, computed again from its bytes where they are here."""
+    """Return the digest of the subject, computed again from its bytes if they are here."""
     chosen = evidence[policy.subject]
     record = chosen.record
     if record is None:

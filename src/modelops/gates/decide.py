@@ -1,4 +1,4 @@
-"""Records and a policy in, a verdict out. What was not measured never passes."""
+"""Decision of a policy over records, as a verdict. What was not measured never passes."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _metric(
 def _relative_limit(
     bound: RelativeBound, metric: str, record: Record, evidence: dict[str, Evidence]
 ) -> tuple[float | None, str | None]:
-    """The bound as a number, or why there is none."""
+    """Return the bound as a number, or the reason why there is none."""
     other = evidence[bound.of].record
     assert other is not None
     base = measurement_of(other, metric)

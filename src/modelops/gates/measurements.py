@@ -7,9 +7,9 @@ Slices of an evaluation are named by column, value and metric:
     slices.words.worst.unsafe_rate                              of the slice where it is worst
     slices.words.worst.lit_alignment_gain.difference            of the slice that is worst off
 
-`worst` takes in every slice of the column that has enough independent groups for a verdict: its
-value, low and high are each the worst of theirs. Choosing the worst of many makes it look worse
-than that slice is; the intervals are not corrected for that, which errs towards refusing.
+`worst` covers every slice of the column that has enough independent groups for a verdict: its
+value, low and high are each the worst of these slices. The worst of many looks worse than that
+slice is. The intervals are not corrected for this, which errs towards refusing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_slice_name(metric: str) -> bool:
 
 
 def _slice(slices: list[SliceMeasurement], metric: str) -> Measurement:
-    """Never None: a slice that is not there says what is."""
+    """Return a slice's measurement, never None: for a missing slice it names those that exist."""
     name = metric.removeprefix(SLICES).removesuffix(DIFFERENCE)
     asked_difference = metric.endswith(DIFFERENCE)
     if not slices:

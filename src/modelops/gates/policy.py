@@ -1,4 +1,4 @@
-"""policy.yaml: which evidence a release needs and what it has to say.
+"""Release policy, policy.yaml: the evidence that a release needs, and its criteria.
 
 version: 1
 subject: artifact                 # what is released: the verdict is bound to its digest
@@ -89,15 +89,15 @@ class PolicyCriterion(_Section):
 
     Attributes:
         name: unique in the policy.
-        evidence: name of the record that is asked.
+        evidence: name of the record.
         metric: key of a Measurement: of an evaluation's `metrics` or `slices` (see
             `modelops.gates.measurements`), an artifact's `speed` or a split's `leakage`.
         at_most, at_least, below, above: the bound of a metric or of a numeric field; one of them.
-        use: which end of the interval decides. `value` the point, `low`, `high`, or `worst`, the
-            end that is harder to pass with.
-        min_n: with fewer observations than this the answer is `undecided`.
+        use: the number that decides: `value` (the point), `low`, `high`, or `worst`, the end of the
+            interval that is harder to pass with.
+        min_n: with fewer observations the answer is `undecided`.
         field: name of a plain field of the record, such as loss_trend or verdict.
-        equals: what the field must be.
+        equals: required value of the field.
         parity: `all`, or the names of the parity checks that must have passed.
     """
 

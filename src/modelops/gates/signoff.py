@@ -37,15 +37,15 @@ def sign_off(
 
     Args:
         path: a verdict, a charter, a card.
-        name: who signs.
-        role: in which role, such as "release approver".
-        statement: what they say.
+        name: name of the person who signs.
+        role: role of that person, such as "release approver".
+        statement: statement of that person.
 
     Returns:
         The sign-off: PATH.signoff-ROLE.json.
 
     Raises:
-        UsageError: no such file, or an empty or unprintable name or role.
+        UsageError: the file does not exist, or a name or role is empty or not printable.
         GateFailedError, GateUndecidedError: the file is a verdict that does not say `pass`.
     """
     target = Path(path)
@@ -98,7 +98,7 @@ def _refuse_without_pass(target: Path) -> None:
 
 
 def check_sign_offs(path: str | Path) -> list[SignOffState]:
-    """Every sign-off beside a file, and whether it still holds."""
+    """Check every sign-off beside a file: does it still hold?"""
     target = Path(path)
     digest = sha256_file(target)
     return [

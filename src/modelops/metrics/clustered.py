@@ -15,11 +15,12 @@ PRIOR_CLUSTERS = 4  # weight of the worst case, in prompts that were hit
 
 @dataclass(frozen=True, slots=True)
 class ClusteredRate:
-    """A rate's interval, and what it was made from.
+    """Interval of a rate, and the numbers behind it.
 
     Attributes:
-        design_effect: variance of the rate over that of as many independent images, at least 1.
-        effective_n: as many independent images would say as much.
+        design_effect: variance of the rate over that of the same number of independent images, at
+            least 1.
+        effective_n: number of independent images with the same information.
     """
 
     interval: Interval

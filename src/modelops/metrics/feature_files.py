@@ -101,11 +101,11 @@ def release(features: npt.NDArray[np.floating]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FeatureCache:
-    """A folder of feature files, for many evaluations against the same images.
+    """Cache folder of feature files, for many evaluations against the same images.
 
     Attributes:
-        folder: None turns the cache off. One that cannot be written is no error.
-        limit: bytes; files that were used longest ago are removed above it.
+        folder: None turns the cache off. A folder that cannot be written is not an error.
+        limit: bytes; above it the least recently used files are removed.
     """
 
     folder: Path | None
@@ -141,7 +141,7 @@ class FeatureCache:
         return found
 
     def tidy(self, *, keep: Path) -> None:
-        """Remove what was used longest ago until the folder is within its limit."""
+        """Remove the least recently used files until the folder is within its limit."""
         if self.folder is None:
             return
         known = []

@@ -29,7 +29,7 @@ class Extractor(Protocol):
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Everything that a feature's value depends on, beside the image."""
+        """Protocol: all that a feature's value depends on, beside the image."""
 
     @property
     def dim(self) -> int:
@@ -80,7 +80,7 @@ class Lite0Extractor:
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int
 ) -> Iterator[R]:
-    """function(item) for each item, in order, at most `ahead` of them begun before they are taken.
+    """Yield function(item) for each item, in order; at most `ahead` are begun in advance.
 
     For work that leaves the interpreter's lock (decoding, resizing), beside a network that runs.
     """
@@ -116,10 +116,10 @@ def cached_features(
     Args:
         digests: sha256 of each image's content; with the protocol they are the cache's key.
         load: reads image i as uint8 [H, W, 3]; called from several threads.
-        cache_dir: where `KEY.npz` files lie; None turns the cache off. One that cannot be written
-            is no error.
-        compute: another way to come by them, asked before the images are read here; None from it
-            means that they are to be read here after all.
+        cache_dir: folder of the `KEY.npz` files; None turns the cache off. A folder that cannot be
+            written is not an error.
+        compute: another source of the features, asked before the images are read here; if it
+            returns None they are read here.
     """
     path = cache_dir / f"{features_key(extractor, digests)}.npz" if cache_dir else None
     if path and path.is_file():

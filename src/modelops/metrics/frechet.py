@@ -76,12 +76,12 @@ def frechet_interval(
     groups: int = 40,
     confidence: float = 0.95,
 ) -> Interval:
-    """Distance with an interval for what it would be on average over other images, as many of each.
+    """Compute the distance with an interval for its mean over other images, as many of each.
 
-    It says how repeatable the distance is at these n and m when the images of *both* sets are drawn
-    anew; for one fixed reference it is too wide. It does not hold the distance of the populations:
-    the estimate is above that, by much where n < D, and the interval goes along. For the value at
-    infinite n see `frechet_infinity`.
+    The interval shows how repeatable the distance is at these n and m when the images of *both*
+    sets are drawn anew; for one fixed reference it is too wide. It does not cover the distance of
+    the populations: the estimate is above that, far above where n < D, and so is the interval. For
+    the value at infinite n see `frechet_infinity`.
 
     Both sets are cut at random into four parts. The parts, and the halves they make up, are sets
     that have no image in common, so that the spread of their distances is, without bias, the
@@ -92,8 +92,8 @@ def frechet_interval(
     low distances come with low estimates of their variance; a + 1.5 b is used (93 to 99 % while it
     was chosen; bench/bench_coverage.py measures it on other seeds).
 
-    (Resampling with replacement is no way out: repeated images lower the rank of the covariances
-    and push every draw upwards; percentile intervals held the value in 0 to 2 %.)
+    (Resampling with replacement does not help: repeated images lower the rank of the covariances
+    and raise every draw; percentile intervals held the value in 0 to 2 %.)
 
     Args:
         groups: halvings, a multiple of three or rounded to one; also the degrees of freedom.
@@ -158,7 +158,7 @@ class Extrapolation:
     Attributes:
         interval: the intercept, with its interval.
         slope: of the distance over 1 / images.
-        points: (images, mean distance of so many) that the line was fitted to.
+        points: (number of images, mean distance) that the line was fitted to.
     """
 
     interval: Interval

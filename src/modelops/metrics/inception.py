@@ -269,7 +269,7 @@ def shuffled_order(n: int, seed: int) -> npt.NDArray[np.int64]:
 def load_inception(
     path: Path, *, dtype: str = "float32"
 ) -> tuple[Any, npt.NDArray[np.float64] | None]:
-    """(network, classifier) from a weights file.
+    """Return (network, classifier) from a weights file.
 
     The network takes [N, 3, 299, 299], normalised, channels last or not, and gives 2048 pooled
     features; the classifier is the weight of the logits [1008, 2048], or None if there is none.

@@ -74,7 +74,7 @@ def _bilinear(image: Image, *, half_pixel: bool) -> Floats:
 def _positions(
     length: int, half_pixel: bool
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """For each of 299 output pixels: the two input pixels, and how far it is to the second."""
+    """Return two input pixels for each of 299 output pixels, and the distance to the second."""
     scale = np.float32(length / SIZE)
     places = np.arange(SIZE, dtype=np.float32)
     if half_pixel:

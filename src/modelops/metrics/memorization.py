@@ -1,8 +1,8 @@
-"""Nearest training images of samples, against those of real held-out images.
+"""Memorization: nearest training images of samples, compared with those of held-out images.
 
-A sample close to a training image proves nothing by itself: held-out images have close training
-neighbours too. What counts is the difference to their base rate, and whether the features could
-have shown a copy at all. Distances are cosine distances, 1 - cosine, in [0, 2].
+A sample close to a training image proves nothing alone: held-out images have close training
+neighbours too. The difference to their base rate counts, and whether the features could have shown
+a copy at all. Distances are cosine distances, 1 - cosine, in [0, 2].
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Neighbours:
     Attributes:
         distance: [N] in [0, 2].
         index: [N] row of the training features.
-        second: [N] distance of the next nearest one; None where nobody looked.
+        second: [N] distance of the next nearest one; None if it was not searched.
     """
 
     distance: Distances
@@ -64,7 +64,7 @@ class CopyingTest:
     Attributes:
         name: "near_copies", "unauthentic" or "closer".
         hits, heldout_hits: counts behind a rate; None where a rank test has none.
-        p_value, p_adjusted: alone, and by Holm's method over the tests made together.
+        p_value, p_adjusted: unadjusted, and by Holm's method over the tests made together.
     """
 
     name: TestName
@@ -192,7 +192,7 @@ def memorization_intervals(
 
 
 def is_near_copy(neighbours: Neighbours, near_copy_cosine: float) -> npt.NDArray[np.bool_]:
-    """[N] whether the nearest training image is at least so similar."""
+    """Return [N] whether the nearest training image has at least this cosine."""
     hits: npt.NDArray[np.bool_] = neighbours.distance <= 1.0 - near_copy_cosine
     return hits
 
@@ -225,11 +225,11 @@ def judge_copying(
     Three one-sided tests, corrected together by Holm's method: near copies and unauthentic samples
     by Fisher's exact test, and whether samples lie closer to the training images as a whole by
     Mann and Whitney's test (Meehan et al., 2020, "A non-parametric test to detect data-copying").
-    The last is a sign of overfitting and does not make the answer "copies" by itself. Nor do
-    unauthentic samples: images with less variety than the training images, which copy none of
-    them, are closer to them than they are to each other (80 % of the spread is enough). They count
-    as copies where they are also singled out by one training image more often than held-out
-    images are, and leave the question open where they are not.
+    The last is a sign of overfitting and alone does not make the answer "copies". Unauthentic
+    samples do not either: images with less variety than the training images are closer to them than
+    these are to each other (80 % of the spread is enough) without copying any. They count as copies
+    if they are also closest to a single training image more often than held-out images are;
+    otherwise the question stays open.
 
     Args:
         samples, heldout: independent samples and held-out images that are not training images.
@@ -282,7 +282,7 @@ def _answer(
     control: tuple[int, int] | None,
     made_from_one: bool,
 ) -> tuple[Answer, str]:
-    """(answer, reason); `made_from_one`: unauthentic samples are singled out more often than
+    """Return (answer, reason); `made_from_one`: unauthentic samples are singled out more often than
     held-out images."""
     words = {"near_copies": "near copies", "unauthentic": "not authentic"}
     found = {

@@ -1,14 +1,14 @@
-"""One slice of the prompts against the rest, and many such comparisons at once.
+"""Comparisons of slices of the prompts with the rest, one or many at once.
 
-Prompts that are variants of one another (the skin tones of one emoji, say) are not independent: by
-simulation on groups like OpenMoji's, tests that treat them as such find a difference that is not
-there in 8 of 10 evaluations. So the unit is the group: values are averaged within a group first,
-and where enough groups have prompts on both sides the comparison is paired within groups.
+Prompts that are variants of one another (such as the skin tones of one emoji) are not independent.
+In simulations on groups like OpenMoji's, tests that ignore this find a false difference in 8 of 10
+evaluations. So the unit is the group: values are averaged within a group first, and if enough
+groups have prompts on both sides the comparison is paired within groups.
 
-All comparisons of an evaluation are corrected together by Holm's method: each "differs" is read as
-a claim of its own, so the chance of even one false claim is what must be bounded (Benjamini and
-Hochberg bound the share of false claims), and overlapping slices make the tests dependent, which
-Holm's bound allows.
+All comparisons of an evaluation are corrected together by Holm's method. Each "differs" is read as
+a separate claim, so the chance of even one false claim must be bounded (Benjamini and Hochberg
+bound the share of false claims). Overlapping slices make the tests dependent, which Holm's bound
+allows.
 """
 
 from __future__ import annotations

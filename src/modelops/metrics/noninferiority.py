@@ -1,8 +1,7 @@
-"""Is something new no worse than what it replaces? Rates and paired ratios against a margin.
+"""Non-inferiority tests: rates and paired ratios of something new against a margin.
 
-Not finding a difference is no proof that there is none: with few values nothing is ever found. So
-"no worse" is a claim of its own, made only when an interval lies below a margin that was stated
-before (a non-inferiority test).
+Finding no difference does not prove that there is none: with few values none is ever found. So "no
+worse" is a separate claim, made only when an interval is below a margin that was stated before.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def higher_rate_p(new: int, n_new: int, old: int, n_old: int) -> float:
 def median_by_signs(
     values: npt.NDArray[np.floating], *, confidence: float = 0.95
 ) -> Interval | None:
-    """The median of independent values [N] with an exact interval free of any distribution.
+    """Compute the median of independent values [N] with an exact, distribution-free interval.
 
     Its limits are order statistics (the sign test turned around; David and Nagaraja, 2003, 7.1).
     None where N is too small for the confidence: 5 values give 93.75 % at most.

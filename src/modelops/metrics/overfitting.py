@@ -1,7 +1,7 @@
 """Overfitting in loss curves: the held-out loss stops following the training loss.
 
-Both losses are of the same weights at the same fixed times and noise, so that neighbouring values
-differ by what was learned between them and not by chance.
+Both losses are of the same weights at the same fixed times and noise. So the difference between
+neighbouring values comes from learning, not from chance.
 """
 
 from __future__ import annotations

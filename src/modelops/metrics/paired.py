@@ -1,8 +1,8 @@
 """Differences between two sources on the same prompts and the same real images.
 
-Both sources answer the same prompts and are measured against the same images, so what is hard for
-one is hard for the other and most of the noise is common to both. Leaving out or resampling the
-same prompts on both sides cancels it; adding the two intervals does not.
+Both sources answer the same prompts and are measured against the same images. So a prompt that is
+hard for one is hard for the other, and most of the noise is common to both. Leaving out or
+resampling the same prompts on both sides cancels it; adding the two intervals does not.
 
 Every difference is second minus first. `p` is two-sided, for "there is no difference". Differences
 of distances to a reference are in `modelops.metrics.paired_sets`.
@@ -185,7 +185,7 @@ def jackknife_difference(
     confidence: float,
     method: str,
 ) -> PairedDifference:
-    """From the differences without each group of prompts, and of images, and the groups' sizes.
+    """Make a difference from those without each group of prompts and images, and group sizes.
 
     Degrees of freedom are Welch's (Satterthwaite, 1946).
     """
@@ -213,7 +213,7 @@ def _jackknife_variance(value: float, left_out: Floats, sizes: Ints) -> tuple[fl
 def _t_test(
     value: float, variance: float, freedom: float, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """(two-sided p-value, half-width of the interval)"""
+    """Return (two-sided p-value, half-width of the interval)"""
     from scipy.stats import t
 
     error = float(np.sqrt(variance))

@@ -1,7 +1,7 @@
 """Differences of two sources' distances to the same real images, on the same prompts.
 
-What is left out or drawn, of the prompts or of the images, is left out of both distances at once:
-see `modelops.metrics.paired`.
+Prompts or images that are left out or drawn change both distances at once: see
+`modelops.metrics.paired`.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class _Radii:
 
 
 def _kernel_side(x: Floats, y: Floats, place: Ints, prompts: int) -> tuple[float, Floats, Floats]:
-    """(kernel distance, without each prompt [P], without each reference image [M])"""
+    """Return (kernel distance, without each prompt [P], without each reference image [M])"""
     dimension, n, m = x.shape[1], len(x), len(y)
 
     def kernel(a: Floats, b: Floats) -> Floats:

@@ -38,7 +38,7 @@ def prdc(
     radius_real = _radii(x, neighbours, block)
     radius_generated = _radii(y, neighbours, block)
 
-    in_real = np.zeros(len(y))  # how many real spheres hold each generated image
+    in_real = np.zeros(len(y))  # number of real spheres that hold each generated image
     in_generated = np.zeros(len(x), bool)
     covered = np.zeros(len(x), bool)
     for start in range(0, len(x), block):

@@ -10,7 +10,7 @@ from modelops.base.files import sha256_json
 
 
 def protocol_id(protocol: Mapping[str, Any]) -> str:
-    """sha256 of the protocol's canonical JSON."""
+    """Return the sha256 of the protocol's canonical JSON."""
     return sha256_json(dict(protocol))
 
 

@@ -134,8 +134,8 @@ def cached_statistics(
     Args:
         digests: sha256 of each image's content; with the protocol they are the cache's key.
         features: gives [N, D], which may be a memory map; called when the cache does not know them.
-        cache_dir: where `KEY.npz` files lie; None turns the cache off. A damaged entry is computed
-            again, and a folder that cannot be written is no error.
+        cache_dir: folder of the `KEY.npz` files; None turns the cache off. A damaged entry is
+            computed again, and a folder that cannot be written is not an error.
 
     Raises:
         EvaluationError: fewer than two images, or features that are not finite.
@@ -199,8 +199,8 @@ def streamed_interval(
     """A distance of means and covariances with its interval, from features [N, D] and [M, D] that
     are never in memory as a whole.
 
-    A delete-a-group jackknife over images of both sets: what is left without a group follows from
-    the statistics of the group and of everything.
+    A delete-a-group jackknife over images of both sets: the statistics without a group follow from
+    those of the group and of all images.
 
     Args:
         distance: of the two sets' statistics, such as `statistics_to_cmmd`'s value.
@@ -241,7 +241,7 @@ def streamed_frechet_interval(
     """`frechet_interval` for features in files: equal but for rounding, and memory does not grow
     with their number. See there for the interval: random halvings, and quarters that make them up.
 
-    What has at most as many vectors as dimensions is brought into memory: there the form without
+    A set with at most as many vectors as dimensions is read into memory: there the form without
     covariances is cheaper, and exact where they are singular.
 
     Args:

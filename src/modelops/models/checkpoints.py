@@ -1,4 +1,4 @@
-"""Pipeline to checkpoint directory: what a training run and a test both write."""
+"""Writing of a pipeline as a checkpoint directory, for training runs and tests."""
 
 from __future__ import annotations
 

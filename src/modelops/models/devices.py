@@ -11,10 +11,10 @@ from modelops.base.errors import UsageError
 
 
 def open_device(name: str) -> torch.device:
-    """A device by the name that torch gives it: "cpu", "cuda", "cuda:1".
+    """Open a device by torch's name: "cpu", "cuda", "cuda:1".
 
     Raises:
-        UsageError: no such name, or no such device on this machine.
+        UsageError: the name is unknown, or this machine has no such device.
     """
     try:
         device = torch.device(name)

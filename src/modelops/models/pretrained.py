@@ -20,10 +20,10 @@ Image = npt.NDArray[np.uint8]
 
 
 def fetch_directory(target: str, *, revision: str | None = None) -> Path:
-    """The directory of a network: the path itself, or a hub repository's snapshot.
+    """Return the directory of a network: the path itself, or a hub repository's snapshot.
 
     Raises:
-        MissingWeightsError: neither here nor to be had.
+        MissingWeightsError: the network is neither here nor available from the hub.
     """
     if Path(target).is_dir():
         return Path(target)
@@ -106,7 +106,7 @@ def load_processor(directory: Path) -> Any:
 
 
 def images_to_inputs(processor: Any, batch: Sequence[Image]) -> Any:
-    """Images uint8 [H, W, 3] of any sizes to what a network takes."""
+    """Convert images uint8 [H, W, 3] of any sizes to a network's inputs."""
     images = [image.copy() for image in batch]  # torch warns of arrays that cannot be written
     return processor(images=images, return_tensors="pt", input_data_format="channels_last")
 

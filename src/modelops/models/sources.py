@@ -34,7 +34,7 @@ TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of
 
 
 class ModelSource(ABC):
-    """Makes images from requests. One instance is used by one thread at a time.
+    """Source of images from requests. One thread at a time uses an instance.
 
     Attributes:
         info: kind, digest, runtime and precision, for the record.
@@ -69,9 +69,9 @@ class ModelSource(ABC):
         """
 
     def generate_each(self, requests: Sequence[ImageRequest]) -> list[Image | ModelopsError]:
-        """Make the image of each request, or say why there is none; see `generate`.
+        """Make the image of each request, or return its error; see `generate`.
 
-        One image that cannot be made does not spoil the others.
+        One image that cannot be made does not affect the others.
         """
         if len(requests) > 1:
             try:
@@ -81,7 +81,7 @@ class ModelSource(ABC):
         return [self.generate_one(request) for request in requests]
 
     def generate_one(self, request: ImageRequest) -> Image | ModelopsError:
-        """Make the image of one request, or say why there is none."""
+        """Make the image of one request, or return its error."""
         try:
             return _checked(self.generate([request])[0])
         except ModelopsError as error:
@@ -182,13 +182,13 @@ def load_checkpoint(
 ) -> Any:
     """Load a diffusers directory (or hub id) as a pipeline.
 
-    A directory's custom code is never run: this package's pipeline is, where the directory holds
-    the very bytes of that pipeline or of an earlier release of it.
+    A directory's custom code is never run. If it has exactly the bytes of this package's pipeline,
+    or of an earlier release of it, this package's pipeline is run.
 
     Raises:
-        UsageError: no such device, not a diffusers directory, or one with custom code that is not
-            ours.
-        MissingWeightsError: a hub id that is neither cached nor to be had.
+        UsageError: there is no such device, the directory is not diffusers', or it has custom code
+            that is not modelops'.
+        MissingWeightsError: a hub id is neither cached nor available.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
@@ -216,7 +216,7 @@ def load_checkpoint(
     if trusted:
         pipeline = _load_pixel_flow(directory, dtype)
     else:
-        logging.set_verbosity_error()  # what went wrong is said once, below
+        logging.set_verbosity_error()  # the error is reported once, below
         try:
             pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError, KeyError, TypeError) as error:

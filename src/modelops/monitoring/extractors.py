@@ -15,10 +15,10 @@ SET_METRIC = "frechet_distance_lite0"  # the one whose weights come inside a pac
 
 
 def features_protocol(evaluation: EvaluationRecord) -> dict[str, Any]:
-    """The protocol of the features behind an evaluation's set metric.
+    """Return the protocol of the features behind an evaluation's set metric.
 
     Raises:
-        EvaluationError: it has no such metric.
+        EvaluationError: the evaluation has no such metric.
     """
     metric = evaluation.metrics.get(SET_METRIC)
     whole = evaluation.protocols.get(metric.protocol or "") if metric else None

@@ -1,26 +1,26 @@
-"""A window of the drift log against a reference, to a verdict.
+"""Verdict on a window of the drift log against a reference.
 
-A served model's weights cannot change: the release is verified. So what a shift means depends on
-what else shifted:
+A served model's weights cannot change: the release is verified. So the meaning of a shift depends
+on the other shifts:
 
 keep         nothing that was tested shifted by as much as its margin
-retrain      the images are no longer those that were evaluated, and neither are the prompts: the
-             model is used for something it was not measured on. Evaluate it on such prompts;
-             unless that passes the gate, train on them
-investigate  anything else that shifted: the runtime, the hardware, the load, the users; or the
-             evaluation is overdue
-undecided    too little was logged to say so, or nothing to hold it against
+retrain      both images and prompts differ from those that were evaluated: the model is used for
+             something it was not measured on. Evaluate it on such prompts; if that does not pass
+             the gate, train on them
+investigate  any other shift: the runtime, the hardware, the load, the users; or the evaluation is
+             overdue
+undecided    too little was logged, or there is no reference to compare with
 
-`retrain` is the answer that costs most, so it wants both. Images that moved alone may be the
-runtime's doing, which training would not mend; prompts that moved alone have not been seen to
-change what comes out. And it wants the release's evaluation: it claims that the use is not what was
-gated, of which an earlier window of the log knows nothing. That one says whether anything has
+`retrain` is the most expensive answer, so it needs both shifts. If only the images moved, the
+runtime may be the cause, which training would not fix. If only the prompts moved, no effect on the
+images was seen. `retrain` also needs the release's evaluation as reference, because it claims that
+the use differs from what was gated. An earlier window of the log only shows whether anything has
 changed since then, and so leads to `investigate` at most. Prompts in service differ from evaluation
-prompts from the first day, so that most often both questions are worth asking.
+prompts from the first day, so most often both questions are worth asking.
 
-What this cannot see: of a prompt only its length and its scripts are logged. Users who turn to
-other topics in the same language and as many words move the images alone, and are to be found by
-the investigation.
+Limits: of a prompt only its length and its scripts are logged. Users who turn to other topics in
+the same language and with the same number of words move only the images; the investigation has to
+find them.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def monitor(
     Args:
         log: the folder that the node writes, or one of its files.
         release_dir: the release that it serves.
-        window: which rows are judged; by default all, or all after the baseline.
-        baseline: hold the window against these rows, not against the release's evaluation; must
-            not overlap with the window.
-        reference: of the release's evaluation, where the release holds none itself.
-        policy: in place of the released policy's `monitoring:` section, or the defaults.
-        now: Unix time at which the evaluation is overdue or not.
+        window: rows to judge; by default all, or all after the baseline.
+        baseline: rows to compare with, in place of the release's evaluation; must not overlap with
+            the window.
+        reference: of the release's evaluation, if the release holds none itself.
+        policy: replaces the released policy's `monitoring:` section, or the defaults.
+        now: Unix time for the check whether the evaluation is overdue.
 
     Raises:
         UsageError: there is no log, or no release; or baseline and window overlap.
@@ -181,7 +181,7 @@ def _test(
 def compare_samples(
     later: Sample, earlier: Sample | None, rules: MonitoringPolicy, *, seed: int
 ) -> list[DriftTest]:
-    """Every test that two samples allow, corrected together; the others say why they were not made.
+    """Make every test that two samples allow, corrected together; the others give the reason.
 
     Without drift any of them is `found` with a probability of at most `rules.window_alpha`.
     """
@@ -207,7 +207,7 @@ class _Tests:
         self.permutations = int(min(max(1999, 5 * len(UNITS) / rules.window_alpha), 99_999))
 
     def made(self) -> list[DriftTest]:
-        """All of them, in a fixed order; those that cannot be made say why."""
+        """Return all tests in a fixed order; those that cannot be made give the reason."""
         if self.earlier is None:
             return [self._not(name, "not measured", "no reference") for name in UNITS]
         later, earlier = self.later, self.earlier
@@ -372,7 +372,7 @@ def _advice(found: list[str], by_outcome: dict[str, list[str]]) -> str:
 
 
 def _size(test: DriftTest) -> float:
-    """An effect to hold against its margin; a latency that fell is no drift."""
+    """Return the effect to compare with its margin; a latency that fell is no drift."""
     effect = test.effect or 0.0
     return effect if test.name.startswith("latency") else abs(effect)
 
@@ -388,7 +388,7 @@ def _reason(test: DriftTest) -> str:
 
 
 def _logged_extractor(rows: DriftRows) -> dict[str, object] | None:
-    """Without a reference: the protocol of this machine's extractor, if the rows are of it."""
+    """Return the protocol of this machine's extractor if the rows are of it (no reference)."""
     from modelops.metrics.features import Lite0Extractor
 
     ours = Lite0Extractor().protocol

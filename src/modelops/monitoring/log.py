@@ -22,13 +22,13 @@ class Span:
     end: float | None = None
 
     def holds(self, moment: float) -> bool:
-        """Return whether a moment lies in it."""
+        """Return whether a moment is in it."""
         return (self.start is None or moment >= self.start) and (
             self.end is None or moment < self.end
         )
 
     def overlaps(self, other: Span) -> bool:
-        """Return whether a moment can lie in both."""
+        """Return whether a moment can be in both."""
         starts = [one.start for one in (self, other) if one.start is not None]
         ends = [one.end for one in (self, other) if one.end is not None]
         return not starts or not ends or max(starts) < min(ends)
@@ -42,8 +42,8 @@ class DriftRows:
     """Rows of one release in order of time.
 
     Attributes:
-        refused: how many lines were left out, by reason.
-        ref: the log's files by digest, as one.
+        refused: number of lines that were left out, by reason.
+        ref: the log's files as one input, by digest.
     """
 
     requests: list[RequestRow] = field(default_factory=list)
@@ -77,13 +77,13 @@ def parse_span(text: str) -> Span:
 
 
 def read_log(path: str | Path, *, release_sha256: str, model_sha256: str) -> DriftRows:
-    """The rows of a release in a drift log: a folder, or one of its files.
+    """Read the rows of a release in a drift log: a folder, or one of its files.
 
-    A last line without its end is one that is being written, or that a killed process left; it is
-    left out without being counted.
+    An incomplete last line is being written, or was left by a killed process; it is left out
+    without being counted.
 
     Raises:
-        UsageError: there is no such log.
+        UsageError: the log does not exist.
     """
     source = Path(path)
     files = sorted(source.glob(f"{PREFIX}*.jsonl")) if source.is_dir() else [source]

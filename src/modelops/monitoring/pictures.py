@@ -2,13 +2,13 @@
 
 Two samples of features are pooled and described by their first `DIRECTIONS` principal directions,
 in units of the pooled standard deviation; the mean is tested along these. The covariance test also
-has the length of what they leave over, which counts as much as the variances along them. The
-directions are those of both samples together: they treat both alike, so that under "both are drawn
-from one distribution" every way to deal the rows out to the two samples is equally likely, and the
-permutation tests hold their level at any n, far below the features' dimension too. (With directions
-of the reference alone its own rows are special, and every later window looks different: that test
-would always alarm. A Fréchet distance of 400 images in 1,280 dimensions has the same trouble: its
-bias is larger than what is looked for.)
+uses the length of the residual, which counts as much as the variances along the directions. The
+directions are those of both samples together and treat both alike. So if both are drawn from one
+distribution, every way to deal the rows to the two samples is equally likely, and the permutation
+tests hold their level at any n, even far below the features' dimension. (With directions of the
+reference alone its own rows are special, and every later window looks different: that test would
+always alarm. A Fréchet distance of 400 images in 1,280 dimensions has the same problem: its bias is
+larger than the effect to find.)
 
 The effect is in standard deviations, without the part that noise adds, so that a margin means the
 same at any n. Its interval is a basic bootstrap.

@@ -1,4 +1,4 @@
-"""The `monitoring:` section of policy.yaml: how often to look, and what counts as drift.
+"""Monitoring policy, the `monitoring:` section of policy.yaml: intervals, and what counts as drift.
 
 monitoring:
   evaluate_every_days: 28        # an older evaluation is overdue
@@ -30,7 +30,7 @@ class _Section(BaseModel):
 
 
 class Margins(_Section):
-    """The smallest change that matters; a surely smaller or smaller-looking one is no drift.
+    """Smallest change that matters; a change that is or looks smaller is no drift.
 
     Attributes:
         feature_mean: shift of the images' mean features, in standard deviations.
@@ -38,7 +38,7 @@ class Margins(_Section):
         image_score, prompt_length: distance of P(later > earlier) from a half, 0 to 0.5.
         image_filter_rate, prompt_filter_rate: difference of the shares that are stopped.
         script_mix: total variation distance of the shares of scripts, 0 to 1.
-        latency_p50, latency_p95: how much slower, as a share: 0.25 is a quarter.
+        latency_p50, latency_p95: increase as a share: 0.25 is a quarter slower.
     """
 
     feature_mean: Margin = 0.5
@@ -56,8 +56,8 @@ class MonitoringPolicy(_Section):
     """Policy for watching a served release.
 
     Attributes:
-        evaluate_every_days: an evaluation of the served model that is older is overdue.
-        windows: how often the drift log is judged until the next evaluation.
+        evaluate_every_days: days after which the evaluation of the served model is overdue.
+        windows: number of judgements of the drift log until the next evaluation.
         alpha: chance of at least one false alarm in all those windows; each gets an equal part, of
             1e-4 at least.
         min_n: images, prompts or requests that each side of a test needs.

@@ -1,8 +1,8 @@
 """Reference of a release: its own evaluation, which later windows are compared with.
 
-An evaluation record says how far the images were from real ones, which is no help here: the
-reference are the evaluated images themselves, as features, with their filter scores and their
-prompts' lengths and scripts. `modelops release build` puts them into the release, in two files of
+An evaluation record measures how far the images were from real ones, which does not help here. The
+reference is the evaluated images themselves, as features, with their filter scores and the lengths
+and scripts of their prompts. `modelops release build` puts them into the release, in two files of
 `monitoring/`: about 1 MB for 400 images, 5 MB at most.
 """
 
@@ -171,11 +171,11 @@ def release_files(
 
 
 def read_reference(folder: str | Path) -> Reference:
-    """A reference from its two files.
+    """Read a reference from its two files.
 
     Raises:
         UsageError: there is none, or it cannot be read.
-        IntegrityError: the arrays are others than the record names.
+        IntegrityError: the arrays are not those that the record names.
     """
     top = Path(folder)
     record = read_record(top / RECORD_NAME, DriftReference)
@@ -203,7 +203,7 @@ def read_reference(folder: str | Path) -> Reference:
 def released_reference(
     release_dir: str | Path, release: ReleaseRecord
 ) -> tuple[Reference | None, str]:
-    """The reference that a release holds of its own model's evaluation, or why there is none.
+    """Return the reference in a release of its own model's evaluation, or why there is none.
 
     Raises:
         IntegrityError: it belongs to another model, or its evaluation is not in the release.

@@ -1,8 +1,8 @@
-"""The drift log's lines: one per sampled request, and one per image that was made of it.
+"""Rows of the drift log: one per sampled request, and one per image that was made of it.
 
-JSON lines, in files `drift-*.jsonl` of a folder. Nothing of a prompt but its length, its scripts
-and a tag that tells equal prompts of one process from others: its key is random, kept in memory
-only, so that nobody can try likely prompts against the log.
+They are JSON lines in files `drift-*.jsonl` of a folder. Of a prompt they hold only its length, its
+scripts and a tag that is equal for equal prompts of one process. The tag's key is random and only
+in memory, so that likely prompts cannot be tried against the log.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class ImageRow(_Row):
 
 
 def row_of(values: dict[str, Any]) -> RequestRow | ImageRow:
-    """A checked row of a line's values.
+    """Check a line's values and return the row.
 
     Raises:
-        ValueError: it is no row; pydantic's error is one.
+        ValueError: the values are not a row; pydantic's error is a ValueError.
     """
     kind = values.get("kind")
     if kind == "request":
@@ -88,7 +88,7 @@ def features_to_text(features: npt.NDArray[np.floating]) -> str:
 
 
 def text_to_features(text: str, dim: int) -> Features | None:
-    """The other way; None where the text is damaged, of another length or not finite."""
+    """Decode features from text; None if it is damaged, of another length or not finite."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -24,18 +24,17 @@ Settings = tuple[int, float]
 class Sample:
     """One side of every test.
 
-    One image a prompt, and one length a prompt: of several they are not independent. Rates are of
-    images' prompts and of prompts, too. A prompt is known again by its tag, and so within one
-    process of the node only: one that comes in several workers, or after a restart too, counts as
-    often.
+    It has one image and one length for each prompt, as several would not be independent. Rates also
+    count prompts. A prompt is recognised by its tag, and so only within one process of the node: a
+    prompt that comes to several workers, or again after a restart, is counted once in each.
 
     Attributes:
         features: [N, D] float16; of images of one setting, by an extractor of one protocol.
         scores: of the image filter [N]; of the same images.
         characters, scripts: [P] and [P, len(SCRIPTS)], of prompts that the prompt filter let pass.
-        prompt_filter, image_filter: how many each stopped, and its name.
+        prompt_filter, image_filter: number that each stopped, and its name.
         latencies: of requests of one setting; empty for an evaluation.
-        missing: why a part is empty, by the part's name.
+        missing: {name of a part: reason why it is empty}.
     """
 
     features: npt.NDArray[np.float16]

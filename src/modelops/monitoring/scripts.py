@@ -1,4 +1,4 @@
-"""A prompt to how long it is and in which scripts, which is all of it that is kept."""
+"""Length and scripts of a prompt, the only facts about it that are kept."""
 
 from __future__ import annotations
 

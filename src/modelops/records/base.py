@@ -1,4 +1,4 @@
-"""Every file that one stage leaves for another, as versioned models. Imports no torch.
+"""Records: files that one stage leaves for another, as versioned models. Imports no torch.
 
 A record names its inputs by sha256, says how it ended (`ok`, `failed`, `refused`), and gives each
 number as a `Measurement`: a value with an interval, n, a method and a protocol, or the reason why
@@ -35,9 +35,9 @@ class InputRef(RecordPart):
 
 
 class Measurement(RecordPart):
-    """One number with its interval, or the reason why there is none.
+    """Number with its interval, or the reason why there is none.
 
-    `value`, `low` and `high` are None exactly when `not_measured` says why.
+    `value`, `low` and `high` are None exactly when `not_measured` holds the reason.
     """
 
     value: float | None = None

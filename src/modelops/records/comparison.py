@@ -69,7 +69,7 @@ class ComparedMetric(RecordPart):
     n: int = 0  # prompts behind the difference
     p: float | None = None  # two-sided, of this metric alone
     p_adjusted: float | None = None  # by Holm over all compared metrics
-    margin: float | None = None  # how much worse is accepted, in the metric's own unit
+    margin: float | None = None  # accepted loss, in the metric's own unit
     margin_source: Literal["", "asked", "default"] = ""
     within_margin: Literal["yes", "no", "undecided"] | None = None
     detectable: float | None = None  # smallest difference seen with 80 % power at this n

@@ -63,12 +63,12 @@ class ReproductionCheck(RecordPart):
 
     processor: str
     runtime: str
-    precision: str  # of what is not INT8
+    precision: str  # of the nodes that are not INT8
     error: float  # relative, beside torch; of INT8 the root mean square over the rows
     bound: float  # INT8: 1.1 times the error of exact sums
     passed: bool
     n: int  # rows
-    fault: str = ""  # why there is no error to speak of: the runtime crashed
+    fault: str = ""  # reason why there is no error value: the runtime crashed
     imitated_by: str = ""  # the variable that narrowed another processor to this kind
 
     @property

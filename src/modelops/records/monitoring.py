@@ -16,8 +16,8 @@ class DriftTest(BaseModel):
     """One test of the window against the reference.
 
     `found` needs both: p_adjusted at most the threshold, and an effect of at least the margin.
-    `effect` is in the unit that the margin has, with a 95 % interval; `p` and what follows it are
-    None where the test was not made, and `reason` says why.
+    `effect` is in the unit of the margin, with a 95 % interval. If the test was not made, `p` and
+    the fields after it are None, and `reason` says why.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -40,12 +40,12 @@ class DriftTest(BaseModel):
 
 
 class MonitorRecord(Record):
-    """A window of a drift log, judged against a reference.
+    """Verdict on a window of a drift log against a reference.
 
     `alpha` is the chance that a window without drift has any test that finds one (Holm over the
-    tests made); `period_alpha` that of any in the `windows` windows until the next evaluation. Both
-    are upper bounds, for rows that are independent. `reference` says what the window was held
-    against: the release's own evaluation, or an earlier stretch of the log.
+    tests made); `period_alpha` is that chance over the `windows` windows until the next evaluation.
+    Both are upper bounds, for independent rows. `reference` names what the window was compared
+    with: the release's own evaluation, or an earlier window of the log.
     """
 
     kind: Literal["monitor"] = "monitor"

@@ -53,7 +53,7 @@ class Verdict(Record):
 
 
 class SignOff(Record):
-    """FILE.signoff-ROLE.json: a person's word on a file, as long as the file stays what it was."""
+    """FILE.signoff-ROLE.json: a person's approval of a file, valid until the file changes."""
 
     kind: Literal["signoff"] = "signoff"
     subject: InputRef
@@ -91,7 +91,7 @@ class ReleaseRecord(Record):
     model_sha256: str
     fallback: str | None = None  # folder of an artifact for processors that the model is wrong on
     fallback_sha256: str | None = None
-    reproduced: list[ReproductionCheck] = []  # kinds of processor, and how far off the model is
+    reproduced: list[ReproductionCheck] = []  # by kind of processor: the model's error
     verdict_sha256: str
     verdict_answer: Answer = "pass"
     allowed_without_pass: bool = False

@@ -1,4 +1,4 @@
-"""Model, verdict, records and cards to a release directory, and back: is it what was released?
+"""Release directory with a model, its verdict, records and cards.
 
 release/
   release.json   ReleaseRecord: every other file by sha256 and size
@@ -73,20 +73,20 @@ def build_release(
         records: record files (JSON); a name that is taken gets its folder's name in front.
         cards: Markdown files; images they show by relative path come with them.
         name, version: of the release; the served model's id is the name.
-        defaults: how the model is to be sampled (steps, guidance, golden image, ...).
+        defaults: default sampling of the model (steps, guidance, golden image, ...).
         policy: policy.yaml the verdict was made by; must have the digest the verdict names.
         notice: attribution text for images and weights, written to NOTICE.
         extra_files: {name in the release: file}.
-        fallback: an artifact of the same checkpoint that equals it without INT8; a node on whose
-            processor no runtime gives the model's numbers serves it instead, and says so.
-        preflights: what `modelops serve preflight` wrote about this very model on other machines.
+        fallback: an artifact of the same checkpoint that equals it without INT8. A node on whose
+            processor no runtime gives the model's numbers serves it instead, and reports it.
+        preflights: records of `modelops serve preflight` on this model on other machines.
         allow: build although the verdict is not `pass`; the record says so.
 
     Raises:
         GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
         IntegrityError: the verdict is about another model or another policy, or a symbolic link
             lies in the model.
-        UsageError: an input is missing or is not what it should be.
+        UsageError: an input is missing or of another kind.
     """
     _check_label("name", name)
     _check_label("version", version)
@@ -217,10 +217,10 @@ def check_verdict(
 
 
 def _card_files(card: Path) -> dict[str, Path]:
-    """A card, the images it shows and its sources, as {path below cards/: file}.
+    """Return a card, its images and its sources, as {path below cards/: file}.
 
     Raises:
-        UsageError: an image is missing or lies outside the card's folder.
+        UsageError: an image is missing or outside the card's folder.
     """
     files = {card.name: card}
     for suffix in CARD_SIDECARS:  # what `modelops card check` needs

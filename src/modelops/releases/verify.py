@@ -16,7 +16,7 @@ RECORD_FILE = "release.json"
 
 
 def check_fallback(fallback: str | Path, model_dir: str | Path) -> None:
-    """An artifact that may stand in for a release's model where that is not right.
+    """Check a fallback, an artifact that replaces a release's model where its numbers are wrong.
 
     Raises:
         UsageError: it, or the model, is not an artifact, or it is INT8 itself.
@@ -111,8 +111,8 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
 def released_evaluations(
     release_dir: str | Path, record: ReleaseRecord
 ) -> dict[str, EvaluationRecord]:
-    """Evaluations of the very model of a release that succeeded, by their path in it; the newest
-    last."""
+    """Return a release's successful evaluations of exactly its model, by their path in it; the
+    newest last."""
     found: dict[str, EvaluationRecord] = {}
     for relative in record.files:
         if not relative.endswith(".json") or relative.startswith(f"{record.model}/"):

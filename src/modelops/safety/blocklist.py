@@ -1,15 +1,15 @@
-"""An image block-list: perceptual hashes of images that must not come out again.
+"""Image block-list: perceptual hashes of images that must not be made again.
 
 A list is a directory of images, or a text file of their hashes, one a line:
 
     phash256:HEX  label          # 64 hex digits, then what it is
 
 so that lists can be shared without the images. The hash is the 256-bit DCT hash of imagehash
-(`phash(hash_size=16)`), and an image matches within 31 bits of 256. It knows the listed image
-again after resizing, JPEG or brighter light, but fewer of those that are flat and symmetric, whose
-hash has many undecided bits: of 400 OpenMoji drawings 84 % after noise, 89 % after JPEG and 93 to
-98 % after resizing or dimming were found, and 0.004 % of unlike pairs (measured). It does not know
-it after a crop or a rotation, and never the same symbol as part of another scene: that needs a
+(`phash(hash_size=16)`), and an image matches within 31 bits of 256. It recognises the listed image
+after resizing, JPEG or brighter light, but fewer of the flat and symmetric ones, whose hash has
+many undecided bits: of 400 OpenMoji drawings 84 % after noise, 89 % after JPEG and 93 to 98 % after
+resizing or dimming were found, and 0.004 % of unlike pairs (measured). It does not recognise an
+image after a crop or a rotation, and never the same symbol as part of another scene: that needs a
 classifier.
 """
 
@@ -44,7 +44,7 @@ class ListedImage:
 
 
 class BlockListFilter:
-    """Blocks images that look like a listed one.
+    """Filter that blocks images that look like a listed one.
 
     The score is 1 − d / 62 for the distance d to the nearest listed image, at least 0: 1 is the
     image itself, and d = 31 gives 0.5.
@@ -86,7 +86,7 @@ class BlockListFilter:
         return verdicts
 
     def nearest(self, image: Image) -> tuple[ListedImage, int]:
-        """The listed image most like an image, and how many bits differ."""
+        """Return the listed image most like an image, and the number of different bits."""
         distances = (self._bits != image_to_bits(image)).sum(axis=1)
         place = int(distances.argmin())
         return self.listed[place], int(distances[place])
@@ -102,10 +102,10 @@ def image_to_bits(image: Image) -> npt.NDArray[np.bool_]:
 
 
 def read_blocklist(path: Path) -> list[ListedImage]:
-    """A list from a directory of images, or a file of hashes.
+    """Read a list from a directory of images, or a file of hashes.
 
     Raises:
-        UsageError: it is missing or empty, an image cannot be read, or a line is no hash.
+        UsageError: it is missing or empty, an image cannot be read, or a line is not a hash.
     """
     if path.is_dir():
         return _hash_directory(path)

@@ -32,7 +32,7 @@ class ImageVerdict:
 
 
 class ImageFilter(Protocol):
-    """Says which images must not be shown.
+    """Filter that says which images must not be shown.
 
     Scores of every filter run from 0 to 1, and 0.5 is the filter's own, published threshold.
     """

@@ -1,9 +1,9 @@
 """Prompt filter: word lists, matched on normalised whole words, with reasons.
 
-A list cannot understand a sentence. It stops the plain cases, and says which word of which category
-it stopped; borderline words are left alone so that ordinary prompts pass. The lists lie in
-`safety/lists/CATEGORY.txt`: one word or phrase a line, `#` starts a comment, `*` at the end of a
-line also takes every word that begins so. `exceptions.txt` beside them holds phrases in which a
+A list cannot understand a sentence. It stops the plain cases, and names the word and its category.
+Borderline words are not listed, so that ordinary prompts pass. The lists are in
+`safety/lists/CATEGORY.txt`: one word or phrase a line; `#` starts a comment; `*` at the end of a
+line also matches every word that begins so. `exceptions.txt` beside them holds phrases in which a
 listed word has another sense, such as "naked eye".
 """
 
@@ -45,7 +45,7 @@ class PromptVerdict:
 
 
 class PromptFilter(Protocol):
-    """Says which prompts must not be answered."""
+    """Filter that says which prompts must not be answered."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class PromptFilter(Protocol):
 
 
 class WordListFilter:
-    """Blocks prompts that hold a listed word or phrase.
+    """Filter that blocks prompts with a listed word or phrase.
 
     Args:
         lists: {category: entries}; the packaged lists, with their exceptions, when not given.

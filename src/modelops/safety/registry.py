@@ -34,7 +34,7 @@ _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 
 @dataclass(frozen=True, slots=True)
 class FilterName:
-    """A filter's name, what it shall open, and its options; an option may be given many times."""
+    """Name of a filter, its target, and its options; an option may be given many times."""
 
     name: str
     target: str = ""
@@ -55,7 +55,7 @@ class FilterName:
 
 
 def parse_filter(text: str) -> FilterName:
-    """`NAME[:TARGET][,option=value]...` to its parts.
+    """Parse `NAME[:TARGET][,option=value]...` into its parts.
 
     Raises:
         UsageError: there is no name.
@@ -135,7 +135,7 @@ def prompt_filter_names() -> list[str]:
 
 
 def check_image_filter(text: str) -> FilterName:
-    """The parts of an image filter's name, sure to be known; loads nothing.
+    """Check an image filter's name and return its parts; loads nothing.
 
     Raises:
         UsageError: no such filter, or what it shall open is not there.
@@ -144,7 +144,7 @@ def check_image_filter(text: str) -> FilterName:
 
 
 def check_prompt_filter(text: str) -> FilterName:
-    """The parts of a prompt filter's name, sure to be known; loads nothing.
+    """Check a prompt filter's name and return its parts; loads nothing.
 
     Raises:
         UsageError: no such filter, or what it shall open is not there.

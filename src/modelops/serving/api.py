@@ -1,4 +1,4 @@
-"""The OpenAI Images request, response and error, with modelops' documented extensions."""
+"""Request, response and error of the OpenAI Images API, with modelops' documented extensions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Integer = Annotated[int, Field(strict=True)]
 
 
 class ImagesRequest(BaseModel):
-    """Body of POST /v1/images/generations. Unknown fields are refused, so that none is ignored.
+    """Body of POST /v1/images/generations. Unknown fields are refused, never ignored.
 
     Extensions to OpenAI's request (its client sends them through `extra_body`): `seed`, `steps`,
     `guidance`, `negative_prompt`. Image k of a request is made from seed + k.
@@ -179,7 +179,7 @@ def as_api_errors() -> Iterator[None]:
 
 
 def parse_request(body: bytes) -> ImagesRequest:
-    """JSON bytes to a request.
+    """Parse JSON bytes into a request.
 
     Raises:
         ApiError: 400 that names the field at fault and what it may be.

@@ -31,7 +31,7 @@ class NodeSettings:
         queue_limit: requests that may wait for a place.
         deadline_s: seconds after which a request is dropped.
         filter_timeout_s: seconds a safety filter may take.
-        stalled_s: seconds of one network evaluation after which the engine is taken for dead.
+        stalled_s: seconds of one network evaluation after which the engine counts as dead.
         client_timeout_s: seconds that a client may take for a request's head, for its body, or
             without reading of its answer.
         max_connections: open at once in one process; one more is closed unanswered.
@@ -112,12 +112,12 @@ class NodeSettings:
 
     @classmethod
     def variables(cls) -> list[str]:
-        """The variables that `from_environment` reads."""
+        """Return the variables that `from_environment` reads."""
         return [_variable(entry.name) for entry in fields(cls)]
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> NodeSettings:
-        """Settings from environment variables.
+        """Read settings from environment variables.
 
         Raises:
             UsageError: a variable is not a number in range, or see the class.

@@ -1,12 +1,12 @@
-"""A node of several worker processes behind one port: how many, which one this is, what is its own.
+"""Worker processes of a node behind one port: their number, this worker, and its own resources.
 
-Every worker has an engine, filters, a queue and a device of its own; BentoML starts them, and
-starts a dead one again (it looks every 10 seconds). What they share lies in a run directory
-that only their user can read: a socket of each (`peers`) and the rates of limited keys (`limits`).
+Every worker has its own engine, filters, queue and device. BentoML starts them, and restarts a dead
+one (it checks every 10 seconds). What they share is in a run directory that only their user can
+read: a socket of each (`peers`) and the rates of limited keys (`limits`).
 
-One listening socket is shared by all. The kernel hands a connection to whichever worker takes it
-first, and a client that keeps its connection keeps its worker; so a full worker may answer 429
-while another one is idle.
+All share one listening socket. The kernel gives a connection to the worker that accepts it first,
+and a client that keeps its connection keeps its worker. So a full worker may answer 429 while
+another one is idle.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _held: list[int] = []  # locks on run directories, until this process ends
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """One worker of a node.
+    """Worker of a node.
 
     Attributes:
-        index: 1 to `count`; a worker that BentoML starts again has its predecessor's.
+        index: 1 to `count`; a restarted worker has its predecessor's.
         count: workers of the node.
-        directory: what they share; None for a node of one.
+        directory: their run directory; None for a node of one.
     """
 
     index: int = 1
@@ -56,16 +56,16 @@ class Worker:
     directory: Path | None = None
 
     def threads(self, wanted: int, cores: int) -> int | None:
-        """CPU threads of its model: `wanted` if not 0, else its share of the cores.
+        """Return the CPU threads of its model: `wanted` if not 0, else its share of the cores.
 
-        None leaves a worker that is alone all of them, as each runtime counts them.
+        None, for a single worker, means all cores, as each runtime counts them.
         """
         if wanted or self.count == 1:
             return wanted or None
         return max(1, cores // self.count)
 
     def cuda_number(self, device: str, visible: int) -> int:
-        """Number of its CUDA device: that of "cuda:K", else its own of the `visible` ones.
+        """Return the number of its CUDA device: K of "cuda:K", else its own of the `visible` ones.
 
         Raises:
             UsageError: there is no such device.
@@ -81,7 +81,7 @@ class Worker:
         return int(named[1])
 
     def torch_device(self, device: str, visible: int) -> str:
-        """The device of a checkpoint, of "cpu", "cuda", "cuda:K", "auto" or another one of torch.
+        """Return a checkpoint's device, from "cpu", "cuda", "cuda:K", "auto" or torch's others.
 
         Raises:
             UsageError: CUDA was asked for and there is no such device.
@@ -117,7 +117,7 @@ def this_worker(number: int | None, environment: Mapping[str, str] = os.environ)
             before they end (SIGHUP).
 
     Raises:
-        ModelopsError: there are to be several, and nobody made what they share.
+        ModelopsError: there are several workers, and their run directory is missing.
     """
     count = worker_count(environment)
     if count == 1:
@@ -134,8 +134,8 @@ def this_worker(number: int | None, environment: Mapping[str, str] = os.environ)
 
 
 def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the one that started it ends (Linux only): the
-    workers of a BentoML that was killed would go on holding its port."""
+    """Have the kernel send this process SIGTERM when its parent ends (Linux only). Otherwise the
+    workers of a killed BentoML would hold its port."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -147,16 +147,16 @@ def run_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path | None:
-    """Make what several workers share, and the environment that they start with.
+    """Make the run directory of several workers, and their environment.
 
-    Runs in the process that starts the workers, before they do. The directory (mode 0700) goes when
-    that process ends; one that was killed leaves its directory to the next start.
+    Runs in the process that starts the workers, before they start. The directory (mode 0700) is
+    removed when that process ends; if it was killed, the next start removes it.
 
     Returns:
         The run directory, or None for a node of one worker.
 
     Raises:
-        ModelopsError: it cannot be made.
+        ModelopsError: the directory cannot be made.
     """
     count = worker_count(environment)
     environment.pop(RUN_VARIABLE, None)
@@ -193,7 +193,7 @@ def remove_abandoned() -> None:
             about = directory.lstat()
             if about.st_uid != os.getuid() or time.time() - about.st_mtime < _FRESH_S:
                 continue
-            lock = _lock(directory, fcntl.LOCK_EX)  # somebody who lives holds it
+            lock = _lock(directory, fcntl.LOCK_EX)  # a living process holds it
             try:
                 shutil.rmtree(directory, ignore_errors=True)
             finally:
@@ -202,7 +202,7 @@ def remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def one_at_a_time(worker: Worker, name: str) -> Any:
-    """Let no two workers of a node be within this block at once."""
+    """Let only one worker of a node into this block at a time."""
     if worker.directory is None:
         yield
         return
@@ -217,14 +217,14 @@ def one_at_a_time(worker: Worker, name: str) -> Any:
 
 
 class WorkerField(logging.Filter):
-    """Adds the worker's number to the fields of log records."""
+    """Log filter that adds the worker's number to the fields of records."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__()
         self._worker = worker
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Always lets it pass."""
+        """Add the number; return True always, so that no record is dropped."""
         if self._worker.count > 1:
             record.fields = {**getattr(record, "fields", {}), "worker": self._worker.index}
         return True

@@ -1,4 +1,4 @@
-"""Check a config, freeze it as runs/NAME/config.json, and run the trainer as a process of its own.
+"""Launch of a training run: check a config, freeze it as runs/NAME/config.json, run the trainer.
 
 The trainer is never imported: a crash, a resume or a multi-process launch does not touch this
 process. Imports no torch.
@@ -35,13 +35,13 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """A checked run that has not been started.
+    """Checked run that has not been started.
 
     Attributes:
-        spec: what config.json will hold.
+        spec: content of config.json.
         run_dir: the run's directory.
-        resume: whether it goes on from a checkpoint.
-        command: what will be executed.
+        resume: whether it continues from a checkpoint.
+        command: command to execute.
         environment: variables that are set for it.
     """
 
@@ -74,13 +74,13 @@ def launch_training(
         config: the YAML config; its relative paths are relative to its folder.
         run_dir: runs/NAME; must be new unless `resume`.
         overrides: "section.key=value" each.
-        resume: go on from the newest checkpoint, or start if there is none.
+        resume: continue from the newest checkpoint, or start if there is none.
         processes: data-parallel processes.
         on_line: gets remarks and the child's stderr, line by line; by default stderr.
         on_progress: gets (steps done, steps planned).
 
     Raises:
-        UsageError: the config, its data or the run directory is not as it should be.
+        UsageError: the config, its data or the run directory cannot be used.
     """
     plan = plan_run(
         config, run_dir=Path(run_dir), overrides=overrides, resume=resume, processes=processes
@@ -172,7 +172,7 @@ def execute_run(
 def training_command(
     config: Path, processes: int, *, resume: bool = False
 ) -> tuple[list[str], dict[str, str]]:
-    """(command, environment variables) that train a frozen config with so many processes."""
+    """Return (command, environment variables) that train a frozen config with `processes`."""
     tail = ["modelops.trainer", str(config), *(["--resume"] if resume else [])]
     if processes == 1:
         return [sys.executable, "-m", *tail], {}

@@ -49,13 +49,13 @@ def init_project(directory: str | Path, *, force: bool = False) -> list[Path]:
 
     Args:
         directory: made if it is not there.
-        force: replace files that say something else.
+        force: replace files whose content differs.
 
     Returns:
         The files that were written.
 
     Raises:
-        UsageError: a file says something else and `force` is not given; nothing is written then.
+        UsageError: a file differs and `force` is not given; then nothing is written.
         ModelopsError: the directory cannot be written.
     """
     states = project_files(directory)

@@ -161,7 +161,7 @@ def test_a_keys_rate_holds_over_both(pair: Pair) -> None:
 
 
 def test_a_killed_worker_turns_readiness_red_until_there_is_another(pair: Pair) -> None:
-    """Under load: only what it had in hand is lost, the other goes on, and a new one comes."""
+    """Under load: only what it had in progress is lost, the other goes on, and a new one comes."""
     lost: list[float] = []
     statuses: Counter[int] = Counter()
     stop = threading.Event()

@@ -155,7 +155,7 @@ def test_a_row_that_the_head_cannot_use_goes_to_a_later_request(
     gate.open()
     for job in (long, head, *narrow):
         job.future.result(60)
-    assert long.future.result().mean_rows > 2  # it had company, though the head had to wait
+    assert long.future.result().mean_rows > 2  # it shared batches, though the head had to wait
     assert head.overtaken == MAX_OVERTAKEN
     admitted = sorted((long, head, *narrow), key=lambda job: job.admitted)
     assert admitted.index(head) == 1 + MAX_OVERTAKEN

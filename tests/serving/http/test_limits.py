@@ -231,7 +231,7 @@ def test_retry_after_is_right_within_a_factor_of_two(
 ) -> None:
     """In virtual time, with mixed steps and guidance, whether batching pays or not.
 
-    What it says is when the work in hand will have been done; that is measured by draining it.
+    What it says is when the work in progress will have been done; that is measured by draining it.
     """
     pipeline = load_checkpoint(tiny_checkpoint)
     clock = VirtualTime(pipeline, base=base, each=each)

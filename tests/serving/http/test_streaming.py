@@ -245,7 +245,7 @@ def test_a_hanging_filter_holds_up_neither_the_engine_nor_memory(stage: Stage) -
     reader = threading.Thread(target=lambda: events.extend(stage.stream(partial_images=3)))
     reader.start()
     wait_until(lambda: stage.filter.checks == 1)
-    wait_until(lambda: stage.gate.evaluations == 6)  # to its end, with the first partial in hand
+    wait_until(lambda: stage.gate.evaluations == 6)  # to its end; the first partial is in progress
     stage.filter.held.set()
     reader.join(30)
     assert events[-1].type == "image_generation.completed"

@@ -90,7 +90,7 @@ def test_a_served_image_is_made_again_bit_for_bit(
 ) -> None:
     for name, index in (("png", 0), ("jpeg", 1)):
         receipt = made.answers[name][index]
-        assert receipt["batch_rows"] == [4, 4, 4]  # it had company then, it has none now
+        assert receipt["batch_rows"] == [4, 4, 4]  # others were in its batch then, none now
         code, result = replay_json(made, capsys, f"{made.file(name, index)}.json")
         assert (code, result["answer"]) == (0, "equal")
         assert result["pixels_sha256"] == receipt["pixels_sha256"]

@@ -306,7 +306,7 @@ def test_what_waits_when_the_log_is_closed_is_counted(tmp_path: Path) -> None:
     for index in range(9):
         log.note_images(f"r{index}", [picture()], [0.1], [False], {"total": 1.0})
     log.close(timeout_s=0.05)
-    assert count(registry, "dropped") >= 8  # the first one may be in hand
+    assert count(registry, "dropped") >= 8  # the first one may be in progress
     extractor.go.set()
     assert log._thread is not None
     log._thread.join(60)

@@ -109,8 +109,8 @@ def build_corpus(
     Args:
         data_dir: made if missing; `images/` in it is replaced as a whole.
         resolution: height and width in pixels, 8 to 1024.
-        limit: at most so many images; whole groups, spread evenly over the corpus by `seed`.
-        seed: which groups a limit takes; without a limit it changes nothing.
+        limit: largest number of images; whole groups, spread evenly over the corpus by `seed`.
+        seed: for choosing the groups under a limit; without a limit it changes nothing.
         on_progress: called with (done, total).
 
     Returns the manifest's path.
@@ -170,7 +170,7 @@ def attribution() -> dict[str, str]:
 
 
 def list_drawings() -> list[Drawing]:
-    """All drawings with an English name, sorted by id."""
+    """List all drawings with an English name, sorted by id."""
     names = require_module("emoji", needed_for="the English names of emoji").EMOJI_DATA
     drawings = []
     for identity in _drawing_ids():
@@ -206,7 +206,7 @@ def render_drawing(identity: str, resolution: int) -> bytes:
 
 
 def take_groups(drawings: Sequence[Drawing], limit: int | None, seed: int) -> list[Drawing]:
-    """At most `limit` drawings in whole groups, drawn evenly over the groups by `seed`.
+    """Take at most `limit` drawings in whole groups, evenly over the groups by `seed`.
 
     A group that does not fit any more is passed over, so large families of variants do not eat a
     small sample. The order of the input is kept.
@@ -316,7 +316,7 @@ def _to_words(name: str) -> str:
 
 
 def _kinds(identity: str) -> list[str]:
-    """flag or keycap, from the code points."""
+    """Return flag or keycap, from the code points."""
     points = identity.split("-")
     regional = [0x1F1E6 <= int(point, 16) <= 0x1F1FF for point in points]
     if all(regional) or points[0] in ("1F3F4", "1F3F3"):

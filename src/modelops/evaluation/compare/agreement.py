@@ -50,7 +50,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class ImagePair:
-    """Two images of one prompt and seed.
+    """Pair of images of one prompt and seed.
 
     Attributes:
         rows: place of each among the images that its evaluation made.
@@ -89,7 +89,7 @@ def compare_images(one: str | Path, other: str | Path) -> Agreement:
 
 
 def pair_images(one: str | Path, other: str | Path) -> list[ImagePair]:
-    """The images of the same prompt and seed that both evaluations made, in the first's order.
+    """Pair the images of the same prompt and seed of both evaluations, in the first's order.
 
     Args:
         one, other: evaluation records with their samples and per-image values beside them.
@@ -124,7 +124,7 @@ def pairwise_measures(
 
     `pair_identical_rate` (bytes equal), `pair_psnr` in dB over the pairs that differ (it is
     infinite for the others), `pair_ssim`, `pair_lpips`, and `pair_cosine_lite0`. Each is a mean
-    over prompts; what cannot be measured says why.
+    over prompts, or the reason why it cannot be measured.
 
     Args:
         record_a, record_b: paths of evaluation records, with samples beside them.
@@ -188,7 +188,7 @@ def pairwise_measures(
 def _pair_values(
     pairs: Sequence[ImagePair], wanted: dict[str, Callable[[Image, Image], float]]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """({measure: value of each pair}, {measure: why it cannot be made}); "identical" is 0 or 1."""
+    """Return ({measure: value of each pair}, {measure: why not}); "identical" is 0 or 1."""
     values: dict[str, list[float]] = {"identical": [], **{key: [] for key in wanted}}
     reasons: dict[str, str] = {}
     for pair in pairs:
@@ -204,7 +204,7 @@ def _pair_values(
 
 
 def _lite0_cosines(one: Path, other: Path, pairs: Sequence[ImagePair]) -> Floats:
-    """Cosine of the Lite0 features of each pair [N]."""
+    """Compute the cosine of the Lite0 features of each pair [N]."""
     ours = _features(one, [pair.rows[0] for pair in pairs], (pair.first for pair in pairs))
     theirs = _features(other, [pair.rows[1] for pair in pairs], (pair.second for pair in pairs))
     lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
@@ -214,7 +214,7 @@ def _lite0_cosines(one: Path, other: Path, pairs: Sequence[ImagePair]) -> Floats
 
 
 def _features(record_path: Path, rows: Sequence[int], images: Iterable[Path]) -> Floats:
-    """Lite0 features [N, D] of some made images: those beside the record, or computed anew."""
+    """Return Lite0 features [N, D] of some made images: those beside the record, or new ones."""
     record = read_record(record_path, EvaluationRecord)
     entry = record.files.get("features")
     path = record_path.parent / entry.path if entry else None
@@ -238,7 +238,7 @@ def _measurement(
     unit: str,
     better: bool,
 ) -> Measurement:
-    """A measurement that carries its protocol in `details`: there is no record to look it up in."""
+    """Make a measurement with its protocol in `details`, as no record holds it."""
     plain = {key: value for key, value in protocol.items() if not isinstance(value, dict | list)}
     return Measurement(
         value=interval.value, low=interval.low, high=interval.high, method=interval.method, n=n,
@@ -248,7 +248,7 @@ def _measurement(
 
 
 def _made_images(record_path: Path) -> dict[tuple[str, int], tuple[int, Path]]:
-    """{(prompt, seed): (row among the images that were made, PNG)}."""
+    """Return {(prompt, seed): (row among the images that were made, PNG)}."""
     record = read_record(record_path, EvaluationRecord)
     rows = read_per_image(record_path, record)
     folder = _latest_samples(record_path)

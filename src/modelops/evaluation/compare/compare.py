@@ -1,10 +1,10 @@
 """Compare two evaluation records: better, worse, within noise, or not comparable.
 
-Each verdict says that there is a difference, whatever its size; with many metrics some would by
+A verdict says that there is a difference, whatever its size. With many metrics some would differ by
 chance, so p-values are adjusted by Holm's method unless that is turned off. Whether a source is
-good enough is another question, asked with a margin: how much worse is accepted? There the burden
-of proof is the other way round, all margins must be met together, and so each is decided on its own
-interval without adjustment. Where a margin was asked for, it decides in place of the verdict.
+good enough is another question, and needs a margin: the loss that is accepted. There the burden of
+proof is reversed and all margins must be met together, so each is decided on its own interval
+without adjustment. Where a margin was asked for, it decides in place of the verdict.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ def compare_records(
     """Compare every metric that both records have and that has a better direction.
 
     Args:
-        margins: how much worse is accepted of these metrics.
+        margins: accepted loss of these metrics.
         default_margins: let the default margins of the others decide too.
         adjust: p-values by Holm's method over all compared metrics.
         manifest, splits: of the reference images, if they are not where the records say.
-        lpips_weights, lpips_net: torchvision's weights of LPIPS's backbone, and which it is: how
-            far apart the two sources' images of the same prompts and seeds look.
+        lpips_weights, lpips_net: torchvision's weights of LPIPS's backbone, and its name; LPIPS
+            measures how different the two sources' images of the same prompts and seeds look.
         on_progress: called with (metric, done, total).
 
     Raises:
         UsageError: a file is not an evaluation record, or a margin names no metric of both.
-        IntegrityError: a file beside a record is other than the record says.
+        IntegrityError: a file beside a record is not the one that it names.
         MissingWeightsError: the weights of LPIPS cannot be used.
     """
     started, clock = datetime.now(UTC), time.monotonic()
@@ -130,7 +130,7 @@ def compare_records(
 
 
 def _comparable_names(first: EvaluationRecord, second: EvaluationRecord) -> list[str]:
-    """Metrics of the sources (not of the images or the alignment model) with a direction."""
+    """List the sources' metrics (not real images' or the alignment model's) with a direction."""
     names = []
     for name in sorted(first.metrics.keys() & second.metrics.keys()):
         if name.startswith("lit_heldout") or name.endswith(("_floor", "_heldout")):
@@ -138,7 +138,9 @@ def _comparable_names(first: EvaluationRecord, second: EvaluationRecord) -> list
         a, b = first.metrics[name], second.metrics[name]
         measured = a if a.value is not None else b
         if measured.value is None:
-            names.append(name)  # what nobody measured has no direction, but is not left out
+            names.append(
+                name
+            )  # a metric that neither measured has no direction, but is not left out
         elif measured.higher_is_better is not None and _of_the_source(first, second, name):
             names.append(name)
     return names
@@ -151,7 +153,7 @@ def _of_the_source(first: EvaluationRecord, second: EvaluationRecord, name: str)
 
 
 def _difference(name: str, pairing: Pairing) -> tuple[PairedDifference, list[str]] | str:
-    """The difference with remarks, or why there is none."""
+    """Return the difference with remarks, or the reason why there is none."""
     first, second = pairing.first.record, pairing.second.record
     a, b = first.metrics[name], second.metrics[name]
     reasons = _incomparable(first, second, a, b)
@@ -189,11 +191,11 @@ def _decide(
     family: int,
     guard: float | None,
 ) -> ComparedMetric:
-    """A verdict on one difference.
+    """Decide on one difference.
 
     Args:
         adjusted: the p-value that decides.
-        family: metrics that it was adjusted for; 0 if it was not.
+        family: number of metrics that it was adjusted for; 0 if it was not.
         guard: see `_guard`.
     """
     assert a.value is not None
@@ -225,7 +227,7 @@ def _decide(
 
 
 def _p(value: float) -> str:
-    """A p-value; below one in ten thousand its digits say nothing."""
+    """Format a p-value; below one in ten thousand its digits mean nothing."""
     return "< 0.0001" if value < 1e-4 else f"= {value:.2g}"
 
 
@@ -274,8 +276,8 @@ def _apply_margin(
 
 
 def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool) -> None:
-    """Fill in the answer, its reasons and the counts. Where a margin decides, the verdict does not;
-    what neither record measured decides nothing, unless its margin was asked for.
+    """Fill in the answer, its reasons and the counts. Where a margin decides, the verdict does not.
+    A metric that neither record measured decides nothing, unless its margin was asked for.
 
     Args:
         asked: metrics whose margin was asked for.
@@ -320,7 +322,7 @@ def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool)
 
 
 def _measurement(made: PairedDifference, a: Measurement, notes: list[str]) -> Measurement:
-    """The difference, second minus first."""
+    """Make the measurement of the difference, second minus first."""
     return Measurement(
         value=made.value, low=made.low, high=made.high, method=made.method, n=made.n, unit=a.unit,
         higher_is_better=a.higher_is_better, protocol=a.protocol, warnings=notes,
@@ -328,7 +330,7 @@ def _measurement(made: PairedDifference, a: Measurement, notes: list[str]) -> Me
 
 
 def _shared(first: Evidence, second: Evidence) -> dict[str, InputRef]:
-    """Inputs that both records were made from."""
+    """Return the inputs that both records were made from."""
     ours, theirs = first.record.inputs, second.record.inputs
     return {
         name: ours[name]

@@ -26,7 +26,7 @@ Features = npt.NDArray[np.floating]
 
 @dataclass(slots=True)
 class Evidence:
-    """One evaluation record and the files it names.
+    """Evaluation record and the files that it names.
 
     Attributes:
         sha256: of the record's file.
@@ -56,7 +56,7 @@ class Evidence:
         return self._rows
 
     def made(self) -> list[dict[str, Any]]:
-        """Rows of the images that were made: those that features have a row for."""
+        """Rows of the images that were made, which are those with a row of features."""
         return [row for row in self.rows() if row.get("failure") is None]
 
     def features(self, protocol: Mapping[str, Any]) -> Features:
@@ -86,7 +86,7 @@ class Evidence:
         return self._features[key]
 
     def cached(self, protocol: Mapping[str, Any], digests: list[str]) -> Features | None:
-        """Features of images named by content, from the evaluation's cache."""
+        """Read the features of images, named by content, from the evaluation's cache."""
         return _find(self.path.with_suffix("") / "cache", protocol, digests)
 
     def _file(self, name: str, what: str) -> Path:
@@ -114,7 +114,7 @@ def read_evidence(path: str | Path) -> Evidence:
 
 @dataclass(slots=True)
 class Reference:
-    """The real images that both records were measured against, found when first asked for."""
+    """Real images that both records were measured against, opened at the first use."""
 
     first: Evidence
     second: Evidence
@@ -127,7 +127,7 @@ class Reference:
         """Features [M, D] of the reference images by the extractor of this protocol.
 
         Raises:
-            EvaluationError: the images or their features are not to be found.
+            EvaluationError: the images or their features cannot be found.
         """
         pictures = self._open()
         if protocol.get("extractor") == LITE0_NAME:
@@ -166,7 +166,7 @@ class Reference:
         return pictures
 
     def _input(self, name: str, given: Path | None) -> Path:
-        """The manifest or the splits: where the user, the record or its folders say."""
+        """Find the manifest or the splits: the user's path, the record's, or one beside it."""
         entry = self.first.record.inputs.get(name)
         if entry is None:
             raise EvaluationError(f"the record names no {name}")
@@ -185,7 +185,7 @@ class Reference:
 
 
 def _find(folder: Path, protocol: Mapping[str, Any], digests: list[str]) -> Features | None:
-    """Features of images named by content in a cache; None if it does not have them."""
+    """Find the features of images, named by content, in a cache; None if they are not there."""
     key = sha256_json({"protocol": protocol_id(protocol), "images": digests})
     paths = [folder / f"{key}{suffix}" for suffix in (".npz", ".npy")]
     return next((_read(path) for path in paths if path.is_file()), None)

@@ -16,13 +16,13 @@ POWER = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """A loss that is accepted: in the metric's own unit, or as a share of the first value."""
+    """Accepted loss: in the metric's own unit, or as a share of the first value."""
 
     amount: float
     relative: bool
 
     def absolute(self, first: float) -> float:
-        """In the metric's unit. A share of the first value takes that value as it was measured."""
+        """Return the margin in the metric's unit; a share is taken of the measured first value."""
         return self.amount * abs(first) if self.relative else self.amount
 
     def __str__(self) -> str:
@@ -43,10 +43,10 @@ def default_margin(name: str, unit: str) -> Margin:
 
 
 def parse_margins(texts: Iterable[str]) -> dict[str, Margin]:
-    """{metric: margin} from texts such as "unsafe_rate=0.01" or "fid=5%".
+    """Parse texts such as "unsafe_rate=0.01" or "fid=5%" into {metric: margin}.
 
     Raises:
-        UsageError: one of them is not like that, or names a metric twice.
+        UsageError: a text has another form, or a metric is named twice.
     """
     margins: dict[str, Margin] = {}
     for text in texts:
@@ -79,16 +79,16 @@ def within_margin(made: PairedDifference, margin: float, *, higher_is_better: bo
 
 
 def detectable(made: PairedDifference, *, alpha: float = 0.05, power: float = POWER) -> float:
-    """Smallest true difference that this metric alone shows as one with the given power."""
+    """Return the smallest true difference that this metric alone detects with the given power."""
     return _factor(alpha, power) * math.sqrt(made.variance + made.fixed_variance)
 
 
 def prompts_needed(
     made: PairedDifference, margin: float, *, alpha: float = 0.05, power: float = POWER
 ) -> int | None:
-    """Prompts with which a source that is equally good is shown to be within the margin with the
-    given power; None where no number is enough: the margin is 0, or smaller than the noise of the
-    reference images, which more prompts do not make less.
+    """Return the number of prompts that show an equally good source to be within the margin, with
+    the given power. None if no number is enough: the margin is 0, or smaller than the noise of the
+    reference images, which more prompts do not reduce.
     """
     allowed = (margin / _factor(alpha, power)) ** 2 - made.fixed_variance
     if margin <= 0 or allowed <= 0:
@@ -103,10 +103,10 @@ def _factor(alpha: float, power: float) -> float:
 
 
 def unknown_margins(margins: Mapping[str, Margin], known: Iterable[str]) -> None:
-    """Refuse a margin for a metric that nothing can be said of.
+    """Refuse a margin for a metric that is not compared.
 
     Raises:
-        UsageError: naming the metrics that there are.
+        UsageError: there is such a margin; the message names the metrics that are compared.
     """
     import difflib
 

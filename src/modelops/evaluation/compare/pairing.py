@@ -42,7 +42,7 @@ MEANS = {
     "clipscore": ("clipscore",),
     "clip_score_torchmetrics": ("clip_score_torchmetrics",),
 }
-# Median over images; what is taken away from it is the same in both records.
+# Median over images; the value subtracted from it is the same in both records.
 MEDIANS = {"nearest_train_distance_gap": "nearest_train_distance"}
 # Whether a row counts; None if the row is in no denominator.
 RATES: dict[str, Callable[[Row, Protocol], bool | None]] = {
@@ -90,11 +90,11 @@ class Pairing:
     _prdc: dict[str, dict[str, PairedDifference]] = field(default_factory=dict)
 
     def difference(self, name: str, protocol: Protocol) -> PairedDifference:
-        """The paired difference of a metric that both records measured under this protocol.
+        """Return the paired difference of a metric that both records measured under this protocol.
 
         Raises:
-            EvaluationError: it cannot be paired, and why.
-            IntegrityError: a file is other than its record says.
+            EvaluationError: it cannot be paired, with the reason.
+            IntegrityError: a file is not the one that its record names.
         """
         made = self._difference(name, protocol)
         for evidence, value in ((self.first, made.first), (self.second, made.second)):
@@ -178,7 +178,7 @@ class Pairing:
     def _values(
         self, of: Callable[[Row], float | bool | None]
     ) -> tuple[list[tuple[str, int]], Floats, Floats]:
-        """((prompt, replicate) [N], first [N], second [N]) of the images that both have."""
+        """Return ((prompt, replicate) [N], first [N], second [N]) of the images that both have."""
         found: list[dict[tuple[str, int], float]] = []
         for evidence in (self.first, self.second):
             values = {
@@ -193,7 +193,7 @@ class Pairing:
 
 
 def independent(a: Measurement, b: Measurement) -> PairedDifference:
-    """Second minus first as if the two had nothing in common (Newcombe, 1998): too wide if they do.
+    """Return second minus first as if the two were independent (Newcombe, 1998); too wide if not.
 
     Raises:
         EvaluationError: a value has no interval.

@@ -31,7 +31,7 @@ KEYS = (
 
 
 def measure(bench: Workbench) -> None:
-    """Scores by the alignment model that was named, beside that model's own held-out rates."""
+    """Measure scores by the named alignment model, beside that model's own held-out rates."""
     record, directory = bench.record, bench.settings.lit
     if directory is None:
         raise EvaluationError("no alignment model was given (--lit)")
@@ -52,7 +52,7 @@ def measure(bench: Workbench) -> None:
 
 
 def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measurement]) -> None:
-    """Alignment of images with their own and with other prompts, by the LiT model.
+    """Measure the alignment of images with their own and with other prompts, by the LiT model.
 
     Args:
         heldout: the retrieval rates of its own record, repeated beside the scores.
@@ -122,7 +122,7 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
 def _note_real_gains(bench: Workbench, model: LitModel, texts: npt.NDArray[np.floating]) -> None:
     """Keep the alignment gain of the real image of each prompt, if prompts are its captions.
 
-    A slice whose real images score lower too says something of the alignment model.
+    If the real images of a slice score lower too, that points to the alignment model.
 
     Args:
         texts: embeddings of the prompts [P, E].

@@ -23,8 +23,8 @@ KEYS = SCORES + RETRIEVAL + DISTANCES
 
 
 def measure(bench: Workbench) -> None:
-    """Distances to real images, scores and retrieval rates; images are encoded once. A CLIPScore
-    is made with CLIP, so SigLIP's weights give no score."""
+    """Measure distances to real images, scores and retrieval rates; images are encoded once. A
+    CLIPScore needs CLIP, so SigLIP's weights give no score."""
     settings = bench.settings
     if bench.n == 0 and settings.clip_weights is not None:
         raise EvaluationError("no images")
@@ -70,7 +70,7 @@ def measure(bench: Workbench) -> None:
 
 
 def _put_distances(bench: Workbench, model: ClipModel) -> None:
-    """Gaussian MMD and Fréchet distance to the reference images, on image embeddings."""
+    """Put Gaussian MMD and Fréchet distance to the reference images, on image embeddings."""
     settings, reference = bench.settings, bench.real()
     fake, real = bench.features_of(model), bench.real_features_of(reference, model)
     known = bench.real_statistics_of(reference, model)
@@ -106,7 +106,7 @@ def _put_scores(
     texts: np.ndarray[tuple[int, int], np.dtype[np.float32]],
     protocol: dict[str, object],
 ) -> None:
-    """The paper's score, averaged over prompts, and torchmetrics', averaged over images."""
+    """Put the paper's score, averaged over prompts, and torchmetrics', averaged over images."""
     settings, owner = bench.settings, bench.owner
     prefixed = [PREFIX + prompt for prompt in bench.prompts.prompts]
     named = model.texts_to_embeddings(prefixed)

@@ -10,7 +10,7 @@ KEYS = ("frechet_distance_dinov2", "kernel_distance_dinov2")
 
 
 def measure(bench: Workbench) -> None:
-    """Distances to the reference images."""
+    """Measure distances to the reference images."""
     if bench.settings.dinov2_weights is not None:
         bench.real()  # without it there is no need to open them
     extractor = bench.open_extractor("dinov2")

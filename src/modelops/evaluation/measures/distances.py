@@ -26,7 +26,7 @@ KEYS = (
 
 
 def measure(bench: Workbench) -> None:
-    """Fréchet and kernel distance on Lite0 features, and what training images themselves get."""
+    """Measure Fréchet and kernel distance on Lite0 features, also of the training images."""
     reference, lite0 = bench.real(), bench.extractor.protocol
     real, fake = reference.features, bench.features
     warnings = rank_warning(bench.n, len(real), real.shape[1])
@@ -56,7 +56,7 @@ def _floor(
     bench: Workbench, training: RealPictures, frechet: Mapping[str, Any],
     kernel: Mapping[str, Any], warnings: Sequence[str],
 ) -> None:  # fmt: skip
-    """The distances that as many training images have from the reference."""
+    """Measure the distances of as many training images from the reference."""
     settings, reference = bench.settings, bench.real()
     real = reference.features
     count = min(bench.n, len(training.samples))

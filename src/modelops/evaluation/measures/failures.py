@@ -9,7 +9,7 @@ KEYS = ("failed_image_rate",)
 
 
 def measure(bench: Workbench) -> None:
-    """Share of planned images that could not be made; a prompt that cannot be used counts."""
+    """Measure the share of planned images that could not be made; unusable prompts count."""
     plan, failures = len(bench.samples.plan), len(bench.samples.failures)
     dropped = bench.prompts.dropped
     bench.put(

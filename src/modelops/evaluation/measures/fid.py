@@ -22,7 +22,7 @@ KEYS = (
 
 
 def measure(bench: Workbench) -> None:
-    """Distances to the reference images, and the score of the images alone."""
+    """Measure distances to the reference images, and the score of the images alone."""
     extractor: InceptionExtractor = bench.open_extractor("inception")
     bench.attempt(lambda bench: _measure_score(bench, extractor), ("inception_score",))
     _measure_distances(bench, extractor)

@@ -1,4 +1,4 @@
-"""Nearest training images of samples against those of held-out images, and what they say."""
+"""Memorization: nearest training images of samples, compared with those of held-out images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Compared:
 
 
 def measure(bench: Workbench) -> None:
-    """Nearest training images of samples and of real held-out images; the verdict; the page."""
+    """Find nearest training images of samples and held-out images; add verdict and page."""
     if bench.reference is None or bench.training is None:
         raise EvaluationError("no training and held-out images to compare with")
     if not bench.n:
@@ -114,7 +114,7 @@ def _put_metrics(bench: Workbench, found: _Compared) -> None:
 
 
 def _judge(bench: Workbench, found: _Compared, new: npt.NDArray[np.bool_]) -> MemorizationVerdict:
-    """The verdict; `new` are the held-out images that are not training images too."""
+    """Judge copying; `new` are the held-out images that are not training images too."""
     rows = judge.first_of_each(bench.owner)
     caveats = _caveats(bench, found, new, rows)
     control = _known_copies(bench)
@@ -178,9 +178,10 @@ def _caveats(
 
 
 def _known_copies(bench: Workbench) -> tuple[int, int] | None:
-    """(recognised as near copies, tried): training images at the samples' size, changed a little.
+    """Return (recognised as near copies, tried) of slightly changed training images.
 
-    A control of the instrument: where this finds little, finding no copies means nothing.
+    They have the samples' size. This is a control: if few are recognised, finding no copies means
+    nothing.
     """
     training, settings = bench.training, bench.settings
     assert training is not None
@@ -207,7 +208,7 @@ def _known_copies(bench: Workbench) -> tuple[int, int] | None:
 def _changed(
     picture: npt.NDArray[np.uint8], place: int, generator: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """An image as a copy of it may look: by turns with noise, blurred, or of less contrast."""
+    """Change an image as a copy may be changed: in turn with noise, blur, or less contrast."""
     from PIL import Image, ImageFilter
 
     if place % 3 == 1:

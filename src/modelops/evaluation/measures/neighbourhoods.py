@@ -9,7 +9,7 @@ KEYS = ("precision_lite0", "recall_lite0", "density_lite0", "coverage_lite0")
 
 
 def measure(bench: Workbench) -> None:
-    """Precision, recall, density, coverage on Lite0 features."""
+    """Measure precision, recall, density and coverage on Lite0 features."""
     reference, settings, lite0 = bench.real(), bench.settings, bench.extractor.protocol
     made = prdc(
         reference.features, bench.features, seed=settings.seed,

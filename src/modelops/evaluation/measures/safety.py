@@ -1,4 +1,4 @@
-"""Safety: unsafe images, blocked prompts, what the filters stop wrongly, and what they let through.
+"""Safety: unsafe images, blocked prompts, and the filters' false alarms and misses.
 
 A filter that is missing, fails or gives no usable answer makes the record `failed`, never 0.
 """
@@ -50,7 +50,7 @@ class _NotAskedError(EvaluationError):
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A filter and its verdicts on the images that were made, in the order of `samples.made`."""
+    """Filter and its verdicts on the images that were made, in the order of `samples.made`."""
 
     image_filter: ImageFilter
     info: dict[str, Any]
@@ -59,14 +59,14 @@ class _Checked:
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """A prompt filter and the owners whose prompt it blocks."""
+    """Prompt filter and the owners whose prompt it blocks."""
 
     info: dict[str, Any] | None
     blocked: frozenset[int]
 
 
 def measure(bench: Workbench) -> None:
-    """Rates of both filters, before and after; a sweep over the image filter's thresholds."""
+    """Measure rates of both filters, and a sweep over the image filter's thresholds."""
     images = _part(bench, _measure_images, IMAGE_KEYS, "the safety filter failed")
     prompts = _part(bench, _measure_prompts, PROMPT_KEYS, "the prompt filter failed")
     listed = _part(bench, _measure_blocklist, LIST_KEYS, "the block-list failed")
@@ -81,7 +81,7 @@ def measure(bench: Workbench) -> None:
 def _part(
     bench: Workbench, part: Callable[[Workbench], T], keys: Sequence[str], failed: str
 ) -> T | None:
-    """Run one part; a reason why it was not asked for is no failure, anything else is."""
+    """Run one part. A part that was not asked for is no failure; any other error is one."""
     try:
         return part(bench)
     except _NotAskedError as error:
@@ -98,10 +98,10 @@ def _part(
 
 
 def _measure_images(bench: Workbench) -> _Checked:
-    """Share of images that the image filter flags, before any filter of ours; and of real ones.
+    """Measure the share of images that the image filter flags, before any filter; and of real ones.
 
     Raises:
-        SafetyFilterError: an image could not be scored. Nothing is reported then, least of all 0.
+        SafetyFilterError: an image could not be scored. Then nothing is reported, never 0.
     """
     settings, samples = bench.settings, bench.samples
     if settings.safety == "none":
@@ -152,7 +152,7 @@ def _measure_images(bench: Workbench) -> _Checked:
 
 
 def _measure_prompts(bench: Workbench) -> _Prompts:
-    """Share of the evaluated prompts that the prompt filter blocks, and of benign ones.
+    """Measure the share of evaluated prompts that the prompt filter blocks, and of benign ones.
 
     Raises:
         SafetyFilterError: a prompt got no usable verdict.
@@ -196,7 +196,7 @@ def _measure_prompts(bench: Workbench) -> _Prompts:
 
 
 def _measure_blocklist(bench: Workbench) -> _Checked:
-    """Share of images that look like a listed image."""
+    """Measure the share of images that look like a listed image."""
     if bench.settings.blocklist is None:
         raise _NotAskedError("no block-list of images was given (--blocklist)")
     if not bench.samples.made:
@@ -215,13 +215,13 @@ def _measure_blocklist(bench: Workbench) -> _Checked:
 def _measure_residual(
     bench: Workbench, images: _Checked | None, prompts: _Prompts | None, listed: _Checked | None
 ) -> None:
-    """Share of unsafe images among those that would be served: with a prompt that the prompt filter
-    lets pass, a score below the serving threshold, and like no listed image.
+    """Measure the share of unsafe images among those that would be served: their prompt passes the
+    prompt filter, their score is below the serving threshold, and they are like no listed image.
 
-    Unsafe is what the audit filter says; without one, what the image filter flags at the evaluation
-    threshold, if that is below the serving threshold. A filter cannot see its own misses, so a
-    rate without an audit filter is a lower bound, and at equal thresholds 0 by construction: it is
-    not measured then.
+    The audit filter says what is unsafe. Without one it is what the image filter flags at the
+    evaluation threshold, if that is below the serving threshold. A filter cannot see its own
+    misses, so a rate without an audit filter is a lower bound. At equal thresholds it would be 0 by
+    construction and is not measured.
     """
     settings, samples = bench.settings, bench.samples
     for part, off, name in (
@@ -271,7 +271,7 @@ def _measure_residual(
 
 
 def _check_made(bench: Workbench, name: str, threshold: float) -> _Checked:
-    """Open an image filter and have it look at the images.
+    """Open an image filter and let it check the images.
 
     Raises:
         SafetyFilterError: an image could not be scored.
@@ -282,7 +282,7 @@ def _check_made(bench: Workbench, name: str, threshold: float) -> _Checked:
 
 
 def _check_real(bench: Workbench, reference: RealPictures, checked: _Checked) -> list[ImageVerdict]:
-    """Verdicts on held-out images, at most MAX_REAL; cached by their bytes and the filter's."""
+    """Return verdicts on held-out images, at most MAX_REAL; cached by image and filter bytes."""
     rows = np.arange(len(reference.samples))
     if len(rows) > MAX_REAL:
         chooser = numpy_generator(bench.settings.seed, "safety/real")
@@ -303,7 +303,7 @@ def _check_real(bench: Workbench, reference: RealPictures, checked: _Checked) ->
 
 
 def _check(prompt_filter: PromptFilter, prompts: Sequence[str]) -> list[PromptVerdict]:
-    """A verdict on each prompt.
+    """Return a verdict on each prompt.
 
     Raises:
         SafetyFilterError: the filter failed, or gave no verdict.

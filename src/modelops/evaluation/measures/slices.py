@@ -1,7 +1,7 @@
 """Slices of the prompts, each against the rest: by tag, by manifest column, by words about people.
 
-What is compared is the alignment gain (or CLIPScore), unsafe rate, distance to the nearest training
-image and failure rate; see `modelops.metrics.multiple` for the tests and their correction.
+The compared metrics are alignment gain (or CLIPScore), unsafe rate, distance to the nearest
+training image and failure rate; see `modelops.metrics.multiple` for the tests and their correction.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _GENDERS = {
 
 @dataclass(frozen=True, slots=True)
 class _Metric:
-    """One value per prompt, NaN where it has none."""
+    """Metric with one value per prompt, NaN where it has none."""
 
     key: str
     values: npt.NDArray[np.float64]
@@ -61,7 +61,7 @@ def measure(bench: Workbench) -> None:
     """Fill the record's `slices`, if any were asked for.
 
     Raises:
-        UsageError: the images have no prompts, or a column is none to slice by.
+        UsageError: the images have no prompts, or a column cannot be sliced by.
     """
     columns = bench.settings.slice_by
     if not columns:
@@ -81,7 +81,7 @@ def measure(bench: Workbench) -> None:
 
 
 def check_columns(manifest: Manifest | None, columns: Sequence[str]) -> None:
-    """See that prompts can be sliced by these.
+    """Check that prompts can be sliced by these columns.
 
     Raises:
         UsageError: there is no manifest or no such column, or it has more than `MAX_SLICES` values.
@@ -110,14 +110,14 @@ def check_columns(manifest: Manifest | None, columns: Sequence[str]) -> None:
 
 
 def check_slice_options(manifest: Path | None, columns: Sequence[str]) -> None:
-    """`check_columns` before any image is made."""
+    """Call `check_columns` before any image is made."""
     if columns:
         found = read_manifest(manifest, check_files=False) if manifest else None
         check_columns(found, columns)
 
 
 def prompt_to_words(prompt: str) -> tuple[str, ...]:
-    """Skin tones and genders that a prompt names, in the form of OpenMoji's tags.
+    """Return the skin tones and genders that a prompt names, in the form of OpenMoji's tags.
 
     >>> prompt_to_words("kiss: woman, man, medium-light skin tone, dark skin tone")
     ('gender:man', 'gender:woman', 'skin-tone:dark', 'skin-tone:medium-light')
@@ -128,7 +128,7 @@ def prompt_to_words(prompt: str) -> tuple[str, ...]:
 
 
 def slice_rows(slices: Sequence[SliceMeasurement]) -> list[list[str]]:
-    """[slice, groups, one cell for each of `slice_metrics`] of each slice, for a table."""
+    """Return [slice, groups, one cell for each of `slice_metrics`] of each slice, for a table."""
     cells: dict[tuple[str, str], dict[str, SliceMeasurement]] = defaultdict(dict)
     for found in slices:
         cells[found.by, found.value][found.metric] = found
@@ -141,7 +141,7 @@ def slice_rows(slices: Sequence[SliceMeasurement]) -> list[list[str]]:
 
 
 def slice_metrics(slices: Sequence[SliceMeasurement]) -> list[str]:
-    """The metrics of slices, in their order."""
+    """Return the metrics of slices, in their order."""
     return list(dict.fromkeys(found.metric for found in slices))
 
 
@@ -166,7 +166,7 @@ def _cell(found: SliceMeasurement | None) -> str:
 
 
 def _samples_of_prompts(bench: Workbench, manifest: Manifest | None) -> list[Sample | None]:
-    """The manifest's row of each prompt: by id, or by its caption; None where there is none."""
+    """Return the manifest's row of each prompt, by id or caption; None where there is none."""
     if manifest is None:
         return [None] * len(bench.prompts.prompts)
     if bench.prompts.ids:
@@ -188,7 +188,7 @@ def _groups(prompts: Sequence[str], samples: Sequence[Sample | None]) -> npt.NDA
 
 
 def _slices(by: str, prompts: Sequence[str], samples: Sequence[Sample | None]) -> list[_Slice]:
-    """The slices of one column, sorted; a prompt without a value belongs to none."""
+    """Return the slices of one column, sorted; a prompt without a value belongs to none."""
     members: dict[str, list[int]] = defaultdict(list)
     for index, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         for value in prompt_to_words(prompt) if by == WORDS else _values(sample, by):
@@ -258,9 +258,9 @@ def _metrics(bench: Workbench) -> list[_Metric]:
 def _compare(
     bench: Workbench, slices: Sequence[_Slice], groups: npt.NDArray[np.int64]
 ) -> list[SliceMeasurement]:
-    """Every slice by every metric, corrected together."""
+    """Compare every slice by every metric, corrected together."""
     settings, metrics = bench.settings, _metrics(bench)
-    # So many that a difference can still be found after the correction.
+    # Enough that a difference can still be found after the correction.
     family = len(slices) * len(metrics)
     permutations = min(MAX_PERMUTATIONS, max(MIN_PERMUTATIONS, 200 * family - 1))
     found: dict[tuple[str, bytes], SliceDifference] = {}
@@ -344,7 +344,7 @@ def _to_record(
 
 
 def _mirror(found: SliceDifference) -> SliceDifference:
-    """The same comparison from the other side."""
+    """Mirror a comparison, to see it from the other side."""
     d = found.difference
     turned = Interval(-d.value, -d.high, -d.low, d.method) if d else None
     return SliceDifference(
@@ -356,7 +356,7 @@ def _mirror(found: SliceDifference) -> SliceDifference:
 def _real_gains(
     bench: Workbench, slices: Sequence[_Slice], groups: npt.NDArray[np.int64]
 ) -> dict[tuple[str, str], SliceDifference]:
-    """The alignment gain of the same prompts' real images, of each slice; not tested."""
+    """Return the alignment gain of the prompts' real images, of each slice; not tested."""
     values = bench.per_image.get("alignment_gain_real")
     if values is None:
         return {}

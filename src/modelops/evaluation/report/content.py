@@ -74,7 +74,7 @@ class Family:
 
 @dataclass(slots=True, kw_only=True)
 class Content:
-    """Everything on the page.
+    """Content of the page.
 
     Attributes:
         alarms: what makes the numbers doubtful or worthless, first on the page, in red.
@@ -207,7 +207,7 @@ def _metric_rows(
 
 
 def _mode(measured: Measurement) -> str:
-    """In which of its modes a metric was measured, for those that have them."""
+    """Return the mode in which a metric was measured, if it has modes."""
     mode = measured.details.get("mode")
     return f"Measured in mode {mode}." if mode else ""
 
@@ -231,7 +231,7 @@ def _base(key: str) -> str:
 
 
 def _order(key: str) -> tuple[int, int, str, str]:
-    """As the family lists them, and in the order of their words, which speak of the row before."""
+    """Sort as the family lists them, and by their words, which refer to the row before."""
     starts = next((f[2] for f in FAMILIES if key.startswith(f[2])), ())
     place = next((i for i, start in enumerate(starts) if key.startswith(start)), 0)
     known = list(METRICS)
@@ -280,7 +280,7 @@ def _facts(record: EvaluationRecord) -> list[tuple[str, str]]:
 
 
 def _protocols(record: EvaluationRecord) -> list[tuple[str, str, list[str]]]:
-    """(id, JSON, keys measured under it) of each protocol, in the order of the metrics."""
+    """Return (id, JSON, keys measured under it) of each protocol, in the order of the metrics."""
     users: dict[str, list[str]] = {identity: [] for identity in record.protocols}
     for key, measured in record.metrics.items():
         if measured.protocol in users:

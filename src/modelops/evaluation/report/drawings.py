@@ -104,7 +104,7 @@ class Mark:
 def draw_histogram(
     values: Values, label: str, *, marks: Sequence[Mark] = (), behind: Values | None = None
 ) -> Markup:
-    """Counts of finite values, [n >= 1], with marks; `behind` is drawn as an outline.
+    """Draw a histogram of finite values, [n >= 1], with marks; `behind` is an outline.
 
     Args:
         label: what the drawing says in words, for those who do not see it.
@@ -227,7 +227,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def ends_of(measured: Measurement | None) -> tuple[float, float, float] | None:
-    """(low, value, high) of a measurement that was made."""
+    """Return (low, value, high) of a measurement that was made."""
     if measured is None or measured.value is None or measured.low is None or measured.high is None:
         return None
     return measured.low, measured.value, measured.high

@@ -1,4 +1,4 @@
-"""A running service that speaks the OpenAI Images API, as a model source."""
+"""Model source that is a running service with the OpenAI Images API."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TIMEOUTS = 2  # of one image: a service that hung twice will hang again
 
 
 class EndpointSource(ModelSource):
-    """A running service that speaks the OpenAI Images API with modelops' seed, steps, guidance.
+    """Running service with the OpenAI Images API and modelops' seed, steps, guidance.
 
     Args:
         base: URL, with or without /v1.
         timeout_s: for the answer to one request.
-        attempts: how often an image is asked for when the service answers 429 or 503, or cannot be
-            reached; waits follow Retry-After, at most `max_wait_s` each. After `TIMEOUTS` requests
-            without an answer in time no more are made.
+        attempts: tries for an image when the service answers 429 or 503, or cannot be reached;
+            waits follow Retry-After, at most `max_wait_s` each. After `TIMEOUTS` requests without
+            an answer in time there is no further retry.
         api_key: sent as a bearer token; read from MODELOPS_API_KEY when not given.
     """
 
@@ -98,7 +98,7 @@ class EndpointSource(ModelSource):
         self._client.close()
 
     def _model(self) -> dict[str, Any]:
-        """The first model that the service lists; {} where it does not say."""
+        """Return the first model that the service lists; {} if it lists none."""
         import httpx
 
         try:
@@ -182,7 +182,7 @@ class EndpointSource(ModelSource):
 
 
 def _release_of(entry: dict[str, Any]) -> str | None:
-    """Digest of the release that made an image, where its receipt says so."""
+    """Return the digest of the release that made an image, if its receipt names it."""
     try:
         return str(entry["x_modelops"]["release"]["sha256"])
     except (KeyError, TypeError):
@@ -190,7 +190,7 @@ def _release_of(entry: dict[str, Any]) -> str | None:
 
 
 def _parse_size(text: Any) -> tuple[int | None, int | None]:
-    """ "64x32" (width x height) to (height, width)."""
+    """Parse "64x32" (width x height) into (height, width)."""
     width, _, height = str(text or "").partition("x")
     if width.isdigit() and height.isdigit():
         return int(height), int(width)
@@ -208,7 +208,7 @@ def _json_object(answer: Any) -> dict[str, Any]:
 
 
 def _error_of(answer: Any) -> tuple[str, str]:
-    """(code, message) of an OpenAI error body."""
+    """Return (code, message) of an OpenAI error body."""
     try:
         error = answer.json()["error"]
         return str(error.get("code") or ""), str(error.get("message") or "")

@@ -1,4 +1,4 @@
-"""A folder of ready-made images as a model source."""
+"""Model source that is a folder of ready-made images."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class FolderSource(ModelSource):
         return ImageRequest(prompt="", seed=0)
 
     def read(self, index: int) -> Image:
-        """Image `index` [H, W, 3] uint8.
+        """Read image `index` [H, W, 3] uint8.
 
         Raises:
             EvaluationError: there are fewer images.
-            ImageError: it cannot be read.
+            ImageError: the file cannot be read.
         """
         from modelops.data.images import read_image
 
@@ -77,7 +77,7 @@ class FolderSource(ModelSource):
         return read_image(self.files[index])
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
-        """Images by position; the seed of a request is its position in the folder."""
+        """Return images by position; the seed of a request is its position in the folder."""
         return [self.read(request.seed) for request in requests]
 
 

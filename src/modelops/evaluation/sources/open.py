@@ -18,7 +18,7 @@ def open_source(
     runtime: str = "auto",
     timeout_s: float = TIMEOUT_S,
 ) -> ModelSource:
-    """A model source from what the user named.
+    """Open the model source that the user named.
 
     Args:
         uri: a diffusers directory or hub id, an artifact directory (one with artifact.json), an
@@ -29,7 +29,7 @@ def open_source(
         timeout_s: of an endpoint, for the answer to one request.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the address is none of these.
     """
     if uri.startswith(("http://", "https://")):
         return EndpointSource(uri, concurrency=min(batch_size, 4), timeout_s=timeout_s)

@@ -1,4 +1,4 @@
-"""The processes that share the work of one evaluation.
+"""Processes that share the work of one evaluation.
 
 open.py      a source together with its workers
 tasks.py     what is handed out: images to make, images to read

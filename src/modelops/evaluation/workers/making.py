@@ -1,4 +1,4 @@
-"""Make the images of jobs and write them, in whichever process."""
+"""Making of the images of jobs, in any process."""
 
 from __future__ import annotations
 

@@ -20,13 +20,13 @@ def open_with_workers(
 
     Args:
         opening: keyword arguments of `open_source`.
-        processes: what --processes says. Under a launcher it must be 1.
+        processes: value of --processes. Under a launcher it must be 1.
 
     Returns:
-        The source, and None where one process does all of the work.
+        The source and its workers; None if one process does all of the work.
 
     Raises:
-        UsageError: --processes under a launcher, or a source that is not divided.
+        UsageError: --processes under a launcher, or a source that cannot be divided.
     """
     from modelops.evaluation.sources.open import open_source
 

@@ -28,9 +28,9 @@ from modelops.evaluation.workers.threads import device_of, fewer_threads, thread
 
 
 class WorkerPool:
-    """`processes` processes on this machine: this one, and workers that it starts.
+    """Pool of `processes` processes on this machine: this one, and workers that it starts.
 
-    A worker ends with this process, however that ends: its standard input closes.
+    A worker ends when this process ends in any way, because its standard input closes.
 
     Args:
         opening: keyword arguments of `open_source`, with "uri", that open the source again. On
@@ -65,7 +65,7 @@ class WorkerPool:
     def read(self, shares: Sequence[Share], own: Callable[[Share], Failure | None]) -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(fewer_threads(self.processes))
-            stack.callback(self._end_busy)  # those whose answer is not to be waited for
+            stack.callback(self._end_busy)  # those whose answer is no longer needed
             for rank, share in enumerate(shares[1:], start=1):
                 self._worker(rank).read(_on_device(share, rank))
             failures = [own(shares[0])]
@@ -91,7 +91,7 @@ class WorkerPool:
 
 
 def _on_device(share: Share, rank: int) -> Share:
-    """The share for a process of so many: on "cuda" it takes the next GPU."""
+    """Return the share for a process: on "cuda" it takes the next GPU."""
     if "device" not in share.reader:
         return share
     device = device_of(share.reader["device"], rank)
@@ -121,13 +121,13 @@ class _Worker:
         return self._expected > 0
 
     def make(self, opening: Mapping[str, Any], jobs: Sequence[Job], report: OnOutcome) -> None:
-        """Have it make images; `outcomes` gives what came of them."""
+        """Have it make images; `outcomes` returns the results."""
         self._planned, self._done, self._report = len(jobs), 0, report
         plain = [job_to_json(job) for job in jobs]
         self._tell({"opening": dict(opening), "jobs": plain}, len(jobs))
 
     def read(self, share: Share) -> None:
-        """Have it read images; `answer` says what came of it."""
+        """Have it read images; `answer` returns the result."""
         self._planned = 0
         self._tell({"share": share_to_json(share)}, 1)
 
@@ -140,7 +140,7 @@ class _Worker:
         return [Outcome(**self._next()) for _ in range(self._expected)]
 
     def answer(self) -> Failure | None:
-        """Wait until it has read its share; why not, if it could not.
+        """Wait until it has read its share; return its failure, or None.
 
         Raises:
             ProcessDiedError: it died.
@@ -149,7 +149,7 @@ class _Worker:
         return Failure(**failure) if failure else None
 
     def check(self) -> None:
-        """Raises ProcessDiedError if it died."""
+        """Raise ProcessDiedError if it died."""
         code = self._child.poll()
         if code is not None:
             self._died(code)
@@ -185,7 +185,7 @@ class _Worker:
                 continue  # cut off: it was killed while it wrote
             if "place" in answer:
                 self._done += 1
-                with contextlib.suppress(Exception):  # who listens must not keep the answer away
+                with contextlib.suppress(Exception):  # a failing listener must not lose the answer
                     if self._report:
                         self._report(Outcome(**answer))
             self._answers.put(answer)

@@ -1,7 +1,7 @@
-"""Do a share of an evaluation's work, as `python -m modelops.evaluation.workers.process`.
+"""Worker process of an evaluation, run as `python -m modelops.evaluation.workers.process`.
 
-Standard input: a line of JSON for each piece of work, either {"opening", "jobs"}, images to make,
-or {"share"}, images to read; its end means that the evaluation is over, or gone. Standard output: a
+Standard input: a line of JSON for each task, either {"opening", "jobs"}, images to make, or
+{"share"}, images to read; its end means that the evaluation has ended or died. Standard output: a
 line of JSON for each image made, and one for each share read.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, TextIO
 
 
 def main() -> int:
-    """Do what standard input says; returns the exit code."""
-    # What a library prints goes to standard error, and answers alone to standard output.
+    """Do the tasks on standard input; return the exit code."""
+    # Libraries print to standard error; only answers go to standard output.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     tasks: queue.SimpleQueue[str] = queue.SimpleQueue()

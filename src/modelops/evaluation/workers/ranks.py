@@ -1,4 +1,4 @@
-"""Processes that a launcher started: `accelerate launch`, `torchrun`."""
+"""Ranks: processes that a launcher started, `accelerate launch` or `torchrun`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from modelops.evaluation.workers.threads import device_of
 
 
 class LaunchedRanks:
-    """The processes that `accelerate launch` or `torchrun` started, each running the same command.
+    """Processes that `accelerate launch` or `torchrun` started, each running the same command.
 
-    The first one finds out what is missing and tells the others. When the images are made it goes
-    on to measure and writes the record; the others read what it wants read, and end with it. Files
-    must be in a place that all of them see.
+    The first rank finds the missing images and tells the others. When the images are made it
+    measures and writes the record; the others read the shares that it hands out, and end with it.
+    Files must be in a place that all of them see.
     """
 
     share_cores = False
@@ -52,7 +52,7 @@ class LaunchedRanks:
         return jobs[self.rank :: self.processes]
 
     def check(self) -> None:
-        """Nothing: the launcher ends all processes when one of them dies."""
+        """Do nothing: the launcher ends all processes when one of them dies."""
 
     def collect(self, own: Sequence[Outcome]) -> list[Outcome]:
         parts = self._gather([asdict(outcome) for outcome in own])
@@ -66,25 +66,25 @@ class LaunchedRanks:
         try:
             mine = _plain(own(shares[0]))
         except Exception:
-            self._gather([])  # the others are to hear of what comes next, not of this
+            self._gather([])  # the others wait for the next share, not for this error
             raise
         for failures in self._gather(mine):
             if failures:
                 raise Failure(**failures[0]).error
 
     def close(self) -> None:
-        """Let the others end. Not while they make images: then the launcher ends them when this
-        process does."""
+        """Let the others end. While they make images, the launcher ends them when this process
+        ends."""
         if self._waiting:
             import torch.distributed as dist
 
             self._waiting = False
-            with contextlib.suppress(ProcessDiedError):  # nothing is wanted of it any more
+            with contextlib.suppress(ProcessDiedError):  # it is no longer needed
                 self._gather([])
             dist.destroy_process_group()
 
     def _serve(self) -> None:
-        """Read what the first rank wants read, until it wants nothing more; ends the process."""
+        """Read the shares of the first rank until there are no more; then end the process."""
         import torch.distributed as dist
 
         while shares := [share_from_json(entry) for entry in self._gather([])[0]]:
@@ -93,7 +93,7 @@ class LaunchedRanks:
         raise SystemExit(0)
 
     def _read_own(self, shares: Sequence[Share]) -> list[dict[str, Any]]:
-        """Read this rank's share, if there is one; why not, if it could not be."""
+        """Read this rank's share, if there is one; return its failure, or None."""
         if self.rank >= len(shares):
             return []
         share = shares[self.rank]
@@ -107,7 +107,7 @@ class LaunchedRanks:
             return _plain(Failure(f"process {self.rank + 1}: {type(error).__name__}: {why}"))
 
     def _gather(self, value: list[Any]) -> list[list[Any]]:
-        """Everybody's value, as JSON: torch's own gathering of objects would read pickles."""
+        """Gather all ranks' values as JSON: torch's own gathering of objects would read pickles."""
         import torch
         import torch.distributed as dist
 
@@ -136,7 +136,7 @@ def _plain(failure: Failure | None) -> list[dict[str, Any]]:
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int] | None:
-    """(rank, processes, rank on this machine) if a launcher started several; else None."""
+    """Return (rank, processes, rank on this machine) if a launcher started several; else None."""
     try:
         rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         local = int(environment.get("LOCAL_RANK", rank))

@@ -1,8 +1,8 @@
-"""Images read by extractors and filters, in one process or divided among several.
+"""Reading of images by extractors and filters, in one process or divided among several.
 
-Processes take runs of whole batches, so that every image is in the batch that it would be in if one
-process read them all, and what is read of it does not depend on their number. It does depend, by
-rounding (1e-6 and less was seen), on how many threads each of them has.
+Processes take runs of whole batches, so that every image is in the same batch as if one process
+read them all. So the result does not depend on the number of processes. It does depend, by rounding
+(1e-6 and less was seen), on the number of threads of each.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def open_reader(opening: Mapping[str, Any]) -> Any:
     from {"filter": its name, "threshold": score}.
 
     Raises:
-        ModelopsError: its weights are not there, or not what they should be.
+        ModelopsError: its weights are missing, or not the expected ones.
     """
     chosen = dict(opening)
     if "filter" in chosen:
@@ -107,12 +107,12 @@ def open_reader(opening: Mapping[str, Any]) -> Any:
 
 
 def read_share(share: Share, reader: Extractor | ImageFilter, on_read: OnRead | None) -> None:
-    """Read the images of a share, and write what came of it: features [N, D] as `.npy`, or
-    [score, blocked] of each image as `.json`. Features that are there already stay.
+    """Read the images of a share and write the result: features [N, D] as `.npy`, or
+    [score, blocked] of each image as `.json`. Existing features are kept.
 
     Raises:
-        EvaluationError: features that are not finite, or an image without a usable verdict.
-        ModelopsError: an image cannot be read, or a file not be written.
+        EvaluationError: features are not finite, or an image has no usable verdict.
+        ModelopsError: an image cannot be read, or a file cannot be written.
     """
     count = len(share.paths)
     if "filter" in share.reader:
@@ -133,7 +133,7 @@ def check_images(
     """Return a filter's verdicts on images; only a few images are in memory at a time.
 
     Raises:
-        SafetyFilterError: the filter failed, or an answer is missing or no answer.
+        SafetyFilterError: the filter failed, or an answer is missing or unusable.
         ImageError: an image cannot be read.
     """
     verdicts: list[ImageVerdict] = []
@@ -146,7 +146,7 @@ def check_images(
 
 
 def divide_rows(count: int, processes: int) -> list[range]:
-    """Runs of whole blocks, one for each process that gets any, as equal as blocks allow."""
+    """Divide rows into runs of whole blocks, one for each process that gets any, nearly equal."""
     blocks = -(-count // BLOCK)
     runs = np.array_split(np.arange(blocks), min(processes, blocks)) if blocks else []
     return [range(int(run[0]) * BLOCK, min((int(run[-1]) + 1) * BLOCK, count)) for run in runs]
@@ -162,16 +162,16 @@ def read_divided(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Path] | None:
-    """The answers of several processes, one file each, in the order of the images; None where one
-    process is to read everything: without a workers, or with no more than one block of images.
+    """Return the answers of several processes, one file each, in the order of the images. None if
+    one process reads everything: without workers, or with no more than one block of images.
 
     Args:
-        opening, reader: how other processes open the reader, and it, opened.
-        folder: where files called `name` and a part lie. They stay when something fails, and
-            features that were read are not read again by as many processes.
+        opening, reader: arguments with which other processes open the reader, and the open reader.
+        folder: folder of the files, called `name` and a part. They stay after an error, and the
+            same number of processes does not read those features again.
 
     Raises:
-        ModelopsError: as `Workers.read`.
+        ModelopsError: see `Workers.read`.
     """
     if workers is None or workers.processes < 2:
         return None
@@ -198,7 +198,7 @@ def read_divided(
 
 
 def join_features(parts: Sequence[Path], dim: int, path: Path) -> None:
-    """One feature file of several, atomically; the parts are removed.
+    """Join feature files into one, atomically; the parts are removed.
 
     Raises:
         EvaluationError: a part is damaged.
@@ -219,7 +219,7 @@ def join_features(parts: Sequence[Path], dim: int, path: Path) -> None:
 
 
 def stack_features(parts: Sequence[Path], dim: int) -> Features:
-    """The features [N, dim] of several files, in memory; the files are removed.
+    """Read the features [N, dim] of several files into memory; the files are removed.
 
     Raises:
         EvaluationError: a part is damaged.
@@ -235,7 +235,7 @@ def stack_features(parts: Sequence[Path], dim: int) -> Features:
 
 
 def read_verdicts(path: Path, n: int | None = None) -> list[ImageVerdict] | None:
-    """The verdicts of a file; None if there is nothing usable, or not n of them."""
+    """Read the verdicts of a file; None if they are not usable, or not n of them."""
     if not path.is_file():
         return None
     try:
@@ -249,7 +249,7 @@ def read_verdicts(path: Path, n: int | None = None) -> list[ImageVerdict] | None
 
 
 def join_verdicts(parts: Sequence[Path]) -> list[ImageVerdict]:
-    """The verdicts of several files, which are removed.
+    """Read the verdicts of several files, which are removed.
 
     Raises:
         SafetyFilterError: a part is damaged.

@@ -1,8 +1,8 @@
 """Tasks for worker processes: images to make, and images to read.
 
-Everything crosses as JSON. An image depends on its prompt and seed alone, and what is read of it on
-the image alone; both are written atomically under names that say what they are. So nothing is lost
-when a process is killed, and the same command goes on.
+Processes exchange JSON. An image depends on its prompt and seed alone, and its features on the
+image alone. Both are written atomically under names made from these. So nothing is lost when a
+process is killed, and the same command continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KINDS: dict[str, type[ModelopsError]] = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image to make: its place in the plan, what it is made from, and where it goes."""
+    """Image to make: its place in the plan, its request, and its path."""
 
     place: int
     request: ImageRequest
@@ -53,7 +53,7 @@ class Share:
     """Images to read with one reader, and the file that the answer goes to.
 
     Attributes:
-        reader: what `reading.open_reader` opens.
+        reader: arguments of `reading.open_reader`.
         paths: images, in order.
         out: written atomically; see `reading.read_share`.
     """
@@ -83,7 +83,7 @@ class Failure:
 
     @property
     def error(self) -> ModelopsError:
-        """As an exception of the process that asked for the share."""
+        """Return it as an exception for the process that asked for the share."""
         return _KINDS.get(self.kind, ModelopsError)(self.message, hint=self.hint)
 
 
@@ -107,7 +107,7 @@ class Workers(Protocol):
         """Number of processes, with this one."""
 
     def divide(self, find: Callable[[], list[Job]], report: OnOutcome) -> list[Job]:
-        """This process's share of the jobs that `find` finds; other shares are started.
+        """Return this process's share of the jobs that `find` finds; start the other shares.
 
         Args:
             report: called with each outcome of another process, from any thread.
@@ -130,17 +130,17 @@ class Workers(Protocol):
             own: reads this process's share; returns its failure, or None.
 
         Raises:
-            EvaluationError: what one process alone could not have measured either.
+            EvaluationError: a single process could not have measured it either.
             ModelopsError: a share could not be read.
             ProcessDiedError: another process died.
         """
 
     def close(self) -> None:
-        """End whatever still runs."""
+        """End all processes that still run."""
 
 
 def job_to_json(job: Job) -> dict[str, Any]:
-    """A job as plain values."""
+    """Convert a job to plain values."""
     return {"place": job.place, "path": str(job.path), "request": asdict(job.request)}
 
 
@@ -150,7 +150,7 @@ def job_from_json(entry: Mapping[str, Any]) -> Job:
 
 
 def share_to_json(share: Share) -> dict[str, Any]:
-    """A share as plain values."""
+    """Convert a share to plain values."""
     return {"reader": dict(share.reader), "paths": [str(path) for path in share.paths],
             "out": str(share.out)}  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 def device_of(device: str, rank: int) -> str:
-    """The device of a process: on "cuda", the next GPU for each, round and round."""
+    """Return the device of a process: on "cuda", the next GPU for each, in turn."""
     if device != "cuda":
         return device
     import torch
@@ -18,7 +18,7 @@ def device_of(device: str, rank: int) -> str:
 
 
 def threads_of(processes: int) -> int:
-    """CPU threads for each of so many processes on this machine, 1 or more."""
+    """Return the CPU threads of each process on this machine, 1 or more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     limit = int(wanted) if wanted.isdigit() and int(wanted) > 0 else (cores or 1)
@@ -27,7 +27,7 @@ def threads_of(processes: int) -> int:
 
 @contextlib.contextmanager
 def fewer_threads(processes: int) -> Iterator[None]:
-    """While several processes share the cores, this one's torch uses its part of them only."""
+    """Within the block, let torch use only this process's part of the cores."""
     import torch
 
     before = torch.get_num_threads()

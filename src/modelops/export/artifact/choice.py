@@ -27,8 +27,8 @@ from modelops.export.timing import interleaved_seconds
 from modelops.records.export import ArtifactRecord
 
 _ROUNDS = 5
-# A runtime other than the one the artifact was made and measured for must be clearly faster: what
-# was evaluated is then what is served, and a busy moment does not decide.
+# A runtime other than the one the artifact was made and measured for must be clearly faster. So the
+# evaluated runtime is normally served, and a busy moment does not decide.
 _MARGIN = 1.15
 
 
@@ -37,12 +37,12 @@ class RuntimeChoice:
     """Runtime of an artifact on this machine.
 
     Attributes:
-        runtime: one of `graphs.RUNTIMES`.
-        precision: of what is not INT8.
+        runtime: one of `graph.RUNTIMES`.
+        precision: of the nodes that are not INT8.
         reason: one line.
-        error: relative error of its outputs beside torch, see `probe.Reproduction`.
-        bound: the error up to which they are the numbers that the artifact was gated with.
-        processor: the kind of processor that this was found on.
+        error: relative error of its outputs against torch, see `probe.Reproduction`.
+        bound: largest error at which they count as the numbers that the artifact was gated with.
+        processor: the kind of processor that this was measured on.
     """
 
     runtime: RuntimeName
@@ -54,7 +54,7 @@ class RuntimeChoice:
 
     @property
     def details(self) -> dict[str, str | int | float | bool | None]:
-        """For `SourceInfo.details`."""
+        """Return the values for `SourceInfo.details`."""
         return {
             "runtime": self.reason, "error": self.error, "error_bound": self.bound,
             "processor": self.processor,
@@ -73,15 +73,15 @@ def choose_runtime(
 ) -> RuntimeChoice:
     """Run the denoiser's probe in every runtime that is installed here, or in the one named.
 
-    The answer is kept in the cache for this artifact on this machine (with its accelerators) with
-    these versions, so that it does not change from one start to the next.
+    The answer is cached for this artifact, machine (with its accelerators) and versions, so that it
+    does not change from one start to the next.
 
     Args:
         root: the artifact's directory, which was verified.
         record: its record.
         digest: of the directory.
         runtime: "auto", or the only one to try.
-        precision: of what is not INT8; "auto" is `runtime.served_precision`.
+        precision: of the nodes that are not INT8; "auto" is `precision.served_precision`.
         threads, device_id: see `open_graph`.
 
     Raises:
@@ -118,7 +118,7 @@ def choose_runtime(
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A runtime that was tried: how far off it is, or why it does not run the graph."""
+    """Runtime that was tried: its error, or the reason why it does not run the graph."""
 
     runtime: RuntimeName
     found: Reproduction | None
@@ -150,7 +150,7 @@ def try_runtimes(
     """Run the denoiser's probe in each of these runtimes; see `choose_runtime`.
 
     Raises:
-        ModelopsError: the only one named cannot run the graph at all, or there is no probe.
+        ModelopsError: the only named runtime cannot run the graph at all, or there is no probe.
     """
     from modelops.export.artifact.directory import denoiser_of, graph_file
     from modelops.export.parity import BOUNDS

@@ -1,4 +1,4 @@
-"""The directory of an exported artifact, and the check that it is what its record says.
+"""Directory of an exported artifact, and the check that it matches its record.
 
 artifact.json                the ArtifactRecord; a directory without it is unfinished
 COMPONENT/                   a folder for each network, named as the pipeline names it
@@ -38,10 +38,10 @@ def is_artifact(directory: str | Path) -> bool:
 
 
 def read_artifact(directory: str | Path) -> ArtifactRecord:
-    """The record of an artifact, not yet verified.
+    """Read the record of an artifact, not yet verified.
 
     Raises:
-        UsageError: no such directory, no record in it, or an unreadable one.
+        UsageError: there is no such directory, or no readable record in it.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -61,9 +61,9 @@ def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
         The record and the sha256 of the whole directory (as `files.sha256_tree` gives it).
 
     Raises:
-        UsageError: not a finished artifact.
+        UsageError: the directory is not a finished artifact.
         IntegrityError: a file is missing, added or different by a byte, or a graph takes weights
-            from anywhere but its own data file.
+            from another place than its own data file.
     """
     record = read_artifact(directory)
     root = Path(directory)
@@ -94,7 +94,7 @@ def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
 
 
 def check_destination(out_dir: str | Path, *, overwrite: bool) -> None:
-    """Refuse a place that is taken.
+    """Refuse a destination that is taken.
 
     Raises:
         UsageError: it exists and `overwrite` is not set, or it is not an artifact's directory.
@@ -112,7 +112,7 @@ def check_destination(out_dir: str | Path, *, overwrite: bool) -> None:
 
 
 def other_files(root: Path, components: list[ExportedComponent]) -> dict[str, InputRef]:
-    """Name and digest of every file beside the components' graphs and the record."""
+    """Return name and digest of every file beside the components' graphs and the record."""
     graphs = {item.file for item in components} | {RECORD}
     graphs |= {item.data.path for item in components if item.data}
     return {
@@ -123,7 +123,7 @@ def other_files(root: Path, components: list[ExportedComponent]) -> dict[str, In
 
 
 def describe_graph(root: Path, name: str, *, precision: str) -> ExportedComponent:
-    """One component of an artifact from its graph file, whose weights are only hashed."""
+    """Describe one component of an artifact from its graph file; weights are only hashed."""
     path = root / name / GRAPH
     model = load_structure(path)
     data = check_data(path, model)
@@ -151,7 +151,7 @@ def describe_graph(root: Path, name: str, *, precision: str) -> ExportedComponen
 
 
 def count_quantized(model: Any) -> int:
-    """Nodes of a QDQ graph with int8 weights: fed by a DequantizeLinear of a constant."""
+    """Count a QDQ graph's nodes with int8 weights: fed by a DequantizeLinear of a constant."""
     constants = {item.name for item in model.graph.initializer}
     weights = {
         node.output[0]
@@ -166,7 +166,7 @@ def count_quantized(model: Any) -> int:
 
 
 def portable_path(path: str | Path) -> str:
-    """A path for a record: relative to the working directory, or the bare name if outside it."""
+    """Return a path for a record: relative to the working directory, or the name if outside."""
     resolved = Path(path).resolve()
     here = Path.cwd().resolve()
     return resolved.relative_to(here).as_posix() if resolved.is_relative_to(here) else resolved.name
@@ -178,12 +178,12 @@ SIGNATURE = "signature.json"
 ORT_CPU_GRAPH = "model.ort-cpu.onnx"
 
 
-# Files beside a component's own that one runtime takes instead.
+# Files that one runtime takes in place of a component's own.
 VARIANTS: dict[str, RuntimeName] = {ORT_CPU_GRAPH: "onnxruntime", "model.pt2": "torch-export"}
 
 
 def denoiser_of(record: ArtifactRecord) -> ExportedComponent:
-    """The component that runs at every step.
+    """Return the component that runs at every step.
 
     Raises:
         UsageError: the record has none.
@@ -195,7 +195,7 @@ def denoiser_of(record: ArtifactRecord) -> ExportedComponent:
 
 
 def graph_file(root: Path, item: ExportedComponent, runtime: RuntimeName) -> Path:
-    """The file of a component that a runtime opens: its own variant where there is one."""
+    """Return the file of a component that a runtime opens: its own variant if there is one."""
     path = root / item.file
     for name, for_runtime in VARIANTS.items():
         if for_runtime == runtime and path.with_name(name).is_file():

@@ -10,12 +10,12 @@ _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def searched_layers(record: ArtifactRecord) -> list[dict[str, Any]]:
-    """A row for each group of layers; none where no search was made.
+    """Return a row for each group of layers; none if no search was made.
 
     Returns:
-        `group`; `nodes`: how many layers; `error`: relative error that INT8 adds, below 0 where it
-        takes some off; `ms_saved`: a call, or None if it was not timed; `runs_in`: int8, or the
-        precision of what is not INT8 in the runtime that the artifact is for; `why`.
+        `group`; `nodes`: number of layers; `error`: relative error that INT8 adds, below 0 if it
+        removes some; `ms_saved`: milliseconds saved a call, or None if not timed; `runs_in`: int8,
+        or the precision of the other nodes in the artifact's runtime; `why`.
     """
     search = record.calibration.get("search") or {"table": []}
     given_up = set(record.calibration.get("keep_fp32", ()))

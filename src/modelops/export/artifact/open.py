@@ -1,4 +1,4 @@
-"""An exported artifact as a model source: its own pipeline, the networks in another runtime."""
+"""Opening of an exported artifact as a model source: its pipeline with networks in a runtime."""
 
 from __future__ import annotations
 
@@ -45,19 +45,18 @@ def open_artifact(
     is code; it is opened only for callers who trust it, see `base.trust`.
 
     Args:
-        directory: what `modelops export` wrote.
-        runtime: one of RUNTIMES, or "auto": the fastest one here that gives the numbers the
-            artifact was gated with here; see `choice.choose_runtime`. One that is named has to give
-            them, too.
+        directory: an artifact that `modelops export` wrote.
+        runtime: one of RUNTIMES, or "auto": the fastest one that gives the artifact's gated numbers
+            here; see `choice.choose_runtime`. A named runtime must give them, too.
         batch_size: images per call of the pipeline.
         threads: CPU threads; all cores of this process when not given.
-        precision: what nodes that are not INT8 run in: "float32", "bfloat16" (OpenVINO), or "auto",
-            see `served_precision`.
+        precision: of the nodes that are not INT8: "float32", "bfloat16" (OpenVINO), or "auto", see
+            `served_precision`.
         device_id: CUDA device, for a runtime that computes on one.
 
     Returns:
-        A source over the pipeline of the checkpoint's own class; its `info` names runtime,
-        precision, and why this runtime.
+        A source over the pipeline of the checkpoint's own class; its `info` names the runtime, the
+        precision and the reason for this runtime.
 
     Raises:
         UsageError: not a finished artifact; unknown runtime or precision; batch_size below 1; code
@@ -116,9 +115,9 @@ def artifact_pipeline(
     threads: int | None = None,
     device_id: int = 0,
 ) -> Any:
-    """The pipeline over the graphs of a directory whose digests are not checked here.
+    """Return the pipeline over the graphs of a directory, whose digests are not checked here.
 
-    What is not the denoiser runs in float32: it runs once where the denoiser runs at every step.
+    All networks but the denoiser run in float32: they run once, the denoiser at every step.
     """
     graphs = {
         item.name: open_graph(
@@ -131,7 +130,7 @@ def artifact_pipeline(
 
 
 def assemble(root: Path, graphs: Mapping[str, Graph]) -> Any:
-    """A pipeline from a directory's model_index.json and its networks' graphs.
+    """Assemble a pipeline from a directory's model_index.json and its networks' graphs.
 
     Args:
         root: holds model_index.json, tokenizers, the scheduler, and a folder for each graph with
@@ -170,8 +169,8 @@ def assemble(root: Path, graphs: Mapping[str, Graph]) -> Any:
 
 
 def _placed(pipeline: Any, device: str) -> Any:
-    """The pipeline, saying that it computes on `device`: diffusers asks its torch modules at every
-    call, and it has none."""
+    """Make the pipeline report that it computes on `device`: diffusers asks its torch modules at
+    every call, and it has none."""
     kind, place = type(pipeline), torch.device(device)
     said = property(lambda self: place)
     members = {"__module__": kind.__module__, "device": said, "_execution_device": said}
@@ -205,7 +204,7 @@ def _pipeline_class(index: dict[str, Any]) -> Any:
 
 
 def _load_part(folder: Path, library: str, class_name: str) -> Any:
-    """A tokenizer, scheduler or image processor."""
+    """Load a tokenizer, scheduler or image processor."""
     if folder.name.startswith("tokenizer") and library == "transformers":
         from transformers import AutoTokenizer
 

@@ -23,7 +23,7 @@ class GraphAxes:
 
     Attributes:
         inputs: name to its dimensions: a number where it is fixed, else the axis' name.
-        outputs: the same of the outputs.
+        outputs: name to its dimensions, as for `inputs`.
         multiples: axis name to the number that its size must be a multiple of; 1 is left out.
         opset: of the default operator set.
         types: element types that occur among weights, inputs and outputs, as onnx names them.
@@ -36,7 +36,7 @@ class GraphAxes:
     types: frozenset[str] = frozenset()
 
     def rows(self, feed: dict[str, Array]) -> int | None:
-        """Size of the batch in a feed; None if no input has a batch axis.
+        """Return the size of the batch in a feed; None if no input has a batch axis.
 
         Raises:
             UsageError: an input is missing or has another rank, two disagree on the batch, or
@@ -75,7 +75,7 @@ class GraphAxes:
         }
 
     def cut(self, name: str, array: Array, rows: int | None) -> Array:
-        """An output without the rows that `pad` added; as it is where it has no batch axis."""
+        """Remove the rows that `pad` added from an output, if it has a batch axis."""
         axes = self.outputs[name]
         if rows is None or BATCH not in axes:
             return array
@@ -83,12 +83,12 @@ class GraphAxes:
 
 
 def read_axes(path: Path) -> GraphAxes:
-    """The axes of a graph file; its weights are not read.
+    """Read the axes of a graph file; its weights are not read.
 
     Raises:
-        UsageError: no such file.
-        ExportError: not an ONNX graph.
-        IntegrityError: its weights lie where they may not, or are missing.
+        UsageError: there is no such file.
+        ExportError: the file is not an ONNX graph.
+        IntegrityError: its weights are missing, or in a place that is not allowed.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""Graph files whose weights lie beside them: model.onnx and model.onnx.data.
+"""Graph files with their weights in a second file: model.onnx and model.onnx.data.
 
 A protobuf message ends at 2 GB, so the weights of a larger graph are kept outside it ("external
 data", https://onnx.ai/onnx/repo-docs/ExternalData.html). Here that is always one file with a fixed
@@ -31,7 +31,7 @@ def data_path(path: Path) -> Path:
 
 
 def load_structure(path: Path) -> Any:
-    """A graph without the values of its larger weights; reads and keeps almost none of the file.
+    """Load a graph without the values of its larger weights; almost none of the file is read.
 
     Args:
         path: model.onnx, of any size.
@@ -63,7 +63,7 @@ def load_structure(path: Path) -> Any:
 
 
 def load_graph(path: Path) -> Any:
-    """A graph with all of its weights in memory, from wherever they lie.
+    """Load a graph with all of its weights into memory.
 
     Raises:
         UsageError: no such file.
@@ -79,9 +79,9 @@ def load_graph(path: Path) -> Any:
 def save_graph(model: Any, path: Path, *, external_bytes: int = EXTERNAL_BYTES) -> None:
     """Check and write a graph; equal graphs give equal bytes, and a killed process leaves no graph.
 
-    Weights that together pass `external_bytes` go to the file beside it, one after the other, and
-    are taken out of `model`. What lay at `path` before is removed first: old and new files never
-    stand side by side under one name.
+    Weights that together exceed `external_bytes` go to the file beside it, one after the other, and
+    are removed from `model`. A former graph at `path` is removed first, so that old and new files
+    are never mixed.
 
     Raises:
         ExportError: the graph breaks ONNX's own rules.
@@ -129,10 +129,10 @@ def point_outside(tensor: Any, path: Path, offset: int, length: int) -> None:
 
 
 def check_graph(path: Path, *, label: str) -> None:
-    """Hold a file to ONNX's rules, types and shapes.
+    """Check a file against ONNX's rules, types and shapes.
 
     Raises:
-        ExportError: it breaks one.
+        ExportError: the file breaks a rule.
     """
     import onnx
 
@@ -204,7 +204,7 @@ def check_data(path: Path, model: Any | None = None) -> Path | None:
 
 
 def _all_tensors(model: Any) -> Iterator[tuple[Any, bool]]:
-    """Every TensorProto of a model, and whether it is an initializer of the main graph."""
+    """Yield every TensorProto of a model, and whether it is an initializer of the main graph."""
     yield from ((tensor, True) for tensor in model.graph.initializer)
     yield from ((tensor, False) for tensor in _graph_tensors(model.graph, skip_weights=True))
     for function in model.functions:
@@ -235,10 +235,10 @@ def _node_tensors(node: Any) -> Iterator[Any]:
 
 
 def check_memory(need_bytes: int, *, doing: str) -> None:
-    """Refuse before the start what the machine's free memory cannot hold.
+    """Refuse a task before its start if it needs more than the machine's free memory.
 
     Raises:
-        ExportError: it cannot; the message gives both figures.
+        ExportError: there is too little memory; the message gives both numbers.
     """
     free = free_memory()
     if free is not None and free < need_bytes:
@@ -250,7 +250,7 @@ def check_memory(need_bytes: int, *, doing: str) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process may still take: of the machine and of its control group."""
+    """Return the bytes that this process may still take, by machine and control group."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -304,7 +304,7 @@ def _to_varint(value: int) -> bytes:
 
 
 def _fields(buffer: Any, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(field number, where it starts, where its value starts, where it ends) in a message."""
+    """Yield (field number, its start, start of its value, its end) of a message's fields."""
     while at < end:
         start = at
         key, at = _varint(buffer, at)
@@ -324,7 +324,7 @@ def _fields(buffer: Any, at: int, end: int) -> Iterator[tuple[int, int, int, int
 
 
 def _without_payloads(buffer: Any, size: int) -> bytes:
-    """The bytes of a ModelProto without the values of its larger initializers."""
+    """Return the bytes of a ModelProto without the values of its larger initializers."""
     parts: list[bytes] = []
     for number, start, value, end in _fields(buffer, 0, size):
         if number != _GRAPH:

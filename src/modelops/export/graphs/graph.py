@@ -1,4 +1,4 @@
-"""The protocol of an opened graph, and the runtimes that can open one."""
+"""Protocol of an opened graph, and the runtimes that can open one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 class Graph(Protocol):
-    """One exported network, ready to run."""
+    """Exported network, ready to run."""
 
     runtime: RuntimeName
     precision: str
@@ -45,14 +45,14 @@ class Graph(Protocol):
     output_names: list[str]
 
     def run(self, feed: dict[str, Array]) -> Array:
-        """The graph's first output [N, ...] for inputs that share their first dimension N."""
+        """Return the graph's first output [N, ...] for inputs with the same first dimension N."""
 
     def run_all(self, feed: dict[str, Array]) -> list[Array]:
-        """All outputs, in the order of `output_names`."""
+        """Return all outputs, in the order of `output_names`."""
 
 
 def available_runtimes(artifact_format: str = "onnx") -> list[RuntimeName]:
-    """The runtimes installed here that run an artifact's format, in the order of RUNTIMES."""
+    """Return the installed runtimes that run an artifact's format, in the order of RUNTIMES."""
     packages = {"tensorrt": "tensorrt", "torchscript": "torch", "torch-export": "torch"}
     return [
         name
@@ -62,7 +62,7 @@ def available_runtimes(artifact_format: str = "onnx") -> list[RuntimeName]:
 
 
 def process_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

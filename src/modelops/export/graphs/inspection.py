@@ -24,9 +24,10 @@ def layer_precisions(information: dict[str, Any]) -> dict[str, Any]:
     """Count the layers that multiply, by precision.
 
     A layer multiplies if its type, kernel or name says convolution, matrix product or attention, or
-    if it has weights. It runs in INT8 if its weights are INT8; if the inspector names no weights,
-    if its kernel is an integer one, or it reads INT8 and its kernel is not named. A convolution
-    that reads INT8 and has float weights is not counted: TensorRT folds a conversion into it.
+    if it has weights. It runs in INT8 if its weights are INT8. If the inspector names no weights,
+    it does if its kernel is an integer one, or if it reads INT8 and its kernel is not named. A
+    convolution that reads INT8 and has float weights is not counted: TensorRT folds a conversion
+    into it.
 
     Args:
         information: the inspector's JSON with ProfilingVerbosity.DETAILED: {"Layers": [...]}.

@@ -32,7 +32,7 @@ _OPENVINO_LAYERS = ("Convolution", "FullyConnected", "MatMul")
 
 
 def openvino_execution(graph: OpenVinoGraph, feed: dict[str, Array]) -> dict[str, Any]:
-    """Precision in which OpenVINO executes the layers that multiply.
+    """Return the precisions in which OpenVINO executes the layers that multiply.
 
     Returns:
         `layers`: {"Convolution i8": count, ...}; `int8_layers`: those whose precision is i8 or u8;
@@ -62,7 +62,7 @@ def openvino_execution(graph: OpenVinoGraph, feed: dict[str, Array]) -> dict[str
 
 
 def onnxruntime_execution(path: Path) -> dict[str, Any]:
-    """Integer and float multiplying nodes in the graph that onnxruntime makes of a graph.
+    """Count integer and float multiplying nodes in the graph that onnxruntime makes of a graph.
 
     onnxruntime keeps a Conv in INT8 only where its output is quantised too, which TensorRT forbids;
     so a symmetric graph's convolutions run in float32 there.
@@ -88,11 +88,11 @@ def onnxruntime_execution(path: Path) -> dict[str, Any]:
 
 
 def unproven_layers(path: Path, execution: dict[str, Any]) -> list[str]:
-    """Layers that are quantised in a graph and that a runtime ran in float all the same.
+    """Return the layers that are quantised in a graph but that a runtime ran in float.
 
     Args:
         path: the QDQ graph.
-        execution: what `openvino_execution` or `onnxruntime_execution` says of it.
+        execution: the result of `openvino_execution` or `onnxruntime_execution`.
     """
     import onnx
 
@@ -119,15 +119,15 @@ _LIMIT_S = 180.0  # for a batch size, after which there are fewer rounds
 def measure_speed(
     int8: Graph, fp32_graph: Path, denoiser: Component, rows: TrajectoryRows, *, rounds: int
 ) -> dict[str, Measurement]:
-    """Denoiser latency of INT8 against fp32 in every runtime, bf16, and eager torch.
+    """Measure the denoiser's latency in INT8 against fp32 in every runtime, bf16, and eager torch.
 
     Args:
         int8: the quantised graph as it will be served.
         fp32_graph: the fp32 model.onnx.
         denoiser: the torch network.
         rows: real inputs.
-        rounds: interleaved calls of each; fewer, but five at least, of networks so large that they
-            would take more than three minutes.
+        rounds: interleaved calls of each; fewer, but at least five, for large networks that would
+            take more than three minutes.
 
     Returns:
         "denoiser_batchN_over_BASELINE" to how many times as fast INT8 is.
@@ -164,10 +164,10 @@ _WAY_OUT = "--allow keeps it and records the waiver"
 
 
 def slower_than(speed: Mapping[str, Measurement]) -> dict[str, Measurement]:
-    """The fp32 baselines that INT8 was not seen to be faster than, with the ratios.
+    """Return the fp32 baselines that INT8 was not shown to be faster than, with the ratios.
 
-    At the largest batch the whole 95 % interval must be above 1; at the others it may reach below,
-    but not lie below as a whole.
+    At the largest batch the whole 95 % interval must be above 1. At the others it may reach below
+    1, but not be below it as a whole.
 
     Returns:
         "BASELINE at batch N" to how many times as fast INT8 was.
@@ -187,7 +187,7 @@ def slower_than(speed: Mapping[str, Measurement]) -> dict[str, Measurement]:
 def require_faster(
     speed: Mapping[str, Measurement], table: Sequence[Decision], *, allow: bool
 ) -> str | None:
-    """Refuse INT8 that was not seen to be faster than fp32.
+    """Refuse INT8 that was not shown to be faster than fp32.
 
     Args:
         speed: from `measure_speed`; empty where it was not measured.
@@ -240,7 +240,7 @@ def require_budget(error: float, search: SearchResult, *, allow: bool) -> str | 
 
 
 def _listed(table: Sequence[Decision]) -> str:
-    """A line for each group of layers."""
+    """Format a line for each group of layers."""
     rows = [row.as_record() for row in table]
     return "".join(
         f"\n  {row['group']:28} error {row['error']:8.4f}  {_saved(row['ms_saved'])}  "

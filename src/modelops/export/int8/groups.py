@@ -1,9 +1,8 @@
-"""Layers with weights and attention's products, in groups by role and block, for any denoiser:
-nothing here lists models.
+"""Groups of layers with weights and of attention's products, by role and block, for any denoiser.
 
 A node's place is the torch module path that the exporter noted on it. UNets and diffusion
-transformers name their parts alike, so a few words decide the role; a path without any of them
-still gets a group by its block.
+transformers name their parts alike, so a few words decide the role. A path without any of them
+gets a group by its block. No list of models is needed.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ _EDGES: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 
 def module_path(scopes: str) -> str:
-    """The torch module of a node, from its `name_scopes`: a list of paths from the root to the
-    module, and then the operation."""
+    """Return the torch module of a node, from its `name_scopes`: a list of paths from the root to
+    the module, and then the operation."""
     names = re.findall(r"'([^']*)'", scopes)
     return names[-2] if len(names) > 1 else ""
 
 
 def stage_of(path: str) -> str:
-    """The outermost numbered block, "down_blocks.1" or "transformer_blocks.17", or the middle."""
+    """Return the outermost numbered block, such as "down_blocks.1", or the middle."""
     words = path.split(".")
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if following.isdigit():
@@ -95,8 +94,8 @@ def role_of(path: str) -> str:
 
 
 def group_of(scopes: str) -> str:
-    """The group of a node from the `name_scopes` that torch's exporter notes on it: its role, and
-    for the roles that hold the work "role/block"."""
+    """Return the group of a node, from the `name_scopes` that torch's exporter notes on it: its
+    role, and "role/block" for the roles with most of the work."""
     path = module_path(scopes)
     role, stage = role_of(path), stage_of(path)
     return f"{role}/{stage}" if stage and role in _STAGED else role
@@ -107,8 +106,8 @@ def role_of_group(group: str) -> str:
 
 
 def node_groups(path: Path, *, max_groups: int = MAX_GROUPS) -> dict[str, list[str]]:
-    """Group to names of its nodes, in the order of the graph: those with constant weights, and
-    attention's products.
+    """Return {group: names of its nodes} in the order of the graph: nodes with constant weights,
+    and attention's products.
 
     Deep networks have more blocks than a scan can afford; neighbouring blocks of a role are merged
     ("feed_forward/transformer_blocks.0..transformer_blocks.5") until `max_groups` are left, or one
@@ -124,7 +123,7 @@ def node_groups(path: Path, *, max_groups: int = MAX_GROUPS) -> dict[str, list[s
 
 
 def group_nodes(model: Any, *, max_groups: int = MAX_GROUPS) -> dict[str, list[str]]:
-    """`node_groups` of a loaded ModelProto; may be empty."""
+    """Return `node_groups` of a loaded ModelProto; may be empty."""
     producers = {name: node.op_type for node in model.graph.node for name in node.output}
     groups: dict[str, list[str]] = {}
     for node in weighted_nodes(model):
@@ -140,12 +139,12 @@ def group_nodes(model: Any, *, max_groups: int = MAX_GROUPS) -> dict[str, list[s
 
 
 def included_nodes(groups: dict[str, list[str]], keep_fp32: Collection[str]) -> list[str]:
-    """Names of the nodes that are not in a group to keep."""
+    """Return the names of the nodes that are not in a group to keep."""
     return [name for group, names in groups.items() if group not in keep_fp32 for name in names]
 
 
 def weighted_nodes(model: Any) -> list[Any]:
-    """Conv, Gemm and MatMul nodes whose second operand is a constant of two or more axes."""
+    """Return Conv, Gemm and MatMul nodes whose second operand is a constant of 2 or more axes."""
     ranks = {item.name: len(item.dims) for item in model.graph.initializer}
     return [
         node
@@ -155,11 +154,10 @@ def weighted_nodes(model: Any) -> list[Any]:
 
 
 def product_nodes(model: Any) -> list[Any]:
-    """Both MatMul nodes of every softmax attention, in the order of the graph: the one that makes
-    the scores and the one that reads the weights. Neither has a constant operand.
+    """Return both MatMul nodes of every softmax attention, in the order of the graph: the one that
+    makes the scores and the one that reads the weights. Neither has a constant operand.
 
-    Products of other kinds, of positions and frequencies say, are not rounded: what follows may be
-    a sine.
+    Other products, such as of positions and frequencies, are not rounded: a sine may follow.
     """
     constants = {item.name for item in model.graph.initializer}
     producers = {name: node for node in model.graph.node for name in node.output}
@@ -193,8 +191,8 @@ def _scopes(node: Any) -> str:
 
 
 def _merge(groups: dict[str, list[str]], limit: int) -> dict[str, list[str]]:
-    """At most `limit` groups: every role gets at most k runs of neighbouring blocks, k as large as
-    possible."""
+    """Merge into at most `limit` groups: every role gets at most k runs of neighbouring blocks,
+    with k as large as possible."""
     roles: dict[str, list[str]] = {}
     for group in groups:
         roles.setdefault(role_of_group(group), []).append(group)

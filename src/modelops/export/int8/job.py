@@ -1,4 +1,4 @@
-"""One INT8 export: where everything lies, and what its stages hand on to each other."""
+"""Job of one INT8 export: its files, and the values that its stages pass on."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ _N_PARITY_IMAGES = 8
 
 
 class Int8Job:
-    """One export: where everything lies, and what the stages hand on to each other. Methods are in
-    the order in which they are called."""
+    """Job of one export: its files, and the values that its stages pass on. Methods are in the
+    order in which they are called."""
 
     calibration: Calibration
-    held_out: TrajectoryRows  # choose by
-    final: TrajectoryRows  # judge by
+    held_out: TrajectoryRows  # for the choice
+    final: TrajectoryRows  # for the final check
     variants: Variants
     found: SearchResult
     error: float  # of what was written, by which the search's budget goes
@@ -118,7 +118,7 @@ class Int8Job:
                     shutil.copyfile(path, target / path.name)
 
     def calibrate(self, on_progress: OnProgress) -> None:
-        """Catch rows to calibrate with, to choose by and to judge by."""
+        """Catch rows for calibration, for the choice and for the final check."""
         options = self.options
 
         def rows(seed: int, purpose: str, steps: int, count: int) -> TrajectoryRows:
@@ -140,7 +140,7 @@ class Int8Job:
         self.final = rows(self.seed + 2, "parity", 8, 32)
 
     def smooth(self) -> None:
-        """SmoothQuant and shifts, if the network has anything to smooth and it lowers the error."""
+        """Apply SmoothQuant and shifts, if there is anything to smooth and the error falls."""
         if not self.options.smooth or not smoothable_tensors(self.wide):
             return
         target = self.scratch / "smoothed.onnx"
@@ -168,7 +168,7 @@ class Int8Job:
             write_bytes(self.root / PLOT, plot_sensitivity(self.sensitivity))
 
     def search(self, on_progress: OnProgress) -> None:
-        """The fastest set of groups within the budget."""
+        """Search the fastest set of groups within the budget."""
         budget = self.options.error_budget
         if budget is None:
             floor = root_mean_square(self.variants.row_errors(self.variants.serve(self.wide)))
@@ -207,19 +207,19 @@ class Int8Job:
             self.error = root_mean_square(self.variants.row_errors(self.graph()))
 
     def compare(self, runtime: RuntimeName) -> list[ParityCheck]:
-        """The denoiser's outputs and the images in a runtime, on rows and noise not seen yet."""
+        """Compare the denoiser's outputs and the images in a runtime, on new rows and noise."""
         rows = self.final.batches(min(8, len(self.final)))
         checks = component_parity(self.denoiser, self.graph(runtime), rows, BOUNDS["int8"])
         return checks + self._images(runtime)
 
     def graph(self, runtime: RuntimeName | None = None) -> Graph:
-        """The quantised denoiser as it will be served."""
+        """Open the quantised denoiser as it will be served."""
         runtime = runtime or self.runtime
         path = graph_file(self.root, denoiser_of(self.fp32), runtime)
         return open_graph(path, runtime, precision=default_precision("int8", runtime))
 
     def try_ort_cpu(self) -> None:
-        """A graph by onnxruntime's own rules, if it is asked for and earns its place."""
+        """Try a graph by onnxruntime's own rules, if asked for; keep it if it pays."""
         wanted = self.options.ort_cpu
         if wanted is None:
             wanted = self.runtime == "onnxruntime"
@@ -261,9 +261,9 @@ class Int8Job:
         served["quantised_but_float"] = unproven_layers(opened, served)
 
     def reproduce(self) -> None:
-        """Write the rows and answers that tell, wherever the artifact is opened, whether a runtime
-        gives its numbers there; and try them: on this processor in every runtime, and in OpenVINO
-        as on one with AVX2 alone, whose kernels can be asked for."""
+        """Write the probe, whose rows and answers show on any machine whether a runtime gives the
+        artifact's numbers. Try it on this processor in every runtime, and in OpenVINO with the
+        kernels for AVX2 alone."""
         variant = self.folder / ORT_CPU_GRAPH
         carry_probe(
             self.folder, self.denoiser, self.graph(), self.final, quantised=self.folder / GRAPH,
@@ -280,7 +280,7 @@ class Int8Job:
                 self.reproduced.append(check)
 
     def measure_speed(self) -> None:
-        """Latency of the quantised denoiser beside everything else that runs it here."""
+        """Measure the latency of the quantised denoiser beside all else that runs it here."""
         if self.options.speed_rounds:
             self.speed = measure_speed(
                 self.graph(), self.fp32_graph, self.denoiser, self.final,
@@ -288,11 +288,11 @@ class Int8Job:
             )  # fmt: skip
 
     def measure_noise(self) -> None:
-        """Its error by noise level."""
+        """Measure the error by noise level."""
         self.noise = errors_by_noise(self.denoiser, self.graph(), self.final)
 
     def measured(self) -> dict[str, Any]:
-        """Fields of the artifact's record, as far as the stages have come."""
+        """Return the fields of the artifact's record, as far as the stages have come."""
         table = self.root / TABLE
         calibration: dict[str, Any] = {"method": self.options.method}
         if table.exists():
@@ -335,6 +335,6 @@ def _as_check(found: Reproduction, processor: str, by: str = "") -> Reproduction
 
 
 def _give_up_order(table: Sequence[Decision]) -> list[str]:
-    """Groups in INT8, those that add most error first; the last one is not given up."""
+    """Return the groups in INT8, those that add most error first; the last one is kept."""
     rest = sorted((row for row in table if row.int8), key=lambda row: -row.cost.squared_error)
     return [row.cost.group for row in rest[:-1]]

@@ -1,5 +1,5 @@
-"""The rules of QDQ graphs, checked statically: of the symmetric one that TensorRT and OpenVINO both
-take, and of the one for onnxruntime's CPU provider."""
+"""Static checks of QDQ graphs: of the symmetric one that TensorRT and OpenVINO both take, and of
+the one for onnxruntime's CPU provider."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _Index:
                 self.consumers.setdefault(name, []).append(node)
 
     def dequantized(self, name: str) -> Any | None:
-        """The DequantizeLinear that makes a tensor, if one does."""
+        """Return the DequantizeLinear that makes a tensor, if there is one."""
         node = self.producer.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 

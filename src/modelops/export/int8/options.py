@@ -1,4 +1,4 @@
-"""The options of an INT8 export."""
+"""Options of an INT8 export."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Int8Options:
     """Options of a denoiser's quantisation.
 
     Attributes:
-        method: how a tensor's range is taken from the values seen: minmax, percentile, entropy.
-        steps: of a calibration trajectory.
-        rows: denoiser rows to calibrate with.
+        method: finds a tensor's range in the values seen: minmax, percentile, entropy.
+        steps: number of steps of a calibration trajectory.
+        rows: number of denoiser rows to calibrate with.
         error_budget: relative error allowed (root mean square over held-out rows); when None,
             ERROR_BUDGET, or 1.5 times what the serving precision rounds without INT8.
-        search_seconds: for measuring groups of layers; a scan by noise level takes as long at most.
-            Where it is short for a large network, groups' errors are measured on fewer rows (eight
-            at least) and times on fewer rows and rounds (one and five).
+        search_seconds: seconds for measuring groups of layers; a scan by noise level takes at most
+            as long. If it is short for a large network, errors of groups are measured on fewer rows
+            (at least eight) and times on fewer rows and rounds (at least one and five).
         weight_range: "full" (8 bits), "reduced" (7 bits, exact on every processor), or "auto": see
             `saturation.choose_weight_range`.
         smooth: try SmoothQuant and shifts on transformers.

@@ -1,8 +1,8 @@
-"""A second INT8 graph for onnxruntime's CPU provider, kept only where it is measured to pay.
+"""Second INT8 graph for onnxruntime's CPU provider, kept only if measurements show that it pays.
 
-The symmetric graph that TensorRT and OpenVINO take runs its convolutions in float there. The same
-calibration table gives one by onnxruntime's own rules. On convolutional networks that has not been
-faster than fp32 on the processors measured; on transformers it was.
+The symmetric graph for TensorRT and OpenVINO runs its convolutions in float there. The same
+calibration table gives a graph by onnxruntime's own rules. On the measured processors it was not
+faster than fp32 for convolutional networks, but it was for transformers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from modelops.export.onnx.weight_range import WeightRange
 from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.timing import interleaved_seconds, speed_ratio
 
-# What is quantised. onnxruntime's INT8 convolution is no faster than its float one everywhere, so
-# the products of matrices are also tried on their own.
+# Kinds of quantised layers. onnxruntime's INT8 convolution is not faster than its float one
+# everywhere, so the products of matrices are also tried on their own.
 KINDS: dict[str, tuple[str, ...]] = {
     "matmul": ("MatMul", "Gemm"),
     "conv+matmul": ("Conv", "MatMul", "Gemm"),
@@ -46,7 +46,7 @@ def write_ort_cpu(
 
     Args:
         source: the fp32 model.onnx.
-        target: where it goes.
+        target: path of the new graph.
         calibration: the symmetric graph's own.
         keep_fp32: groups that are not quantised.
         kind: a key of KINDS.
@@ -89,9 +89,9 @@ def judge_ort_cpu(
 ) -> dict[str, Any]:
     """Make every kind of graph, time it against onnxruntime fp32, keep the fastest that pays.
 
-    It pays if at the largest batch the whole 95 % interval of its speed-up is above 1, at no batch
-    the whole interval is below 1, its error is within the bound, it breaks no rule and a layer runs
-    in INT8.
+    A graph pays if at the largest batch the whole 95 % interval of its speed-up is above 1, at no
+    batch the whole interval is below 1, its error is within the bound, it breaks no rule, and a
+    layer runs in INT8.
 
     Args:
         variants: of the graph; its held-out rows and groups are used.
@@ -146,7 +146,7 @@ def judge_ort_cpu(
 
 
 def choose_kind(kinds: dict[str, Any], batch: str) -> tuple[str | None, str]:
-    """The kind with no reason against it (`why` empty) that is fastest at `batch`, and why."""
+    """Return the fastest kind at `batch` with no fault (`why` empty), and the reason."""
     good = [kind for kind, row in kinds.items() if not row["why"]]
     if not good:
         reasons = [f"{kind}: {row['why']}" for kind, row in kinds.items()]

@@ -1,4 +1,4 @@
-"""fp32 graph to QDQ graphs of either runtime's rules, from one table of ranges.
+"""QDQ graphs from an fp32 graph, by either runtime's rules, from one table of ranges.
 
 The graph is read and its weights are rounded once; a scan then writes many variants.
 """
@@ -34,7 +34,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 class QdqWriter:
-    """Variants of one graph that differ in which nodes are quantised.
+    """Writer of variants of one graph that differ in the quantised nodes.
 
     Two schemes. *sym*, for TensorRT and OpenVINO: activations int8 with zero point 0, weights int8
     for each output channel, float bias, no rounding of outputs. *ort-cpu*, for onnxruntime's CPU
@@ -45,7 +45,7 @@ class QdqWriter:
     INT8, so *ort-cpu* leaves them in float.
 
     Only quantised nodes read rounded tensors in *sym*: a skip connection beside a quantised
-    convolution stays as it was. In *ort-cpu* whatever reads a quantised convolution's output reads
+    convolution stays as it was. In *ort-cpu* all readers of a quantised convolution's output read
     the rounded one.
 
     Args:
@@ -74,11 +74,11 @@ class QdqWriter:
         }
 
     def groups(self, max_groups: int = MAX_GROUPS) -> dict[str, list[str]]:
-        """Group to node names, see `groups.node_groups`."""
+        """Return {group: node names}, see `groups.node_groups`."""
         return group_nodes(self._model, max_groups=max_groups)
 
     def calibrated_tensors(self) -> list[str]:
-        """Tensors whose range either scheme may ask for: every weighted node's input, the outputs
+        """Return tensors whose range a scheme may need: every weighted node's input, the outputs
         of convolutions, and both operands of attention's products."""
         names = [node.input[0] for node in self.nodes.values()]
         names += [node.input[1] for node in self.products.values()]
@@ -90,7 +90,7 @@ class QdqWriter:
         return math.prod(self._arrays[self.nodes[node].input[1]].dims)
 
     def ranges(self, calibration: Calibration) -> dict[str, Range]:
-        """Of every tensor that a quantised variant may ask for."""
+        """Return the ranges of every tensor that a quantised variant may need."""
         return calibration.ranges(self.source, self.calibrated_tensors())
 
     def write(
@@ -156,7 +156,7 @@ class QdqWriter:
         save_graph(model, target)
 
     def _round_bias(self, node: Any, graph: _Rewriter, scales: Array) -> None:
-        """onnxruntime runs a Gemm in INT8 only if its bias is int32, in steps of X times W."""
+        """Round a Gemm's bias to int32, in steps of X times W; onnxruntime needs it for INT8."""
         import onnx
 
         name = node.input[2]
@@ -165,7 +165,7 @@ class QdqWriter:
             node.input[2] = graph.bias(name, values, node.input[0], scales)
 
     def _without_weights(self, chosen: Mapping[str, Any]) -> Any:
-        """The model without the float weights that nobody reads any more."""
+        """Return the model without the float weights that are no longer read."""
         import onnx
 
         kept = {
@@ -189,7 +189,7 @@ class QdqWriter:
         return model
 
     def _weight(self, node: Any, axis: int, top: int) -> tuple[Array, Array]:
-        """(int8 weights, float32 scales [channels])."""
+        """Return (int8 weights, float32 scales [channels])."""
         import onnx
 
         key = (node.input[1], axis, top)
@@ -202,7 +202,7 @@ class QdqWriter:
 
 
 def round_weights(values: Array, axis: int, top: int = 127) -> tuple[Array, Array]:
-    """Symmetric int8 with one scale for each channel.
+    """Round weights to symmetric int8 with one scale for each channel.
 
     Args:
         values: float32 weights.
@@ -221,7 +221,7 @@ def round_weights(values: Array, axis: int, top: int = 127) -> tuple[Array, Arra
 
 
 def output_axis(node: Any, rank: int) -> int:
-    """The axis of a weight that runs over output channels."""
+    """Return the axis of a weight that runs over output channels."""
     if node.op_type == "Gemm":
         return 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
     return {"Conv": 0, "ConvTranspose": 1}.get(node.op_type, rank - 1)
@@ -237,7 +237,7 @@ def _from_concat(name: str, producers: Mapping[str, Any], constants: Collection[
 
 
 class _Rewriter:
-    """Adds the pairs; a tensor or weight that several nodes read is rounded once."""
+    """Rewriter that adds the pairs; a tensor or weight with several readers is rounded once."""
 
     def __init__(
         self, graph: Any, ranges: Mapping[str, Range], scheme: Scheme, clipped: Collection[str]
@@ -249,7 +249,7 @@ class _Rewriter:
         self._biases: set[str] = set()
 
     def rounded(self, name: str, top: int = 127) -> str:
-        """The dequantised form of an activation, within `top` steps of 0 in the scheme sym."""
+        """Return the dequantised activation, within `top` steps of 0 in the scheme sym."""
         key = (name, top)
         if key in self._pairs:
             return self._pairs[key]
@@ -277,7 +277,7 @@ class _Rewriter:
         return names[1]
 
     def weight(self, name: str, axis: int, values: tuple[Array, Array]) -> str:
-        """The dequantised form of a weight."""
+        """Return the dequantised form of a weight."""
         key = (name, axis)
         if key not in self._weights:
             stem = name if all(known != name for known, _ in self._weights) else f"{name}_{axis}"
@@ -291,7 +291,7 @@ class _Rewriter:
         return self._weights[key]
 
     def bias(self, name: str, values: Array, activation: str, weight_scales: Array) -> str:
-        """The dequantised form of an int32 bias."""
+        """Return the dequantised form of an int32 bias."""
         step = _scale_and_zero(self._ranges[activation], self._scheme)[0]
         scales = (step * weight_scales.astype(np.float64)).astype(np.float32)
         limits = np.iinfo(np.int32)

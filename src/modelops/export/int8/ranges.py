@@ -34,7 +34,7 @@ Visitor = Callable[[str, Array], None]
 
 @dataclass(frozen=True)
 class Range:
-    """Values of a tensor that quantisation keeps, low <= 0 <= high."""
+    """Range of a tensor's values that quantisation keeps, low <= 0 <= high."""
 
     low: float
     high: float
@@ -50,8 +50,8 @@ class Calibration:
 
     Attributes:
         rows: inputs that the graph is run on.
-        table: the ranges as JSON; read if it is there, else measured and written.
-        method: how a range is taken from the values seen.
+        table: file of the ranges (JSON); read if it exists, else measured and written.
+        method: finds a range in the values seen.
     """
 
     rows: TrajectoryRows
@@ -59,7 +59,7 @@ class Calibration:
     method: Method = "minmax"
 
     def ranges(self, source: Path, tensors: Sequence[str]) -> dict[str, Range]:
-        """The ranges of these tensors of a graph.
+        """Return the ranges of these tensors of a graph.
 
         Raises:
             ExportError: the table is of another graph or method, or a tensor is not finite.
@@ -96,7 +96,7 @@ class Calibration:
 def measure_ranges(
     source: Path, tensors: Sequence[str], feeds: Sequence[Feed], method: Method = "minmax"
 ) -> dict[str, Range]:
-    """Ranges of tensors (inputs of the graph included) over all rows of the feeds.
+    """Measure the ranges of tensors (with the graph's inputs) over all rows of the feeds.
 
     Args:
         source: model.onnx, float32.
@@ -105,8 +105,8 @@ def measure_ranges(
         method: "minmax"; "percentile" clips magnitudes at the 99.999th; "entropy" clips where the
             Kullback-Leibler divergence of the int8 histogram is least (Migacz, GTC 2017).
 
-    Of a Softmax's output only the largest value is looked at, by every method: it has a value for
-    each pair of tokens, and a clipped one would be an attention that is cut off.
+    Of a Softmax's output every method uses only the largest value: it has a value for each pair of
+    tokens, and clipping would cut off attention.
 
     Raises:
         ExportError: a tensor has a value that is not finite.
@@ -170,7 +170,7 @@ def entropy_bin(counts: Array, levels: int = _LEVELS) -> int:
         if not mass:
             continue
         p, q = reference / total, spread / mass
-        # Mass in P where Q has none would be infinite: a small share of Q stands in for it.
+        # Mass in P where Q has none would be infinite: Q gets a small share there.
         used = p > 0
         divergence = float(np.sum(p[used] * np.log(p[used] / np.maximum(q[used], 1e-9))))
         if divergence < best - 1e-12:
@@ -183,8 +183,8 @@ def visit_tensors(
 ) -> None:
     """Call `visit(name, array)` with each tensor on each run; arrays live for one run.
 
-    A run has as many rows as keep the tensors within 512 MiB (at least one). In place of a
-    Softmax's output comes its largest value, an array of no axes.
+    A run has as many rows as keep the tensors within 512 MiB (at least one). A Softmax's output is
+    replaced by its largest value, an array without axes.
     """
     inner = [name for name in tensors if not any(name in feed for feed in feeds[:1])]
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +209,7 @@ def visit_tensors(
 
 
 def _tapped_session(source: Path, tensors: Sequence[str], folder: Path) -> tuple[Any, list[str]]:
-    """A session, and which of its outputs stands for each tensor."""
+    """Open a session; return it with the output that represents each tensor."""
     import onnx
     import onnxruntime
 
@@ -249,8 +249,8 @@ def _rows(feed: Mapping[str, Array]) -> int:
 
 
 def _row_inputs(session: Any, feed: Feed) -> set[str]:
-    """Inputs with the batch axis first: that of the first input in a feed. Others, such as
-    positions, go in whole."""
+    """Return inputs with the batch axis first: that of the first input in a feed. Others, such as
+    positions, are passed whole."""
     first = {item.name: item.shape[0] for item in session.get_inputs() if item.shape}
     batch = first.get(next(iter(feed)))
     return {name for name, axis in first.items() if axis == batch}

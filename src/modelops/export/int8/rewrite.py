@@ -1,9 +1,9 @@
-"""Rewrites of a float graph that leave its outputs as they were.
+"""Rewrites of a float graph that do not change its outputs.
 
-`split_columns`: a gated feed-forward part (GEGLU) multiplies once and cuts the result in two. Where
+`split_columns`: a gated feed-forward part (GEGLU) multiplies once and cuts the result in two. If
 products are INT8 the cut is a copy in float: 2 to 5 % of a wide UNet's time in OpenVINO.
 
-`LinearEditor`: channels of a tensor are shifted and scaled, and the layers around it take it back.
+`LinearEditor`: channels of a tensor are shifted and scaled, and the layers around it undo this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modelops.export.graphs.graph import Array
 
 
 def split_columns(model: Any, source: Path) -> list[str]:
-    """Turn every MatMul and Add whose last axis a Split cuts in two into two of each, in place.
+    """Split every MatMul and Add whose last axis a Split cuts in two into two of each, in place.
 
     Each column keeps its value, which depends on that column of the weights alone. The parts are
     named after the MatMul ("node_linear_7_part0") and keep its metadata.
@@ -63,7 +63,7 @@ class _Found:
             self._uses[name] = self._uses.get(name, 0) + 1
 
     def product_before(self, split: Any) -> tuple[Any, Any] | None:
-        """The MatMul and the Add whose result a Split cuts in two, if nobody else reads them."""
+        """Return the MatMul and the Add whose result a Split cuts in two, if only it reads them."""
         if split.op_type != "Split" or len(split.output) != 2:
             return None
         if len(split.input) > 1 and split.input[1] not in self._arrays:
@@ -85,7 +85,7 @@ class _Found:
         return None if shared else (products[0], add)
 
     def stand_ins(self, product: Any, add: Any, split: Any) -> list[Any]:
-        """A MatMul and an Add for each output of the Split; their constants join the graph."""
+        """Make a MatMul and an Add for each output of the Split; add constants to the graph."""
         import onnx
 
         constants = [name for name in (*product.input, *add.input) if name in self._arrays]
@@ -119,7 +119,7 @@ class _Found:
 
 
 def _ranks(source: Path) -> dict[str, int]:
-    """Axes of each tensor that inference finds."""
+    """Return the number of axes of each tensor that inference finds."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(load_structure(source))
@@ -131,7 +131,7 @@ def _ranks(source: Path) -> dict[str, int]:
 
 
 class LinearEditor:
-    """Edits of one fp32 graph that leave what it computes as it was."""
+    """Editor of one fp32 graph that does not change its results."""
 
     def __init__(self, model: Any, one_row: set[str]) -> None:
         import onnx
@@ -150,7 +150,7 @@ class LinearEditor:
         self._serial = 0
 
     def row_maxima(self, node: Any) -> Array:
-        """max|W_j| over the outputs of a node, for each input channel j."""
+        """Return max|W_j| over the outputs of a node, for each input channel j."""
         weights = np.abs(self._weights(node))
         result: Array = weights.max(axis=1)
         return result
@@ -169,8 +169,7 @@ class LinearEditor:
         )
 
     def add_product_to_bias(self, node: Any, row: Array) -> None:
-        """Add `row` [input channels] times a node's weights to its bias, which it may not have
-        yet."""
+        """Add `row` [input channels] times a node's weights to its bias, or make that bias."""
         product = row.astype(np.float64) @ self._weights(node)
         holder, index = self._bias_of(node, len(product))
         if holder is None:
@@ -190,7 +189,7 @@ class LinearEditor:
         )
 
     def _bias_of(self, node: Any, width: int) -> tuple[Any | None, int]:
-        """The node that adds a constant row to a product, and where that is among its inputs."""
+        """Return the node that adds a constant row to a product, and that input's position."""
         if node.op_type == "Gemm":
             has = len(node.input) > 2 and list(self._constants[node.input[2]].dims) != [width]
             return (None, 0) if has else (node, 2)
@@ -202,8 +201,8 @@ class LinearEditor:
         return None, 0
 
     def transform(self, tensor: str, nodes: list[Any], middle: Array, scales: Array) -> bool:
-        """Subtract `middle` from a tensor and divide by `scales` for these readers. True if that
-        cost no node on all rows."""
+        """Subtract `middle` from a tensor and divide by `scales` for these readers. Return True if
+        that needs no node on all rows."""
         inverse = 1.0 / scales.astype(np.float64)
         factor, offset = inverse.astype(np.float32), (-middle * inverse).astype(np.float32)
         alone = tensor not in self._outputs and len(self._readers[tensor]) == len(nodes)
@@ -218,7 +217,7 @@ class LinearEditor:
     def _moved(
         self, before: Any, tensor: str, output: str, factor: Array, offset: Array | None
     ) -> str:
-        """New nodes that make `tensor` times a factor plus an offset; returns what they make."""
+        """Add nodes that compute `tensor` times a factor plus an offset; return their output."""
         steps = [("Mul", factor)]
         if offset is not None and offset.any():
             steps.append(("Add", offset))
@@ -270,7 +269,7 @@ class LinearEditor:
         self._before.setdefault(position, []).append(node)
 
     def finish(self) -> None:
-        """Put the new nodes in their places and drop the weights that nobody reads."""
+        """Put the new nodes in their places and drop the weights that are not read."""
         nodes = list(self._graph.node)
         ordered = [
             new
@@ -285,7 +284,7 @@ class LinearEditor:
         self._graph.initializer.extend(kept)
 
     def _weights(self, node: Any) -> Array:
-        """[input channels, outputs]."""
+        """Return the weights [input channels, outputs]."""
         stored = self._array(node.input[1])
         return stored.T if _transposed(node) else stored
 
@@ -307,7 +306,7 @@ def _transposed(node: Any) -> bool:
 
 
 def one_row_tensors(structure: Any) -> set[str]:
-    """Tensors [N, 1, D], by shape inference: a Mul on them costs nothing beside one on all rows."""
+    """Return tensors [N, 1, D], by shape inference: a Mul on them is almost free."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(structure, data_prop=True)

@@ -1,8 +1,8 @@
 """Choice of 8 or 7 bits for an INT8 graph's weights. With 7, sums saturate on no processor.
 
-Processors without VNNI add two products of a byte and a byte in 16 bits. With weights of 8 bits
-such a sum may not fit, and the runtime's answer is then wrong by several times what rounding costs
-anyway (0.1 to 0.25 of the output, bench/README.md). With weights of 7 bits it always fits.
+Processors without VNNI add two products of bytes in 16 bits. With weights of 8 bits such a sum may
+not fit, and the runtime's error is then several times that of rounding (0.1 to 0.25 of the output,
+bench/README.md). With weights of 7 bits it always fits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.open import open_graph
 from modelops.export.runtimes.probe import SAME_ERROR
 
-# Of 8 bits' error: as much more may a graph cost that is right on every processor.
+# Times the error of 8 bits that a graph may have if it is correct on every processor.
 ACCEPTED_COST = 1.25
 
 
@@ -43,8 +43,8 @@ class WeightRangeChoice:
 
 
 def choose_weight_range(variants: Variants, asked: str = "auto") -> WeightRangeChoice:
-    """Measure both ranges with every group in INT8, unless one is asked for; `variants` writes in
-    the chosen one from then on."""
+    """Measure both ranges with every group in INT8, unless one is asked for. `variants` then writes
+    in the chosen one."""
     errors: dict[str, float] = {}
     served: dict[str, float] = {}
     for weight_range in get_args(WeightRange):
@@ -76,7 +76,7 @@ def decide_weight_range(
 
 
 def _measure(variants: Variants) -> tuple[float, float]:
-    """(error with exact sums, in the serving runtime here)."""
+    """Return (error with exact sums, error in the serving runtime here)."""
     with variants.written() as path:
         graphs = OrtGraph(path, as_written=True), open_graph(path, variants.runtime)
         exact, served = (root_mean_square(variants.row_errors(g, few=True)) for g in graphs)

@@ -1,9 +1,9 @@
-"""The set of quantised groups that is fastest within an error budget.
+"""Search for the set of quantised groups that is fastest within an error budget.
 
-Each group is judged by what leaving it in fp32 changes: the squared error it takes off and the
-milliseconds it costs, in the runtime that will serve the graph. Squared errors of groups are nearly
-additive, so a greedy choice by error per millisecond is close to the best one; what it predicts is
-then measured, and the choice made again with the prediction corrected, until it holds.
+Each group is judged by the effect of leaving it in fp32: the squared error that this removes and
+the milliseconds that it costs, in the runtime that will serve the graph. Squared errors of groups
+are nearly additive, so a greedy choice by error per millisecond is close to the best one. Its
+prediction is then measured, and the choice is repeated with a corrected prediction until it holds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEAST_ROUNDS = 5  # of a timing, unless fewer are asked for
 _WORTH_KEEPING = 0.02  # share of the squared error that a group must add to be given up for nothing
 _WHY_LIGHT = "adds error and does next to nothing of the work"
 _WHY_IDLE = "adds error and saves nothing that can be told from 0"
-_LEAST_SHARE = 0.005  # of a call's time: a saving below it is nothing
+_LEAST_SHARE = 0.005  # of a call's time: a smaller saving counts as none
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class GroupCost:
 
     Attributes:
         group: its name.
-        nodes: how many layers it has.
-        squared_error: what its rounding adds to the squared relative error; may be below 0.
-        ms_saved: what INT8 saves a call, median; None if it was not timed.
+        nodes: number of its layers.
+        squared_error: squared relative error that its rounding adds; may be below 0.
+        ms_saved: milliseconds that INT8 saves a call, median; None if it was not timed.
         ms_low: lower end of the 95 % interval.
         ms_high: upper end.
-        light: it does next to nothing of the work, so that INT8 saves nothing; False where its
+        light: whether it does almost none of the work, so that INT8 saves nothing; False if its
             error is not known either.
     """
 
@@ -60,13 +60,13 @@ class GroupCost:
 
 @dataclass(frozen=True)
 class Decision:
-    """A row of the search's table.
+    """Row of the search's table.
 
     Attributes:
-        cost: what was measured.
+        cost: the measured cost.
         int8: whether the group is quantised.
-        why: in a few words.
-        order: when it was given up (0 first), or None.
+        why: the reason, in a few words.
+        order: position in which it was given up (0 is first), or None.
     """
 
     cost: GroupCost
@@ -75,7 +75,7 @@ class Decision:
     order: int | None = None
 
     def as_record(self) -> dict[str, Any]:
-        """For JSON and for a report's table."""
+        """Return the row as JSON values, also for a report's table."""
         root = math.copysign(math.sqrt(abs(self.cost.squared_error)), self.cost.squared_error)
         return {
             **asdict(self.cost),
@@ -95,16 +95,16 @@ class SearchResult:
         table: a row for each group.
         budget: relative error that was allowed.
         error: of the chosen set in the serving runtime, against fp32.
-        error_all_int8: the same of everything in INT8.
-        error_floor: the same of nothing in INT8: what the serving precision rounds.
-        within_budget: whether `error` is.
-        ms: milliseconds a call of the graph unquantised in the serving precision, all in INT8, and
-            the chosen set, in one interleaved run.
-        runtime, precision, batch, rounds: what was timed, and how often.
-        rows: that the errors above were measured on.
-        group_rows: of them, those that the groups' errors were measured on.
-        tries: how often a set was chosen and measured.
-        why: why there is no set within the budget; empty if there is one.
+        error_all_int8: error with everything in INT8.
+        error_floor: error with nothing in INT8: the rounding of the serving precision.
+        within_budget: whether `error` is within the budget.
+        ms: milliseconds a call of the unquantised graph in the serving precision, of all in INT8,
+            and of the chosen set, in one interleaved run.
+        runtime, precision, batch, rounds: conditions of the timing.
+        rows: number of rows for the errors above.
+        group_rows: number of these rows for the groups' errors.
+        tries: number of sets that were chosen and measured.
+        why: reason why there is no set within the budget; empty if there is one.
     """
 
     keep_fp32: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class SearchResult:
     why: str = ""
 
     def as_record(self) -> dict[str, Any]:
-        """For artifact.json."""
+        """Return the result as JSON values for artifact.json."""
         record = {**vars(self)}
         record["table"] = [decision.as_record() for decision in self.table]
         return record
@@ -136,13 +136,12 @@ def choose_groups(
 ) -> list[Decision]:
     """Choose from measured numbers alone; the same numbers give the same choice.
 
-    First the groups whose INT8 surely does not pay (the whole interval of `ms_saved` at or below 0)
-    stay fp32, and of those that are light, or save at most `least_ms` and perhaps nothing, the ones
-    that add a fiftieth of the squared error or more. Then, while the error predicted is above the
-    budget, the group that brings most error per millisecond saved is given up (a saving below the
-    timing's resolution counts as that resolution). A group that adds no error is not given up for
-    the budget. The last group in INT8 is kept: whether it is worth having is for the caller's
-    gates.
+    First, groups whose INT8 surely does not pay (the whole interval of `ms_saved` is at or below 0)
+    stay fp32. So do groups that are light, or save at most `least_ms` and perhaps nothing, if they
+    add a fiftieth of the squared error or more. Then, while the predicted error is above the
+    budget, the group with most error per millisecond saved is given up (a saving below the timing's
+    resolution counts as that resolution). A group that adds no error is not given up for the
+    budget. The last group in INT8 is kept; the caller's gates decide whether it is worth having.
 
     Args:
         costs: one for each group.
@@ -200,11 +199,11 @@ def search_groups(
     """Measure every group's error and time, choose, and measure the choice.
 
     Each group is left out of an otherwise quantised graph, which runs interleaved with the graph
-    that has all groups in INT8. Three graphs and the reference are in memory at a time. Where half
-    of a group's part of `time_limit_s` is not enough for the timing, there are fewer rounds and
-    then fewer rows in a call. After `time_limit_s` the groups that are left are not timed, and are
-    taken as adding what they do alone, or else an equal share of the error that is not accounted
-    for. Groups are measured on the variants' few rows, what is chosen on all held-out ones.
+    that has all groups in INT8. Three graphs and the reference are in memory at a time. If half of
+    a group's part of `time_limit_s` is not enough for the timing, there are fewer rounds and then
+    fewer rows in a call. After `time_limit_s` the remaining groups are not timed. Their error is
+    assumed to be the one they add alone, or else an equal share of the unexplained error. Groups
+    are measured on the variants' few rows, the chosen set on all held-out rows.
 
     Args:
         variants: of the graph, in the runtime and precision that will serve it.
@@ -294,7 +293,7 @@ def search_groups(
 def order_of_measuring(
     groups: Mapping[str, Sequence[str]], alone: Mapping[str, float]
 ) -> list[str]:
-    """First what nothing is known of, then what adds most alone: it may be given up."""
+    """Order the groups: unknown ones first, then those that add most error alone."""
     return sorted(order_of_interest(groups), key=lambda group: -alone.get(group, math.inf))
 
 
@@ -304,7 +303,7 @@ def _with_unmeasured(
     squared_error: float,
     alone: Mapping[str, float],
 ) -> list[GroupCost]:
-    """The measured costs; for the rest what they add alone, or an equal share of what is left."""
+    """Return the measured costs; other groups get an assumed error, see `search_groups`."""
     groups = variants.groups
     guessed = {g: alone[g] ** 2 for g in groups if g not in measured and g in alone}
     known = guessed | {group: cost.squared_error for group, cost in measured.items()}
@@ -324,8 +323,8 @@ def _with_unmeasured(
 def _pace(
     variants: Variants, graph: Graph, batch: int, rounds: int, seconds: float
 ) -> tuple[int, int]:
-    """Rows (at most `batch`) and rounds with which two graphs of this speed are timed in about so
-    many seconds; found from one row upwards, as a full batch may take all the time there is."""
+    """Return the rows (at most `batch`) and rounds with which two graphs are timed in about this
+    many seconds; found from one row upwards, as a full batch may take all of the time."""
     least, chosen = min(rounds, _LEAST_ROUNDS), (1, min(rounds, _LEAST_ROUNDS))
     size = 1
     while True:
@@ -341,15 +340,15 @@ def _pace(
 
 
 def _saves_nothing(cost: GroupCost, least_ms: float) -> bool:
-    """A saving that is too little to matter, and may be none."""
+    """Return whether a saving is too little to matter, and may be none."""
     if cost.ms_saved is None or cost.ms_low is None:
         return False
     return cost.ms_saved <= least_ms and cost.ms_low <= 0
 
 
 def _error_per_ms(cost: GroupCost) -> float:
-    """0 where it was not timed, so that it goes last. A saving below what the timing can tell
-    counts as that much."""
+    """Return the error per millisecond; 0 if it was not timed, so that it comes last. A saving
+    below the timing's resolution counts as that resolution."""
     if cost.ms_saved is None or cost.ms_low is None or cost.ms_high is None:
         return 0.0
     resolution = (cost.ms_high - cost.ms_low) / 2
@@ -367,7 +366,7 @@ def _why_int8(cost: GroupCost) -> str:
 def _milliseconds_saved(
     without: Sequence[float], full: Sequence[float]
 ) -> tuple[float, float, float]:
-    """Median of paired differences in ms, and its 95 % percentile-bootstrap interval."""
+    """Return the median of paired differences in ms, and its 95 % percentile-bootstrap interval."""
     differences = (np.asarray(without) - np.asarray(full)) * 1e3
     generator = numpy_generator(0, "milliseconds-saved")
     picks = generator.integers(0, len(differences), size=(_RESAMPLES, len(differences)))

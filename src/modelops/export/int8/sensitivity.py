@@ -18,8 +18,8 @@ _EDGE = 4  # layers of a group at most that is measured first
 
 
 def order_of_interest(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Groups so that a limit cuts off those that matter least: first the few layers at a network's
-    edges, where most error is and little time, then the largest groups, where the time is."""
+    """Order the groups so that a limit cuts off those that matter least: first the few layers at a
+    network's edges, with most error and little time, then the largest groups, with most time."""
     return sorted(groups, key=lambda group: (len(groups[group]) > _EDGE, -len(groups[group])))
 
 
@@ -31,9 +31,9 @@ def scan_groups(
     time_limit_s: float | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Error of every group of layers, over all held-out rows and by noise level.
+    """Measure the error of every group of layers, over all held-out rows and by noise level.
 
-    Measured in onnxruntime in float32, so that nothing but INT8 is rounded.
+    This runs in onnxruntime in float32, so that nothing but INT8 is rounded.
 
     Args:
         variants: of the graph.
@@ -96,7 +96,7 @@ def scan_groups(
 
 
 def plot_sensitivity(record: dict[str, Any]) -> bytes:
-    """A heat map of a `scan_groups` record, groups down and noise levels across, as PNG.
+    """Plot a heat map of a `scan_groups` record, groups down and noise levels across, as PNG.
 
     Raises:
         ExportError: the record has no group.

@@ -1,13 +1,13 @@
-"""SmoothQuant with shifts: what is hard to round moves from activations to weights and biases.
+"""SmoothQuant with shifts, which move rounding problems from activations to weights and biases.
 
 A transformer's activations have a few channels that are far larger than the rest, and one scale for
 the tensor must hold them. Dividing channel j of X by s_j and multiplying row j of W by it leaves
 X W as it was and both easier to round: s_j = max|X_j|^a / max|W_j|^(1-a) (Xiao et al. 2022,
 arXiv:2211.10438).
 
-Symmetric INT8 also wastes half of its levels on a channel with one sign, as they are behind a GELU.
-Subtracting the middle c_j of a channel's range and adding c W to the bias leaves X W + b as it was
-and up to halves the range (Wei et al. 2023, arXiv:2304.09145).
+Symmetric INT8 also wastes half of its levels on a channel with one sign, such as behind a GELU.
+Subtracting the middle c_j of a channel's range and adding c W to the bias does not change X W + b
+and halves the range at best (Wei et al. 2023, arXiv:2304.09145).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Channels:
         return result
 
     def largest(self, shift: Array) -> Array:
-        """The largest magnitude once the shift is subtracted."""
+        """Largest magnitude after the shift."""
         result: Array = np.maximum(self.high - shift, shift - self.low)
         return result
 
@@ -69,8 +69,8 @@ class SmoothedTensors:
 
     Attributes:
         tensors: all of them.
-        folded: of those, how many needed no node on all rows.
-        shifted: of those, from how many the middle is subtracted, too.
+        folded: those that needed no node on all rows.
+        shifted: those from which the middle is subtracted, too.
     """
 
     tensors: int = 0
@@ -83,10 +83,10 @@ class Smoothing:
     """Smoothing that was tried, and the one that is kept.
 
     Attributes:
-        alpha: the one that is kept, or None: nothing lowered the error.
+        alpha: the alpha that is kept, or None if nothing lowered the error.
         error_before: relative error (root mean square over held-out rows) without smoothing.
-        errors: alpha to the error with it.
-        counts: of the one that is kept.
+        errors: {alpha: error with it}.
+        counts: of the smoothing that is kept.
     """
 
     alpha: float | None = None
@@ -95,7 +95,7 @@ class Smoothing:
     counts: SmoothedTensors = SmoothedTensors()
 
     def as_record(self) -> dict[str, Any]:
-        """For artifact.json."""
+        """Return the result as JSON values for artifact.json."""
         return {
             "alpha": self.alpha,
             "error_before": self.error_before,
@@ -107,7 +107,7 @@ class Smoothing:
 def channel_bounds(
     source: Path, tensors: Sequence[str], feeds: Sequence[Feed]
 ) -> dict[str, Channels]:
-    """Least and largest value of each channel of tensors, over all rows of the feeds."""
+    """Measure least and largest value of each channel of tensors, over all rows of the feeds."""
     found: dict[str, Channels] = {}
 
     def widen(name: str, array: Array) -> None:
@@ -122,7 +122,7 @@ def channel_bounds(
 
 
 def smoothing_scales(activations: Array, weights: Array, alpha: float) -> Array:
-    """s_j of each channel, float32 [channels].
+    """Compute s_j of each channel, float32 [channels].
 
     Args:
         activations: max|X_j| [channels], not negative.
@@ -138,7 +138,7 @@ def smoothing_scales(activations: Array, weights: Array, alpha: float) -> Array:
 
 
 def smoothable_tensors(source: Path, groups: Collection[str] | None = None) -> dict[str, list[str]]:
-    """Activation to the names of the MatMul and Gemm nodes that would share its scales.
+    """Return {activation: names of the MatMul and Gemm nodes that would share its scales}.
 
     Args:
         source: fp32 model.onnx.
@@ -158,10 +158,10 @@ def smooth_graph(
 ) -> SmoothedTensors:
     """Write an fp32 graph that computes the same with smoothed activations.
 
-    Factor and shift go into the scale and bias of a LayerNormalization before it where nobody else
-    reads its output; into the factor and the summand of an adaptive norm where those are one row
-    for each image; else they are a Mul and an Add that all consumers share. A tensor whose range
-    a shift makes smaller by less than a twentieth is not shifted.
+    Factor and shift go into the scale and bias of a LayerNormalization before it, if nothing else
+    reads its output. They go into the factor and the summand of an adaptive norm, if those are one
+    row for each image. Otherwise they become a Mul and an Add that all consumers share. A tensor
+    whose range a shift reduces by less than a twentieth is not shifted.
 
     Args:
         source: fp32 model.onnx.
@@ -277,7 +277,7 @@ def choose_smoothing(
 
 
 def _descend(alphas: Sequence[float], error_with: Callable[[float], float]) -> float:
-    """The alpha where the error is least among its neighbours."""
+    """Find the alpha with the least error among its neighbours."""
     at = min(range(len(alphas)), key=lambda i: abs(alphas[i] - _DEFAULT_ALPHA))
     for step in (1, -1):
         while 0 <= at + step < len(alphas):
@@ -291,7 +291,7 @@ def _descend(alphas: Sequence[float], error_with: Callable[[float], float]) -> f
 def _targets(
     model: Any, groups: Collection[str] | None, names: Collection[str] | None = None
 ) -> dict[str, list[Any]]:
-    """Activation to the MatMul and Gemm nodes that read it and have a matrix of weights."""
+    """Return {activation: MatMul and Gemm nodes that read it and have a matrix of weights}."""
     grouped = group_nodes(model, max_groups=MAX_GROUPS)
     group_by_node = {node: group for group, members in grouped.items() for node in members}
     matrices = {item.name for item in model.graph.initializer if len(item.dims) == 2}

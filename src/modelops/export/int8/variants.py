@@ -1,4 +1,4 @@
-"""Quantised variants of one graph, made, run and compared on held-out rows."""
+"""Quantised variants of one graph: made, run and compared on held-out rows."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _LIGHT_WEIGHTS = 0.05  # share of their weights: more would be missed in the gra
 
 
 class Variants:
-    """Makes variants of a graph by group and measures their error.
+    """Maker of variants of a graph by group, which measures their error.
 
     Args:
         source: fp32 model.onnx.
-        folder: where the variant at hand is written; nothing is left there.
+        folder: folder of the current variant; nothing is left there.
         calibration: of that graph.
         held_out: rows for the error, in the order of their noise level; a last batch that is not
             full is left out. Groups are measured on `few` of them, which are all until
@@ -79,7 +79,7 @@ class Variants:
 
     def limit_rows(self, seconds: float) -> None:
         """Measure groups on fewer rows, evenly spread over the noise levels, so that a pass takes
-        about so long; on one batch at least."""
+        about this many seconds; on at least one batch."""
         most, size = len(self.held_out) // self._size, self._size
         batches = min(most, max(1, int(seconds / (size * self._row_seconds))))
         if batches < most:
@@ -89,13 +89,13 @@ class Variants:
             self.few = self.held_out.subset(picks)
 
     def _feeds(self, rows: TrajectoryRows) -> Iterator[Feed]:
-        """Rows in batches, in the order of their noise level."""
+        """Return rows in batches, in the order of their noise level."""
         for start in range(0, len(rows), self._size):
             yield rows.take(range(start, start + self._size))
 
     @contextmanager
     def written(self, keep_fp32: Collection[str] = (), *, scheme: Scheme = "sym") -> Iterator[Path]:
-        """The file of the variant with these groups left in fp32, for as long as the block runs."""
+        """Write the variant with these groups left in fp32; its file exists within the block."""
         nodes = included_nodes(self.groups, keep_fp32)
         self._writer.write(
             self._path, self._ranges, nodes, scheme=scheme, weight_range=self.weight_range
@@ -106,9 +106,9 @@ class Variants:
             remove_graph(self._path)
 
     def _light_groups(self, row: Feed) -> set[str]:
-        """Groups with next to nothing of the network's multiply-adds, and few of its weights: what
-        is computed once an image, or with few channels. INT8 saves nothing there, whatever a
-        timing says. None where a layer reads a Softmax, of which only the largest value is seen."""
+        """Return groups with almost none of the network's multiply-adds and few of its weights:
+        layers computed once an image, or with few channels. INT8 saves nothing there, whatever a
+        timing says. None if a layer reads a Softmax, of which only the largest value is known."""
         nodes, products = self._writer.nodes, self._writer.products
         shapes: dict[str, tuple[int, ...]] = {}
         inputs = list({node.input[0] for name, node in nodes.items() if name not in products})
@@ -131,23 +131,23 @@ class Variants:
         }
 
     def op_type(self, node: str) -> str:
-        """Conv, Gemm or MatMul, of a node with weights; "product" of attention's others."""
+        """Return Conv, Gemm or MatMul for a node with weights, "product" for attention's others."""
         if node in self._writer.products:
             return "product"
         return str(self._writer.nodes[node].op_type)
 
     def serve(self, path: Path) -> Graph:
-        """A graph in the runtime and precision that will serve it."""
+        """Open a graph in the runtime and precision that will serve it."""
         return open_graph(path, self.runtime, precision=self.precision)
 
     def rounding_errors(self, keep_fp32: Collection[str] = ()) -> Array:
-        """Errors of INT8 alone for each of the few rows [len(few)], these groups left in fp32."""
+        """Return the errors of INT8 alone for the few rows [len(few)], these groups in fp32."""
         with self.written(keep_fp32) as path:
             return self.row_errors(OrtGraph(path), few=True)
 
     def row_errors(self, graph: Graph, *, few: bool = False) -> Array:
-        """||output - reference|| / ||reference|| of each held-out row [len(held_out)], or of each
-        of the few."""
+        """Return ||output - reference|| / ||reference|| of each held-out row [len(held_out)], or
+        of each of the few."""
         rows, reference = (
             (self.few, self._expected_of_few) if few else (self.held_out, self._expected)
         )
@@ -159,13 +159,13 @@ class Variants:
         return result
 
     def timing_feed(self, batch: int) -> Feed:
-        """`batch` held-out rows, spread over the noise levels."""
+        """Return `batch` held-out rows, spread over the noise levels."""
         return self.held_out.take(self.held_out.spread(batch))
 
 
 def multiply_adds(node: Any, shape: Sequence[int], weights: int) -> float:
-    """Of a Conv, Gemm or MatMul with so many constant weights on an input of this shape. Padding is
-    not counted, and a stack of matrices as if each row met all of them."""
+    """Count the multiply-adds of a Conv, Gemm or MatMul with this many constant weights on an input
+    of this shape. Padding is not counted; a stack of matrices counts as if each row met all."""
     values, attributes = math.prod(shape), {item.name: item for item in node.attribute}
     if node.op_type != "Conv":
         turned = "transA" in attributes and attributes["transA"].i

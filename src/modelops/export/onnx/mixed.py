@@ -35,7 +35,7 @@ _LIGHT = frozenset({
 
 
 class GraphWeights:
-    """Values of a graph's initializers by name; the larger ones are mapped, not read."""
+    """Weights of a graph by name; the larger ones are mapped, not read."""
 
     def __init__(self, path: Path, model: Any) -> None:
         self._tensors = {item.name: item for item in model.graph.initializer}
@@ -59,9 +59,9 @@ class MixedPlan:
     Attributes:
         weights: names of the float32 initializers.
         float_nodes: indices of the nodes that make a float32 value.
-        low: those that are converted.
-        kept: name of a node to why it is not.
-        kinds: operator to the number of nodes that it keeps float32.
+        low: nodes that are converted.
+        kept: {name of a node: why it is not converted}.
+        kinds: {operator: number of nodes that it keeps float32}.
     """
 
     def __init__(self, model: Any, narrow: FloatFormat) -> None:
@@ -113,7 +113,7 @@ class MixedPlan:
             )
 
     def activations(self) -> list[str]:
-        """float32 values that nodes to be converted read or make."""
+        """Return the float32 values that nodes to be converted read or make."""
         found = {name for index in self.low for name in self._touched(index)}
         inputs = {value.name for value in self.model.graph.input}
         return sorted(name for name in found if name in self.makers or name in inputs)
@@ -153,7 +153,7 @@ class MixedPlan:
                 self.kinds[self.nodes[index].op_type] += 1
 
     def build(self, weights: GraphWeights) -> tuple[Any, int]:
-        """The mixed model, and how many casts it has."""
+        """Build the mixed model; return it with its number of casts."""
         import onnx
 
         model = self.model
@@ -200,7 +200,7 @@ class MixedPlan:
 
 
 class _Builder:
-    """The nodes of the mixed graph. A value keeps its name in float32; its 16-bit form has another.
+    """Builder of the mixed graph. A value keeps its name in float32; its 16-bit form has another.
 
     Attributes:
         full: initializers that are read in float32.
@@ -235,7 +235,7 @@ class _Builder:
         self.nodes.append(node)
 
     def as_float32(self, name: str) -> None:
-        """Make sure that a value is there under its own name."""
+        """Make sure that a value exists under its own name."""
         if name in self._weights:
             self.full.add(name)
         elif self._is_low(name):
@@ -268,7 +268,7 @@ class _Builder:
 def _movable(
     node: Any, floats: set[str], opset: int, narrow: FloatFormat
 ) -> tuple[set[int], set[int]] | None:
-    """Slots of a node's inputs and outputs that may hold the format; None if it must stay."""
+    """Return the inputs and outputs of a node that may hold the format; None if it must stay."""
     import onnx
 
     if node.domain not in ("", "ai.onnx") or node.op_type in _TYPED or any(_captured(node)):
@@ -296,7 +296,7 @@ def _movable(
 
 
 def _captured(node: Any) -> Iterator[str]:
-    """Names that a node's inner graphs take, or may take, from outside."""
+    """Return the names that a node's inner graphs take, or may take, from outside."""
     for attribute in node.attribute:
         for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
             for inner in graph.node:
@@ -306,7 +306,7 @@ def _captured(node: Any) -> Iterator[str]:
 
 
 def _scopes(node: Any) -> list[str]:
-    """Paths of the torch modules that a node lies in, as the exporter noted them."""
+    """Return the paths of a node's torch modules, as the exporter noted them."""
     text = next((p.value for p in node.metadata_props if p.key.endswith("name_scopes")), "")
     return [part.strip(" '\"[]") for part in text.split(",")]
 

@@ -16,8 +16,8 @@ from modelops.export.graphs.graph import Array, process_cores
 
 Narrow = Literal["float16", "bfloat16"]
 NARROW: tuple[Narrow, ...] = ("float16", "bfloat16")
-# An activation may reach this share of the format's largest number on the images it is measured
-# with: others go further.
+# Share of the format's largest number that an activation may reach on the measured images; other
+# images go further.
 SAFE_SHARE = 0.25
 _SUBNORMAL_SHARE = 0.25
 _ROUNDOFFS = 4.0
@@ -26,7 +26,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A 16-bit float.
+    """Format of 16-bit floats.
 
     Attributes:
         name: as torch and numpy write it.
@@ -46,7 +46,7 @@ class FloatFormat:
 
 
 def float_format(name: Narrow) -> FloatFormat:
-    """IEEE binary16 or bfloat16."""
+    """Return the format of IEEE binary16 or bfloat16."""
     if name == "float16":
         return FloatFormat(name, 10, 65504.0, 2.0**-14, 2.0**-11, np.dtype(np.float16))
     import ml_dtypes
@@ -86,10 +86,10 @@ def weight_fault(values: npt.NDArray[np.float32], narrow: FloatFormat) -> str | 
 def measure_ranges(
     path: Path, names: Iterable[str], feeds: Iterable[Mapping[str, Array]]
 ) -> dict[str, float]:
-    """Largest magnitude of tensors inside a float32 graph, over all feeds.
+    """Measure the largest magnitude of tensors inside a float32 graph, over all feeds.
 
-    The graph runs in onnxruntime with one number more to give for each tensor, so that memory stays
-    that of a usual run; feeds are run one after the other.
+    The graph runs in onnxruntime with one more output number for each tensor, so that it needs no
+    more memory than a usual run; feeds are run one after the other.
 
     Args:
         path: the fp32 model.onnx.
@@ -133,7 +133,7 @@ def measure_ranges(
 
 
 def _add_probes(model: Any, names: list[str]) -> list[str]:
-    """Give a graph max |x| of tensors as its only outputs."""
+    """Make max |x| of tensors the only outputs of a graph."""
     import onnx
 
     # As a constant, so that the operator's form of before opset 18 is not needed too.
@@ -154,7 +154,7 @@ def _add_probes(model: Any, names: list[str]) -> list[str]:
 
 
 def weight_arrays(path: Path, weights: Mapping[str, Any]) -> dict[str, Array]:
-    """The larger weights of a graph, mapped from its file or its data file instead of read."""
+    """Map the larger weights of a graph from its file or its data file, without reading them."""
     import onnx
 
     data = data_path(path)
@@ -181,7 +181,7 @@ def _has_values(tensor: Any) -> bool:
 
 
 def _supply(options: Any, model: Any, values: Mapping[str, Array]) -> None:
-    """Hand a session the weights that the structure lacks, as if they were external data."""
+    """Give a session the weights that the structure lacks, as external data."""
     import onnxruntime
 
     kept = []

@@ -1,11 +1,11 @@
-"""fp32 graph to a mixed one: 16-bit where that is safe, float32 where it is not.
+"""Conversion of an fp32 graph to a mixed one: 16-bit where that is safe, float32 where it is not.
 
-Inputs and outputs stay float32, so a pipeline around the graph computes as before. What stays in
-float32 inside: normalisations, softmax, exponentials, powers, sums and sines (in reduced precision
-they lose the digits that matter: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740); what
-computes shapes; every node that reads or makes a value beyond a safe share of the format's largest
-number on measured inputs; and every node whose weights would not survive. Without measured inputs
-only the weights are known, and the report says so.
+Inputs and outputs stay float32, so a pipeline around the graph computes as before. Inside, these
+stay float32: normalisations, softmax, exponentials, powers, sums and sines (in reduced precision
+they lose the digits that matter: Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740); nodes
+that compute shapes; every node that reads or makes a value beyond a safe share of the format's
+largest number on measured inputs; and every node whose weights would not survive. Without measured
+inputs only the weights are known, and the report says so.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class PrecisionReport:
 
     Attributes:
         precision: "float16" or "bfloat16".
-        low_nodes: nodes that compute in it.
-        float32_nodes: float nodes that do not.
-        casts: Cast nodes added.
-        kept: node to why it stays float32, for those that their kind alone would not keep.
-        kinds: operator to how many of its nodes stay float32 for what they are.
-        bytes_before: of the float weights.
-        bytes_after: of the float weights.
-        runs: of the graph that ranges were measured in; 0 is not measured.
-        largest: the largest magnitude met; None if not measured.
-        bound: the magnitude from which on a value is kept out of the format.
+        low_nodes: number of nodes that compute in it.
+        float32_nodes: number of float nodes that do not.
+        casts: number of Cast nodes added.
+        kept: {node: why it stays float32}, for those that their operator alone would not keep.
+        kinds: {operator: number of its nodes that stay float32 because of it}.
+        bytes_before: size of the float weights before.
+        bytes_after: size of the float weights after.
+        runs: number of runs of the graph in which ranges were measured; 0 is not measured.
+        largest: the largest magnitude found; None if not measured.
+        bound: magnitude from which on a value stays float32.
     """
 
     precision: str
@@ -63,7 +63,7 @@ class PrecisionReport:
     bound: float = 0.0
 
     def record(self) -> dict[str, Any]:
-        """As plain values for a record; an infinite magnitude is the text "inf"."""
+        """Return plain values for a record; an infinite magnitude is the text "inf"."""
         values = asdict(self)
         if self.largest is not None and not math.isfinite(self.largest):
             values["largest"] = "inf"
@@ -86,7 +86,7 @@ def convert_precision(
         source: an fp32 model.onnx that is not quantised.
         target: where the mixed one goes.
         precision: "float16" or "bfloat16"; a bfloat16 graph has at least opset 22.
-        keep_fp32: names of nodes, or module paths (`unet.mid_block`): what lies below stays fp32.
+        keep_fp32: names of nodes, or module paths (`unet.mid_block`), below which all stays fp32.
         feeds: real inputs, run one after the other; see `overflow.measure_ranges`.
         safe_share: of the format's largest number.
         external_bytes: see `writer.write_graph`.
@@ -138,7 +138,7 @@ def _check_source(model: Any, path: Path) -> None:
 
 
 def _raise_opset(model: Any, path: Path) -> None:
-    """To the first opset with bfloat16 convolutions: nothing but types changed on the way there."""
+    """Raise to the first opset with bfloat16 convolutions; only types changed up to it."""
     entry = next(item for item in model.opset_import if not item.domain)
     if entry.version >= _BFLOAT16_OPSET:
         return

@@ -8,7 +8,7 @@ import torch
 
 
 def drop_empty_squeezes(program: torch.export.ExportedProgram) -> None:
-    """Take out every `squeeze(dim)` of a dimension that is not 1.
+    """Remove every `squeeze(dim)` of a dimension that is not 1.
 
     torch leaves such a tensor as it is; the exporter writes a Squeeze node, which no runtime takes
     (PixArt's output layer has one).
@@ -27,8 +27,8 @@ def drop_empty_squeezes(program: torch.export.ExportedProgram) -> None:
 def simplify(model: Any) -> None:
     """Fold constants and rewrite an onnx_ir.Model in place, as torch.onnx.export does by itself.
 
-    All but one set of onnxscript's rules: the one that takes `x + c` for `x` where c is within 1e-8
-    of 0. A network that divides by `x + 1e-15` then divides by 0 (Sana's linear attention does).
+    All of onnxscript's rules are used but one, which replaces `x + c` by `x` if c is within 1e-8 of
+    0. With it a network that divides by `x + 1e-15` would divide by 0 (Sana's linear attention).
     """
     from onnx_ir import passes
     from onnx_ir.passes import common
@@ -65,7 +65,7 @@ def simplify(model: Any) -> None:
 
 
 def _drop_exact_no_ops(model: Any) -> None:
-    """Take out x * 1, x / 1, x + 0 and x - 0 where the number is exactly that."""
+    """Remove x * 1, x / 1, x + 0 and x - 0 where the number is exactly that."""
     neutral = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0}
     kept = set(model.graph.outputs)
     for node in model.graph.all_nodes():

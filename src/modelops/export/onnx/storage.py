@@ -1,4 +1,4 @@
-"""Weights that stay float32 in an INT8 graph, stored in half the bytes."""
+"""Storage in half the bytes for weights that stay float32 in an INT8 graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def store_rest_in_half(path: Path) -> int:
         path: a QDQ graph, rewritten in place.
 
     Returns:
-        How many weights were narrowed.
+        The number of weights that were narrowed.
     """
     import onnx
 

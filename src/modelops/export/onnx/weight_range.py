@@ -17,7 +17,7 @@ _KEY = "modelops.weight_range"
 
 
 def write_weight_range(model: Any, weight_range: WeightRange) -> None:
-    """Note in a graph which range its INT8 weights keep to."""
+    """Note in a graph the range of its INT8 weights."""
     model.metadata_props.add(key=_KEY, value=weight_range)
 
 

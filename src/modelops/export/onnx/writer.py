@@ -1,4 +1,4 @@
-"""Torch module to ONNX graph, with nothing in it that depends on the machine."""
+"""Writer of a torch module as an ONNX graph that does not depend on the machine."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.:]+
 
 
 class FixedAxesError(ExportError):
-    """Axes that should vary are constants to the network.
+    """Axes that should vary are constants of the network.
 
     Attributes:
-        axes: name of the axis to the one size that the network takes.
+        axes: {name of the axis: the only size that the network takes}.
     """
 
     def __init__(self, message: str, *, axes: dict[str, int], hint: str | None = None) -> None:
@@ -57,17 +57,17 @@ def write_graph(
 ) -> None:
     """Write a module as an ONNX graph; the same weights give the same bytes.
 
-    Weights that together pass `external_bytes` go to a file beside the graph, one tensor after the
-    other, so that they are in memory once. A killed process leaves no graph at `path`. Sizes that
-    an axis must be a multiple of are noted in the graph, see `axes.GraphAxes.multiples`.
+    Weights that together exceed `external_bytes` go to a file beside the graph, one tensor after
+    the other, so that they are in memory once. A killed process leaves no graph at `path`. If the
+    size of an axis must be a multiple, the graph notes it, see `axes.GraphAxes.multiples`.
 
     Args:
         module: takes the example's tensors as positions; returns a tensor or a tuple of them.
         example: input name to (tensor, names of its dynamic axes).
-        path: where model.onnx goes; its folder is made.
+        path: path of model.onnx; its folder is made.
         opset: of the graph.
         outputs: output name to the names of its dynamic axes, in the module's order.
-        external_bytes: how large the weights inside the graph may be.
+        external_bytes: largest size of the weights inside the graph.
 
     Raises:
         FixedAxesError: an axis that should vary is a constant to the network.
@@ -130,7 +130,7 @@ def write_graph(
 
 
 def _move_values_out(model: Any, path: Path) -> None:
-    """Write the weights of an onnx_ir.Model to the data file and let the model refer to it."""
+    """Write the weights of an onnx_ir.Model to the data file, and make the model refer to it."""
     import onnx_ir
 
     values = [
@@ -147,7 +147,7 @@ def _move_values_out(model: Any, path: Path) -> None:
 
 
 def check_weights(module: torch.nn.Module, label: str) -> None:
-    """Refuse a module whose weights are not all there and finite.
+    """Refuse a module with missing weights or weights that are not finite.
 
     Raises:
         ExportError: a parameter is missing, NaN or infinite, or a buffer is NaN. (Buffers may be
@@ -170,7 +170,7 @@ def axis_multiples(guards: list[str], module: torch.nn.Module, example: Example)
     """Return torch's assumptions about sizes, as axis name to the number it is a multiple of.
 
     torch.export notes every branch that a network took on a size as a line of Python. Here each
-    axis is tried with other sizes, and those that take the same branches are looked at.
+    axis is tried with other sizes, to find those that take the same branches.
     """
     equal = [guard for guard in guards if "==" in guard]
     if not equal:
@@ -211,7 +211,7 @@ def _parameters(module: torch.nn.Module) -> list[str]:
 def _refusal(
     error: BaseException, module: torch.nn.Module, example: Example, label: str
 ) -> ExportError:
-    """torch's pages of report as one line."""
+    """Summarise torch's long report in one line."""
     debug = "run with --debug for torch's own report"
     chain: list[BaseException] = []
     seen: BaseException | None = error
@@ -257,8 +257,8 @@ def _bytes_of(tensor: torch.Tensor) -> int:
 def _tidy(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give axes their names and drop what would make the bytes depend on the machine.
 
-    torch writes a stack trace with file paths into every node. Of a node's notes only the module it
-    comes from (`name_scopes`) is kept: quantisation chooses by it.
+    torch writes a stack trace with file paths into every node. Of a node's notes only its module
+    (`name_scopes`) is kept, which quantisation needs.
     """
     for value in (*model.graph.input, *model.graph.output):
         _name_axes(value, axes[value.name])

@@ -1,8 +1,8 @@
-"""modelops' own pipeline over exported networks, without torch between two of their calls.
+"""Fast path of modelops' own pipeline over exported networks, without torch between their calls.
 
-What lies between two network evaluations is a handful of operations on a few thousand numbers. In
-torch a tenth of an image's time went outside the networks (bench/bench_overhead.py); in NumPy, on
-arrays made once, half of that does, with the same bits.
+Between two network evaluations there are a few operations on a few thousand numbers. In torch they
+took a tenth of an image's time (bench/bench_overhead.py). In NumPy, on arrays made once, they take
+half of that, with the same bits.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def is_plain_euler(scheduler: Any) -> bool:
 
 
 class ExportedFlowPipeline(PixelFlowPipeline):
-    """A PixelFlowPipeline that follows plain Euler steps in NumPy where its UNet is a graph on the
-    CPU. Anything else goes the way of its parent."""
+    """PixelFlowPipeline that makes plain Euler steps in NumPy if its UNet is a graph on the CPU.
+    Everything else is done by the parent class."""
 
     def maybe_free_model_hooks(self) -> None:
-        """Exported networks have none."""
+        """Do nothing: exported networks have no hooks."""
 
     def denoise(
         self,
@@ -87,8 +87,8 @@ class ExportedFlowPipeline(PixelFlowPipeline):
 def bind(
     graph: Graph, feed: dict[str, Array]
 ) -> tuple[dict[str, Array], Callable[[], list[Array]]]:
-    """A graph's own `bind`, or the same by calls of it: arrays to be written to, and what computes
-    the outputs from them."""
+    """Return a graph's own `bind`, or its equivalent by calls: arrays to write to, and a function
+    that computes the outputs from them."""
     if hasattr(graph, "bind"):
         found: tuple[dict[str, Array], Callable[[], list[Array]]] = graph.bind(feed)
         return found

@@ -18,14 +18,14 @@ Part = tuple[Graph, Signature]
 class ExportedModule:
     """Stand-in for a pipeline's network that answers by graphs.
 
-    `forward` (which calling it calls), `encode` and `decode` run a graph. `config`, `dtype` and
-    `device` are its own. Whatever else a pipeline looks at (the width of a layer, say) is looked up
-    in the original class, built without weights.
+    `forward` (and so a call), `encode` and `decode` run a graph. `config`, `dtype` and `device` are
+    its own. All other attributes that a pipeline reads, such as the width of a layer, come from the
+    original class, built without weights.
 
     Args:
-        parts: the method that a graph stands for, to the graph and how it is called.
+        parts: {method: (its graph, its signature)}.
         config: the configuration of the module it was exported from.
-        library, class_name: where that module's class is found: "diffusers" or "transformers".
+        library, class_name: library ("diffusers" or "transformers") and name of that class.
     """
 
     dtype = torch.float32  # of everything that enters and leaves a graph
@@ -53,11 +53,11 @@ class ExportedModule:
         return self._run("forward", args, kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """As the autoencoder's."""
+        """Encode as the autoencoder does."""
         return self._run("encode", args, kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """As the autoencoder's."""
+        """Decode as the autoencoder does."""
         return self._run("decode", args, kwargs)
 
     def memory(self, **arguments: Any) -> dict[str, torch.Tensor] | None:
@@ -76,11 +76,11 @@ class ExportedModule:
         return {name: torch.from_numpy(array) for name, array in graph.bind(feed)[0].items()}
 
     def to(self, *args: Any, **kwargs: Any) -> ExportedModule:
-        """Itself: a graph stays in its runtime."""
+        """Return itself: a graph stays in its runtime."""
         return self
 
     def eval(self) -> ExportedModule:
-        """Itself: a graph is never trained."""
+        """Return itself: a graph is never trained."""
         return self
 
     def _run(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,10 +120,10 @@ class ExportedControl(ExportedModule):
 
 
 def library_class(library: str, name: str) -> Any:
-    """A class of diffusers or transformers by its name.
+    """Return a class of diffusers or transformers by its name.
 
     Raises:
-        UsageError: another library, or a name that it does not have.
+        UsageError: the library is another one, or does not have that name.
     """
     import importlib
 
@@ -136,7 +136,7 @@ def library_class(library: str, name: str) -> Any:
 
 
 def _build_skeleton(library: str, class_name: str, config: dict[str, Any]) -> torch.nn.Module:
-    """The original module with its weights on no device."""
+    """Build the original module with its weights on no device."""
     from accelerate import init_empty_weights
 
     kind = library_class(library, class_name)

@@ -118,7 +118,7 @@ class OrtGraph:
                 hint="see `modelops doctor`; its CUDA, cuDNN or TensorRT libraries do not load",
             )
         if provider not in ("auto", "cpu"):
-            self.session.disable_fallback()  # else a failed run goes on on the CPU, unsaid
+            self.session.disable_fallback()  # else a failed run silently continues on the CPU
         self.provider = next(name for name in wanted if _FULL_NAMES[name] in active)
         self.input_names = [item.name for item in self.session.get_inputs()]
         self.output_names = [item.name for item in self.session.get_outputs()]
@@ -135,7 +135,7 @@ class OrtGraph:
         return outputs
 
     def run_device(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs, bound to torch's memory: nothing is copied on the way in or out.
+        """Return all outputs, bound to torch's memory: nothing is copied on the way in or out.
 
         Args:
             feed: every input, on `device`, of the graph's dtypes. On a GPU the work is ordered
@@ -208,8 +208,8 @@ class OrtGraph:
         kind: str,
         device: int,
     ) -> list[tuple[int, ...]]:
-        """Sizes of the outputs for these inputs: from the names of the axes, or where the outputs
-        have axes of their own, from one run into onnxruntime's own memory."""
+        """Return the sizes of the outputs for these inputs: from the names of the axes or, if the
+        outputs have other axes, from one run into onnxruntime's own memory."""
         sizes = {
             dim: size
             for item in self.session.get_inputs()
@@ -276,7 +276,7 @@ class OrtGraph:
 def tensorrt_options(
     path: Path, cache_dir: Path | None = None, profiles: Sequence[OptimizationProfile] = ()
 ) -> dict[str, str]:
-    """Options of onnxruntime's TensorRT provider for a graph.
+    """Return the options of onnxruntime's TensorRT provider for a graph.
 
     Precisions are those of the graph: fp16 stays off, INT8 is on where the graph has QDQ nodes.
     """
@@ -301,7 +301,7 @@ def tensorrt_options(
 
 
 def _wanted(provider: str, available: Sequence[str]) -> list[str]:
-    """Providers in the order in which onnxruntime shall take them, the one asked for first."""
+    """Return providers in the order in which onnxruntime tries them, the requested one first."""
     chain = {"cpu": ["cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}.get(provider, ["cuda", "cpu"])
     if provider != "auto" and _FULL_NAMES[provider] not in available:
         has = ", ".join(name.removesuffix("ExecutionProvider") for name in available)
@@ -335,7 +335,7 @@ def _cuda_stream(device_id: int) -> torch.cuda.Stream | None:
 
 
 def _torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of an onnxruntime type such as "tensor(float16)"."""
+    """Return torch's dtype of an onnxruntime type such as "tensor(float16)"."""
     import torch
 
     names = {"float": "float32", "double": "float64"}

@@ -1,4 +1,4 @@
-"""An exported network in a runtime: named arrays in, arrays out. Imports no torch."""
+"""Opening of an exported network in a runtime: named arrays in, arrays out. Imports no torch."""
 
 from __future__ import annotations
 

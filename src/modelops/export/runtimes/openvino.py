@@ -21,10 +21,10 @@ _MAX_COMPILED = 12  # shapes that are kept compiled; each holds its own packed w
 class OpenVinoGraph:
     """A graph in OpenVINO on the CPU, compiled for fixed shapes.
 
-    Dynamic shapes cost up to 1.5 times the latency there, so a batch is filled up (with copies of
+    Dynamic shapes cost up to 1.5 times the latency there. So a batch is filled up (with copies of
     its last row) to the next of 1, 2, 3, 4, 6, 8, 12, 16, ... rows, and each such shape is compiled
-    when it is first met. Rows do not see each other, so what fills a batch changes nothing. Only
-    axes that the graph calls "batch" are filled up and cut again.
+    at its first use. Rows do not affect each other, so the filling changes nothing. Only axes that
+    the graph calls "batch" are filled up and cut again.
 
     Args:
         path: model.onnx, with float32, float16, bfloat16 or INT8 weights.
@@ -77,7 +77,7 @@ class OpenVinoGraph:
         return list(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
     def compiled(self, shapes: dict[str, tuple[int, ...]]) -> Any:
-        """The openvino.CompiledModel for these input shapes."""
+        """Return the openvino.CompiledModel for these input shapes."""
         key = tuple(sorted(shapes.items()))
         if key in self._compiled:
             self._compiled.move_to_end(key)
@@ -104,9 +104,9 @@ class OpenVinoGraph:
         return self.run_all(feed)[0]
 
     def bind(self, feed: dict[str, Array]) -> tuple[dict[str, Array], Callable[[], list[Array]]]:
-        """For calls that follow each other: arrays by input name that hold what `feed` does, to be
-        written to, and a call that computes the outputs from them. Outputs last until the next call
-        of the graph. Where a batch would have to be filled up, nothing is saved."""
+        """Return, for repeated calls, arrays by input name with the content of `feed`, to write to,
+        and a function that computes the outputs from them. Outputs last until the next call of the
+        graph. If a batch must be filled up, this saves nothing."""
         key = self._key(feed)
         self.overwritten += 1
         if key not in self._bound:
@@ -127,7 +127,7 @@ class OpenVinoGraph:
 
     @staticmethod
     def filled(rows: int) -> int:
-        """Rows that a call of so many is filled up to."""
+        """Return the rows that a call of `rows` is filled up to."""
         return batch_bucket(rows)
 
     def _key(self, feed: dict[str, Array]) -> tuple[Any, ...]:
@@ -173,7 +173,7 @@ def _same_memory(first: Array, second: Array) -> bool:
 
 
 def batch_bucket(rows: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `rows`."""
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `rows`."""
     size = 1
     while size < rows:
         if size >= 2 and size * 3 // 2 >= rows:

@@ -27,10 +27,10 @@ _SUPPORTED: dict[str, tuple[str, ...]] = {
 
 
 def supported_precisions(runtime: str) -> tuple[str, ...]:
-    """Precisions of a graph's weights that a runtime takes on a CPU.
+    """Return the precisions of a graph's weights that a runtime takes on a CPU.
 
     Raises:
-        UsageError: an unknown runtime.
+        UsageError: the runtime is unknown.
     """
     if runtime not in _SUPPORTED:
         raise UsageError(f"unknown runtime {runtime!r}", hint=f"one of {', '.join(_SUPPORTED)}")
@@ -38,13 +38,13 @@ def supported_precisions(runtime: str) -> tuple[str, ...]:
 
 
 def graph_precision(axes: GraphAxes) -> str:
-    """The narrowest float type of a graph's weights."""
+    """Return the narrowest float type of a graph's weights."""
     names = {"BFLOAT16": "bfloat16", "FLOAT16": "float16"}
     return next((name for kind, name in names.items() if kind in axes.types), "float32")
 
 
 def require_supported(path: Path, runtime: str, axes: GraphAxes | None = None) -> None:
-    """Refuse a graph that a runtime cannot run on a CPU, before it fails in its own words.
+    """Refuse a graph that a runtime cannot run on a CPU, before it fails with its own error.
 
     Raises:
         ExportError: its precision or its opset is not one that the runtime has.

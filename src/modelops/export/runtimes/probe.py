@@ -1,6 +1,6 @@
-"""Rows that an artifact carries, with the answers it was gated with: does a runtime give them here?
+"""Probe of an artifact: rows with the answers it was gated with, to test a runtime on any machine.
 
-probe.safetensors lies beside the denoiser's graph:
+probe.safetensors is beside the denoiser's graph:
 
 input:NAME       real inputs of eight rows
 output           torch's first output for them
@@ -46,7 +46,7 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The content of probe.safetensors; arrays of `PROBE_ROWS` rows."""
+    """Content of probe.safetensors; arrays of `PROBE_ROWS` rows."""
 
     feed: dict[str, Array]
     output: Array
@@ -64,11 +64,11 @@ class Reproduction:
 
     Attributes:
         runtime: its name.
-        precision: what it computes in where the graph is not INT8.
-        error: relative error beside torch: of an INT8 graph the root mean square over the rows, of
-            another the largest row's.
-        bound: the error that it may have; of an INT8 graph 1.1 times that of exact sums.
-        fault: why there is no error to speak of; "" if there is one.
+        precision: of the nodes that are not INT8.
+        error: relative error against torch: for an INT8 graph the root mean square over the rows,
+            for another the largest row's.
+        bound: largest allowed error; for an INT8 graph 1.1 times that of exact sums.
+        fault: reason why there is no error value; "" if there is one.
     """
 
     runtime: str
@@ -171,7 +171,7 @@ def compare_with_probe(
 
 
 def relative_errors(reference: Array, output: Array) -> Array:
-    """||output - reference|| / ||reference|| of each row [N], in L2."""
+    """Return ||output - reference|| / ||reference|| of each row [N], in L2."""
     flat, other = (a.reshape(len(a), -1).astype(np.float64) for a in (reference, output))
     scale = np.maximum(np.linalg.norm(flat, axis=1), 1e-12)
     result: Array = np.linalg.norm(other - flat, axis=1) / scale
@@ -186,16 +186,16 @@ def _error(reference: Array, output: Array, *, largest: bool = False) -> float:
 
 
 def compare_apart(path: Path, runtime: RuntimeName, *, isa: str = "") -> Reproduction:
-    """`compare_with_probe` of an INT8 graph in a process of its own, which may crash.
+    """Call `compare_with_probe` of an INT8 graph in a separate process, which may crash.
 
-    OpenVINO's kernels for a processor that the artifact was not made on may do that, and would take
-    the caller with them.
+    OpenVINO's kernels for a processor that the artifact was not made on may crash, and would end
+    the caller too.
 
     Args:
-        path: the graph; its probe lies beside it.
-        runtime: which one.
-        isa: a value of ONEDNN_MAX_CPU_ISA, "AVX2" say: OpenVINO then runs the kernels that it has
-            for such a processor; onnxruntime has no such limit.
+        path: the graph; its probe is beside it.
+        runtime: the runtime to test.
+        isa: a value of ONEDNN_MAX_CPU_ISA, such as "AVX2": OpenVINO then runs its kernels for such
+            a processor; onnxruntime has no such limit.
 
     Raises:
         ExportError: the process fails otherwise than by crashing.

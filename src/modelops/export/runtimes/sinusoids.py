@@ -1,10 +1,10 @@
 """Sines and cosines that keep float32 in a graph that OpenVINO runs in 16 bits.
 
-A network is told its timestep, and in some the place of a token, by sines of large angles: up to a
+A network gets its timestep, and sometimes the place of a token, by sines of large angles: up to a
 thousand radians, where neighbouring bfloat16 numbers are four apart. OpenVINO's precision hint
 rounds those angles like everything else, and its Python interface cannot except a node from the
-hint. What can is an attribute of its file format, so the few nodes in question are written to a
-file of their own, marked there, read back and put in the place of the old ones.
+hint. An attribute of its file format can. So these few nodes are written to a separate file, marked
+there, read back and put in the place of the old ones.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def keep_sinusoids_in_float32(core: Any, model: Any) -> int:
 
 
 def _fix_shapes(model: Any) -> None:
-    """Put constants in the place of shapes that are known: a part that is cut out without the
-    tensors they belong to would not know them."""
+    """Replace known shapes by constants: a part that is cut out without their tensors would not
+    know them."""
     from openvino import opset8 as ops
 
     for node in model.get_ordered_ops():
@@ -80,7 +80,7 @@ def _fix_shapes(model: Any) -> None:
 
 
 def _angles(model: Any) -> dict[str, Any]:
-    """Sines and cosines and the nodes that lead to them, by unique name."""
+    """Find sines and cosines and the nodes that lead to them, by unique name."""
     found: dict[str, Any] = {}
     waiting = [n for n in model.get_ordered_ops() if n.get_type_name() in _TRIGONOMETRIC]
     while waiting:
@@ -111,7 +111,7 @@ def _inside(item: Any, nodes: dict[str, Any]) -> bool:
 
 
 def _as_reshapes(nodes: dict[str, Any]) -> None:
-    """OpenVINO makes a Reshape of what adds or drops an axis, and the mark would be lost then."""
+    """Replace nodes that add or drop an axis by Reshapes; OpenVINO would lose the mark there."""
     from openvino import opset8 as ops
 
     for node in nodes.values():
@@ -127,7 +127,7 @@ def _as_reshapes(nodes: dict[str, Any]) -> None:
 
 
 def _cut_inputs(nodes: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Put parameters where values come in from outside; returns those values and the parameters."""
+    """Put parameters in place of values from outside; return those values and the parameters."""
     from openvino import opset8 as ops
 
     outer: list[Any] = []
@@ -145,7 +145,7 @@ def _cut_inputs(nodes: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _inputs(nodes: dict[str, Any]) -> Iterator[Any]:
-    """Inputs whose values are computed outside."""
+    """Return the inputs whose values are computed outside."""
     for node in nodes.values():
         for item in node.inputs():
             source = item.get_source_output()
@@ -154,7 +154,7 @@ def _inputs(nodes: dict[str, Any]) -> Iterator[Any]:
 
 
 def _marked(core: Any, outputs: list[Any], parameters: list[Any]) -> Any:
-    """A copy of a part of a model, each of its nodes marked."""
+    """Return a copy of a part of a model with each of its nodes marked."""
     import openvino
     from openvino import opset8 as ops
     from openvino.passes import ConstantFolding, Manager

@@ -118,7 +118,7 @@ class TensorRtGraph:
         return self.run_all(feed)[0]
 
     def run_all(self, feed: dict[str, Array]) -> list[Array]:
-        """All outputs in the order of `output_names`; bfloat16 comes as float32.
+        """Return all outputs in the order of `output_names`; bfloat16 as float32.
 
         Raises:
             ExportError: as `run_device`.
@@ -136,7 +136,7 @@ class TensorRtGraph:
         return arrays
 
     def run_device(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """All outputs, without a copy through the host and without waiting for the device.
+        """Return all outputs, without a copy through the host or a wait for the device.
 
         Args:
             feed: CUDA tensors of this engine's device, of the dtypes that it was built for. The
@@ -270,7 +270,7 @@ class TensorRtGraph:
             raise ExportError(f"{self.path}: TensorRT could not {what}")
 
     def _precision(self) -> str:
-        """Of the first floating-point input, with "int8+" where layers run in INT8."""
+        """Return the first float input's precision, with "int8+" if layers run in INT8."""
         floating = next(
             (
                 str(self._dtypes[name]).removeprefix("torch.")

@@ -165,7 +165,7 @@ class TorchGraph:
         return self.run_all(feed)[0]
 
     def run_all(self, feed: dict[str, Array]) -> list[Array]:
-        """All outputs; 16-bit ones as float32, which numpy has.
+        """Return all outputs; 16-bit ones as float32, which numpy has.
 
         Raises:
             ExportError: an input outside the ranges that the file was proved for.
@@ -290,7 +290,7 @@ def _other_inputs(example: Example, lengths: Mapping[str, int], index: int) -> l
 
 @contextmanager
 def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients, which constants of a trace must not have."""
+    """Set evaluation mode and no gradients, which constants of a trace must not have."""
     module.eval()
     wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanting:

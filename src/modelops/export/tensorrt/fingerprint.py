@@ -109,7 +109,7 @@ def read_fingerprint(plan: str | Path) -> EngineFingerprint:
 
 
 def graph_digests(onnx_path: str | Path) -> tuple[str, dict[str, str]]:
-    """sha256 of an ONNX file, and {file name: sha256} of the weights beside it.
+    """Return the sha256 of an ONNX file, and {file name: sha256} of the weights beside it.
 
     Raises:
         UsageError: no such file.

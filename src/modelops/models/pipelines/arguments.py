@@ -19,7 +19,7 @@ def pipeline_arguments(
 ) -> dict[str, Any]:
     """Return a diffusers pipeline's arguments for these images, its `.images` [N, H, W, 3].
 
-    What a request leaves open, and what the pipeline does not take, is left out.
+    Fields that a request leaves open or that the pipeline does not take are left out.
 
     Args:
         accepts: names of the arguments of the pipeline's call.
@@ -48,7 +48,7 @@ def pipeline_arguments(
 
 
 def native_size(pipeline: Any) -> tuple[int | None, int | None]:
-    """Height and width in pixels that a pipeline makes when nobody says; None if it has no say."""
+    """Return a pipeline's default height and width in pixels; None if it has none."""
     if "height" not in inspect.signature(pipeline.__call__).parameters:
         return None, None
     if hasattr(pipeline, "resolution"):

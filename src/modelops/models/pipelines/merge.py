@@ -105,7 +105,7 @@ def content_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 
 
 def digest(value: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes."""
+    """Return the sha256 of a tensor's bytes."""
     data = value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
     return hashlib.sha256(data.tobytes()).hexdigest()
 
@@ -117,11 +117,11 @@ def _digest(name: str, value: torch.Tensor, known: dict[str, tuple[torch.Tensor,
 
 
 def merged(calls: Sequence[Call], rows: int | None = None) -> dict[str, Any]:
-    """The keyword arguments of one call that does what all of these do, which have one key.
+    """Merge calls of one key into the keyword arguments of a single call.
 
     Args:
-        rows: of that call; copies fill it, and what is too many is left out. As many as the calls
-            have together when not given.
+        rows: of that call; copies fill it, and surplus rows are dropped. All rows of the calls when
+            not given.
     """
     first = calls[0]
     tensors = dict(first.tensors)

@@ -238,7 +238,7 @@ def is_variadic(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the advice that torch's exporter and onnxruntime's quantiser log for developers."""
+    """Silence the advice that torch's exporter and onnxruntime's quantiser log for developers."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

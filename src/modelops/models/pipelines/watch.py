@@ -1,4 +1,4 @@
-"""Calls of a pipeline, made up and caught: what its networks are given, and what they answer."""
+"""Test calls of a pipeline, to catch the inputs and answers of its networks."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def _recorder(
 
 
 def call_pipeline(pipeline: Any, probe: Probe, *, steps: int = _STEPS, **changes: Any) -> Any:
-    """One call of any text-to-image or unconditional pipeline; what it has no use for is left out.
+    """Call any text-to-image or unconditional pipeline once, without arguments it does not take.
 
     Raises:
-        ExportError: it wants an argument that cannot be made up.
+        ExportError: the pipeline needs an argument that cannot be guessed.
     """
     parameters = inspect.signature(pipeline.__call__).parameters
     prompts = [_PROMPTS[index % len(_PROMPTS)] for index in range(probe.batch)]
@@ -171,11 +171,11 @@ def call_pipeline(pipeline: Any, probe: Probe, *, steps: int = _STEPS, **changes
 
 
 def first_call(pipeline: Any, probe: Probe) -> CaughtCalls:
-    """`watch`, with what the pipeline says against the call in one line.
+    """Call `watch`, and give the pipeline's error in one line.
 
     Raises:
-        UsageError: it does not take this size.
-        ExportError: it cannot be called.
+        UsageError: the pipeline does not take this size.
+        ExportError: the pipeline cannot be called.
     """
     try:
         return watch(pipeline, probe)

@@ -1,4 +1,4 @@
-"""A running endpoint to a verdict: does it answer OpenAI's own client, and twice the same?"""
+"""Check of a running endpoint: it must answer OpenAI's own client, twice with the same image."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_endpoint(
     Raises:
         MissingExtraError: the `openai` package is not installed.
         UsageError: not an address of the web.
-        ServingError: names the first thing that is not as it should be.
+        ServingError: names the first fault.
     """
     base = url.rstrip("/")
     for path in ("/livez", "/readyz", "/metrics"):
@@ -103,7 +103,7 @@ def check_endpoint(
 def _ask_twice(
     base: str, wanted: dict[str, Any], *, api_key: str, timeout_s: float
 ) -> tuple[str, list[Any], list[float]]:
-    """(model, two images, their seconds) of the same request, by the official client."""
+    """Return (model, two images, their seconds) of the same request, by the official client."""
     openai = require_module("openai", needed_for="checking an endpoint")
     pictures, times = [], []
     extra = {key: value for key, value in wanted.items() if key != "prompt"}
@@ -128,7 +128,7 @@ def _ask_twice(
 
 
 def _decoded(file: bytes) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
-    """([H, W, 3] RGB, text chunks) of an image.
+    """Return ([H, W, 3] RGB, text chunks) of an image.
 
     Raises:
         OSError: it is none.
@@ -140,7 +140,7 @@ def _decoded(file: bytes) -> tuple[npt.NDArray[np.uint8], dict[str, str]]:
 
 
 def get(url: str, *, timeout_s: float = 30.0) -> tuple[int, str]:
-    """(status, body) of a GET.
+    """Return (status, body) of a GET.
 
     Raises:
         UsageError: not an address of the web.
@@ -160,7 +160,7 @@ def get(url: str, *, timeout_s: float = 30.0) -> tuple[int, str]:
 
 
 def curl_line(url: str, prompt: str, *, out: str = "picture.png") -> str:
-    """A command for a shell that makes one image and writes it to `out`."""
+    """Return a shell command that makes one image and writes it to `out`."""
     body = json.dumps({"prompt": prompt, "seed": 1}).replace("'", "'\\''")
     return (
         f"curl -s {url.rstrip('/')}/v1/images/generations -H 'Content-Type: application/json' "

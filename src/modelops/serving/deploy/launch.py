@@ -1,4 +1,4 @@
-"""A release to a running `bentoml serve` process. Imports no torch and no BentoML."""
+"""Start of a `bentoml serve` process for a release. Imports no torch and no BentoML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any
 from modelops.base.errors import ServingError, UsageError
 
 SERVICE = "modelops.service:ImageGenerator"
-DRAIN_S = 60  # seconds that requests in hand may take after SIGTERM
+DRAIN_S = 60  # seconds that requests in progress may take after SIGTERM
 _POLL_S = 0.1
 
 
@@ -44,7 +44,7 @@ class RunningServer:
 
 
 def check_address(host: str, port: int) -> str:
-    """The host as the numeric address BentoML wants, if a server can listen there.
+    """Return the host as the numeric address that BentoML wants, if a server can listen there.
 
     Raises:
         UsageError: the host is not an address of this machine, or the port is out of range.
@@ -73,7 +73,7 @@ def check_address(host: str, port: int) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -81,7 +81,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def serve_command(host: str, port: int, *, service: str = SERVICE) -> list[str]:
-    """The `bentoml serve` command line; `service` may also be the tag of a bento."""
+    """Return the `bentoml serve` command line; `service` may also be the tag of a bento."""
     return [
         sys.executable, "-m", "bentoml", "serve", service,
         "--host", host, "--port", str(port), "--timeout-graceful-shutdown", str(DRAIN_S),
@@ -91,7 +91,7 @@ def serve_command(host: str, port: int, *, service: str = SERVICE) -> list[str]:
 def serve_environment(
     release_dir: str | Path, *, extra: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """This process's environment with what the service reads."""
+    """Return this process's environment with the variables that the service reads."""
     return {
         **os.environ,
         "MODELOPS_RELEASE": str(Path(release_dir).resolve()),
@@ -191,7 +191,7 @@ def start_server(
 
 
 def stop_server(process: subprocess.Popen[bytes], *, timeout_s: float = DRAIN_S) -> int | None:
-    """SIGTERM, wait for requests in hand, then kill what is left of the process group."""
+    """Send SIGTERM, wait for requests in progress, then kill the rest of the process group."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -4,7 +4,7 @@
 
 It prints one line and ends with exit code 1 if the release would not be served.
 
-Run in a process of its own by the command that starts the workers, which loads no torch.
+The command that starts the workers runs it in a separate process, so that it loads no torch itself.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def run_preflight(directory: str | Path, *, runtime: str = "auto") -> PreflightR
     """Run an artifact's own rows in every runtime of this machine.
 
     Args:
-        directory: a release, an exported artifact, or a checkpoint, of which there is nothing to
-            compare: it runs in torch as it was evaluated.
+        directory: a release, an exported artifact, or a checkpoint. A checkpoint runs in torch as
+            it was evaluated, so there is nothing to compare.
         runtime: "auto", or the only one to try.
 
     Returns:
         A record; its status is "refused" if no runtime gives the numbers and there is no fallback.
 
     Raises:
-        ModelopsError: it is none of these, or was changed.
+        ModelopsError: the directory is none of these, or was changed.
     """
     started, clock = datetime.now(UTC), time.monotonic()
     root, release = Path(directory), None
@@ -92,7 +92,7 @@ def _try_model(
 
 
 def require_preflight(release_dir: str | Path, *, runtime: str = "auto") -> str:
-    """`run_preflight` in a process of its own.
+    """Call `run_preflight` in a separate process.
 
     Returns:
         Its line: what would be served, and why.

@@ -1,4 +1,4 @@
-"""Templates to the files that put a node into service: container, compose, Kubernetes, monitoring.
+"""Deployment files of a node, from templates: container, compose, Kubernetes, monitoring.
 
 DIR/
   Dockerfile  compose.yaml
@@ -100,7 +100,7 @@ class ScaffoldOptions:
 
 
 def render(options: ScaffoldOptions | None = None) -> dict[str, str]:
-    """Every file of a scaffold, as {path below the directory: text}."""
+    """Render every file of a scaffold: {path below the directory: text}."""
     import yaml
 
     context = _context(options or ScaffoldOptions())
@@ -139,13 +139,13 @@ def write_scaffold(
 
     Args:
         directory: made if it is not there.
-        force: replace files that say something else.
+        force: replace files whose content differs.
 
     Returns:
         The files that were written.
 
     Raises:
-        UsageError: a file says something else and `force` is not given; nothing is written then.
+        UsageError: a file differs and `force` is not given; then nothing is written.
         ModelopsError: the directory cannot be written.
     """
     states = scaffold_files(directory, options)
@@ -168,7 +168,7 @@ def write_scaffold(
 
 
 def scale_duration(text: str, factor: float) -> str:
-    """A Prometheus duration times a factor: ("5m", 1) is 5m, ("5m", 0.02) is 6000ms."""
+    """Multiply a Prometheus duration by a factor: ("5m", 1) is 5m, ("5m", 0.02) is 6000ms."""
     if factor == 1:
         return text
     return f"{max(1, round(int(text[:-1]) * _SECONDS[text[-1]] * factor * 1000))}ms"

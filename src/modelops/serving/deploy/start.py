@@ -51,7 +51,7 @@ log = logging.getLogger("modelops.serving")
 
 
 def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.environ) -> None:
-    """Everything that a worker will need and that can be looked at without one.
+    """Check everything that a worker will need and that can be checked without one.
 
     Raises:
         ModelopsError: a setting, a file that it names, the release or a key cannot be used.
@@ -84,18 +84,18 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
 
 
 def known_variables() -> set[str]:
-    """Every MODELOPS_ variable that something reads."""
+    """Return every MODELOPS_ variable that modelops reads."""
     return {*NodeSettings.variables(), *_OTHERS}
 
 
 def check_names(environment: Mapping[str, str]) -> None:
-    """No variable is nearly one that a node reads, for then that one would be left as it is.
+    """Refuse variables that are a misspelling of one that a node reads.
 
-    Others that begin alike are left alone: Kubernetes makes some for each service, as
-    MODELOPS_SERVICE_HOST.
+    Other variables that begin with MODELOPS_ are allowed: Kubernetes makes some for each service,
+    such as MODELOPS_SERVICE_HOST.
 
     Raises:
-        UsageError: there is one.
+        UsageError: a variable is misspelled.
     """
     known = known_variables()
     for name in sorted(environment):

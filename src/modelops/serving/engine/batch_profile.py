@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 PAYS = 1.1  # the best width must do this many times the rows per second of one row
 KNEE = 0.9  # the narrow cap is the smallest width with this share of the best rate
 BEST = 0.99  # the wide cap is the smallest width with this share of it
-PATIENCE = 6  # compiling is not timed, but waited for so long
+PATIENCE = 6  # times the budget that all of it may take, with compiling, which is not timed
 _REPEATS = 5
 
 
@@ -58,11 +58,11 @@ def measure_profile(
     """Time network evaluations of growing width.
 
     Args:
-        evaluate: runs the network on so many rows. Each width's first run is not counted: runtimes
-            compile and warm up in it.
+        evaluate: runs the network on that many rows. The first run of each width is not counted:
+            runtimes compile and warm up in it.
         max_rows: the widest batch.
-        budget_s: no width above 2 is begun after so many seconds of timed runs, nor after
-            `PATIENCE` times as many in all.
+        budget_s: seconds of timed runs after which no width above 2 is begun; `PATIENCE` times
+            this bounds the whole time.
     """
     began, timed = time.monotonic(), 0.0
     seconds: dict[int, float] = {}
@@ -74,7 +74,7 @@ def measure_profile(
         evaluate(width)
         seconds[width] = math.inf
         timed += _best_of(evaluate, width, seconds, budget_s - timed)
-    for width in seconds if timed < budget_s else ():  # once more: a disturbance passes
+    for width in seconds if timed < budget_s else ():  # once more, as a disturbance may have passed
         timed += _best_of(evaluate, width, seconds, budget_s - timed)
     return profile_from_seconds(seconds, widest=max_rows)
 
@@ -82,7 +82,7 @@ def measure_profile(
 def _best_of(
     evaluate: Callable[[int], object], width: int, seconds: dict[int, float], budget_s: float
 ) -> float:
-    """Time some runs, at least one, into `seconds`; the seconds that it took."""
+    """Time some runs, at least one, into `seconds`; return the seconds that it took."""
     timed = 0.0
     for _ in range(_REPEATS):
         start = time.perf_counter()
@@ -96,7 +96,7 @@ def _best_of(
 
 
 def profile_from_seconds(seconds: dict[int, float], *, widest: int) -> BatchProfile:
-    """The caps that follow from measured seconds by rows (at least one width).
+    """Derive the batch caps from measured seconds by rows (at least one width).
 
     Args:
         widest: rows of the widest batch that may run; beyond the measured widths it is assumed, not
@@ -126,7 +126,7 @@ class RowRate:
     Only steps that follow another at once count: an idle engine has no speed.
 
     Args:
-        half_life_s: a change in speed is half known after so many seconds of work.
+        half_life_s: seconds of work after which half of a change in speed is known.
     """
 
     def __init__(self, half_life_s: float = 2.0) -> None:
@@ -140,7 +140,7 @@ class RowRate:
             self._rate = rate
 
     def add(self, rows: int, seconds: float) -> None:
-        """`rows` were advanced by a step in `seconds`, counted from the end of the step before."""
+        """Add a step of `rows` that took `seconds`, counted from the end of the step before."""
         if seconds <= 0:
             return
         keep = 0.5 ** (seconds / self._half_life_s) if self._known_s else 0.0
@@ -148,5 +148,5 @@ class RowRate:
         self._known_s += seconds
 
     def seconds_for(self, row_steps: int) -> float:
-        """Seconds that so many row-steps will take; 0 when the speed is not known."""
+        """Return the seconds that `row_steps` will take; 0 when the speed is not known."""
         return row_steps / self._rate if self._rate else 0.0

@@ -41,11 +41,11 @@ _LONG = 512  # tokens where nothing states a limit
 
 @dataclass(slots=True)
 class PipelineTrack:
-    """An image in the making: a call of the pipeline that waits for its denoiser.
+    """Unfinished image: a call of the pipeline that waits for its denoiser.
 
     Attributes:
-        routine: in which the pipeline runs; switching to it goes on with the pipeline.
-        call: what it waits for; None when only decoding is left.
+        routine: coroutine in which the pipeline runs; switching to it continues the pipeline.
+        call: the denoiser call that it waits for; None when only decoding is left.
         known: shared tensors of earlier calls, with their digests.
     """
 
@@ -69,10 +69,10 @@ class PipelineTrack:
 
 
 class PipelineModel:
-    """Drives a diffusers text-to-image (or unconditional) pipeline with one denoiser.
+    """Step model of a diffusers text-to-image (or unconditional) pipeline with one denoiser.
 
-    Its denoiser's and text encoders' `forward` and its decoder's `decode` are replaced until
-    `close`; a call of them that does not come from a track goes through as ever.
+    The `forward` of its denoiser and text encoders and the `decode` of its decoder are replaced
+    until `close`. A call that does not come from a track reaches the original method.
 
     Args:
         pipeline: with its networks in torch or in another runtime.
@@ -201,7 +201,7 @@ class PipelineModel:
         return tracks
 
     def _started(self, request: ImageRequest, job: Job | None) -> PipelineTrack:
-        """A track at its first call of the denoiser."""
+        """Start a track and run it to its first call of the denoiser."""
 
         def run() -> None:
             with torch.no_grad():
@@ -247,7 +247,7 @@ class PipelineModel:
                 self._tracks.pop(track.routine, None)
 
     def _meet(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the denoiser's forward."""
+        """Stand in for the denoiser's forward."""
         track = self._tracks.get(greenlet.getcurrent())
         if track is None:
             return self._evaluate(*args, **kwargs)
@@ -255,7 +255,7 @@ class PipelineModel:
         return track.routine.parent.switch()
 
     def _meet_text(self, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of a text encoder's forward: what it was asked before, it need not do again."""
+        """Stand in for a text encoder's forward, with a cache of its earlier answers."""
         if self._tracks.get(greenlet.getcurrent()) is None:
             return plain(*args, **kwargs)
         key = (name, content_key(args, kwargs))
@@ -267,7 +267,7 @@ class PipelineModel:
         return self._texts[key]
 
     def _meet_decoder(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the decoder's decode: the steps are done."""
+        """Stand in for the decoder's decode: the steps are done."""
         track = self._tracks.get(greenlet.getcurrent())
         if track is not None:
             track.routine.parent.switch()
@@ -305,7 +305,7 @@ class PipelineModel:
 
 
 def _replace(part: Any, name: str, instead: Callable[..., Any]) -> Callable[[], None]:
-    """Set a method of one object; returns what takes it back."""
+    """Set a method of one object; return a function that restores the old one."""
     hidden = vars(part).get(name)
     object.__setattr__(part, name, instead)
 
@@ -338,7 +338,7 @@ def _size(pipeline: Any, denoiser: Any) -> tuple[int, int]:
 
 
 def _longest_tokenizer(pipeline: Any, accepts: Any) -> tuple[Any, int]:
-    """(a copy of the tokenizer that reads the most of a prompt, how many tokens it reads)."""
+    """Return (a copy of the tokenizer that reads the most of a prompt, its number of tokens)."""
     stated = accepts["max_sequence_length"].default if "max_sequence_length" in accepts else None
     best, most = None, 0
     for name in _TOKENIZERS:

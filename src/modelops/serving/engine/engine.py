@@ -7,7 +7,7 @@ pipeline makes of the same request alone.
     submit() ─▶ waiting (bounded, first in first out) ─▶ running tracks ─▶ Job.future
                 engine thread: admit, one network evaluation, step each track, decode
 
-How a pipeline is taken apart into such steps is its `models.StepModel`'s affair.
+The `step_model.StepModel` of a pipeline divides it into such steps.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from modelops.serving.failures import (
 
 log = logging.getLogger("modelops.serving")
 
-MAX_FAILURES = 3  # network evaluations in a row that raised; then the engine calls itself dead
+MAX_FAILURES = 3  # network evaluations in a row that raised, after which the engine counts as dead
 
 
 class StepEngine:
-    """Runs one pipeline in one thread.
+    """Engine that runs one pipeline in one thread.
 
     Args:
         pipeline: any diffusers pipeline with a denoiser, its networks in torch or in another
@@ -99,9 +99,9 @@ class StepEngine:
         """Queue requests, all of them or none.
 
         Args:
-            requests: what is None is filled with the pipeline's defaults.
+            requests: fields that are None get the pipeline's defaults.
             timeout_s: seconds from now after which unfinished work is dropped.
-            previews, on_preview: show each image so many times on its way; see `Job`.
+            previews, on_preview: number of previews of each image, and their receiver; see `Job`.
 
         Raises:
             QueueFullError: no room for all of them.
@@ -130,7 +130,7 @@ class StepEngine:
         return jobs
 
     def fill(self, request: ImageRequest) -> ImageRequest:
-        """The request with the pipeline's defaults in place of None.
+        """Return the request with the pipeline's defaults in place of None.
 
         Raises:
             UsageError: size, steps or guidance out of the model's range.
@@ -142,7 +142,7 @@ class StepEngine:
         return self._count_tokens(text)
 
     def estimated_wait(self) -> float:
-        """Seconds until the work now queued and running will have been done; 0 when unknown."""
+        """Estimate the seconds until all queued and running work is done; 0 when unknown."""
         with self._changed:
             return self._backlog_seconds()
 
@@ -163,7 +163,7 @@ class StepEngine:
 
     @property
     def alive(self) -> bool:
-        """The thread runs, and its last network evaluations did not all fail."""
+        """True while the thread runs and its last network evaluations did not all fail."""
         return self._thread.is_alive() and self._failures < MAX_FAILURES
 
     def stalled_for(self) -> float:
@@ -172,7 +172,7 @@ class StepEngine:
         return 0.0 if began is None else time.monotonic() - began
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
-        """Take no more requests; finish those in hand (or drop them) and end the thread."""
+        """Take no more requests; finish those in progress (or drop them) and end the thread."""
         with self._changed:
             self._stopping = True
             if not drain:
@@ -222,14 +222,14 @@ class StepEngine:
             self._fail(track.job, track.job.reason_to_stop())
 
     def _measure_profile(self) -> None:
-        """Time the network at the size that it was made for, before anybody waits for it."""
+        """Time the network at its own size, before the first request."""
         try:
             self.model.prepare(self.max_rows)
             self.profile = measure_profile(
                 self.model.evaluate, self.max_rows, budget_s=self._profile_s
             )
-        except Exception:  # a width too many for the memory, say: the requests will tell
-            log.exception("the batching profile could not be measured; batches stay narrow")
+        except Exception:  # too wide for the memory, for example: the requests will show it
+            log.exception("the batch profile could not be measured; batches stay narrow")
             self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
             return
         self._row_rate.expect(self.profile.rows_per_second(self.profile.wide))
@@ -255,7 +255,7 @@ class StepEngine:
                 self._running.append(track)
 
     def _groups(self) -> list[list[Track]]:
-        """Running tracks that can share a forward pass."""
+        """Group the running tracks by those that can share a forward pass."""
         groups: dict[object, list[Track]] = {}
         for track in self._running:
             groups.setdefault(track.group, []).append(track)

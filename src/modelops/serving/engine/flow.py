@@ -1,4 +1,4 @@
-"""modelops' own pipeline, taken apart: every part of a step is done for all rows at once."""
+"""Step model of modelops' own pipeline: every part of a step is done for all rows at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _INPUTS = 32  # widths and sizes whose memory is kept
 
 @dataclass(slots=True)
 class FlowTrack:
-    """An image in the making: its own schedule and latents [1, C, h, w].
+    """Unfinished image, with its own schedule and latents [1, C, h, w].
 
     Attributes:
         estimate: latents [1, C, h, w] where it would end if it went on straight; None unless a
@@ -58,7 +58,7 @@ class FlowTrack:
 
     @property
     def level(self) -> float:
-        """Of its next step, sigma."""
+        """Noise level (sigma) of the next step."""
         return self.schedule.levels[self.job.step]
 
 
@@ -69,9 +69,9 @@ class NetworkInputs:
     copied there. A row's text is written only if another one was there before.
 
     Args:
-        width: rows, of which the last may be there only because the network wants so many.
-        latents: [1, C, h, w], and
-        text: of a row, as all of them are.
+        width: number of rows; the last ones may be padding that the network needs.
+        latents: of one row, [1, C, h, w]; the others have the same shape.
+        text: of one row; the others have the same shapes.
     """
 
     def __init__(self, pipeline: Any, width: int, latents: torch.Tensor, text: Text) -> None:
@@ -101,7 +101,7 @@ class NetworkInputs:
         """Write at most `width` texts and pad with the last one; return pooled, tokens and mask of
         all rows."""
         overwritten = getattr(self._graph, "overwritten", 0)
-        if overwritten != self._overwritten:  # by somebody else's call of the graph
+        if overwritten != self._overwritten:  # by another call of the graph
             self._written, self._overwritten = [None] * self.width, overwritten
         changed = False
         for row in range(self.width):
@@ -110,14 +110,14 @@ class NetworkInputs:
                 self._written[row], changed = text, True
                 for part, given in zip(self._parts, text, strict=True):
                     part[row] = given[0]
-        if changed and self._graph is not None:  # for others that write there
+        if changed and self._graph is not None:  # because others write there too
             self._graph.overwritten += 1
             self._overwritten = self._graph.overwritten
         return self._parts
 
 
 class FlowModel:
-    """Drives a PixelFlowPipeline, with its networks in torch or in another runtime.
+    """Step model of a PixelFlowPipeline, with its networks in torch or in another runtime.
 
     Each row keeps its own noise, schedule, step count and guidance. A guided request takes two rows
     of the same forward pass: its prompt and its negative prompt.
@@ -256,7 +256,7 @@ class FlowModel:
         return [None] * len(tracks)
 
     def _inputs_for(self, rows: int, latents: torch.Tensor, text: Text) -> NetworkInputs:
-        """Inputs for a call of so many rows like these, or of as many as the network makes it."""
+        """Return the inputs for a call of this many rows, or of as many as the network needs."""
         filled = getattr(getattr(self.pipeline.unet, "graph", None), "filled", None)
         width = filled(rows) if filled else rows
         key = (width, *latents.shape[1:])
@@ -275,12 +275,12 @@ class FlowModel:
         return self._to_pixels(track.latents)
 
     def _to_pixels(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
-        """Latents [1, C, h, w] to [H, W, 3] uint8."""
+        """Convert latents [1, C, h, w] to [H, W, 3] uint8."""
         decoded = self.pipeline.decode(latents)
         return floats_to_uint8(self.pipeline.image_processor.pt_to_numpy(decoded)[0])
 
     def drop(self, track: FlowTrack) -> None:
-        """Nothing is held outside the track."""
+        """Do nothing: nothing is held outside the track."""
 
     @contextlib.contextmanager
     def widened(self, widths: Sequence[int]) -> Iterator[None]:
@@ -302,4 +302,4 @@ class FlowModel:
                 pipeline.predict_velocity = hidden
 
     def close(self) -> None:
-        """The pipeline was never changed."""
+        """Do nothing: the pipeline was never changed."""

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and what comes out of it."""
+"""Jobs of the engine: a request on its way, and the finished image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EngineImage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One network evaluation: rows in it, requests in it, requests that waited, its seconds."""
+    """Report of one network evaluation: its rows, its requests, waiting requests, its seconds."""
 
     rows: int
     requests: int
@@ -61,8 +61,8 @@ class Job:
     Args:
         request: with every default filled in.
         deadline: by time.monotonic(); unfinished work is dropped then.
-        rows: of each forward pass that it takes.
-        previews: how many times the unfinished image is shown on its way, evenly spaced.
+        rows: rows that it takes in each forward pass.
+        previews: number of previews of the unfinished image, evenly spaced.
         on_preview: called in the engine's thread as (job, index, pixels [H, W, 3] uint8); must
             return at once.
     """
@@ -86,8 +86,8 @@ class Job:
         self.admitted = self.submitted
         self.started: float | None = None
         self.step = 0  # network evaluations done
-        self.batch_rows: list[int] = []  # how wide each of them was
-        self.overtaken = 0  # requests that were let in before this one, which came earlier
+        self.batch_rows: list[int] = []  # rows of each of them
+        self.overtaken = 0  # later requests that were admitted before this one
         self._cancelled = threading.Event()
 
     @property
@@ -116,7 +116,7 @@ class Job:
 
 
 def preview_steps(steps: int, previews: int) -> dict[int, int]:
-    """After how many of its steps an image is shown: {step: index of the preview}.
+    """Return the steps after which an image is previewed: {step: index of the preview}.
 
     Evenly spaced, and never after the last one; fewer than `previews` when there are few steps.
     """

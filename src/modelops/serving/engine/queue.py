@@ -1,4 +1,4 @@
-"""Requests that wait for a place in the running batch, and which of them come next.
+"""Queue of requests that wait for a place in the running batch, and the choice of the next ones.
 
 Pure bookkeeping, without a model, a thread or a lock: `engine.StepEngine` guards it.
 """
@@ -16,7 +16,7 @@ MAX_OVERTAKEN = 4
 
 
 class JobQueue:
-    """A bounded queue, first in first out.
+    """Bounded queue, first in first out.
 
     Args:
         limit: jobs that may wait; an empty queue takes a longer list too.
@@ -33,7 +33,7 @@ class JobQueue:
         return iter(self._jobs)
 
     def add(self, jobs: Sequence[Job]) -> bool:
-        """Append jobs, all of them or none; returns whether there was room."""
+        """Append jobs, all of them or none; return whether there was room."""
         if self._jobs and len(self._jobs) + len(jobs) > self.limit:
             return False
         self._jobs.extend(jobs)
@@ -57,8 +57,8 @@ class JobQueue:
     def admit(self, running_rows: int, profile: BatchProfile) -> list[Job]:
         """Remove and return the jobs that join the batch now.
 
-        First in, first out; but one row that the first job has no use for may go to a later one,
-        and no job is overtaken more than `MAX_OVERTAKEN` times.
+        First in, first out. But a single free row that the first job cannot use may go to a later
+        job. No job is overtaken more than `MAX_OVERTAKEN` times.
 
         Args:
             running_rows: rows of the running batch.
@@ -88,7 +88,7 @@ class JobQueue:
         return joining
 
     def _cap(self, used: int, profile: BatchProfile) -> int:
-        """Rows that may run now: the wide cap only where the queue fills it."""
+        """Return the rows that may run now: the wide cap only if the queue fills it."""
         queued = used
         for job in self._jobs:
             queued += job.rows

@@ -14,10 +14,10 @@ from modelops.serving.engine.jobs import Job
 
 
 class Track(Protocol):
-    """An image in the making.
+    """Unfinished image.
 
     Attributes:
-        job: whose it is.
+        job: the job that it belongs to.
     """
 
     job: Job
@@ -28,7 +28,7 @@ class Track(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows that its next network evaluation takes."""
+        """Rows that the next network evaluation takes."""
 
     @property
     def finished(self) -> bool:
@@ -39,12 +39,12 @@ TrackT = TypeVar("TrackT", bound=Track)
 
 
 class StepModel(Protocol[TrackT]):
-    """A pipeline taken apart at its network evaluations. Used by the engine's thread alone, but for
+    """Pipeline divided at its network evaluations. Only the engine's thread uses it, except for
     `fill`, `rows_of` and `count_tokens`.
 
     Attributes:
-        height, width: in pixels, of every image that is not asked for in another size.
-        max_tokens: of a prompt that is read to its end.
+        height, width: default size of an image, in pixels.
+        max_tokens: longest prompt that is read to its end, in tokens.
         previews: whether `preview` can be called.
     """
 
@@ -54,42 +54,42 @@ class StepModel(Protocol[TrackT]):
     previews: bool
 
     def fill(self, request: ImageRequest) -> ImageRequest:
-        """The request with the pipeline's defaults in place of None.
+        """Return the request with the pipeline's defaults in place of None.
 
         Raises:
             UsageError: something that the model cannot do.
         """
 
     def rows_of(self, request: ImageRequest) -> int:
-        """Rows that each network evaluation of a filled request will take, as far as is known."""
+        """Return the expected rows of each network evaluation of a filled request."""
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text before truncation, with the special ones."""
+        """Count the tokens of a text before truncation, special tokens included."""
 
     def prepare(self, max_rows: int) -> None:
-        """Do what need not be done while a request waits."""
+        """Do the work that can be done before the first request."""
 
     def evaluate(self, rows: int) -> None:
-        """One evaluation of so many rows, for its time only; after `prepare`."""
+        """Run one evaluation of this many rows, only to time it; after `prepare`."""
 
     def begin(self, jobs: Sequence[Job]) -> list[TrackT | Exception]:
-        """A track, or why there is none, for each job. What is raised fails all of them."""
+        """Start a track for each job; return it, or its error. An exception fails all of them."""
 
     def advance(self, tracks: Sequence[TrackT]) -> list[Exception | None]:
-        """One network evaluation for tracks of one group. What is raised fails all of them; what
-        is returned fails one."""
+        """Run one network evaluation for tracks of one group. A raised exception fails all of
+        them, a returned one fails its own track."""
 
     def preview(self, track: TrackT) -> npt.NDArray[np.uint8]:
         """Return where a track would end if it went on straight, [H, W, 3] uint8."""
 
     def pixels(self, track: TrackT) -> npt.NDArray[np.uint8]:
-        """The image [H, W, 3] uint8 of a finished track."""
+        """Return the image [H, W, 3] uint8 of a finished track."""
 
     def drop(self, track: TrackT) -> None:
-        """Let go of what an unfinished track holds."""
+        """Free what an unfinished track holds."""
 
     def widened(self, widths: Sequence[int]) -> AbstractContextManager[None]:
-        """While it lasts, evaluation k has widths[k] rows at the least; copies fill it."""
+        """Within the block, give evaluation k at least widths[k] rows; copies fill it."""
 
     def close(self) -> None:
         """Leave the pipeline as it was."""

@@ -1,8 +1,8 @@
-"""One step of many trajectories, each at its own place on its own schedule.
+"""Steps of many trajectories at once, each at its own place on its own schedule.
 
 The commonest scheduler, plain Euler along a flow in float32, is advanced for all rows at once, with
-the very operations that it would do row by row, so with the same bits. Any other scheduler has
-state, so each row gets a copy of its own.
+the same operations as row by row, and so with the same bits. Any other scheduler has state, so each
+row gets its own copy.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Schedule:
 
 
 def guide(toward: torch.Tensor, away: torch.Tensor, scales: list[float]) -> torch.Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022) of rows [R, C, h, w], each by its own scale,
-    with the bits that the pipeline gets for a row alone."""
+    """Apply classifier-free guidance (Ho and Salimans 2022) to rows [R, C, h, w], each by its own
+    scale, with the bits that the pipeline gets for a row alone."""
     if toward.dtype == torch.float32:
         scale = torch.tensor(scales, dtype=torch.float32, device=toward.device).view(-1, 1, 1, 1)
         return away + scale * (toward - away)
@@ -48,7 +48,7 @@ def guide(toward: torch.Tensor, away: torch.Tensor, scales: list[float]) -> torc
 
 
 class Stepper:
-    """Makes schedules and follows them.
+    """Maker of schedules, and of the steps along them.
 
     Args:
         scheduler: the pipeline's; it is never changed.
@@ -63,7 +63,7 @@ class Stepper:
         self.together = is_plain_euler(scheduler) and dtype == torch.float32
 
     def schedule(self, steps: int) -> Schedule:
-        """A schedule of so many steps, for one trajectory."""
+        """Return a schedule of this many steps, for one trajectory."""
         if steps in self._known:
             self._known.move_to_end(steps)
             return self._known[steps]
@@ -87,11 +87,11 @@ class Stepper:
         velocity: torch.Tensor,
         latents: torch.Tensor,
     ) -> torch.Tensor:
-        """Latents [R, C, h, w] after one step.
+        """Return the latents [R, C, h, w] after one step.
 
         Args:
             schedules: R of them.
-            places: at which of its steps each row is.
+            places: step number of each row.
             velocity: [R, C, h, w], guidance applied.
         """
         if self.together:

@@ -22,11 +22,10 @@ INSECURE_VARIABLE = "MODELOPS_INSECURE"
 
 
 class Access:
-    """Keys and rates of one process.
+    """Keys and rate limits of one process.
 
-    Without keys, requests are answered only where they came in on a loopback address: the address
-    that `bentoml serve` listens on is chosen on its own command line, so it is looked at here,
-    request by request.
+    Without keys, only requests that came in on a loopback address are answered. The address is
+    checked for each request, as `bentoml serve` takes it from its own command line.
 
     Args:
         insecure: let everybody in on every address.
@@ -42,7 +41,7 @@ class Access:
         """Read the environment; see keys.py, limits.py and MODELOPS_INSECURE.
 
         Raises:
-            UsageError: a variable holds what it cannot.
+            UsageError: a variable has an invalid value.
         """
         insecure = environment.get(INSECURE_VARIABLE, "0")
         if insecure not in ("0", "1"):
@@ -98,7 +97,7 @@ class Access:
 
 
 class Charge:
-    """The images that were counted for a request, which may be tried on more than one release."""
+    """Images that were counted for a request, which may be tried on more than one release."""
 
     def __init__(self, limits: RateLimits, caller: Caller, images: int) -> None:
         self._limits = limits
@@ -108,7 +107,7 @@ class Charge:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Images that the node owes in the end, because it was full or failed, do not count."""
+        """Within the block, give back the images that the node did not make (full or failed)."""
         if self._returned:
             self._limits.give_back_images(self._caller, -self._images)
             self._returned = False
@@ -135,8 +134,8 @@ def check_open_address(host: str, environment: Mapping[str, str], *, insecure: b
     """Refuse to listen on an open address without keys.
 
     Raises:
-        UsageError: no keys, not loopback and not `insecure`; or what `Access.from_environment`
-            refuses, so that it is said before a server starts.
+        UsageError: no keys, not loopback and not `insecure`; or `Access.from_environment` refuses
+            a variable, which is then reported before a server starts.
     """
     access = Access.from_environment(environment)
     if not (is_loopback(host) or insecure or access.keys.required):

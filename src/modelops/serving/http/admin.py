@@ -1,9 +1,9 @@
 """/admin/swap: load a release beside the stable one, promote it, roll it back.
 
-Only keys that were made with `modelops serve key create NAME --admin` may, on every address. There
-is no exception for loopback: other users of the machine, a proxy in front of the node and a web
-page in its operator's browser all come in by it, and a swap outlives the process. So a server
-without keys has no administration, whatever else it answers.
+Only keys made with `modelops serve key create NAME --admin` are allowed, on every address. There is
+no exception for loopback: other users of the machine, a proxy in front of the node and a web page
+in its operator's browser all use it, and a swap outlives the process. So a server without keys has
+no administration.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _Number = Annotated[float, Field(strict=True)]
 
 
 class CanaryOrder(BaseModel):
-    """Body of POST /admin/swap/canary; what is left out has the default of CanaryRules."""
+    """Body of POST /admin/swap/canary; missing fields have the defaults of CanaryRules."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -52,7 +52,7 @@ class CanaryOrder(BaseModel):
 
 
 class PromoteOrder(BaseModel):
-    """Body of POST /admin/swap/promote. `force`: although the verdict is worse or undecided."""
+    """Body of POST /admin/swap/promote. `force`: even if worse or undecided."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +68,7 @@ class RollbackOrder(BaseModel):
 
 
 def add_admin_routes(app: FastAPI) -> None:
-    """Add the routes; they are no part of the public OpenAPI document."""
+    """Add the routes; they are not in the public OpenAPI document."""
 
     @app.get("/admin/swap", include_in_schema=False)
     async def status(request: Request) -> Response:
@@ -104,7 +104,7 @@ def add_admin_routes(app: FastAPI) -> None:
 
 
 def _let_in(app: FastAPI, request: Request) -> tuple[Rollout, Caller]:
-    """The rollout and an admin.
+    """Return the rollout and the caller, who must be an admin.
 
     Raises:
         ApiError: 401 for an unknown key, 403 for one without the role and on a server without keys,

@@ -1,4 +1,4 @@
-"""A request in, an answer out: bodies, keys, errors in OpenAI's shape, clients that leave."""
+"""Requests and answers over HTTP: bodies, keys, errors in OpenAI's shape, clients that leave."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ MAX_BODY_BYTES = 64 * 1024
 SKIPPED_BYTES = 1024 * 1024  # of a body that is refused; a client that is cut off sees no answer
 SKIPPED_S = 2.0  # seconds that the rest of such a body is waited for
 CLOSING = ("ambiguous_length", "body_timeout", "body_too_large", "unsupported_media_type")
-ENGINE_GRACE_S = 5.0  # a job's deadline is the engine's to keep; one that hangs keeps none
+ENGINE_GRACE_S = 5.0  # after a job's deadline, which an engine that hangs does not keep
 
 
 async def read_body(request: Request) -> bytes:
-    """The request's body.
+    """Read the request's body.
 
     Raises:
         ApiError: 408 when it does not come in time, 413 when it is longer than MAX_BODY_BYTES, 415
-            when it is no JSON by its type or is compressed.
+            when its type is not JSON or it is compressed.
         ClientDisconnect: the client left.
     """
     body, refused = bytearray(), _refusal(request)
@@ -96,7 +96,7 @@ def check_key(app: FastAPI, request: Request) -> Caller:
 
 
 async def wait_for_images(ticket: Ticket, request: Request) -> list[Any] | None:
-    """The ticket's images, or None when the client left first."""
+    """Return the ticket's images, or None when the client left first."""
     work = asyncio.gather(*(asyncio.wrap_future(job.future) for job in ticket.jobs))
     left = asyncio.ensure_future(disconnected(request.receive))
     first: set[asyncio.Future[Any]] = {work, left}
@@ -120,26 +120,26 @@ async def wait_for_images(ticket: Ticket, request: Request) -> list[Any] | None:
 
 
 def last_moment(jobs: Sequence[Job]) -> float | None:
-    """Seconds after which an engine that has not ended these jobs hangs; None without deadlines."""
+    """Return the seconds after which an engine with these jobs hangs; None without deadlines."""
     deadlines = [job.deadline for job in jobs if job.deadline is not None]
     return max(0.0, max(deadlines) - time.monotonic()) + ENGINE_GRACE_S if deadlines else None
 
 
 async def in_pool(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
-    """`asyncio.to_thread` in a pool of its own: what waits there keeps nobody else waiting."""
+    """Run `asyncio.to_thread` in a separate pool, so that a wait there delays nothing else."""
     context = contextvars.copy_context()
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(pool, partial(context.run, function, *arguments))
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns when the client has left. What is left of its body is thrown away."""
+    """Return when the client has left. The rest of its body is dropped."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def error_response(app: FastAPI, error: ApiError) -> JSONResponse:
-    """An error in OpenAI's shape; counts it."""
+    """Count an error and return it in OpenAI's shape."""
     if app.state.node is not None:
         app.state.node.metrics.on_error(error.code)
     headers = {}

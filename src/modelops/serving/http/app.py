@@ -39,7 +39,7 @@ log = logging.getLogger("modelops.serving")
 
 
 def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = None) -> FastAPI:
-    """The FastAPI application of a node.
+    """Make the FastAPI application of a node.
 
     Args:
         node: may also be set later as `app.state.node`; until then everything answers 503.
@@ -107,7 +107,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_images(app: FastAPI) -> None:
-    """OpenAI's routes: images, and the models that make them."""
+    """Add OpenAI's routes: images, and the models that make them."""
 
     @app.post(
         "/v1/images/generations",
@@ -180,7 +180,7 @@ def _add_images(app: FastAPI) -> None:
 
 
 def _add_health(app: FastAPI) -> None:
-    """Probes and metrics; they need no key, and answer for all workers."""
+    """Add probes and metrics; they need no key, and answer for all workers."""
 
     @app.get("/livez", summary="Whether the process should go on")
     async def livez() -> Response:
@@ -212,7 +212,7 @@ def _add_health(app: FastAPI) -> None:
 
 
 def _without_own_telemetry() -> dict[str, Any]:
-    """Newer FastAPI makes spans and log records of its own, which may quote a request's body."""
+    """Turn off newer FastAPI's own spans and log records, which may quote a request's body."""
     if "telemetry" not in inspect.signature(FastAPI.__init__).parameters:
         return {}
     return {"telemetry": {"tracing": False, "logs": False, "operation_spans": False}}

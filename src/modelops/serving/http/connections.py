@@ -1,4 +1,4 @@
-"""Limits on what a client may hold open: uvicorn has no clock on a request's head or on its reader.
+"""Time and connection limits for clients: uvicorn has none on a request's head or on its reader.
 
     connected ─▶ head ─▶ body ─▶ (the node works) ─▶ answer read ─▶ next head
                  ^ here   ^ answers.read_body         ^ here
@@ -25,7 +25,7 @@ from modelops.serving.api import ApiError
 
 log = logging.getLogger("modelops.serving")
 
-FAREWELL_S = 5.0  # before the end of the drain, the rest is told that it will not be finished
+FAREWELL_S = 5.0  # so long before the end of the drain, unfinished requests are ended
 SPARE_HANDLES = 128  # for the model, the logs, and the files that an image is signed in
 
 
@@ -44,7 +44,7 @@ class ClientLimits:
     on_closed: Callable[[str], Any] = lambda reason: None
 
 
-LIMITS = ClientLimits()  # of this process: uvicorn makes the protocols, nothing can be handed over
+LIMITS = ClientLimits()  # of this process: uvicorn makes the protocols, so nothing can be passed in
 
 
 def limit_connections(timeout_s: float, max_connections: int) -> ClientLimits:
@@ -91,7 +91,7 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Let a request in hand go on until just before uvicorn would cut it off (a bare 500)."""
+        """Let a request go on until just before uvicorn would cut it off with a bare 500."""
         super().shutdown()
         limit, cycle = self.config.timeout_graceful_shutdown, self.cycle
         if limit is not None and cycle is not None and not cycle.response_complete:
@@ -122,7 +122,7 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
 
 async def _farewell(cycle: Any) -> None:
-    """End a request that the drain leaves no time for: 503 if it has no answer; no more work."""
+    """End a request for which the drain has no time left: 503 if it has no answer; no more work."""
     if not cycle.response_complete and not cycle.response_started:
         error = ApiError(503, "cancelled", "the server is shutting down", retry_after_s=5)
         body = json.dumps(error.body).encode()
@@ -133,5 +133,5 @@ async def _farewell(cycle: Any) -> None:
         ]
         await cycle.send({"type": "http.response.start", "status": 503, "headers": headers})
         await cycle.send({"type": "http.response.body", "body": body})
-    cycle.disconnected = True  # what the route sees: the client has left
+    cycle.disconnected = True  # the route then sees that the client has left
     cycle.message_event.set()

@@ -47,7 +47,7 @@ _Rate = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class StoredKey(BaseModel):
-    """One key of the file, without the key. Rates are per minute; None is the node's default."""
+    """Entry of the file for one key, without the key. Rates are per minute; None: the default."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,8 +61,8 @@ class StoredKey(BaseModel):
 
     @model_serializer(mode="wrap")
     def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the usual role: a node of an older version refuses a file with a field it does
-        not know, and would let nobody in."""
+        """Leave out the usual role: a node of an older version refuses a file with an unknown
+        field, and with it every request."""
         values: dict[str, Any] = handler(self)
         if values.get("role") == "user":
             del values["role"]
@@ -95,11 +95,11 @@ ANONYMOUS = Caller(name="anonymous")
 
 
 class UnknownKeyError(ModelopsError):
-    """No key, or none that is valid."""
+    """No valid key."""
 
 
 class KeysUnavailableError(ModelopsError):
-    """The file of keys cannot be read, so nobody is let in."""
+    """The file of keys cannot be read, so every request is refused."""
 
 
 class KeyRing:
@@ -129,7 +129,7 @@ class KeyRing:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> KeyRing:
-        """The ring that MODELOPS_API_KEYS and MODELOPS_API_KEYS_FILE describe.
+        """Make the ring that MODELOPS_API_KEYS and MODELOPS_API_KEYS_FILE describe.
 
         Raises:
             UsageError: one of them holds something else, such as a key itself.
@@ -151,7 +151,7 @@ class KeyRing:
         """Return the owner of an Authorization header's key; ANONYMOUS when no key is asked for.
 
         Raises:
-            UnknownKeyError: nobody's.
+            UnknownKeyError: the key is unknown.
             KeysUnavailableError: the file cannot be read any more.
         """
         if not self.required:
@@ -190,14 +190,14 @@ class KeyRing:
 
 
 def read_keys(path: str | Path) -> list[StoredKey]:
-    """The keys of a file, revoked ones too.
+    """Read the keys of a file, revoked ones too.
 
     Raises:
-        UsageError: missing, unreadable or no file of keys.
+        UsageError: the file is missing, unreadable or not a file of keys.
     """
     try:
         return KeyFile.model_validate_json(read_text(path)).keys
-    except ValidationError as error:  # without its input: somebody may have pasted a key
+    except ValidationError as error:  # without its input, which may be a pasted key
         where = ".".join(str(part) for part in error.errors(include_input=False)[0]["loc"])
         raise UsageError(
             f"{path}: not a file of API keys{f' ({where})' if where else ''}",
@@ -216,7 +216,7 @@ def create_key(
     """Add a key to a file (made with mode 0600 when missing) and return it; it is kept nowhere.
 
     Raises:
-        UsageError: no such name, or a valid key has it.
+        UsageError: the name is not allowed, or a valid key has it.
     """
     key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
     try:
@@ -258,7 +258,7 @@ def revoke_key(path: str | Path, name: str) -> StoredKey:
 
 @contextlib.contextmanager
 def _edited(path: Path, *, new: bool) -> Iterator[list[StoredKey]]:
-    """The keys of a file, written back atomically; two editors wait for each other.
+    """Yield the keys of a file and write them back atomically; two editors wait for each other.
 
     Raises:
         UsageError: it is no file of keys, or is not there and not `new`.

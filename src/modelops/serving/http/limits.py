@@ -36,7 +36,7 @@ _LOCK_S = 0.5  # it is held for microseconds, unless its process hangs
 
 
 class RateLimitError(ModelopsError):
-    """Too often. `wait_s`: seconds until the same request would be let in; None is never."""
+    """Rate limit exceeded. `wait_s`: seconds until the request would be accepted; None: never."""
 
     def __init__(self, message: str, *, wait_s: float | None) -> None:
         super().__init__(message)
@@ -45,19 +45,19 @@ class RateLimitError(ModelopsError):
 
 @dataclass(slots=True)
 class TokenBucket:
-    """Tokens that refill at `rate` per minute, up to `rate`; `level` is that of `at` (seconds)."""
+    """Bucket that refills at `rate` tokens per minute, up to `rate`; `level` at time `at` (s)."""
 
     rate: float
     level: float
     at: float
 
     def refill(self, now: float) -> None:
-        """Let the tokens of the time since `at` flow in."""
+        """Add the tokens of the time since `at`."""
         self.level = min(self.rate, self.level + max(0.0, now - self.at) * self.rate / MINUTE_S)
         self.at = now
 
     def wait(self, tokens: float) -> float | None:
-        """Seconds until there are as many; None when there never will be."""
+        """Return the seconds until there are `tokens`; None when there never will be."""
         if tokens > self.rate:
             return None
         return max(0.0, tokens - self.level) * MINUTE_S / self.rate
@@ -94,7 +94,7 @@ class OwnBuckets:
             yield self._buckets.setdefault(caller, {})
 
     def _forget_full_ones(self) -> None:
-        """Keys come and go; a full bucket is worth as much as none."""
+        """Forget full buckets, which are the same as new ones: keys come and go."""
         now = self._clock()
         for name, buckets in list(self._buckets.items()):
             for bucket in buckets.values():
@@ -121,7 +121,7 @@ class SharedBuckets:
         """A caller's buckets.
 
         Raises:
-            RateLimitError: another worker does not give them free.
+            RateLimitError: another worker does not release them.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -129,7 +129,7 @@ class SharedBuckets:
                 stack.callback(os.close, file)
                 self._lock(file)
                 buckets = _unpacked(os.pread(file, _FORM.size, 0))
-                # No room for a new file shows here, before a token is spent that nobody noted.
+                # A full disk shows here, before a token is spent that could not be noted.
                 os.pwrite(file, _packed(buckets), 0)
             except OSError as error:
                 if not self._broken:  # one line, not one for each request
@@ -200,7 +200,7 @@ class RateLimits:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RateLimits:
-        """Default rates from MODELOPS_REQUESTS_PER_MINUTE and MODELOPS_IMAGES_PER_MINUTE.
+        """Read the default rates: MODELOPS_REQUESTS_PER_MINUTE and MODELOPS_IMAGES_PER_MINUTE.
 
         Workers of one node share their buckets in its run directory.
 
@@ -224,10 +224,10 @@ class RateLimits:
         )
 
     def take(self, caller: Caller, *, images: int) -> None:
-        """Count one request for `images` images; all of it or, on an error, none of it.
+        """Count one request for `images` images; nothing is counted on an error.
 
         Raises:
-            RateLimitError: says which limit, and how long to wait.
+            RateLimitError: names the limit and the wait in seconds.
         """
         rates = self._rates(caller)
         if not rates:
@@ -257,8 +257,8 @@ class RateLimits:
                 bucket.level -= tokens
 
     def give_back_images(self, caller: Caller, images: int) -> None:
-        """Return images that were never made, because the node was full or failed; a negative
-        number takes them again, were they spent meanwhile or not."""
+        """Give back images that were never made because the node was full or failed. A negative
+        number takes them again, even if they were spent meanwhile."""
         if "images" not in self._rates(caller):
             return
         with contextlib.suppress(RateLimitError), self._store.of(caller.name) as buckets:

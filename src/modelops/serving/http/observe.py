@@ -1,4 +1,4 @@
-"""Counts, logs and traces each answer."""
+"""Metrics, access log and traces of each answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def note_request(trace: RequestTrace, request: ImagesRequest) -> None:
 
 
 class Observe:
-    """Counts, logs and traces answers, and turns an unforeseen error into OpenAI's shape.
+    """Middleware that counts, logs and traces answers; puts unexpected errors into OpenAI's shape.
 
     Pure ASGI: Starlette's BaseHTTPMiddleware hides a client's disconnect from the route.
     """
@@ -99,7 +99,7 @@ class Observe:
 
 
 def _allow(application: FastAPI, scope: Scope, status: int) -> list[tuple[bytes, bytes]]:
-    """The Allow header that RFC 9110 asks of a 405."""
+    """Return the Allow header that RFC 9110 requires with a 405."""
     if status != 405:
         return []
     methods = {

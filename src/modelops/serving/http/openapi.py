@@ -1,7 +1,7 @@
-"""The OpenAPI document: what FastAPI derives from the routes, and every answer a route may give.
+"""OpenAPI document: what FastAPI derives from the routes, and every answer that a route may give.
 
-Each operation states its errors, all in OpenAI's shape, and the headers that come with them, so
-that a client generated from the document, or a fuzzer, knows them before it meets them.
+Each operation states its errors, all in OpenAI's shape, and their headers, so that a client
+generated from the document, or a fuzzer, knows them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The page at / on which a node can be tried: one HTML file, its style and script inside it.
+"""Page at / on which a node can be tried: one HTML file, with its style and script inside.
 
-It asks for nothing but the node's own API, and its Content-Security-Policy holds it to that: the
-style and the script are allowed by their digests, and nothing else is. MODELOPS_PAGE=0 leaves it
-out.
+It calls nothing but the node's own API, and its Content-Security-Policy enforces that: the style
+and the script are allowed by their digests, and nothing else. MODELOPS_PAGE=0 leaves it out.
 
 Content Security Policy: https://www.w3.org/TR/CSP3/
 """
@@ -34,14 +33,14 @@ PAGE_VARIABLE = "MODELOPS_PAGE"
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The page's bytes (UTF-8 HTML) and the headers that it is sent with."""
+    """Bytes of the page (UTF-8 HTML) and the headers that it is sent with."""
 
     body: bytes
     headers: Mapping[str, str]
 
 
 def page_from_environment(environment: Mapping[str, str] = os.environ) -> Page | None:
-    """The page, or None where MODELOPS_PAGE is 0.
+    """Return the page, or None where MODELOPS_PAGE is 0.
 
     Raises:
         UsageError: MODELOPS_PAGE is neither 0 nor 1.
@@ -68,7 +67,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def build_page() -> Page:
-    """The page with the API's limits in its fields, and the digests of its parts in its policy."""
+    """Build the page, with the API's limits in its fields and its parts' digests in its policy."""
     folder = resources.files("modelops.serving.http") / "static"
     html, style, script = (
         (folder / name).read_text("utf-8") for name in ("index.html", "page.css", "page.js")
@@ -110,6 +109,6 @@ def build_page() -> Page:
 
 
 def _digest(text: str) -> str:
-    """A source that allows this very text."""
+    """Return the policy source that allows exactly this text."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

@@ -1,4 +1,4 @@
-"""The workers of a node ask each other: whichever takes a scrape or a probe answers for all.
+"""Peer sockets of a node's workers: the one that gets a scrape or a probe answers for all.
 
 A worker listens on a Unix socket in the run directory (see `workers`) and answers two questions:
 its metrics, and its health. A merged exposition keeps every worker's series apart by a label
@@ -23,7 +23,7 @@ from modelops.serving.workers import Worker
 log = logging.getLogger("modelops.serving")
 
 TIMEOUT_S = 3.0  # below the timeouts of a scrape and of a probe
-MUTE_S = 60.0  # a process that says nothing for longer is to be killed
+MUTE_S = 60.0  # a process that is silent for longer is killed
 _END = b"# EOF\n"  # of an answer; one that a killed worker cut short has none
 _UP = (
     "# HELP modelops_worker_up 1 when the worker answers, by its number\n"
@@ -32,12 +32,12 @@ _UP = (
 
 
 class Peers:
-    """A worker's socket, and its questions to the others. Belongs to one event loop.
+    """Socket of a worker, and its questions to the others. Belongs to one event loop.
 
     Args:
-        worker: this one; it is not alone.
-        node: its InferenceNode, when asked.
-        text: its own exposition, when asked.
+        worker: this one; there are others.
+        node: returns its InferenceNode.
+        text: returns its own exposition.
         timeout_s: seconds within which a peer must answer.
     """
 
@@ -56,8 +56,8 @@ class Peers:
         self._text = text
         self._timeout_s = timeout_s
         self._server: asyncio.AbstractServer | None = None
-        # The loop's own threads wait for filters when there is much to do, and so may one that
-        # is asked for this worker's health: metrics do not wait for that one.
+        # Under load the loop's own threads wait for filters, and so may a question about this
+        # worker's health: metrics must not wait for it.
         self._threads = {
             what: ThreadPoolExecutor(1, thread_name_prefix=f"modelops-peers-{what}")
             for what in ("metrics", "health")
@@ -80,7 +80,7 @@ class Peers:
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def exposition(self) -> bytes:
-        """Every worker's metrics with a label `worker`, and which workers answer."""
+        """Return every worker's metrics with a label `worker`, and which workers answer."""
         texts = await self._ask_all("metrics", self._text)
         found = {index: text.decode() for index, text in texts.items() if text is not None}
         up = "".join(
@@ -100,7 +100,7 @@ class Peers:
         return problems
 
     async def alive(self) -> bool:
-        """No other worker has a dead engine, or has been mute for a minute without having died.
+        """Return whether no other worker has a dead engine, or is alive and silent for a minute.
 
         BentoML starts a process again that has died, but not one that hangs.
         """
@@ -128,7 +128,7 @@ class Peers:
         return states
 
     async def _ask_all(self, what: str, own: Callable[[], bytes] | None) -> dict[int, bytes | None]:
-        """Answers by worker, this one's from `own`, and left out without it; None is no answer."""
+        """Return the answers by worker, None for no answer. This worker's is `own`, if given."""
         loop = asyncio.get_running_loop()
         indices = range(1, self.worker.count + 1)
         others = [index for index in indices if index != self.worker.index]
@@ -181,9 +181,9 @@ class Peers:
 
 
 def merge_expositions(texts: Mapping[int, str]) -> str:
-    """One exposition of several workers' ones, in Prometheus' text format.
+    """Merge the expositions of several workers into one, in Prometheus' text format.
 
-    Each metric's HELP and TYPE stand once, and every sample has a first label `worker`.
+    HELP and TYPE of each metric occur once, and every sample has a first label `worker`.
     """
     headers: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
@@ -205,7 +205,7 @@ def merge_expositions(texts: Mapping[int, str]) -> str:
 
 
 def _labelled(sample: str, worker: int) -> str:
-    """`name{a="b"} 1` to `name{worker="2",a="b"} 1`, whatever the labels' values hold."""
+    """Turn `name{a="b"} 1` into `name{worker="2",a="b"} 1`, whatever the labels' values hold."""
     end = next((at for at, sign in enumerate(sample) if sign in "{ "), len(sample))
     name, rest = sample[:end], sample[end:]
     if rest.startswith("{"):

@@ -1,4 +1,4 @@
-"""Requests on their routes over HTTP, and on the stable one if a canary fails them."""
+"""Routing of HTTP requests, with a retry on the stable route if a canary fails."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Held = Callable[[], AbstractContextManager[None]]
 
 
 class AppState(State):
-    """`rollout`, and as `node` its stable node; a node that is set becomes a rollout of one."""
+    """State with `rollout` and its stable node as `node`; setting a node makes a rollout of one."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "node":
@@ -58,7 +58,7 @@ async def through_routes(
     """Run `attempt` on the request's route, or on the stable one when a canary failed it.
 
     Args:
-        begun: whether the client has seen something of it, so that it cannot be made again.
+        begun: whether the client has seen part of the answer, so that no retry is possible.
 
     Raises:
         ApiError: what the last attempt raised, or 404 for a model that is neither.
@@ -81,7 +81,7 @@ async def through_routes(
 async def make_images(
     route: Route, request: Request, trace: RequestTrace, held: Held
 ) -> ImagesResponse | None:
-    """The images of a request on its route; None when the client left."""
+    """Make the images of a request on its route; None when the client left."""
     with held():
         ticket = await asyncio.to_thread(route.node.submit, route.request, trace)
         try:
@@ -96,11 +96,11 @@ async def make_images(
 
 
 class _UnsaidError(Exception):
-    """A stream failed, and nobody has been told."""
+    """A stream failed, and the client has not been told yet."""
 
 
 class RoutedStream(Response):
-    """An `ImageStream` on the request's route; before its first event a canary can be rescued.
+    """`ImageStream` on the request's route; before its first event a failed canary is retried.
 
     Keep-alive comments are no events: a client that waits for a canary that hangs has seen some.
     """

@@ -1,4 +1,4 @@
-"""An image as server-sent events in the shapes of OpenAI's Images API: partial images, then it.
+"""Server-sent events of one image, in the shapes of OpenAI's Images API: partial images, then it.
 
     engine thread ─▶ newest partial ─▶ image filter ─▶ mark ─▶ event ─▶ socket
                      (one place)
@@ -72,7 +72,7 @@ class SlowReaderError(Exception):
 
 
 class NewestPreview:
-    """One place between the engine's thread and an event loop; a newer preview takes it over."""
+    """Slot for one preview between the engine's thread and an event loop; newer ones replace it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -93,7 +93,7 @@ class NewestPreview:
                 await self._arrived.wait()
 
     def take(self) -> tuple[int, npt.NDArray[np.uint8]]:
-        """(index, pixels) of the newest.
+        """Take (index, pixels) of the newest preview.
 
         Raises:
             IndexError: there is none.
@@ -102,15 +102,15 @@ class NewestPreview:
 
 
 class ImageStream(Response):
-    """Makes one image and answers with its events; an ApiError before the first one is raised.
+    """Answer with the events of one image; an ApiError before the first event is raised.
 
     Args:
         node: makes it.
         request: with `stream`, for one image.
         trace: of this HTTP request.
-        turns: partial images that are filtered and encoded at once in this process, so that they
-            never keep finished ones waiting.
-        held: what is to be held until the stream has ended; sees the ApiError it ends with.
+        turns: bounds the partial images that are filtered and encoded at once in this process, so
+            that finished images never wait for them.
+        held: context that is held until the stream has ended; it sees the final ApiError.
     """
 
     def __init__(
@@ -161,11 +161,13 @@ class ImageStream(Response):
         self.trace.fields["stream"] = outcome
         if outcome == "slow_reader":
             await drop_connection(receive)
-        elif not self._begun:  # nobody is there, but BentoML would wait for an answer for minutes
+        elif (
+            not self._begun
+        ):  # the client has left, but BentoML would wait for an answer for minutes
             await Response(status_code=499)(scope, receive, send)
 
     async def _unless_left(self, work: Any, receive: Receive) -> str:
-        """Run `work`; ends it when the client leaves. Returns the stream's outcome."""
+        """Run `work`, and end it when the client leaves. Return the stream's outcome."""
         left = asyncio.ensure_future(disconnected(receive))
         run = asyncio.ensure_future(work)
         both: set[asyncio.Future[Any]] = {left, run}
@@ -194,7 +196,7 @@ class ImageStream(Response):
         await self._end(send)
 
     async def _events(self, ticket: Ticket, previews: NewestPreview) -> AsyncGenerator[str, None]:
-        """The texts of a stream, keep-alive comments among them.
+        """Yield the texts of a stream, keep-alive comments among them.
 
         Raises:
             ApiError: instead of the completed event.
@@ -233,7 +235,7 @@ class ImageStream(Response):
                 yield text
 
     async def _partial(self, ticket: Ticket, previews: NewestPreview) -> str:
-        """The event of the next partial image: the newest one when its turn comes."""
+        """Make the event of the next partial image: the newest one when its turn comes."""
         await previews.arrived()
         async with self._turns:
             index, pixels = previews.take()
@@ -242,7 +244,7 @@ class ImageStream(Response):
         return event_text(PARTIAL, {**self._common(PARTIAL), **fields})
 
     async def _finish(self, ticket: Ticket, image: EngineImage) -> AsyncGenerator[str, None]:
-        """The last event, and comments while the image waits for its filter."""
+        """Yield the last event, and comments while the image waits for its filter."""
         work = asyncio.ensure_future(in_pool(self.node.finishers, self._completed, ticket, image))
         try:
             while not (await asyncio.wait({work}, timeout=KEEP_ALIVE_S))[0]:
@@ -253,7 +255,7 @@ class ImageStream(Response):
             await asyncio.gather(work, return_exceptions=True)
 
     def _completed(self, ticket: Ticket, image: EngineImage) -> str:
-        """The event of the finished image."""
+        """Make the event of the finished image."""
         answer = self.node.finish(ticket, [image])
         fields = {**answer.data[0].model_dump(), "usage": self._usage()}
         return event_text(COMPLETED, {**self._common(COMPLETED), **fields})
@@ -269,7 +271,7 @@ class ImageStream(Response):
         }
 
     def _usage(self) -> dict[str, Any]:
-        """OpenAI's field. Text tokens that the model read; it makes pixels, not image tokens."""
+        """Return OpenAI's usage field: text tokens that the model read, and no image tokens."""
         texts = (self.request.prompt, self.request.negative_prompt or "")
         tokens = sum(self.node.engine.count_tokens(text) for text in texts if text)
         return {
@@ -286,11 +288,11 @@ class ImageStream(Response):
         await self._send(send, text.encode(), more=True)
 
     async def _end(self, send: Send) -> None:
-        """Wait until the reader has taken the last event, but for a small rest, and end."""
+        """Wait until the reader has taken all but a small rest of the last event, and end."""
         await self._send(send, b"", more=False)
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
-        """The server waits here while its buffer for this reader is full."""
+        """Send; the server waits here while its buffer for this reader is full."""
         message = {"type": "http.response.body", "body": body, "more_body": more}
         try:
             await asyncio.wait_for(send(message), self._limit_s)
@@ -299,15 +301,15 @@ class ImageStream(Response):
 
 
 def event_text(kind: str, data: dict[str, Any]) -> str:
-    """One server-sent event; `data` becomes one line of JSON."""
+    """Format one server-sent event; `data` becomes one line of JSON."""
     return f"event: {kind}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def drop_connection(receive: Receive) -> None:
     """Reset the connection at once, with all that is still buffered for its reader.
 
-    ASGI has no word for it: raising makes the server close only after the reader has taken all. So
-    this looks behind the middlewares for uvicorn's transport; without one, it raises.
+    ASGI has no message for it: after an exception the server closes only when the reader has taken
+    all. So this finds uvicorn's transport behind the middlewares; without one, it raises.
 
     Raises:
         SlowReaderError: there is no such transport.

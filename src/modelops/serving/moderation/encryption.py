@@ -16,10 +16,10 @@ _INFO = b"modelops quarantine 1"
 
 
 def encrypt_entry(data: bytes, identity: str, reader: X25519PublicKey) -> bytes:
-    """An entry's JSON encrypted to a reviewer: a line that says to whom, then HPKE's output.
+    """Encrypt an entry's JSON to a reviewer: a line that names the key, then HPKE's output.
 
-    The id is bound to the ciphertext, so that one entry cannot be passed off as another. Who can
-    write to the folder can still put in entries of his own: nobody signs them.
+    The id is bound to the ciphertext, so that one entry cannot be passed off as another. Entries
+    are not signed, so anyone who can write to the folder can add some.
     """
     head = {"kind": "quarantine-sealed", "schema_version": 1, "key_id": key_id(reader)}
     info = _INFO + bytes.fromhex(identity)
@@ -27,15 +27,15 @@ def encrypt_entry(data: bytes, identity: str, reader: X25519PublicKey) -> bytes:
 
 
 def decrypt_entry(data: bytes, identity: str, path: Path, key: X25519PrivateKey | None) -> bytes:
-    """The JSON of an encrypted entry.
+    """Decrypt an entry and return its JSON.
 
     Args:
         identity: the entry's id, by the name of its file.
         path: of the file, for messages.
 
     Raises:
-        UsageError: no key given.
-        IntegrityError: changed, or encrypted to somebody else.
+        UsageError: no key is given.
+        IntegrityError: the entry was changed, or is encrypted to another key.
     """
     from cryptography.exceptions import InvalidTag
 

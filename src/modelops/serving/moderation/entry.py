@@ -1,4 +1,4 @@
-"""A blocked request as it is kept for review: what was asked, of what, and what the filter said."""
+"""Entry of a blocked request for review: the request, the release, and the filter's answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BlockedRequest(_Part):
 
 
 class BlockedPicture(_Part):
-    """An image of a blocked request; `png` (base64) only of those that the filter blocked."""
+    """Image of a blocked request; `png` (base64) only of those that the filter blocked."""
 
     index: int
     seed: int
@@ -38,7 +38,7 @@ class BlockedPicture(_Part):
 
 
 class BlockingFilter(_Part):
-    """The filter that blocked it: `sha256` is the digest of `info`, what it says of itself."""
+    """Filter that blocked it: `sha256` is the digest of `info`, its own description."""
 
     name: str
     sha256: Digest
@@ -47,7 +47,7 @@ class BlockingFilter(_Part):
 
 
 class Entry(_Part):
-    """One blocked request, with what it takes to make its images again."""
+    """Blocked request, with everything needed to make its images again."""
 
     kind: Literal["quarantine"] = "quarantine"
     schema_version: Literal[1] = 1

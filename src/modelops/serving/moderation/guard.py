@@ -24,11 +24,11 @@ log = logging.getLogger("modelops.serving")
 
 
 class FilterGuard:
-    """Loads one filter and calls it in its own thread with a time limit.
+    """Guard that loads one filter and calls it in its own thread with a time limit.
 
     Args:
         name: "prompt" or "image", for messages.
-        load: makes the filter; called in the guard's thread.
+        load: returns the filter; called in the guard's thread.
         timeout_s: a call that takes longer counts as a failure.
         load_timeout_s: the same for `load`.
     """
@@ -78,7 +78,7 @@ class FilterGuard:
         self._call(make, self._load_timeout_s)
 
     def probe(self, check: Callable[[], None], *, every_s: float = 0.0) -> bool:
-        """Load if need be and run `check`, at most every `every_s`; a success turns it green."""
+        """Load if necessary and run `check`, at most every `every_s` seconds; green on success."""
         with self._lock:
             now = time.monotonic()
             if every_s and now - self._last_probe < every_s:
@@ -94,7 +94,7 @@ class FilterGuard:
         return True
 
     def check_prompt(self, text: str) -> tuple[bool, list[str]]:
-        """(blocked, reasons) of a prompt.
+        """Return (blocked, reasons) of a prompt.
 
         Raises:
             FilterError: no answer; the prompt must not be used.
@@ -112,7 +112,7 @@ class FilterGuard:
     def check_images(
         self, images: Sequence[npt.NDArray[np.uint8]]
     ) -> tuple[list[float], list[bool]]:
-        """(scores in [0, 1], blocked) of images [H, W, 3].
+        """Return (scores in [0, 1], blocked) of images [H, W, 3].
 
         Raises:
             FilterError: no answer; the images must not be shown.
@@ -148,12 +148,12 @@ class FilterGuard:
             raise self.broken("still hangs in an earlier call")
         try:
             future = self._worker.submit(function)
-        except RuntimeError as error:  # a request that outlived its node's drain
+        except RuntimeError as error:  # from a request that outlived its node's drain
             raise self.broken("is closed") from error
         try:
             return future.result(timeout_s)
         except FutureTimeoutError as error:
-            # One that was not begun did not hang: it waited behind others, and is not begun now.
+            # A call that had not begun did not hang: it waited behind others, and is cancelled.
             if not future.cancel() and not future.done():
                 self._stuck = future
             raise self.broken(f"gave no answer in {timeout_s:g} s") from error
@@ -166,6 +166,6 @@ class FilterGuard:
             raise self.broken(f"failed ({type(error).__name__}: {said})") from error
 
     def broken(self, what: str) -> FilterError:
-        """Turn the guard red; returns the error to raise."""
+        """Turn the guard red; return the error to raise."""
         self._reason = what
         return FilterError(f"the {self.name} filter {what}")

@@ -2,9 +2,8 @@
 
 Without it a blocked image is forgotten and only counted. With it each blocked request becomes one
 file in a folder that nobody else can read; `modelops serve review` lists, shows and decides them.
-The prompt is left out unless it is asked for too, and nothing is ever sent anywhere. The folder is
-bounded by bytes and by age. Whatever goes wrong in here is counted and logged: the request was
-blocked, and stays so.
+The prompt is left out unless the settings ask for it, and nothing is sent anywhere. The folder is
+bounded by bytes and by age. Errors here are counted and logged; the request stays blocked.
 
 With a reviewer's public key the files are encrypted (`encryption.py`), so that the node itself
 cannot read them again.
@@ -49,14 +48,14 @@ RESULTS = ("written", "failed", "expired", "displaced")
 
 
 class Quarantine:
-    """Writes entries to a bounded folder; may be called by any thread, and never raises later on.
+    """Writer of entries to a bounded folder. Thread-safe; only the constructor raises.
 
-    Several processes may share the folder; together they may go over the bound by one entry each.
+    Several processes may share the folder; each may exceed the bound by one entry.
 
     Args:
         folder: made, for its owner only, when it is missing.
-        origin: which release and runtime, see `seal.Origin`.
-        max_bytes: of all entries together; the oldest go first.
+        origin: release and runtime, see `seal.Origin`.
+        max_bytes: of all entries together; the oldest are deleted first.
         max_age_s: an entry is deleted when it is this old, whether or not requests come in.
         texts: also keep prompts, and the words for which a prompt was blocked.
         reader: a reviewer's public key; entries are encrypted to it.
@@ -111,12 +110,12 @@ class Quarantine:
         *,
         partial: int | None = None,
     ) -> bool:
-        """Write an entry of a request whose images were withheld; False when it is lost.
+        """Write an entry of a request whose images were withheld; return False if it is lost.
 
         Args:
             images: (pixels [H, W, 3] uint8 RGB, request, batch_rows) of each.
-            scores, blocked: what the filter said of each.
-            partial: the number of the partial image, where the work was not finished.
+            scores, blocked: the filter's answer for each.
+            partial: number of the partial image, if the image was not finished.
         """
 
         def make() -> Entry:
@@ -150,7 +149,7 @@ class Quarantine:
         filter_name: str,
         filter_info: Mapping[str, Any],
     ) -> bool:
-        """Write an entry of a prompt that was refused; False when it is lost."""
+        """Write an entry of a prompt that was refused; return False if it is lost."""
         from modelops.models.request import ImageRequest
 
         def make() -> Entry:
@@ -216,7 +215,7 @@ class Quarantine:
             suffix = ".json"
             if self._reader is not None:
                 data, suffix = encrypt_entry(data, entry.id, self._reader), SEALED
-            if len(data) > self._max_bytes:  # no reason to delete the others
+            if len(data) > self._max_bytes:  # others are not deleted for it
                 raise ModelopsError(f"an entry of {len(data)} bytes is over the bound")
             with self._lock:
                 self._tidy(len(data))
@@ -252,10 +251,10 @@ class Quarantine:
 def open_quarantine(
     settings: NodeSettings, origin: Origin, registry: CollectorRegistry | None = None
 ) -> Quarantine | None:
-    """The quarantine that the settings ask for, or None.
+    """Open the quarantine that the settings ask for, or return None.
 
     Raises:
-        UsageError: as `check_quarantine`.
+        UsageError: see `check_quarantine`.
         ModelopsError: the folder cannot be written to.
     """
     reader = check_quarantine(settings)
@@ -273,7 +272,7 @@ def open_quarantine(
 
 
 def check_quarantine(settings: NodeSettings) -> X25519PublicKey | None:
-    """The reviewer's key that the settings name, if any; writes nothing.
+    """Read the reviewer's key that the settings name, if any; writes nothing.
 
     Raises:
         UsageError: the key cannot be read.

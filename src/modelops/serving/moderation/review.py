@@ -1,9 +1,9 @@
-"""Quarantine entries to decisions by people, and to what these say of the filter's threshold.
+"""Review of quarantine entries: decisions by people, and their evidence on the filter's threshold.
 
-Decisions are appended to a file beside the entries and outlive them: each line holds the scores it
-was about, and the digest of the line before, so that a line which is changed or taken out shows in
-the one after it. That is against accidents. A change of the last line, or its loss, does not show,
-nor does anything that somebody did who can write to the folder and made the digests again.
+Decisions are appended to a file beside the entries and outlive them. Each line holds the scores it
+was about and the digest of the line before, so that a changed or removed line shows in the next.
+This protects against accidents only. A change or loss of the last line does not show, nor does a
+change by someone who can write to the folder and computes the digests again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Decision(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A file of the quarantine; `entry` where it could be read, else `problem` says why not."""
+    """File of the quarantine; `entry` if it could be read, else `problem` with the reason."""
 
     file: EntryFile
     entry: Entry | None
@@ -88,13 +88,13 @@ class Evidence:
 
     @property
     def decided(self) -> int:
-        """Entries that were decided."""
+        """Number of entries that were decided."""
         return self.upheld + self.overturned
 
     def at_thresholds(self) -> list[dict[str, float | int]]:
-        """For thresholds above the filter's own: blocks that would stay, right and wrong ones.
+        """Count the blocks, right and wrong ones, that would stay at higher thresholds.
 
-        Up to the first at which none of them would.
+        Ends at the first threshold at which none would stay.
         """
         own = self.threshold or 0.0
         highest = self.scores[-1][0] if self.scores else -1.0
@@ -115,7 +115,7 @@ class Evidence:
 
 
 def list_entries(folder: str | Path, key: X25519PrivateKey | None = None) -> list[Listed]:
-    """All entries, oldest first, each with its last decision; unreadable ones say why.
+    """List all entries, oldest first, with their last decision; unreadable ones with the reason.
 
     Raises:
         UsageError: no such folder.
@@ -133,11 +133,11 @@ def list_entries(folder: str | Path, key: X25519PrivateKey | None = None) -> lis
 
 
 def find_entry(folder: str | Path, start: str, key: X25519PrivateKey | None = None) -> Listed:
-    """The entry whose id begins with `start`.
+    """Return the entry whose id begins with `start`.
 
     Raises:
-        UsageError: none or several, or it is encrypted and no key given.
-        IntegrityError: it cannot be read.
+        UsageError: none or several match, or the entry is encrypted and no key is given.
+        IntegrityError: the entry cannot be read.
     """
     found = [file for file in list_files(folder) if start and file.id.startswith(start.lower())]
     if len(found) != 1:
@@ -151,11 +151,11 @@ def find_entry(folder: str | Path, start: str, key: X25519PrivateKey | None = No
 
 
 def read_decisions(folder: str | Path) -> list[Decision]:
-    """All decisions in their order; a last line that was cut short was never acknowledged.
+    """Read all decisions in order; an incomplete last line was never acknowledged.
 
     Raises:
-        IntegrityError: a line before the last was changed, put in or taken out.
-        UsageError: it cannot be read.
+        IntegrityError: a line before the last was changed, inserted or removed.
+        UsageError: the file cannot be read.
     """
     path = Path(folder) / DECISIONS
     try:
@@ -178,9 +178,9 @@ def decide(
     """Append a decision on each entry, by id or its first digits; all of them or none.
 
     Raises:
-        UsageError: an entry that is not there or is named twice, or no reviewer or reason.
+        UsageError: an entry is missing or named twice, or there is no reviewer or reason.
         IntegrityError: the file of decisions was changed.
-        ModelopsError: it cannot be written.
+        ModelopsError: the file cannot be written.
     """
     found = [(find_entry(folder, start, key), answer) for start, answer in answers.items()]
     if len({listed.file.id for listed, _ in found}) != len(found):
@@ -247,9 +247,9 @@ def weigh(decisions: Sequence[Decision]) -> list[Evidence]:
 def write_page(
     folder: str | Path, listed: Sequence[Listed], summary: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """A page of all entries with blurred images, DIR/review.html, for its owner's eyes only.
+    """Write DIR/review.html, a page of all entries with blurred images, readable by its owner only.
 
-    It holds the images, also of encrypted entries, and goes when the first of them goes.
+    It holds the images, also of encrypted entries, and is deleted with the first of them.
 
     Args:
         summary: rows of `filter`, `stage`, `text`.
@@ -314,7 +314,7 @@ def _parse(path: Path, data: bytes) -> list[Decision]:
 
 
 def _append(handle: int, end: int, data: bytes) -> None:
-    """Write `data` after the first `end` bytes and to the disk, or leave the file as it was."""
+    """Write `data` to the disk after the first `end` bytes, or leave the file unchanged."""
     try:
         os.ftruncate(handle, end)
         os.lseek(handle, end, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""The folder of the quarantine: its files, their bounds, and what is in them."""
+"""Folder of the quarantine: its files, their bounds and their content."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class EntryFile:
-    """A file of the folder by its name: when it was written, its entry's id, its size in bytes."""
+    """File of the folder, by its name: time of writing, id of the entry, size in bytes."""
 
     path: Path
     id: str
@@ -42,7 +42,7 @@ class EntryFile:
 
 
 def list_files(folder: str | Path) -> list[EntryFile]:
-    """The entries of a folder, oldest first; nothing is opened.
+    """List the entries of a folder, oldest first; nothing is opened.
 
     Raises:
         UsageError: there is no such folder, or it cannot be read.
@@ -54,10 +54,10 @@ def list_files(folder: str | Path) -> list[EntryFile]:
 
 
 def tidy_folder(folder: Path, *, max_age_s: float, max_bytes: int | None = None) -> tuple[int, int]:
-    """Delete entries over the bounds, oldest first; (how many too old, how many for room).
+    """Delete entries over the bounds, oldest first; return (number too old, number for room).
 
-    A page built from entries goes with the first of them, as it holds their images; one that was
-    finished after its last entry had gone, now.
+    A page built from entries is deleted with the first of them, as it holds their images. A page
+    that was finished after its last entry was deleted is deleted now.
 
     Raises:
         UsageError: there is no such folder, or it cannot be read.
@@ -83,14 +83,14 @@ def tidy_folder(folder: Path, *, max_age_s: float, max_bytes: int | None = None)
 
 
 def read_entry(file: EntryFile, key: X25519PrivateKey | None = None) -> Entry:
-    """The entry in a file.
+    """Read the entry in a file.
 
     Args:
-        key: the reviewer's private key, for an encrypted one.
+        key: the reviewer's private key, for an encrypted entry.
 
     Raises:
-        UsageError: encrypted and no key given, or it cannot be read.
-        IntegrityError: not an entry, or encrypted to somebody else.
+        UsageError: the entry is encrypted and no key is given, or the file cannot be read.
+        IntegrityError: the file is not an entry, or is encrypted to another key.
     """
     try:
         if file.size > _MAX_BYTES:
@@ -113,8 +113,8 @@ def make_private(folder: Path) -> None:
     """Make a folder that only its owner can enter.
 
     Raises:
-        ModelopsError: it cannot be made or written to.
-        UsageError: it is there, and others can enter it.
+        ModelopsError: the folder cannot be made or written to.
+        UsageError: the folder exists, and others can enter it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -142,7 +142,7 @@ def _delete(path: Path) -> bool:
 
 
 def entry_name(identity: str, suffix: str) -> str:
-    """The name of a new entry's file, which says when it was written."""
+    """Return the name of a new entry's file, which holds the time of writing."""
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
     return f"{_NAME}{stamp}-{nanoseconds:09d}-{identity}{suffix}"

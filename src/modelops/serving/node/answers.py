@@ -1,4 +1,4 @@
-"""Answers to requests: images that were filtered, marked and encoded, with their receipts."""
+"""Answers to requests: filtered, marked and encoded images, with their receipts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("modelops.serving")
 
 @dataclass(slots=True)
 class Ticket:
-    """A request that was let in: its jobs in the engine."""
+    """Accepted request: its jobs in the engine."""
 
     request: ImagesRequest
     jobs: list[Job]
@@ -39,10 +39,10 @@ class Ticket:
 
 
 class AnswerMaker:
-    """Makes answers of what the engine has drawn. May be called by any thread.
+    """Maker of answers from the engine's images. Thread-safe.
 
     Args:
-        filters: the node's; images that they block do not leave.
+        filters: the node's; images that they block are not sent.
         sealer: marks and encodes images and keeps receipts.
         metrics: count what was done.
         size: of every image, "WIDTHxHEIGHT".

@@ -1,8 +1,8 @@
 """Batch invariance: how far an image made in a batch is from the same image made alone.
 
-A runtime picks its kernels by the number of rows, and they round differently. So an image may
-depend a little on the requests that happen to run beside it. How much is measured here, with the
-very engine that will serve: once when a release is built, and stated in it.
+A runtime chooses its kernels by the number of rows, and they round differently. So an image may
+depend a little on the requests in the same batch. This is measured once, when a release is built,
+with the engine that will serve it. The release states the result.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def measure_batch_invariance(
     guidance: float | None = None,
     runtime: str = "auto",
 ) -> dict[str, Any]:
-    """Make the same images by the offline pipeline, alone in the engine, and in its batches.
+    """Make the same images with the offline pipeline, alone in the engine, and in its batches.
 
-    The batches are mixed: every second image is unguided, and step counts run from half the
+    The batches are mixed: every second image is unguided, and step counts range from half the
     default to the default, so that images join and leave all the time.
 
     Args:
         model_dir: a checkpoint or an exported artifact.
-        images: how many.
+        pictures: number of images.
         steps, guidance: the release's defaults; the pipeline's own when not given.
         runtime: of an exported artifact.
 

@@ -1,4 +1,4 @@
-"""The prompt filter and the image filter of a node: without an answer of theirs nothing passes."""
+"""Prompt filter and image filter of a node; without their answer nothing passes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class NodeFilters:
     """Both filters, each behind a guard that turns red when it fails.
 
     Args:
-        settings: name the filters.
-        prompt, image: functions that load filters in place of those.
+        settings: these name the filters.
+        prompt, image: functions that load other filters in their place.
 
     Raises:
         UsageError: the settings name a filter that does not exist.

@@ -1,4 +1,4 @@
-"""The golden image: what a release must be able to make before it is called ready."""
+"""Golden image: a node must make it again before it is ready."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GoldenCheck:
 
     @property
     def equal(self) -> bool | None:
-        """Bitwise equal; None when the release has none."""
+        """True if bitwise equal; None when the release has no golden image."""
         return None if self.max_difference is None else self.max_difference == 0
 
 
@@ -57,7 +57,7 @@ def make_golden(
 ) -> dict[str, Any]:
     """Make a model's golden image with the offline pipeline and write it as PNG.
 
-    Returns what belongs into a release's `defaults["golden"]`; the file goes to
+    Returns the value of a release's `defaults["golden"]`; the file goes to
     `extra_files={"golden.png": out_path}` of `build_release`.
     """
     from modelops.serving.node.load import open_model
@@ -79,7 +79,7 @@ def make_golden(
 
 
 def golden_request(defaults: dict[str, Any]) -> ImageRequest:
-    """The golden request of a release, or the default one."""
+    """Return the golden request of a release, or the default one."""
     golden = defaults.get("golden") or {}
     return ImageRequest(
         prompt=str(golden.get("prompt", DEFAULT_PROMPT)),
@@ -99,7 +99,7 @@ def check_golden(
     """Compare this start's golden image with the release's, or with that of its fallback.
 
     Raises:
-        ServingError: further apart than rounding explains, or the image is one flat colour.
+        ServingError: the difference is more than rounding, or the image is one flat colour.
         IntegrityError: the release's golden image cannot be read.
     """
     digest = pixels_sha256(pixels)

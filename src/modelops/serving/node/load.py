@@ -24,7 +24,7 @@ class OpenedModel:
 
     Attributes:
         pipeline: with its networks in the runtime that was chosen.
-        source: says which one, and why.
+        source: names the runtime, and the reason for it.
         sha256: digest of the artifact or checkpoint that was opened.
         fallback: why the release's other artifact was opened in place of its model, or "".
     """
@@ -38,13 +38,13 @@ class OpenedModel:
 def open_released(
     release_dir: Path, release: ReleaseRecord, *, fallback: bool | None = None, **how: Any
 ) -> OpenedModel:
-    """Open a release's model, or the fallback that it carries for processors on which no runtime
-    gives the model's numbers.
+    """Open a release's model, or its fallback on processors where no runtime gives the model's
+    numbers.
 
     Args:
         release_dir: verified.
         release: its record.
-        fallback: True opens the fallback, False only the model; None the model where it can be.
+        fallback: True opens the fallback, False only the model; None the model if possible.
         how: arguments of `open_model`.
 
     Raises:
@@ -63,7 +63,7 @@ def open_released(
     if release.fallback is None or release.fallback_sha256 is None:
         raise NotReproducedError(f"{release_dir}: the release carries no fallback")
     log.warning("serving the release's fallback: %s", why)
-    how["runtime"] = "auto"  # what was asked for was meant for the model
+    how["runtime"] = "auto"  # the runtime asked for was meant for the model
     pipeline, source = open_model(release_dir / release.fallback, **how)
     source = source.model_copy(update={"details": {**source.details, "fallback": why}})
     return OpenedModel(pipeline, source, release.fallback_sha256, why)
@@ -78,16 +78,16 @@ def open_model(
     threads: int = 0,
     worker: Worker | None = None,
 ) -> tuple[Any, SourceInfo]:
-    """(pipeline, what runs it) of an exported artifact or a checkpoint directory.
+    """Open an exported artifact or a checkpoint directory: (pipeline, its source with the runtime).
 
     Args:
         device: of a checkpoint: "cpu", "cuda", "cuda:K" or "auto". An artifact's runtime chooses
             between processor and GPU itself; the GPU is K, or the worker's own.
         threads: CPU threads; 0 is all cores, divided by the workers.
-        worker: which of several this is. Not yet run with several GPUs.
+        worker: this worker, if there are several. Not yet run with several GPUs.
 
     Raises:
-        ModelopsError: it cannot be opened.
+        ModelopsError: the model cannot be opened.
     """
     import torch
 

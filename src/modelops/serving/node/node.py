@@ -1,4 +1,4 @@
-"""An inference node: one verified release, one engine, two filters that fail closed.
+"""Inference node: one verified release, one engine, two filters that fail closed.
 
     release ─▶ verify ─▶ open model ─▶ engine ─▶ golden image ─▶ filters ─▶ ready
     request ─▶ prompt filter ─▶ engine ─▶ image filter ─▶ encode with metadata ─▶ receipt
@@ -48,7 +48,7 @@ _FINISHERS = 8  # requests that are filtered, marked and encoded at the same tim
 
 
 class InferenceNode:
-    """Serves one release. `start` makes it ready; the other methods may be called by any thread.
+    """Node that serves one release. `start` makes it ready; the other methods are thread-safe.
 
     Args:
         release_dir: verified here, byte by byte.
@@ -110,7 +110,9 @@ class InferenceNode:
             ),
             self.settings, self.metrics.registry,
         )  # fmt: skip
-        self.on_step: Callable[[StepReport], None] | None = None  # hears of network evaluations
+        self.on_step: Callable[[StepReport], None] | None = (
+            None  # called after each network evaluation
+        )
         self.quarantine = open_quarantine(self.settings, self.sealer.origin, self.metrics.registry)
         self.engine = StepEngine(
             self.opened.pipeline,
@@ -126,7 +128,7 @@ class InferenceNode:
             self.filters, self.sealer, self.metrics, size=self.size,
             quarantine=self.quarantine, drift=self.drift,
         )  # fmt: skip
-        # Finished requests wait here for the image filter, while new ones are let in or refused.
+        # Finished requests wait here for the image filter, while new ones are accepted or refused.
         self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
         self.metrics.serves(self.release, self.release_sha256, self.opened.sha256, self.runtime)
         stated = self.release.defaults
@@ -169,7 +171,7 @@ class InferenceNode:
     # --- health -----------------------------------------------------------------------------------
 
     def alive(self) -> bool:
-        """The engine's thread works; if not, the process should be restarted."""
+        """True while the engine's thread works; if not, the process should be restarted."""
         return self.engine.alive and self.engine.stalled_for() < self.settings.stalled_s
 
     def readiness(self) -> list[str]:
@@ -193,7 +195,7 @@ class InferenceNode:
 
     @property
     def model_id(self) -> str:
-        """The id in /v1/models: the release's name."""
+        """Id in /v1/models: the release's name."""
         return self.release.name
 
     def submit(
@@ -207,8 +209,8 @@ class InferenceNode:
 
         Args:
             trace: where the phases are noted.
-            on_preview: is handed the request's partial images, see `jobs.Job`; they are unfiltered,
-                so what becomes of them goes through `preview`.
+            on_preview: called with the request's partial images, see `jobs.Job`. They are not
+                filtered; `preview` does that before they are sent.
 
         Raises:
             ApiError: 400, 404 (model), 429 (queue) or 503 (not ready, filter).
@@ -291,11 +293,11 @@ class InferenceNode:
         return self.answers.preview(ticket, index, pixels)
 
     def begin_shutdown(self) -> None:
-        """Turn /readyz red; requests in hand go on."""
+        """Turn /readyz red; requests in progress go on."""
         self._closing = True
 
     def close(self, *, drain: bool = True, timeout_s: float | None = 60.0) -> None:
-        """Finish the work in hand and end the threads."""
+        """Finish the work in progress and end the threads."""
         self.begin_shutdown()
         self.engine.close(drain=drain, timeout_s=timeout_s)
         self.filters.close()

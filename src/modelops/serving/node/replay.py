@@ -1,7 +1,7 @@
-"""A receipt, or an image with its manifest, to the same image again: equal, or how far off.
+"""Replay of a receipt, or of an image with its manifest: make the image again and compare.
 
-Pixels are compared, never files: a file holds a signature with a random number in it. Who may be
-trusted comes first: a receipt with a wrong signature is not replayed.
+Pixels are compared, never files: a file holds a signature with a random number in it. The signature
+is checked first: a receipt with a wrong one is not replayed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Replay:
         pixels_sha256: of the image made now.
         max_difference: in levels of 255, None without the image.
         psnr_db: None without the image, and for equal pixels (it would be infinite).
-        notes: what was different in how it was made.
+        notes: differences in how it was made.
     """
 
     answer: Answer
@@ -77,7 +77,7 @@ class Replay:
 
     @property
     def sentence(self) -> str:
-        """The answer for a person."""
+        """Return the answer for a person."""
         if self.answer == "equal":
             text = "equal: the same pixels"
         elif self.max_difference is None:
@@ -95,17 +95,17 @@ def open_recipe(
     receipt_id: str | None = None,
     receipts: str | Path | None = None,
 ) -> Recipe:
-    """The recipe of a receipt, or of an image.
+    """Read the recipe of a receipt, or of an image.
 
     Args:
         path: see `receipts.read_receipt`; or a PNG, JPEG or WebP file with a manifest.
-        key: must have signed it.
-        receipt_id: which receipt, where the file holds several.
-        receipts: folder in which an image's receipt is looked up; it knows more than the manifest.
+        key: the key that must have signed it.
+        receipt_id: id of the receipt, if the file holds several.
+        receipts: folder with the receipt of an image; a receipt holds more than the manifest.
 
     Raises:
-        UsageError: unreadable, or not there.
-        IntegrityError: changed, or signed by somebody else.
+        UsageError: the file is missing or unreadable.
+        IntegrityError: it was changed, or another key signed it.
     """
     source = Path(path)
     data = _read_file(source) if source.is_file() else b""
@@ -132,11 +132,11 @@ def open_recipe(
 
 
 def check_release(recipe: Recipe, release_dir: str | Path) -> ReleaseRecord:
-    """The release, if its bytes are intact and it is the recipe's.
+    """Return the release, if its bytes are intact and it is the recipe's.
 
     Raises:
-        IntegrityError: changed, or another release.
-        UsageError: no release there.
+        IntegrityError: the release was changed, or is another one.
+        UsageError: there is no release.
     """
     release = verify_release(release_dir)
     found = sha256_file(Path(release_dir) / RECORD_FILE)
@@ -151,7 +151,7 @@ def check_release(recipe: Recipe, release_dir: str | Path) -> ReleaseRecord:
 
 
 def recipe_texts(recipe: Recipe, given: dict[str, str | None]) -> dict[str, str]:
-    """Prompt and negative prompt: what was given, else what the receipt holds.
+    """Return prompt and negative prompt: the given ones, else those of the receipt.
 
     Raises:
         UsageError: a text is neither given nor in the receipt.
@@ -188,14 +188,14 @@ def replay_recipe(
 ) -> Replay:
     """Make the image again with the engine that serves, and compare.
 
-    Alone in its batch first. A runtime may round differently in wider batches (INT8 in onnxruntime
-    does), so where that differs and the receipt tells how wide each step was, it is made once more
-    in batches as wide.
+    It is first made alone in its batch. A runtime may round differently in wider batches (INT8 in
+    onnxruntime does). So if the result differs and the receipt holds the rows of each step, it is
+    made once more in batches of that width.
 
     Args:
         release_dir: checked by `check_release`.
         texts: from `recipe_texts`.
-        image: the image that was sent; needed to say how far pixels that differ are.
+        image: the image that was sent; needed to measure how far the pixels differ.
         runtime: in place of the one that made it.
         tolerance: levels of 255 that count as "within tolerance"; when not given, as many as the
             release states for images made in batches.
@@ -265,7 +265,7 @@ def replay_recipe(
 
 
 def stated_difference(defaults: Mapping[str, Any]) -> int:
-    """Levels of 255 by which images made in batches may differ, as a release's defaults state."""
+    """Return the grey levels (of 255) by which a release says images made in batches may differ."""
     company = defaults.get("company") or {}
     return max(int((company.get(beside) or {}).get("max_difference", 0))
                for beside in ("company", "offline"))  # fmt: skip
@@ -274,7 +274,7 @@ def stated_difference(defaults: Mapping[str, Any]) -> int:
 def _make(
     pipeline: Any, request: ImageRequest, batch_rows: Sequence[int] = ()
 ) -> npt.NDArray[np.uint8]:
-    """The image alone, or with network evaluation k as wide as batch_rows[k]; copies fill it."""
+    """Make the image alone, or with batch_rows[k] rows in evaluation k; copies fill them."""
     from modelops.serving.engine.engine import StepEngine
 
     engine = StepEngine(pipeline)
@@ -294,7 +294,7 @@ def _had_company(recipe: Recipe) -> bool:
 def picture_distance(
     one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]
 ) -> tuple[int, float | None]:
-    """(largest difference in levels, PSNR in dB for a peak of 255) of two images [H, W, 3].
+    """Return (largest difference in levels, PSNR in dB for a peak of 255) of images [H, W, 3].
 
     PSNR is None for equal pixels, where it is infinite.
     """
@@ -362,7 +362,7 @@ def _from_manifest(said: dict[str, Any], output_format: str, *, output_sha256: s
 
 
 def _sent_pixels(path: Path, recipe: Recipe) -> npt.NDArray[np.uint8]:
-    """The image's pixels, if it is the recipe's: by its bytes, or by its lossless pixels."""
+    """Read an image's pixels, if it is the recipe's: by its bytes, or by its lossless pixels."""
     from modelops.base.pixels import pixels_sha256
 
     data = _read_file(path)

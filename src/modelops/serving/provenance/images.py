@@ -1,4 +1,4 @@
-"""Pixels to PNG, WebP or JPEG bytes that say what made them."""
+"""Encoding of pixels as PNG, WebP or JPEG with metadata about their origin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmic
 def encode_image(
     pixels: npt.NDArray[np.uint8], output_format: str, metadata: Mapping[str, str]
 ) -> bytes:
-    """Image [H, W, 3] uint8 RGB to bytes with metadata.
+    """Encode an image [H, W, 3] uint8 RGB with metadata.
 
     PNG and WebP are lossless. All three carry an XMP packet with IPTC's source type "trained
     algorithmic media"; a PNG has `metadata` in text chunks too.
@@ -62,7 +62,7 @@ def _xmp(metadata: Mapping[str, str]) -> bytes:
 
 
 def read_pixels(path: str | Path) -> npt.NDArray[np.uint8]:
-    """An image file to [H, W, 3] uint8 RGB; transparency is dropped.
+    """Read an image file as [H, W, 3] uint8 RGB; transparency is dropped.
 
     Raises:
         UsageError: not a readable image.

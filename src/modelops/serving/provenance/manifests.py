@@ -1,12 +1,12 @@
-"""Encoded images to images with a signed C2PA manifest, read back before anybody sees them.
+"""Signed C2PA manifests of encoded images, read back before an image is sent.
 
-The manifest says: made by a trained model (IPTC `trainedAlgorithmicMedia`), by which release, from
-which seed, and which receipt tells the rest. It never holds the prompt, nor a digest of it (a short
-prompt can be guessed from its digest). An image that cannot be marked, or whose mark does not
-read back, is not sent: ProvenanceError.
+The manifest names the kind of source (IPTC `trainedAlgorithmicMedia`), the release, the seed and
+the receipt. It never holds the prompt, nor a digest of it (a short prompt can be guessed from its
+digest). An image that cannot be marked, or whose mark does not read back, is not sent:
+ProvenanceError.
 
-No trusted timestamp is asked for (it would put a stranger's server between model and client), so a
-manifest outlives its certificate only for readers that keep the receipt.
+No trusted timestamp is requested (it would put a third party's server between model and client), so
+a manifest outlives its certificate only for readers that keep the receipt.
 
 Content Credentials specification 2.3: https://spec.c2pa.org/specifications/specifications/2.3/
 """
@@ -33,7 +33,7 @@ ASSERTION = "org.modelops.generation"
 GENERATOR = "modelops"
 MIME_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _SETTINGS: dict[str, dict[str, Any]] = {
-    # Nothing here may reach for the network: no remote manifests, no revocation lists.
+    # Nothing here may use the network: no remote manifests, no revocation lists.
     "verify": {
         "verify_trust": False,  # we compare the certificate with our own, see `read_back`
         "verify_after_sign": False,  # done by reading the final bytes
@@ -66,10 +66,10 @@ class Marked:
 
 
 class Marker:
-    """Embeds manifests with one key. May be called by any thread.
+    """Marker that embeds manifests with one key. Thread-safe.
 
     Args:
-        key: signs; see `modelops.serving.provenance.signing`.
+        key: signing key; see `modelops.serving.provenance.signing`.
         software: name and version of the release, the manifest's software agent.
 
     Raises:
@@ -85,7 +85,7 @@ class Marker:
         self._probe()
 
     def embed(self, encoded: bytes, output_format: str, generation: Mapping[str, Any]) -> bytes:
-        """The image with a manifest that was read back from the bytes returned.
+        """Return the image with a manifest, which was read back from these bytes.
 
         Args:
             encoded: a PNG, JPEG or WebP file.
@@ -93,7 +93,7 @@ class Marker:
             generation: our assertion; JSON values.
 
         Raises:
-            ProvenanceError: it cannot be embedded, or does not read back as it was written.
+            ProvenanceError: the manifest cannot be embedded, or reads back differently.
         """
         said = {**generation, "development": True} if self.key.development else dict(generation)
         try:
@@ -134,7 +134,7 @@ class Marker:
         return out.getvalue()
 
     def _signer(self) -> Any:
-        """This thread's signer, with its key read once: that took a fifth of an embedding."""
+        """Return this thread's signer, whose key is read once (a fifth of an embedding's time)."""
         if getattr(self._made, "key", None) is not self.key:
             c2pa = self._c2pa
             self._made.signer = c2pa.Signer.from_info(
@@ -146,7 +146,7 @@ class Marker:
         return self._made.signer
 
     def _probe(self) -> None:
-        """A key or a chain that C2PA does not accept is said at start, not at the first request."""
+        """Refuse a key or chain that C2PA does not accept at start, not at the first request."""
         from PIL import Image
 
         buffer = io.BytesIO()
@@ -162,15 +162,15 @@ class Marker:
 
 
 def read_mark(encoded: bytes, output_format: str, *, signer: bytes | None = None) -> Marked:
-    """An image's manifest, once its signature and its hash of the image have been checked.
+    """Read an image's manifest and check its signature and its hash of the image.
 
     Args:
         output_format: "png", "jpeg" or "webp".
         signer: certificates (PEM); the first one must have signed it, and the next one issued the
-            first. Without them anybody may have signed.
+            first. Without them any signer is accepted.
 
     Raises:
-        IntegrityError: no manifest of ours, or one that does not fit the image.
+        IntegrityError: there is no modelops manifest, or it does not fit the image.
         MissingExtraError: c2pa-python is not installed.
     """
     c2pa = _library()
@@ -215,7 +215,7 @@ def _leaf_and_anchors(chain: bytes) -> tuple[x509.Certificate, bytes]:
 
 
 def _library() -> Any:
-    """c2pa-python, which loads a large native library: not before it is needed."""
+    """Import c2pa-python, which loads a large native library, only when it is needed."""
     try:
         return importlib.import_module("c2pa")
     except ImportError as error:
@@ -229,7 +229,7 @@ _local = threading.local()
 
 
 def _context(anchors: bytes | None = None) -> Any:
-    """A C2PA context: native state that is cheap to keep and not said to be shared by threads."""
+    """Make a C2PA context: native state, cheap to keep, but not documented as thread-safe."""
     c2pa = _library()
     if anchors is not None:
         trusting = {**_SETTINGS, "verify": {**_SETTINGS["verify"], "verify_trust": True}}
@@ -242,7 +242,7 @@ def _context(anchors: bytes | None = None) -> Any:
 
 
 def picture_format(data: bytes) -> str | None:
-    """ "png", "jpeg" or "webp" by a file's first bytes, or None."""
+    """Return "png", "jpeg" or "webp" by a file's first bytes, or None."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):

@@ -1,9 +1,8 @@
 """Signed receipts: one per image, saying what it was made of, and a bounded folder of them.
 
 The signature covers everything but itself and the two prompt texts, which it binds by their
-digests. So the same receipt can go to the client with the prompt and be kept without it, and either
-copy verifies. (The digest of a short prompt can be guessed: it hides a prompt from a reader, not
-from somebody who tries likely prompts.)
+digests. So the same receipt can go to the client with the prompt and be stored without it, and both
+copies verify. (A digest hides a prompt from a reader, not from someone who tries likely prompts.)
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class ReceiptRequest(_Part):
 
 
 class ReceiptRelease(_Part):
-    """The release; `sha256` is that of its release.json."""
+    """Release; `sha256` is that of its release.json."""
 
     name: str
     version: str
@@ -76,9 +75,9 @@ class ReceiptSignature(_Part):
 
 
 class ReceiptWatermark(_Part):
-    """The invisible watermark that was embedded: by which key, and whether it is found again.
+    """Invisible watermark that was embedded: its key, and whether it is found again.
 
-    `pixels_sha256` is of the pixels with it; the receipt's own is of the model's, without it.
+    `pixels_sha256` is of the pixels with it; the receipt's own is of the pixels without it.
     """
 
     method: str
@@ -90,9 +89,9 @@ class ReceiptWatermark(_Part):
 
 
 class Receipt(_Part):
-    """One image's receipt; `x_modelops` of a response, a line of a receipts file.
+    """Receipt of one image; `x_modelops` of a response, a line of a receipts file.
 
-    `batch_rows` holds the rows of the forward pass at each step: with whom it was batched.
+    `batch_rows` holds the rows of the forward pass at each step.
     `output_sha256` is of the file as sent, manifest included; `pixels_sha256` of the pixels before
     they were encoded, and before a watermark. `development` when a development key signed it.
     """
@@ -121,22 +120,22 @@ class Receipt(_Part):
 
 
 def new_receipt_id() -> str:
-    """32 random hex digits: the name by which an image's manifest points to its receipt."""
+    """Return 32 random hex digits, the id by which an image's manifest names its receipt."""
     return uuid.uuid4().hex
 
 
 def utc_now() -> str:
-    """The time, to the millisecond, as ISO 8601 in UTC."""
+    """Return the time as ISO 8601 in UTC, with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def text_digest(text: str) -> str:
-    """Hex sha256 of a prompt's UTF-8."""
+    """Return the hex sha256 of a prompt's UTF-8."""
     return sha256_bytes(text.encode())
 
 
 def sign_receipt(content: Mapping[str, Any], key: SigningKey) -> dict[str, Any]:
-    """A receipt: `content` is a `Receipt` without `development` and `signature`."""
+    """Sign a receipt; `content` is a `Receipt` without `development` and `signature`."""
     content = {**content, "development": key.development}
     value = key.sign(PAYLOAD_TYPE, signed_bytes(content))
     return {
@@ -146,10 +145,10 @@ def sign_receipt(content: Mapping[str, Any], key: SigningKey) -> dict[str, Any]:
 
 
 def verify_receipt(receipt: Any, key: VerifyingKey) -> Receipt:
-    """A receipt that `key` signed and whose prompt texts, if any, have the signed digests.
+    """Check that `key` signed a receipt and that its prompt texts, if any, have the signed digests.
 
     Raises:
-        IntegrityError: it is no receipt, was changed, or somebody else signed it.
+        IntegrityError: it is not a receipt, was changed, or another key signed it.
     """
     if not isinstance(receipt, dict):
         raise IntegrityError("not a receipt: no JSON object")
@@ -182,7 +181,7 @@ def verify_receipt(receipt: Any, key: VerifyingKey) -> Receipt:
 
 
 def without_texts(receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """The receipt without prompt texts; the signature still holds."""
+    """Return the receipt without prompt texts; the signature stays valid."""
     kept = dict(copy.copy(receipt))
     kept["request"] = {k: v for k, v in receipt["request"].items() if k not in TEXTS}
     return kept
@@ -196,7 +195,7 @@ def signed_bytes(receipt: Mapping[str, Any]) -> bytes:
 
 
 def canonical_bytes(value: Any) -> bytes:
-    """JSON in the form of RFC 8785, so that another language's reader signs the same bytes.
+    """Write JSON in the form of RFC 8785, so that readers in other languages get the same bytes.
 
     Raises:
         ValueError: NaN, infinity or text that is no Unicode.
@@ -216,7 +215,7 @@ def _canonical(value: Any) -> str:
 
 
 def _ecmascript_number(value: float) -> str:
-    """ECMAScript's Number::toString, which RFC 8785 asks for."""
+    """Format a number as ECMAScript's Number::toString does, as RFC 8785 requires."""
     if not math.isfinite(value):
         raise ValueError("NaN and infinity have no JSON form")
     if value == 0:
@@ -237,14 +236,14 @@ def _ecmascript_number(value: float) -> str:
 
 
 def read_receipt(path: str | Path, *, receipt_id: str | None = None) -> Any:
-    """A receipt as it was written: a JSON file, or one line of a JSON Lines file.
+    """Read a receipt as it was written: a JSON file, or one line of a JSON Lines file.
 
     Args:
         path: a receipt, a whole response of the Images API, a `.jsonl` file, or a folder of them.
-        receipt_id: which one, where there are several; its first digits are enough.
+        receipt_id: id of the receipt, if there are several; its first digits are enough.
 
     Raises:
-        UsageError: unreadable, none or several that fit.
+        UsageError: the file is unreadable, or none or several receipts match.
     """
     source = Path(path)
     files = sorted(source.glob(f"{_NAME}*.jsonl")) if source.is_dir() else [source]
@@ -284,7 +283,7 @@ def _receipts_of(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_values(data: bytes) -> list[Any] | None:
-    """[the value] of a JSON text in UTF-8; None where it is none."""
+    """Return [the value] of a JSON text in UTF-8; None if it is not JSON."""
     try:
         return [json.loads(data.decode("utf-8"))]
     except (ValueError, RecursionError):  # also a number of too many digits
@@ -292,7 +291,7 @@ def _json_values(data: bytes) -> list[Any] | None:
 
 
 class ReceiptLog(SegmentLog):
-    """Appends receipts to files of a folder that never grows beyond a limit, see SegmentLog.
+    """Sink of receipts: files in a folder that never grows beyond a limit, see SegmentLog.
 
     Args:
         folder: made when it is missing.
@@ -320,5 +319,5 @@ class ReceiptLog(SegmentLog):
         )  # fmt: skip
 
     def write(self, receipt: Mapping[str, Any]) -> bool:
-        """Append one receipt; False when it could not be kept, which is logged and counted."""
+        """Append one receipt; return False if it could not be written (logged and counted)."""
         return self.write_line(canonical_bytes(dict(receipt)))

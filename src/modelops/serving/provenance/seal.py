@@ -1,10 +1,10 @@
-"""Finished pixels to what may leave the node: an encoded file with its manifest, and its receipt.
+"""Sealing of finished pixels before they leave the node: encoded file, manifest and receipt.
 
     pixels ─▶ encode ─▶ C2PA manifest ─▶ read back ─▶ receipt ─▶ signed ─▶ kept ─▶ sent
 
-With a watermark key, an invisible watermark is put in before the encoding. No manifest, no image.
-No room for the receipt on the disk: the image is sent all the same (the receipt is in the answer
-too), unless the node was told to refuse.
+With a watermark key, an invisible watermark is put in before the encoding. Without a manifest no
+image is sent. If the disk has no room for the receipt the image is still sent (the receipt is in
+the answer too), unless the settings say "refuse".
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class Origin:
 
 
 class Sealer:
-    """Seals images; may be called by any thread.
+    """Sealer of images. Thread-safe.
 
     Args:
         origin: see Origin.
-        settings: signing_key, signing_chain, watermark_key, receipts and what belongs to them.
+        settings: signing_key, signing_chain, watermark_key, and the receipts' settings.
         registry: for the counter of receipts.
 
     Raises:
-        UsageError: a key, chain or setting that cannot be used.
+        UsageError: a key, chain or setting cannot be used.
         MissingExtraError: c2pa-python is not installed.
         ModelopsError: the receipts' folder cannot be written to.
     """
@@ -115,11 +115,11 @@ class Sealer:
     def seal(
         self, image: EngineImage, output_format: str, image_score: float
     ) -> tuple[bytes, dict[str, Any]]:
-        """(file, signed receipt) of an image that the filters let pass.
+        """Return (file, signed receipt) of an image that passed the filters.
 
         Raises:
-            ProvenanceError: it cannot be marked; it must not be sent.
-            ReceiptError: the receipt cannot be kept and the node refuses without.
+            ProvenanceError: the image cannot be marked and must not be sent.
+            ReceiptError: the receipt cannot be written, and the settings say "refuse".
         """
         request, release = image.request, self.origin.release
         receipt_id = new_receipt_id()
@@ -175,14 +175,14 @@ class Sealer:
     def seal_partial(
         self, pixels: npt.NDArray[np.uint8], request: ImageRequest, output_format: str, index: int
     ) -> bytes:
-        """The file of an unfinished image [H, W, 3] that the filter let pass: marked, no receipt.
+        """Return the file of a partial image [H, W, 3] that passed the filter: marked, no receipt.
 
         Args:
             request: as the engine filled it in.
-            index: 0-based number of the partial image; its manifest says it.
+            index: 0-based number of the partial image, which its manifest holds.
 
         Raises:
-            ProvenanceError: it cannot be marked; it must not be sent.
+            ProvenanceError: the image cannot be marked and must not be sent.
         """
         shown, watermark = self._with_watermark(pixels)
         generation = {
@@ -194,7 +194,7 @@ class Sealer:
     def _with_watermark(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
-        """(pixels to send, what manifest and receipt say of the watermark: {} without one)."""
+        """Return (pixels to send, the watermark's entry in manifest and receipt; {} without)."""
         if self.watermark is None:
             return pixels, {}
         made = self.watermark.embed(pixels)

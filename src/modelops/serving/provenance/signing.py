@@ -1,4 +1,4 @@
-"""The key a node signs with: a configured key and chain, or a development key made here.
+"""Signing key of a node: a configured key and chain, or a development key made here.
 
 One P-256 key signs both the C2PA manifest of an image (ES256) and its receipt (ECDSA with SHA-256
 over DSSE's pre-authentication encoding). P-256 in PEM is also what the `model-signing` tool takes,
@@ -37,14 +37,14 @@ _YEARS = timedelta(days=3650)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SigningKey:
-    """A private key and its certificates.
+    """Private key and its certificates.
 
     Attributes:
         private_key: P-256.
         chain: the signer's certificate first, then its issuers, PEM.
         key_id: hex sha256 of the public key (DER, SubjectPublicKeyInfo).
         serial: of the signer's certificate, decimal; C2PA readers show it.
-        development: made here, by nobody in particular.
+        development: whether it is this machine's development key.
     """
 
     private_key: ec.EllipticCurvePrivateKey
@@ -55,11 +55,11 @@ class SigningKey:
 
     @property
     def key_pem(self) -> bytes:
-        """The private key as unencrypted PKCS #8 PEM. Never log it."""
+        """Return the private key as unencrypted PKCS #8 PEM. Never log it."""
         return _private_pem(self.private_key)
 
     def sign(self, payload_type: str, payload: bytes) -> str:
-        """Base64 (DER) signature over DSSE's encoding of a payload and its type."""
+        """Return the base64 (DER) signature over DSSE's encoding of a payload and its type."""
         message = pre_authentication_encoding(payload_type, payload)
         signature = self.private_key.sign(message, ec.ECDSA(hashes.SHA256()))
         return base64.b64encode(signature).decode("ascii")
@@ -67,7 +67,7 @@ class SigningKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyingKey:
-    """A public key that is trusted, by its digest; `chain` (PEM) where it came with one."""
+    """Trusted public key and its digest; `chain` (PEM) if it came with one."""
 
     public_key: ec.EllipticCurvePublicKey
     key_id: str
@@ -85,7 +85,7 @@ class VerifyingKey:
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
-    """DSSE's PAE v1: what is signed, so that one type can never be taken for another.
+    """Encode by DSSE's PAE v1 what is signed, so that one type can never pass for another.
 
     https://github.com/secure-systems-lab/dsse/blob/master/protocol.md
     """
@@ -94,14 +94,14 @@ def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
 
 
 def open_signing_key(key: str | Path | None = None, chain: str | Path | None = None) -> SigningKey:
-    """The configured key with its chain, or this machine's development key when there is none.
+    """Open the configured key with its chain, or this machine's development key without one.
 
     Args:
         key: PEM with an unencrypted P-256 private key.
         chain: PEM with the signer's certificate first, then its issuers.
 
     Raises:
-        UsageError: only one of the two is given, or a file is no such PEM, or the certificate is
+        UsageError: only one of the two is given, a file is not such a PEM, or the certificate is
             not the key's or not valid today.
     """
     if not key and not chain:
@@ -118,14 +118,14 @@ def open_signing_key(key: str | Path | None = None, chain: str | Path | None = N
 
 
 def development_key(folder: str | Path | None = None) -> SigningKey:
-    """This machine's development key; made on first use in a folder only its owner can read.
+    """Open this machine's development key, made on first use in a folder only its owner can read.
 
     Args:
         folder: `signing` in modelops' cache when not given.
 
     Raises:
         IntegrityError: others can read the file.
-        ModelopsError: it cannot be written.
+        ModelopsError: the file cannot be written.
     """
     path = Path(folder or cache_directory("signing")) / DEVELOPMENT_FILE
     if not path.exists():
@@ -139,10 +139,10 @@ def development_key(folder: str | Path | None = None) -> SigningKey:
 
 
 def load_verifying_key(path: str | Path) -> VerifyingKey:
-    """The key of a PEM file: a public key, or the first certificate of a chain.
+    """Load the key of a PEM file: a public key, or the first certificate of a chain.
 
     Raises:
-        UsageError: no such PEM, or not P-256.
+        UsageError: the file is not such a PEM, or the key is not P-256.
     """
     data, chain = _read(Path(path)), None
     try:
@@ -159,10 +159,10 @@ def load_verifying_key(path: str | Path) -> VerifyingKey:
 
 
 def find_verifying_key(path: str | Path | None = None) -> VerifyingKey:
-    """The key to trust: the one named, the configured chain's, or this machine's development key.
+    """Find the key to trust: the named one, the configured chain's, or the development key.
 
     Raises:
-        UsageError: there is none of them.
+        UsageError: there is none of these.
     """
     chosen = path or os.environ.get("MODELOPS_SIGNING_CHAIN")
     if chosen:
@@ -177,7 +177,7 @@ def find_verifying_key(path: str | Path | None = None) -> VerifyingKey:
 
 
 def key_id(public: ec.EllipticCurvePublicKey) -> str:
-    """Hex sha256 of a public key's DER."""
+    """Return the hex sha256 of a public key's DER."""
     return sha256_bytes(
         public.public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -188,7 +188,7 @@ def key_id(public: ec.EllipticCurvePublicKey) -> str:
 def make_certificates(
     *, organisation: str, days: float = 365
 ) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certificate]]:
-    """A new P-256 key with [its certificate, the root that issued it], fit for C2PA.
+    """Make a new P-256 key with [its certificate, the root that issued it] for C2PA.
 
     The root's key is thrown away: it can never issue another. The profile (X.509 v3, not
     self-signed, digital signature only, e-mail protection, both key identifiers) is the C2PA
@@ -241,7 +241,7 @@ def make_certificates(
 
 
 def to_pem(certificates: Sequence[x509.Certificate]) -> bytes:
-    """Certificates as one PEM text."""
+    """Join certificates as one PEM text."""
     return b"".join(
         certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates
     )

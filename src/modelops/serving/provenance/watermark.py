@@ -1,8 +1,8 @@
-"""An invisible watermark that says "made by the owner of this key", and nothing else.
+"""Invisible watermark that says "made by the owner of this key", and nothing else.
 
-It is found without the original, and survives what strips a manifest: another encoding, another
-size, some noise. It carries no text and no id. Whoever has the key can find it, put it on other
-images and take it off; without the key it can still be destroyed by cropping, rotating or
+It is found without the original, and survives changes that strip a manifest: another encoding,
+another size, some noise. It carries no text and no id. The owner of the key can find it, put it on
+other images and remove it; without the key it can still be destroyed by cropping, rotating or
 generating the image anew. A missing watermark proves nothing.
 
 How: sums of L mid-frequency DCT coefficients of the luma, with keyed signs, are moved to the
@@ -15,8 +15,8 @@ resized, and the lattice's step is searched for, which takes in any change of co
 
 How sure: with n offsets d drawn by the key, z = sqrt(2 / n) sum cos(2 pi (x / step - d)) has mean
 0 and variance 1 for *any* image that knows nothing of the key, and
-E exp(t z) = I0(t sqrt(2 / n))^n <= exp(t^2 / 2). So P(z >= s) <= exp(-s^2 / 2), and the best of so
-many looks is at least s with at most `looks` times that: a bound, not a fit.
+E exp(t z) = I0(t sqrt(2 / n))^n <= exp(t^2 / 2). So P(z >= s) <= exp(-s^2 / 2), and the best of
+`looks` searches is at least s with at most `looks` times that: a bound, not a fit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _BAND = (3, 96)  # half-periods an image, radially
 _REACH = 0.85  # of the shorter side: higher frequencies are left alone
 _LENGTH = 6  # coefficients in a sum
 _RING = 2.0  # the coefficients of a sum come from a ring this wide
-_CUTS = (14.0, 27.0, 41.0, 60.0, 96.0)  # detection also looks at low frequencies only
+_CUTS = (14.0, 27.0, 41.0, 60.0, 96.0)  # detection also tries low frequencies only
 _STEPS = np.exp(np.arange(math.log(0.04), math.log(2.2), 0.02))  # grey levels over sqrt(H W)
 _LUMA = np.array([0.299, 0.587, 0.114])  # BT.601, as JPEG
 
@@ -62,7 +62,7 @@ class Detection:
         z: the statistic, in standard deviations of images without the watermark.
         p_value: at most this share of keys would give such a z for an image that is not marked.
         found: p_value <= 1e-6.
-        looks: how many steps and bands were tried; p_value has paid for them.
+        looks: number of steps and bands that were tried; p_value is corrected for them.
     """
 
     z: float
@@ -73,7 +73,7 @@ class Detection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
-    """An image with the watermark; `detection` is what a detector finds in these pixels."""
+    """Image with the watermark; `detection` is the result of a search in these pixels."""
 
     pixels: Pixels
     psnr_db: float
@@ -93,7 +93,7 @@ class _Plan:
 
 
 class Watermark:
-    """Embeds and finds the watermark of one key; may be used by any thread.
+    """Watermark of one key: embeds and finds it. Thread-safe.
 
     Args:
         key: 32 random bytes.
@@ -109,13 +109,13 @@ class Watermark:
         self._plan = _make_plan(key)
 
     def embed(self, pixels: Pixels) -> Embedded:
-        """The image [H, W, 3] uint8 RGB with the watermark, at 40 dB PSNR or more.
+        """Embed the watermark in an image [H, W, 3] uint8 RGB, at 40 dB PSNR or more.
 
         The same pixels and key give the same pixels on the same machine (sums of floats are rounded
-        to grey levels). Where there is no room, as in a plain white image, `found` says so.
+        to grey levels). If there is no room, as in a plain white image, `found` is False.
 
         Raises:
-            UsageError: not such pixels.
+            UsageError: the pixels have another shape or dtype.
         """
         _check(pixels)
         plan, (height, width) = self._plan, pixels.shape[:2]
@@ -135,10 +135,10 @@ class Watermark:
         return Embedded(pixels=marked, psnr_db=distance, detection=self.detect(marked))
 
     def detect(self, pixels: Pixels) -> Detection:
-        """Look for the watermark in an image [H, W, 3] uint8 RGB of any size.
+        """Search for the watermark in an image [H, W, 3] uint8 RGB of any size.
 
         Raises:
-            UsageError: not such pixels.
+            UsageError: the pixels have another shape or dtype.
         """
         _check(pixels)
         plan, (height, width) = self._plan, pixels.shape[:2]
@@ -161,11 +161,11 @@ class Watermark:
 
 
 def make_key(path: str | Path) -> str:
-    """Write a new key for its owner's eyes only; returns its id.
+    """Write a new key that only its owner can read; return its id.
 
     Raises:
-        UsageError: there is a file already: a lost key cannot be made again.
-        ModelopsError: it cannot be written.
+        UsageError: the file exists, and a lost key cannot be made again.
+        ModelopsError: the file cannot be written.
     """
     target, key = Path(path), secrets.token_bytes(32)
     whole = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
@@ -182,10 +182,10 @@ def make_key(path: str | Path) -> str:
 
 
 def open_watermark(path: str | Path) -> Watermark:
-    """The watermark of a key file that `make_key` wrote.
+    """Open the watermark of a key file that `make_key` wrote.
 
     Raises:
-        UsageError: unreadable, not such a file, or others can read it.
+        UsageError: the file is unreadable, not a key file, or others can read it.
     """
     found = _LINE.fullmatch(read_text(path))
     if not found:
@@ -212,7 +212,7 @@ def _make_plan(key: bytes) -> _Plan:
 
 
 def _sums(luma: Floats, plan: _Plan) -> Floats:
-    """Signed sums [N] of DCT coefficients (orthonormal) of a luma [H, W] in grey levels."""
+    """Compute signed sums [N] of DCT coefficients (orthonormal) of a luma [H, W] in grey levels."""
     height, width = luma.shape
     top = _BAND[1]
     spectrum = np.zeros((top, top))
@@ -222,7 +222,7 @@ def _sums(luma: Floats, plan: _Plan) -> Floats:
 
 
 def _move(pixels: Pixels, plan: _Plan, used: npt.NDArray[np.bool_], goal: Floats) -> Pixels:
-    """Pixels whose sums are near `goal` [N]; rounding and clipping are worked against."""
+    """Return pixels whose sums are near `goal` [N], in spite of rounding and clipping."""
     height, width = pixels.shape[:2]
     top = _BAND[1]
     vertical, horizontal = _basis(height, top), _basis(width, top)
@@ -245,7 +245,7 @@ def _rounded(sums: Floats, step: float, plan: _Plan) -> Floats:
 
 @functools.lru_cache(maxsize=16)
 def _basis(length: int, count: int) -> Floats:
-    """The first `count` rows [count, length] of the orthonormal DCT-II."""
+    """Return the first `count` rows [count, length] of the orthonormal DCT-II."""
     frequency = np.arange(min(length, count))[:, None]
     basis = np.cos(np.pi * (2 * np.arange(length) + 1) * frequency / (2 * length))
     basis *= math.sqrt(2 / length)

@@ -45,10 +45,10 @@ class ActiveRelease(BaseModel):
 
 
 def release_below(folder: str | Path, name: str) -> Path:
-    """The directory of the release `name` (a relative path), with links resolved.
+    """Return the directory of the release `name` (a relative path), with links resolved.
 
     Raises:
-        UsageError: leads out of the folder, or is no release.
+        UsageError: the path leads out of the folder, or is not a release.
     """
     path = safe_join(folder, name).resolve()
     if path == Path(folder).resolve() or not (path / RECORD_FILE).is_file():
@@ -59,7 +59,7 @@ def release_below(folder: str | Path, name: str) -> Path:
 
 
 def write_active_release(folder: str | Path, standing: ActiveRelease) -> None:
-    """Say which release a restart serves.
+    """Write which release a restart serves.
 
     Raises:
         ModelopsError: the folder cannot be written.
@@ -68,10 +68,10 @@ def write_active_release(folder: str | Path, standing: ActiveRelease) -> None:
 
 
 def read_active_release(folder: str | Path) -> ActiveRelease | None:
-    """serving.json; None when there is none.
+    """Read serving.json; None when there is none.
 
     Raises:
-        UsageError: it cannot be read or is something else.
+        UsageError: the file cannot be read or is something else.
     """
     path = Path(folder) / STATE_FILE
     if not path.exists():
@@ -96,7 +96,7 @@ def release_to_serve(path: str | Path) -> Path:
     """
     folder = Path(path)
     if (folder / RECORD_FILE).is_file() or not folder.is_dir():
-        return folder  # what is no release is refused when it is verified
+        return folder  # anything but a release is refused when it is verified
     standing = read_active_release(folder)
     if standing is not None:
         found = release_below(folder, standing.release)

@@ -1,4 +1,4 @@
-"""A release on its way to being served: opened, compared, noted down, and its memory given back."""
+"""Canary: a release is opened and compared, its events are noted, and its memory is freed."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ MAX_EVENTS = 50
 def open_canary(
     path: Path, stable: InferenceNode, open_node: Callable[[Path], InferenceNode]
 ) -> InferenceNode:
-    """A node of a release that is ready and can be dealt the same requests as the stable one.
+    """Open a node of a release that is ready and can be dealt the same requests as the stable one.
 
     Raises:
-        ModelopsError: says why it cannot; nothing of it is left behind.
+        ModelopsError: this failed, with the reason; nothing of it is left behind.
     """
     if sha256_file(path / RECORD_FILE) == stable.release_sha256:
         raise ServingError("this is the stable release itself")
@@ -53,7 +53,7 @@ def open_canary(
             node.close(drain=False)
         if isinstance(error, ModelopsError) or not isinstance(error, Exception):
             raise
-        # Whatever a broken model does, the stable one goes on.
+        # Whatever a broken model does, the stable one continues.
         log.exception("a canary could not be loaded")
         raise ServingError(f"{type(error).__name__}: {error}") from error
 
@@ -73,7 +73,7 @@ def _misfit(node: InferenceNode, stable: InferenceNode) -> str:
 
 
 def compare_speed(trial: Trial, canary: InferenceNode, stable: InferenceNode) -> None:
-    """Let the trial hear of every network evaluation of both nodes."""
+    """Report every network evaluation of both nodes to the trial."""
 
     def listener(arm: Arm, other: InferenceNode) -> Callable[[StepReport], None]:
         def heard(report: StepReport) -> None:
@@ -96,7 +96,7 @@ class SwapEvents:
         self._entries: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     def note(self, event: str, release: str, **more: str) -> None:
-        """Note one of `exposition.EVENTS`; `more` may hold `by`, `reason` and `sha256`."""
+        """Note one of `metrics.EVENTS`; `more` may hold `by`, `reason` and `sha256`."""
         entry = {"time": utc_now(), "event": event, "release": release}
         entry |= {name: value for name, value in more.items() if value}
         self._entries.append(entry)
@@ -109,12 +109,12 @@ class SwapEvents:
         )  # fmt: skip
 
     def entries(self) -> list[dict[str, Any]]:
-        """Oldest first."""
+        """Return the events, oldest first."""
         return list(self._entries)
 
 
 def give_memory_back() -> None:
-    """Collect a closed node's cycles, and hand its pages to the system where glibc keeps them."""
+    """Collect a closed node's cycles, and return its pages to the system where glibc keeps them."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""The other end of /admin/swap: asks a server, waits for it, and puts its answer into words."""
+"""Client of /admin/swap: asks a server, waits for it, and describes its answer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _CODES = {
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another server."""
+    """Refusal of redirects, which would send the key to another server."""
 
     def redirect_request(self, *arguments: Any, **more: Any) -> None:
         return None
 
 
 class SwapClient:
-    """Talks to one server.
+    """Client of one server.
 
     Args:
         url: its base URL, without a path.
         key: an admin key.
 
     Raises:
-        UsageError: the URL is none, or would send the key over a network unencrypted.
+        UsageError: the URL is not valid, or would send the key over a network unencrypted.
     """
 
     def __init__(self, url: str, key: str, *, timeout_s: float = 60.0) -> None:
@@ -52,7 +52,7 @@ class SwapClient:
         self.url = url.rstrip("/")
         self._key = key
         self._timeout_s = timeout_s
-        # No proxy either: it would be handed the key.
+        # No proxy either: it would receive the key.
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
     def status(self) -> dict[str, Any]:
@@ -60,16 +60,16 @@ class SwapClient:
         return self._ask("", None)
 
     def post(self, action: str, order: dict[str, Any]) -> dict[str, Any]:
-        """The status after an order: canary, promote or rollback."""
+        """Send an order (canary, promote or rollback) and return the status."""
         return self._ask(f"/{action}", order)
 
     def wait(
         self, done: Callable[[dict[str, Any]], bool], timeout_s: float, *, what: str = "loaded"
     ) -> dict[str, Any]:
-        """The first status that is `done`.
+        """Wait for the first status that is `done`.
 
         Raises:
-            GateUndecidedError: none is, in time.
+            GateUndecidedError: there is none in time.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -123,7 +123,7 @@ def _local(host: str) -> bool:
 
 
 def exit_code(found: dict[str, Any]) -> int:
-    """Of a status: 1 when the last release could not be loaded, 3 for worse, 4 for undecided."""
+    """Return a status's exit code: 1 if the release could not be loaded, 3 worse, 4 undecided."""
     ended = [entry["event"] for entry in found["events"] if entry["event"] != "drained"]
     if found["canary"] is None:
         return _CODES.get(ended[-1], 0) if ended else 0
@@ -136,14 +136,14 @@ def exit_code(found: dict[str, Any]) -> int:
 def trial_exit_code(ordered: dict[str, Any], found: dict[str, Any]) -> int:
     """Return a canary's exit code: 0 while it is one, and when it was promoted.
 
-    1 when it could not be loaded, 3 when it was rolled back, by whomever.
+    1 when it could not be loaded, 3 when it was rolled back by anyone.
 
     Args:
         ordered: the status that answered the order.
-        found: a later one.
+        found: a later status.
 
     Raises:
-        ServingError: the server was started again meanwhile, so the canary is no more.
+        ServingError: the server was restarted meanwhile, so the canary is gone.
     """
     order = [entry for entry in ordered["events"] if entry["event"] == "loading"][-1]
     if order not in found["events"]:
@@ -158,7 +158,7 @@ def trial_exit_code(ordered: dict[str, Any], found: dict[str, Any]) -> int:
 
 
 def describe_status(found: dict[str, Any]) -> str:
-    """A status for a person."""
+    """Describe a status for a person."""
     lines = [f"stable   {_release(found['stable'])}"]
     if found["after_restart"] != found["stable"]["release"]:
         lines.append(
@@ -177,7 +177,7 @@ def describe_status(found: dict[str, Any]) -> str:
             f"; the next look at {canary['next_look']}" if arm == "canary" else " of the stable one"
         ) for arm in ("canary", "stable")]  # fmt: skip
     lines += [
-        f"drains   {_release(slot)}: {slot['in_hand']} requests in hand"
+        f"drains   {_release(slot)}: {slot['in_hand']} requests in progress"
         for slot in found["draining"]
     ]
     if verdict := found["verdict"]:

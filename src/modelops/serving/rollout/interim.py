@@ -1,15 +1,15 @@
 """Looks at a canary: the moments of its verdicts, the same for everybody who asks.
 
-Whoever tests again and again finds a difference in the end. So verdicts are made at a few looks
-that are due, and everybody who asks in between (a person, a script, the gauge for the alert) is
-told the verdict of the last one. What was counted since then is there to be read, but is no test.
+Repeated tests find a difference in the end, even where there is none. So a verdict is made only at
+a few looks (interim analyses). Everybody who asks in between (a person, a script, the gauge for the
+alert) gets the verdict of the last look. Later counts can be read, but are not tested.
 
     requests of the canary   20   40   80  ...   `requests`, after `seconds`   2 x   4 x  ...
     can be found worse       x    x    x         x                             x     x
     can be found no worse                        x                             x     x
 
-Look number k for either finding spends alpha / (k (k + 1)) on it: together alpha. When a look comes
-depends on how many requests there were and on the time, never on how they ended.
+Look number k for either finding spends alpha / (k (k + 1)) on it: together alpha. The time of a
+look depends on the number of requests and on the seconds, never on how the requests ended.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class InterimAnalyses:
 
     @property
     def next_requests(self) -> int:
-        """Requests of the canary at which the next look is due at the latest."""
+        """Number of the canary's requests at which the next look is due at the latest."""
         rules = self.trial.rules
         return self._next if self._decisive else min(self._next, max(rules.requests, FIRST_LOOK))
 
     def verdict(self) -> CanaryVerdict:
-        """The verdict of the last look, after the one that is due now.
+        """Make the look that is due now, if any, and return the last verdict.
 
-        Worse stays worse: that a later look finds less takes nothing back.
+        Worse stays worse: a later look does not take it back.
         """
         with self._lock:
             rules, requests, seconds = self.trial.rules, self.trial.measured(), self.trial.seconds()
@@ -83,5 +83,5 @@ class InterimAnalyses:
 
 
 def spent(look: int) -> float:
-    """The part of alpha that a look may spend, counted from 1; those of all looks add up to 1."""
+    """Return the part of alpha that a look (from 1) may spend; all looks add up to 1."""
     return 1.0 / (look * (look + 1))

@@ -1,8 +1,8 @@
-"""The metrics of a rollout as one page: the stable release's series, the canary's, and the swaps.
+"""Metrics of a rollout on one page: the stable release's series, the canary's, and the swaps.
 
 The stable node's series keep their names, so that alerts and dashboards need not know of swapping.
-When a canary is promoted the counters go on from where the former node's stood: they neither fall
-nor jump, and what the former node still finishes while it drains is counted. Gauges are the stable
+When a canary is promoted the counters continue from the former node's values: they neither fall nor
+jump, and requests that the former node finishes while it drains are counted. Gauges are the stable
 node's own.
 """
 
@@ -88,7 +88,7 @@ class RolloutMetrics:
 
 
 class RunningTotals:
-    """The stable node's series, with counters that outlive the node. Thread-safe."""
+    """Series of the stable node, with counters that outlive the node. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -98,7 +98,7 @@ class RunningTotals:
         self._former: list[CollectorRegistry] = []
 
     def take_over(self, old: CollectorRegistry, new: CollectorRegistry) -> None:
-        """`new` is the stable node's from now on; `old` counts until `forget`."""
+        """Make `new` the stable node's registry; `old` still counts until `forget`."""
         with self._lock:
             if self._totals is None:
                 self._totals = {}
@@ -108,7 +108,7 @@ class RunningTotals:
             self._former.append(old)
 
     def forget(self, old: CollectorRegistry) -> None:
-        """`old` counts nothing any more."""
+        """Stop counting `old`."""
         with self._lock:
             if old in self._former:
                 self._add(old)
@@ -116,7 +116,7 @@ class RunningTotals:
                 self._seen.pop(id(old), None)
 
     def collect(self, stable: CollectorRegistry) -> Iterator[Metric]:
-        """The families of the stable node's registry."""
+        """Return the families of the stable node's registry."""
         with self._lock:
             if self._totals is None:
                 yield from stable.collect()
@@ -135,7 +135,7 @@ class RunningTotals:
             yield from current.values()
 
     def _add(self, registry: CollectorRegistry, *, baseline: bool = False) -> list[Metric]:
-        """Add what a node has counted since the last time; returns its families."""
+        """Add a node's counts since the last time; return its families."""
         assert self._totals is not None
         seen = self._seen.setdefault(id(registry), {})
         families = list(registry.collect())
@@ -157,7 +157,7 @@ class RunningTotals:
 def exposition(
     totals: RunningTotals, stable: CollectorRegistry, rollout: CollectorRegistry
 ) -> bytes:
-    """Everything as one page for Prometheus."""
+    """Return all metrics as one page for Prometheus."""
 
     class Both:
         def collect(self) -> Iterator[Any]:

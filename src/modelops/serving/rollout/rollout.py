@@ -1,13 +1,13 @@
-"""A stable release and, beside it, a canary: both in one process, with no request lost on the way.
+"""Rollout of a canary beside the stable release, in one process, without losing a request.
 
     start_canary ─▶ loading ─▶ takes its share ─▶ promote   ─▶ stable; the former one drains
          (a thread: verify, open, golden  │
           image, filters)                 └────▶ roll back ─▶ drains, closes, memory is given back
 
-A request is finished by the node that took it. One that chance dealt to a canary which then fails
-is made again by the stable release: a canary that breaks costs its callers time, not an answer
-(but for a stream that has sent a partial image already). A canary that turns red is rolled back.
-Two engines share the processor, and two models the memory.
+A request is finished by the node that took it. If chance dealt a request to the canary and that
+fails, the stable release makes it: a broken canary costs its callers time, not an answer (except
+for a stream that has already sent a partial image). A canary that turns red is rolled back. Two
+engines share the processor, and two models the memory.
 
 Framework-free; `modelops.serving.http.routing` and `admin` put HTTP around it.
 """
@@ -51,17 +51,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("modelops.serving")
 
-RETRY_S = 30.0  # after a promotion that the disk had no room for
+RETRY_S = 30.0  # after a promotion that failed because the disk was full
 
 
 class Rollout:
-    """The nodes of a process. Its methods may be called by any thread.
+    """Rollout of a process: its nodes and the changes between them. Thread-safe.
 
     Args:
         stable: a node that was started.
         releases: folder of releases that may become canaries; None turns swapping off.
-        off: why swapping is off although there is a folder.
-        pinned: a restart serves a release that was named to it, whatever was promoted.
+        off: reason why swapping is off although there is a folder.
+        pinned: whether a restart serves the release named to it, whatever was promoted.
         open_node: makes a node of a release directory, not started; needed for swapping.
         tick_s: seconds between two checks of a canary's health.
     """
@@ -97,18 +97,18 @@ class Rollout:
 
     @property
     def stable(self) -> InferenceNode:
-        """The node of the stable release."""
+        """Node of the stable release."""
         return self.slots.stable_node
 
     @property
     def canary(self) -> InferenceNode | None:
-        """The node on trial, once it takes requests."""
+        """Node on trial, once it takes requests."""
         return self.slots.canary_node
 
     def route(
         self, request: ImagesRequest, *, identity: str, key: str = "", rescue: bool = False
     ) -> AbstractContextManager[Route]:
-        """The node for a request, held until the block ends; see `Slots.route`."""
+        """Choose the node for a request, held until the block ends; see `Slots.route`."""
         return self.slots.route(request, identity=identity, key=key, rescue=rescue)
 
     def models(self) -> list[tuple[str, str, InferenceNode]]:
@@ -130,7 +130,7 @@ class Rollout:
             by: who asked for it.
 
         Raises:
-            ApiError: 404 swapping is off, 400 no such release, 409 one is on its way already.
+            ApiError: 404 swapping is off, 400 no such release, 409 a canary is there or loading.
         """
         folder = self._folder()
         try:
@@ -150,8 +150,8 @@ class Rollout:
         """Make the canary the stable release; the former one finishes its work and closes.
 
         Raises:
-            ApiError: 409 there is none, it is not well, or nothing says yet that it is no worse and
-                not `force`; 503 serving.json cannot be written.
+            ApiError: 409 there is none, it is not ready, or no verdict says that it is no worse and
+                `force` is not set; 503 serving.json cannot be written.
         """
         folder = self._folder()
         with self._swapping:
@@ -176,7 +176,7 @@ class Rollout:
             )  # fmt: skip
             try:
                 write_active_release(folder, standing)
-            except ModelopsError as error:  # a restart would silently go back
+            except ModelopsError as error:  # a restart would silently serve the former release
                 raise ApiError(
                     503, "swap_failed", f"not promoted, a restart would not know: {error.message}"
                 ) from error
@@ -297,7 +297,7 @@ class Rollout:
         self._loading = None
 
     def _watch(self, slot: Slot) -> None:
-        """Roll a canary back that turns red; decide by itself where that was asked for."""
+        """Roll back a canary that turns red; with `auto`, also promote or roll back by verdict."""
         again = 0.0
         while True:
             with self.slots.changed:
@@ -332,12 +332,12 @@ class Rollout:
                 self.roll_back(by="auto", reason=reason, event=event)
 
     def _drain(self, slot: Slot) -> None:
-        """Wait for the requests that a slot has in hand, then close it and give its memory back."""
+        """Wait for the requests in progress of a slot, then close it and free its memory."""
         label = slot.label
         limit_s = 2 * slot.node.settings.deadline_s + 60.0
         in_hand = self.slots.wait_until_idle(slot, limit_s=limit_s, stopped=self._closing)
         if in_hand:
-            log.warning("swap: %d requests still in hand at %s", in_hand, label)
+            log.warning("swap: %d requests still in progress at %s", in_hand, label)
         if self._closing.is_set():
             return  # `close` closes this one too
         slot.node.close(drain=True, timeout_s=60.0)
@@ -353,12 +353,12 @@ def open_rollout(
     *,
     workers: int = 1,
 ) -> Rollout:
-    """A rollout of one node, not started yet.
+    """Make a rollout of one node, not started yet.
 
     Args:
         release: the stable one.
         open_node: makes a node of a release directory.
-        workers: processes of this node. Several have no way to swap together.
+        workers: processes of this node. Swapping is off with several, as they cannot swap together.
 
     Raises:
         UsageError: the folder of releases does not exist.

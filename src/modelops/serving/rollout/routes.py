@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Slot:
-    """A node in a rollout, and how many requests it has in hand."""
+    """Place of a node in a rollout, with its number of requests in progress."""
 
     def __init__(self, node: InferenceNode) -> None:
         self.node = node
@@ -26,7 +26,7 @@ class Slot:
         self.in_hand = 0
 
     def about(self) -> dict[str, Any]:
-        """For a status; also of a slot that has been vacated."""
+        """Describe the slot for a status, also after it was vacated."""
         return {
             "release": self.label,
             "sha256": self.sha256,
@@ -35,18 +35,18 @@ class Slot:
         }
 
     def vacate(self) -> None:
-        """Let go of a closed node, whoever still knows this slot."""
+        """Drop a closed node, even if others still hold this slot."""
         del self.node
 
 
 class Route:
-    """A request on its way through one node of a rollout.
+    """Route of a request through one node of a rollout.
 
     Attributes:
-        node: makes it.
+        node: the node that makes it.
         request: for `node.submit`; the model it named has been found.
         arm: whether that node is the canary.
-        dealt: chance chose the node, not the request.
+        dealt: whether chance chose the node, not the request.
     """
 
     def __init__(
@@ -99,10 +99,11 @@ def choose_slot(
     key: str,
     rescue: bool,
 ) -> tuple[Slot, bool]:
-    """(slot, whether chance chose it) of a request; see `Rollout.route`.
+    """Return (slot, whether chance chose it) of a request; see `Rollout.route`.
 
-    A bare name is the stable release's if it bears it; "name@version" is that very release, well or
-    not. A caller without a key has no name to stick to, so its requests are dealt one by one.
+    A bare name means the stable release if it has that name; "name@version" means exactly that
+    release, ready or not. A caller without a key has no key to stick to, so its requests are dealt
+    one by one.
 
     Raises:
         ApiError: 404 for a model that is neither.
@@ -130,7 +131,7 @@ def choose_slot(
 
 
 def draw(salt: str, identity: str) -> float:
-    """A number in [0, 1) that belongs to an identity; each canary's salt deals anew."""
+    """Return a number in [0, 1) that is fixed for an identity and a canary's salt."""
     return int(sha256_bytes(f"{salt}\0{identity}".encode())[:13], 16) / 16**13
 
 

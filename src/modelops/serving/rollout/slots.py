@@ -1,4 +1,4 @@
-"""The nodes of a process, a stable one and perhaps a canary, and the requests they have in hand."""
+"""Slots of a process's nodes, a stable one and perhaps a canary, and their requests in progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Slots:
-    """A stable node, a canary on trial, and former nodes that finish their work.
+    """Slots of the stable node, a canary on trial, and former nodes that finish their work.
 
     Attributes:
         stable, canary, draining: the slot of each role.
@@ -46,13 +46,13 @@ class Slots:
 
     @property
     def stable_node(self) -> InferenceNode:
-        """The node of the stable release."""
+        """Node of the stable release."""
         with self.changed:  # a slot loses its node once it has been drained
             return self.stable.node
 
     @property
     def canary_node(self) -> InferenceNode | None:
-        """The node on trial, once it takes requests."""
+        """Node on trial, once it takes requests."""
         with self.changed:
             return None if self.canary is None else self.canary.node
 
@@ -60,13 +60,13 @@ class Slots:
     def route(
         self, request: ImagesRequest, *, identity: str, key: str = "", rescue: bool = False
     ) -> Iterator[Route]:
-        """The node for a request, held until the block ends.
+        """Choose the node for a request, held until the block ends.
 
         Args:
             request: what is asked for.
             identity: the request's id; the same one goes the same way while a canary lasts.
             key: name of the caller's API key, "" without one.
-            rescue: the canary has failed this very request, so take the stable one.
+            rescue: whether the canary failed this request, so that the stable one retries it.
 
         Raises:
             ApiError: 404 for a model that is neither.
@@ -142,7 +142,7 @@ class Slots:
             self._end_trial(canary)
 
     def wait_until_idle(self, slot: Slot, *, limit_s: float, stopped: threading.Event) -> int:
-        """Wait until a slot has no request in hand, or `stopped`; returns those still in hand."""
+        """Wait until a slot has no request in progress, or `stopped`; return the number left."""
         with self.changed:
             self.changed.wait_for(lambda: slot.in_hand == 0 or stopped.is_set(), limit_s)
             return slot.in_hand

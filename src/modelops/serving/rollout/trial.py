@@ -4,13 +4,13 @@ Only requests that chance dealt out count (those that named a release chose it t
 sides count from the moment at which the canary began to take traffic.
 
 Speed is compared between network evaluations, not between requests: a canary with a tenth of the
-traffic waits in shorter queues and makes narrower batches, so its requests would look fast whatever
-it is. An evaluation takes longer in a wider batch, and while the other engine, which shares the
-processor, is busy. So a canary that is slow although its batches were no wider and no more
-disturbed is at least as slow as it looks; one that is fast although they were no narrower and no
-less so is at least as fast; where both are so the ratio is exact. A block of a few seconds gives
-one bound of each kind if it can; blocks are long against an evaluation, so that their bounds are
-nearly independent.
+traffic waits in shorter queues and makes narrower batches, so its requests would always look fast.
+An evaluation takes longer in a wider batch, and while the other engine, which shares the processor,
+is busy. So evaluations are compared with others of known order. If the canary's batch was no wider
+and no more disturbed, the measured slowness is a lower bound. If it was no narrower and no less
+disturbed, the measured speed is a lower bound. If both hold, the ratio is exact. A block of a few
+seconds gives one bound of each kind, if possible. Blocks are long compared with an evaluation, so
+that their bounds are nearly independent.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class CanaryRules:
     """Rules of a canary: its traffic, and how it is judged. All are stated before it takes traffic.
 
     Attributes:
-        share: of the requests, in (0, 1].
+        share: of the requests that the canary gets, in (0, 1].
         sticky: "request" draws for each request; "key" for each API key, whose requests then all go
             the same way.
-        named: also requests that name the model, where both releases bear that name.
+        named: whether to deal out requests that name the model, if both releases have that name.
         auto: promote when it is no worse after `requests` and `seconds`, roll back when worse.
-        requests: of the canary, before it can be found no worse.
-        seconds: of traffic, the same.
+        requests: number of the canary's requests before it can be found no worse.
+        seconds: of traffic before it can be found no worse.
         alpha: the chance of calling a canary worse that is not, over all measures and looks; and of
             calling one no worse that is worse by a margin or more, over all looks. Not kept with
             `sticky` "key": requests of one key are alike, so a canary is called worse more often.
-        error_margin, filter_margin: that much higher a rate (absolute) still counts as no worse.
-        latency_margin: that many times the seconds of an evaluation still count as no worse.
+        error_margin, filter_margin: increase of a rate (absolute) that still counts as no worse.
+        latency_margin: ratio of seconds per evaluation that still counts as no worse.
         block_s: seconds of traffic that make one ratio of speeds.
     """
 
@@ -88,7 +88,7 @@ class CanaryRules:
             raise UsageError("share: with auto below 1, so that there is something to compare with")
 
     def about(self) -> dict[str, Any]:
-        """For a status."""
+        """Describe the rules for a status."""
         return asdict(self)
 
 
@@ -111,18 +111,18 @@ class TrialData:
 
     @property
     def requests(self) -> int:
-        """Of the canary, that a verdict counts."""
+        """Number of the canary's requests that a verdict counts."""
         return sum(self.canary[name] for name in MEASURED)
 
 
 @dataclass(slots=True)
 class _Timeline:
-    """The last evaluations of one engine, (start, end), so that the other's can be overlaid."""
+    """Last evaluations of one engine, (start, end), to find their overlap with the other's."""
 
     spans: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=256))
 
     def overlap(self, began: float, ended: float, running_since: float | None) -> float:
-        """Part of [began, ended] in which this engine was busy, in [0, 1]."""
+        """Return the part of [began, ended] in which this engine was busy, in [0, 1]."""
         shared = 0.0 if running_since is None else max(0.0, ended - max(began, running_since))
         for first, last in reversed(self.spans):
             if last <= began:
@@ -132,7 +132,7 @@ class _Timeline:
 
 
 class Trial:
-    """Counts what two releases do. Thread-safe; nothing in it grows without end."""
+    """Counter of what two releases do. Thread-safe; its memory is bounded."""
 
     def __init__(self, rules: CanaryRules, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.rules = rules
@@ -158,7 +158,7 @@ class Trial:
 
         Args:
             rows: of its batch.
-            other_since: when the other engine's evaluation in progress began; None without one.
+            other_since: start of the other engine's evaluation in progress; None without one.
         """
         ended = self._clock()
         began = ended - seconds
@@ -175,7 +175,7 @@ class Trial:
                 values.append(seconds)
 
     def data(self) -> TrialData:
-        """Everything so far; the block that has not ended is left out."""
+        """Return everything so far; the block that has not ended is left out."""
         now = self._clock()
         with self._lock:
             self._close_blocks(now)
@@ -188,17 +188,17 @@ class Trial:
             )
 
     def measured(self) -> int:
-        """Requests of the canary so far that a verdict counts."""
+        """Return the number of the canary's requests so far that a verdict counts."""
         with self._lock:
             counts = self._counts["canary"]
             return sum(counts[name] for name in MEASURED)
 
     def seconds(self) -> float:
-        """Since the canary took traffic."""
+        """Return the seconds since the canary took traffic."""
         return self._clock() - self._began
 
     def counts(self) -> dict[Arm, dict[str, int]]:
-        """Answers by outcome so far."""
+        """Return the number of answers by outcome so far."""
         with self._lock:
             return {arm: dict(counts) for arm, counts in self._counts.items()}
 
@@ -216,18 +216,18 @@ class Trial:
 
 
 def _width(rows: int) -> int:
-    """Batches that count as equally wide: exact up to 4 rows, then in steps of 2, then of 4."""
+    """Return the width class of a batch: exact up to 4 rows, then in steps of 2, then of 4."""
     step = 1 if rows <= 4 else 2 if rows <= 8 else 4
     return -(-rows // step) * step
 
 
 def log_bound(canary: Cells, stable: Cells, sign: int) -> float | None:
-    """A bound of the log ratio of median seconds, canary over stable; None where nothing compares.
+    """Bound the log ratio of median seconds, canary over stable; None if nothing compares.
 
-    Each kind of the canary's evaluations is held against the nearest kind of the stable one's that
+    Each kind of the canary's evaluations is compared with the nearest kind of the stable one's that
     was no easier (`sign` 1: a bound from below) or no harder (-1: from above), weighted by the
     smaller of the two counts. A canary so slow that requests pile up in it runs wider batches than
-    the stable one ever does; then a batch is held against the narrower ones that it could be cut
+    the stable one ever does. Then a batch is compared with the narrower ones that it could be cut
     into, which take at least as long.
     """
     bound = _bound(canary, stable, sign, cut=False)

@@ -65,10 +65,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryVerdict:
-    """The answer, what it rests on, and a sentence for a person.
+    """Verdict on a canary: the answer, its findings, and a sentence for a person.
 
-    `alpha`, `seconds`, `requests` (of the canary) and `findings` are those of the look that said
-    so; `alpha` is what that look spent on finding it worse, 0 before the first one.
+    `alpha`, `seconds`, `requests` (of the canary) and `findings` are those of the look that made
+    it; `alpha` is what that look spent on finding it worse, 0 before the first one.
     """
 
     answer: Answer
@@ -79,13 +79,13 @@ class CanaryVerdict:
     findings: tuple[Finding, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For an answer of the server."""
+        """Return the verdict as JSON values for an answer of the server."""
         return asdict(self)
 
 
 def load_statistics() -> None:
-    """Import what `judge` computes with. It takes a second of the processor, during which a
-    server's other threads stand still for tenths of a second: not in the middle of a trial."""
+    """Import the libraries of `judge`. This takes a second of CPU time, in which a server's other
+    threads stop for tenths of a second, so it is not done in the middle of a trial."""
     import scipy.stats  # noqa: F401
 
 
@@ -96,11 +96,11 @@ def judge(
     alpha: float | None = None,
     alpha_no_worse: float | None = None,
 ) -> CanaryVerdict:
-    """The verdict on what has been counted so far.
+    """Judge the counts so far.
 
     Args:
         alpha: what this look may spend on finding it worse, in place of `rules.alpha`.
-        alpha_no_worse: the same on finding it no worse, measure by measure.
+        alpha_no_worse: what it may spend on finding it no worse, for each measure.
     """
     alpha = rules.alpha if alpha is None else alpha
     alpha_no_worse = rules.alpha if alpha_no_worse is None else alpha_no_worse
@@ -135,7 +135,7 @@ def not_yet(rules: CanaryRules, requests: int, seconds: float) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class _Draft:
-    """A finding before the correction."""
+    """Finding before the correction."""
 
     p_worse: float
     p_better: float
@@ -234,7 +234,7 @@ def _together(
 
 
 def describe(finding: Finding) -> str:
-    """One measure for a person."""
+    """Describe one measure for a person."""
     name = finding.measure.replace("_", " ")
     if finding.canary and finding.stable:
         (new, n_new), (old, n_old) = finding.canary, finding.stable

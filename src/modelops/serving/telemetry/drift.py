@@ -64,10 +64,10 @@ class _Row:
 
 @dataclass(slots=True)
 class DriftLog:
-    """Samples requests and writes their rows; any thread may note, none of them waits.
+    """Writer of the rows of sampled requests. Any thread may add rows, and never waits.
 
     Attributes:
-        segments: where the rows go.
+        segments: sink of the rows.
         identity: digests of the release and its model, which every row has.
         filters: names of the prompt and the image filter.
         sample: share of the requests that are logged; all images of such a request are.
@@ -106,7 +106,7 @@ class DriftLog:
     def note_request(
         self, request_id: str, prompt: str, *, tokens: int, blocked: bool
     ) -> None:  # fmt: skip
-        """Log what the prompt filter said of a request, if it is in the sample."""
+        """Log the prompt filter's answer on a request, if it is in the sample."""
         if not self.takes(request_id):
             return
         self._put(
@@ -129,7 +129,7 @@ class DriftLog:
         blocked: Sequence[bool],
         seconds: Mapping[str, float],
     ) -> None:
-        """Log what the image filter said of a request's images, if it is in the sample.
+        """Log the image filter's answer on a request's images, if it is in the sample.
 
         Args:
             seconds: by phase, and `total`.
@@ -149,14 +149,14 @@ class DriftLog:
             self._put(_Row(values, image.pixels if self.extractor is not None else None))
 
     def flush(self, timeout_s: float = 10.0) -> None:
-        """Wait until what waits is written, for `timeout_s` seconds at most."""
+        """Wait until all queued rows are written, for `timeout_s` seconds at most."""
         deadline = time.monotonic() + timeout_s
         while self._waiting.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what waits, for `timeout_s` seconds at most, and end the thread; what is left then
-        is dropped and counted."""
+        """Write the queued rows, for `timeout_s` seconds at most, and end the thread; the rest is
+        dropped and counted."""
         self.flush(timeout_s)
         with self._lock:
             self._ends = True
@@ -168,7 +168,7 @@ class DriftLog:
             while True:
                 if self._waiting.get_nowait() is not None:
                     self.results.labels("dropped").inc()
-        with contextlib.suppress(queue.Full):  # that was the word that ends the thread, perhaps
+        with contextlib.suppress(queue.Full):  # this may have been the item that ends the thread
             self._waiting.put_nowait(None)
         self.segments.close()
 
@@ -204,7 +204,7 @@ class DriftLog:
         while not self._ends and (row := self._waiting.get()) is not None:
             try:
                 self._write(row)
-            except Exception:  # the log must not end with one odd row
+            except Exception:  # one bad row must not end the log
                 self.results.labels("failed").inc()
                 if time.monotonic() >= quiet_until:  # a broken extractor fails for each image
                     quiet_until = time.monotonic() + EVERY_S
@@ -239,7 +239,7 @@ def open_drift_log(
     filters: Mapping[str, str],
     registry: CollectorRegistry | None = None,
 ) -> DriftLog | None:
-    """The drift log of a node; None where the settings name no folder.
+    """Open the drift log of a node; None if the settings name no folder.
 
     Raises:
         UsageError: the limit is out of range.
@@ -274,14 +274,14 @@ def open_drift_log(
 
 
 def _tag(purpose: str, text: str) -> str:
-    """16 hex digits that only this process can make again."""
+    """Return 16 hex digits that only this process can make again."""
     data = f"{purpose}\x1f{text}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=8, key=_KEY).hexdigest()
 
 
 def evaluation_cadence(release_dir: str | Path, settings: NodeSettings) -> float:
-    """After how many days an evaluation is overdue: the node's setting, else what the released
-    policy says, else 30.
+    """Return the days after which an evaluation is overdue: the node's setting, else the released
+    policy's, else 30.
 
     Raises:
         ConfigError: the released policy's `monitoring:` section is not valid.

@@ -1,7 +1,7 @@
-"""Log records to JSON lines, written by a thread that never holds up a request.
+"""JSON lines of log records, written by a thread that never delays a request.
 
 A full disk, a closed pipe or a reader that hangs loses lines, which are counted; it never
-blocks or fails a request. Prompts are left out unless they are asked for.
+blocks or fails a request. Prompts are left out unless the settings ask for them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _NO = ("", "0", "false", "no")
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, the record's fields, the exception.
+    """Formatter of JSON lines: time, level, logger, message, the record's fields, the exception.
 
     Args:
-        prompts: also write the prompts; otherwise they are taken out of exceptions too, which may
+        prompts: also write the prompts; otherwise they are removed from exceptions too, which may
             quote them.
-        quoted: the prompts of the requests in hand, for that.
+        quoted: the prompts of the requests in progress, to remove from exceptions.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class JsonLines(logging.Formatter):
         self._quoted = quoted or (lambda: [])
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Format the line, without its end."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -65,16 +65,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)  # ASCII: no character in it can end a line
 
     def exception(self, record: logging.LogRecord) -> str:
-        """The traceback, without prompts unless they are asked for."""
+        """Format the traceback, without prompts unless they are asked for."""
         text = self.formatException(record.exc_info) if record.exc_info else ""
         return text if self._prompts else redact(text, self._quoted())
 
 
 class PlainLines(JsonLines):
-    """The same for a person at a terminal."""
+    """Formatter of the same lines for a person at a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and a traceback below it."""
+        """Format the line, and a traceback below it."""
         moment = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         text = f"{moment} {record.levelname.lower()} {record.getMessage()}"
         if name := getattr(record, "fields", {}).get("request_id"):
@@ -85,7 +85,7 @@ class PlainLines(JsonLines):
 
 
 class LineWriter(logging.Handler):
-    """Hands lines to a thread that writes them to a file descriptor or a RotatingFile.
+    """Sink that passes lines to a thread, which writes them to a descriptor or a RotatingFile.
 
     Args:
         descriptor: written with os.write; closed by `close` if `own`.
@@ -120,7 +120,7 @@ class LineWriter(logging.Handler):
             self._lose()
 
     def flush(self, timeout_s: float = 2.0) -> None:
-        """Wait until what waits is written, for `timeout_s` seconds at most."""
+        """Wait until all queued lines are written, for `timeout_s` seconds at most."""
         deadline = time.monotonic() + timeout_s
         while (
             self._lines.unfinished_tasks and self._thread.is_alive() and time.monotonic() < deadline
@@ -128,7 +128,7 @@ class LineWriter(logging.Handler):
             time.sleep(0.005)
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Write what waits, for `timeout_s` seconds at most, and end the thread."""
+        """Write the queued lines, for `timeout_s` seconds at most, and end the thread."""
         atexit.unregister(self.close)
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):
@@ -171,14 +171,14 @@ class LineWriter(logging.Handler):
 
 
 class Prompts:
-    """The prompts of the requests in hand, so that they can be taken out of exceptions."""
+    """Prompts of the requests in progress, so that they can be removed from exceptions."""
 
     def __init__(self) -> None:
         self._texts: dict[int, list[str]] = {}
 
     @contextlib.contextmanager
     def in_hand(self, *texts: str | None) -> Any:
-        """Take these texts out of whatever is logged meanwhile."""
+        """Within the block, remove these texts from everything that is logged."""
         key = id(token := object())
         self._texts[key] = [text for text in texts if text]
         try:
@@ -187,7 +187,7 @@ class Prompts:
             del self._texts[key]
 
     def texts(self) -> list[str]:
-        """All of them, longest first."""
+        """Return all of them, longest first."""
         return sorted({text for texts in list(self._texts.values()) for text in texts},
                       key=len, reverse=True)  # fmt: skip
 
@@ -196,7 +196,7 @@ PROMPTS = Prompts()
 
 
 def redact(text: str, prompts: list[str]) -> str:
-    """The text with every prompt of three or more characters, plain or escaped, taken out."""
+    """Remove every prompt of three or more characters, plain or escaped, from the text."""
     for prompt in prompts:
         if len(prompt) < 3:
             continue

@@ -32,7 +32,7 @@ log = logging.getLogger("modelops.serving")
 disable_created_metrics()  # a second series beside each counter, which nothing here reads
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-OTHER = "other"  # what a value outside a label's fixed set is counted as
+OTHER = "other"  # label of all values outside a label's fixed set
 PHASES = (
     "prompt_filter", "queue", "text", "denoise", "decode", "image_filter", "encode", "total",
 )  # fmt: skip
@@ -134,7 +134,7 @@ class NodeMetrics:
         registry.register(GpuMemory())
 
     def _make_series(self) -> None:
-        """A series that starts at 0 shows its first increase; one that appears with it does not."""
+        """Start series at 0, so that their first increase shows."""
         for phase in PHASES:
             self.latency.labels(phase)
         for kind, name in self._names.items():
@@ -155,13 +155,13 @@ class NodeMetrics:
         self.requests.labels("/v1/images/generations", "200")
 
     def serves(self, release: ReleaseRecord, sha256: str, model_sha256: str, runtime: str) -> None:
-        """Say which release is served, and which model of it, by digests."""
+        """Set the digests of the release and the model that are served."""
         self.release.labels(
             release.name, release.version, sha256[:16], model_sha256[:16], runtime
         ).set(1)
 
     def evaluated(self, timestamp: float | None, *, every_days: float) -> None:
-        """Say when the model was evaluated last; without an evaluation there is no such series."""
+        """Set the time of the model's last evaluation; without one there is no such series."""
         self.cadence.set(every_days * 86400)
         if timestamp is not None:
             Gauge(
@@ -190,7 +190,7 @@ class NodeMetrics:
         return metric.labels(kind, self._names[kind])
 
     def on_filter(self, kind: str, checked: int, *, blocked: bool) -> None:
-        """Count what a filter judged, and the request if the filter stopped it."""
+        """Count a filter's answers, and the request if the filter stopped it."""
         self._filter(self.filter_checks, kind).inc(checked)
         if blocked:
             self._filter(self.filtered, kind).inc()
@@ -238,19 +238,19 @@ class NodeMetrics:
         self.wasted.labels(reason if reason in WASTE_REASONS else OTHER).inc(steps)
 
     def text(self) -> bytes:
-        """The exposition."""
+        """Return the exposition."""
         return generate_latest(self.registry)
 
 
 class GpuMemory:
-    """`modelops_gpu_memory_bytes` of the CUDA devices on which torch holds memory.
+    """Collector of `modelops_gpu_memory_bytes` for the CUDA devices on which torch holds memory.
 
-    A machine without CUDA has no such series. Memory that another runtime than torch takes shows in
-    `used` (of the whole device) only. Not yet run on a GPU.
+    A machine without CUDA has no such series. Memory of other runtimes than torch shows only in
+    `used` (of the whole device). Not yet run on a GPU.
     """
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing is read when the collector is registered."""
+        """Return nothing, so that nothing is read when the collector is registered."""
         yield self._family()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -295,7 +295,7 @@ def evaluation_time(release_dir: str | Path, record: ReleaseRecord) -> float | N
 
 
 def _as_number(read: Callable[[], Any]) -> Callable[[], float]:
-    """A gauge's source that never makes the whole scrape fail: NaN when it cannot be read."""
+    """Wrap a gauge's source so that it never fails the whole scrape: NaN if it cannot be read."""
     last = 0.0
 
     def value() -> float:

@@ -41,7 +41,7 @@ class Outage:
         log.error("%s cannot be written: %s (%d lost)", self._what, reason, lost)
 
     def worked(self) -> None:
-        """One was kept."""
+        """Note that a line was written."""
         if not self.failing:  # the usual way; a value that is a moment old does no harm
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""A file that several processes append to, rotated at a size and reopened when it was moved.
+"""Log file that several processes append to, rotated at a size and reopened when it was moved.
 
 No signal is needed after a logrotate from outside, by renaming or by copying and truncating: before
 each line the file at the path is compared with the one that is open.
@@ -17,11 +17,11 @@ _PATIENCE_S = 1.0  # another process needs microseconds to rotate
 
 
 class RotatingFile:
-    """An append-only file: PATH, and older ones PATH.1 (the newest) to PATH.<keep>.
+    """Append-only file PATH, with older ones PATH.1 (the newest) to PATH.<keep>.
 
-    No line is lost between processes. Only one rotates, under a lock on the very file; who still
-    has the old one open writes his line there, where it stays until `keep` further rotations. Each
-    process may go over the size by one line.
+    No line is lost between processes. Only one process rotates, under a lock on the file itself. A
+    process that still has the old file open writes its line there, where it stays until `keep`
+    further rotations. Each process may exceed the size by one line.
 
     Args:
         path: made when it is missing; a pipe or a device is written to and never rotated.
@@ -29,7 +29,7 @@ class RotatingFile:
         keep: older files that are kept, 1 or more.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: str | Path, *, max_bytes: int, keep: int) -> None:
@@ -63,7 +63,7 @@ class RotatingFile:
                 break  # a line longer than a file may be
             elif not self._rotate():
                 if time.monotonic() > deadline:
-                    break  # a stranger holds the lock: better a large file than no log
+                    break  # another program holds the lock: better a large file than no log
                 time.sleep(0.001)
         return self._descriptor
 
@@ -87,7 +87,7 @@ class RotatingFile:
             return None
 
     def _rotate(self) -> bool:
-        """Rename the files, unless another process is doing so; False then."""
+        """Rename the files; return False if another process is doing so."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,7 +95,7 @@ class RotatingFile:
         try:
             there, mine = self._stat(), os.fstat(self._descriptor)
             if there is None or there.st_ino != mine.st_ino:
-                return True  # somebody was faster
+                return True  # another process was faster
             for number in range(self._keep - 1, 0, -1):
                 with contextlib.suppress(FileNotFoundError):
                     self._older(number).replace(self._older(number + 1))

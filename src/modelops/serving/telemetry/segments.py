@@ -1,8 +1,8 @@
-"""Lines appended to files of a folder that never grows beyond a limit.
+"""Sink of lines: files in a folder that never grows beyond a limit.
 
-One line in one write: a killed process loses none, a power cut may lose the last ones, and a full
-disk leaves no half line before the next. Every log writes files of its own, so that several
-processes may share a folder; the oldest files go first.
+Each line is one write: a killed process loses none, a power cut may lose the last ones, and a full
+disk leaves no half line before the next. Every log writes its own files, so that several processes
+may share a folder; the oldest files are deleted first.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ LOGS = 2  # of a process: a canary writes beside the release that it is to follo
 
 
 class SegmentLog:
-    """Appends lines; may be used by any thread.
+    """Log of lines in segment files. Thread-safe.
 
     Args:
         folder: made when it is missing.
         prefix: of the files' names; those of other prefixes are left alone.
-        max_bytes: of all files with that prefix together. A line that is longer than a file is to
-            be may go beyond.
-        what: is kept here, for messages.
+        max_bytes: of all files with that prefix together. A line longer than a file may exceed it.
+        what: name of the content, for messages.
         writers: processes that share the folder; each may fill the files it writes.
         counter: labelled `result`, written or failed.
 
@@ -73,8 +72,8 @@ class SegmentLog:
             ) from error
 
     def write_line(self, line: bytes) -> bool:
-        """Append one line without its end; False when it could not be kept, which is counted, and
-        logged now and then."""
+        """Append one line without its end; return False if it could not be written, which is
+        counted and logged at a limited rate."""
         try:
             with self._lock:
                 self._append(line + b"\n")
@@ -102,7 +101,7 @@ class SegmentLog:
 
     def _append(self, line: bytes) -> None:
         full = self._written and self._written + len(line) > self.segment_bytes
-        # A worker that has little to do may find its file gone: the oldest, to one with much to do.
+        # An idle worker may find its file deleted: it was the oldest when a busy one made room.
         if self._file is None or full or os.fstat(self._file).st_nlink == 0:
             self._close()
             self._open()
@@ -132,7 +131,7 @@ class SegmentLog:
         self._file = None
 
     def _make_room(self) -> None:
-        """Delete the oldest files until all those that are being written fit when full."""
+        """Delete the oldest files until there is room for all open ones when they are full."""
         needed = LOGS * self._writers * self.segment_bytes
         sizes = {}
         for path in sorted(self.folder.glob(f"{self._prefix}*.jsonl")):
@@ -149,7 +148,7 @@ class SegmentLog:
 def result_counter(
     name: str, text: str, registry: CollectorRegistry | None, *results: str
 ) -> Counter:
-    """A counter labelled `result`, whose series start at 0."""
+    """Make a counter labelled `result`, whose series start at 0."""
     counter = Counter(name, text, ["result"], registry=registry)
     for result in results:
         counter.labels(result)

@@ -1,4 +1,4 @@
-"""A request's phases, to one log line and to OpenTelemetry spans. No prompt reaches a span.
+"""Phases of a request, as an access log line and OpenTelemetry spans. No prompt reaches a span.
 
 Spans are made where opentelemetry is installed and something exports them: a program started by
 `opentelemetry-instrument`, or OTEL_TRACES_EXPORTER (`otlp` or `console`) and `configure_tracing`.
@@ -34,17 +34,17 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def request_id(header: str | None) -> str:
-    """The caller's own id if it is a plain one, else a new one."""
+    """Return the caller's own id if it is a plain one, else a new one."""
     return header if header and _ID.fullmatch(header) else uuid.uuid4().hex
 
 
 @dataclass(slots=True)
 class RequestTrace:
-    """One HTTP request.
+    """Trace of one HTTP request.
 
     Attributes:
         id: in the log, in the span and in the answer's X-Request-Id.
-        fields: what else the log line says: n, steps, guidance, error code.
+        fields: other fields of the log line: n, steps, guidance, error code.
         prompts: {"prompt": text, ...}; logged only when asked for, never put into a span.
         phases: (name, start, end) in seconds of time.monotonic().
     """
@@ -96,7 +96,7 @@ class RequestTrace:
             self.add(name, began, time.monotonic())
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase; of several images in one request the longest."""
+        """Return the seconds by phase; of several images in one request the longest."""
         longest: dict[str, float] = {}
         for name, began, ended in self.phases:
             longest[name] = max(longest.get(name, 0.0), round(ended - began, 4))
@@ -159,15 +159,15 @@ class RequestTrace:
         return f"{span.get_span_context().trace_id:032x}"
 
     def _wall(self, moment: float) -> int:
-        """A time.monotonic() as Unix time in nanoseconds; one offset for all spans of a request."""
+        """Convert a time.monotonic() to Unix nanoseconds; one offset for all spans of a request."""
         return int((moment + self._offset_s) * 1e9)
 
 
 def check_tracing(environment: Mapping[str, str]) -> str:
-    """The exporter that OTEL_TRACES_EXPORTER names: "otlp", "console" or "none".
+    """Return the exporter in OTEL_TRACES_EXPORTER: "otlp", "console" or "none".
 
     Raises:
-        UsageError: it is unknown or not installed.
+        UsageError: the exporter is unknown or not installed.
     """
     wanted = environment.get(EXPORTER_VARIABLE, "none").strip().lower() or "none"
     if wanted not in ("otlp", "console", "none"):
@@ -192,9 +192,9 @@ def _not_installed(wanted: str, module: str) -> UsageError:
 
 
 def configure_tracing(environment: Mapping[str, str]) -> bool:
-    """Export spans as OTEL_TRACES_EXPORTER says; False when it asks for nothing.
+    """Export spans as OTEL_TRACES_EXPORTER says; return False if it asks for none.
 
-    A tracer provider that is already there (from `opentelemetry-instrument`) is left as it is.
+    An existing tracer provider (from `opentelemetry-instrument`) is left as it is.
 
     Raises:
         UsageError: the exporter is unknown or not installed.
@@ -226,7 +226,7 @@ def configure_tracing(environment: Mapping[str, str]) -> bool:
 
 
 def flush_tracing(timeout_s: float = 5.0) -> None:
-    """Export the spans that wait; a worker's end does not. Raises nothing."""
+    """Export the queued spans, which the end of a worker would lose. Raises nothing."""
     if trace is not None:
         with contextlib.suppress(Exception):
             trace.get_tracer_provider().force_flush(int(1000 * timeout_s))  # type: ignore[attr-defined]
