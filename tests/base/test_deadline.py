@@ -29,7 +29,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
     (folder / "test_it.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take seconds to load
-    environment["PYTHONPATH"] = str(CONFTEST.parent)
+    environment["PYTHONPATH"] = str(CONFTEST.parent / "helpers")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-p", "no:cacheprovider",
          "--basetemp", "base", "--no-new-test-after", *arguments],

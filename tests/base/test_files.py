@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -85,27 +85,24 @@ def test_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
-def _write_for_ever(path: str) -> None:
-    count = 0
-    while True:
-        count += 1
-        files.write_text(path, f"{count}\n" * 20_000)
+_WRITE_FOR_EVER = """
+import itertools, sys
+from modelops.base import files
+for count in itertools.count(1):
+    files.write_text(sys.argv[1], f"{count}\\n" * 20_000)
+"""
 
 
 @pytest.mark.parametrize("round_", range(3))
 def test_killed_writer_leaves_a_whole_file(tmp_path: Path, round_: int) -> None:
     target = tmp_path / "f"
-    writer = multiprocessing.get_context("spawn").Process(
-        target=_write_for_ever, args=(str(target),)
-    )
-    writer.start()
+    writer = subprocess.Popen([sys.executable, "-c", _WRITE_FOR_EVER, str(target)])
     deadline = time.monotonic() + 60
     while not target.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05 + 0.03 * round_)
-    assert writer.pid is not None
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.join()
+    writer.kill()
+    writer.wait()
     lines = target.read_text().splitlines()
     assert len(lines) == 20_000
     assert len(set(lines)) == 1

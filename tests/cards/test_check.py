@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modelops.base.errors import UsageError
+from modelops.cards.about import openmoji_about
 from modelops.cards.check import check_card, find_cards
 from modelops.cards.dataset import write_dataset_card
 from modelops.cards.model import write_model_card
@@ -44,6 +45,7 @@ def write_model(root: Path) -> Path:
         train=root / "runs/pilot/train.json",
         evaluations={"final": root / "evaluations/final.json"},
         pictures={"Samples": root / "evaluations/final/grid.png"},
+        about=openmoji_about(),
     )
 
 
@@ -58,6 +60,7 @@ def write_dataset(root: Path, statistics: dict[str, Any] = STATISTICS) -> Path:
         dedup=root / "data/dedup_report.json",
         split=root / "data/split.json",
         smoke=root / "data/smoke.json",
+        about=openmoji_about(),
     )
 
 

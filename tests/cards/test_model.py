@@ -68,6 +68,7 @@ def card_of(root: Path, **changes: Any) -> str:
             "Loss curve": root / "runs/pilot/loss.png",
         },
     }
+    values["about"] = openmoji_about()
     path = write_model_card(root / "cards/model_card.md", **{**values, **changes})
     return path.read_text("utf-8")
 

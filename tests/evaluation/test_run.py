@@ -221,8 +221,12 @@ def test_settings_that_make_no_sense_are_refused(corpus: Any) -> None:
     for bad in ({"n": 1}, {"safety": "maybe"}, {"splits": None}, {"resamples": 3}):
         with pytest.raises(UsageError):
             settings_of(corpus, **bad)
+
+
+def test_without_prompts_a_model_makes_nothing(source: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="which prompts"):
-        EvaluationSettings()
+        evaluate(source, EvaluationSettings(), out_path=tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_alignment_model_is_an_open_clip_checkpoint(corpus: Any) -> None:

@@ -238,21 +238,24 @@ def test_what_sample_left_says_which_image_is_of_which_prompt(tmp_path: Path) ->
     listed = [
         {"prompt": "red heart", "file": "0000-0.png"},
         {"prompt": "red heart", "file": "0000-1.png"},
-        {"prompt": "sun", "file": "0001-0.png"}, {"prompt": "sun", "file": None, "failure": "no"},
+        {"prompt": "sun", "file": "0001-0.png"}, {"prompt": "sun", "file": "0001-1.png"},
+        {"prompt": "sun", "file": None, "failure": "no"},
     ]  # fmt: skip
-    for shade, name in enumerate(["0000-0.png", "0000-1.png", "0001-0.png", "grid.png"]):
+    for shade, name in enumerate(
+        ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png", "grid.png"]
+    ):
         (tmp_path / name).write_bytes(png((shade, 0, 0)))
     (tmp_path / "samples.json").write_text(json.dumps({"images": listed, "grid": "grid.png"}))
     source = FolderSource(tmp_path)
-    assert shades(source) == [0, 1, 2]
-    assert source.prompts == ["red heart", "red heart", "sun"]
+    assert shades(source) == [0, 1, 2, 3]
+    assert source.prompts == ["red heart", "red heart", "sun", "sun"]
     out = tmp_path / "out.json"
     settings = EvaluationSettings(safety="none")
     record = evaluate(source, settings, out_path=out)
     assert record.metrics["diversity_lite0"].value is not None  # two of one prompt
     rows = json.loads((tmp_path / "out/per_image.json").read_text())
     assert [(row["file"], row["prompt"]) for row in rows] == [
-        (item["file"], item["prompt"]) for item in listed[:3]
+        (item["file"], item["prompt"]) for item in listed[:4]
     ]
     (tmp_path / "p.txt").write_text("red heart\nmoon\n")
     with pytest.raises(UsageError, match="'sun' is not in it"):

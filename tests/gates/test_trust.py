@@ -211,7 +211,7 @@ def test_evidence_that_is_none_is_refused(
     ("text", "message"),
     [
         ('{"kind": "evaluation", "kind": "verdict"}', "the key 'kind' is there twice"),
-        ('{"kind": "evaluation", "n_failed_images": NaN}', "NaN is no number"),
+        ('{"kind": "evaluation", "n_failed_images": NaN}', "NaN is not a finite number"),
         ('{"kind": "evaluation", "n_failed_images": ' + "9" * 5000 + "}", "digits"),
         ("[" * 100_000, "nested too deeply"),
     ],

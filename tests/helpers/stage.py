@@ -89,7 +89,8 @@ class Stage:
         caller.settimeout(30)
         caller.connect(("127.0.0.1", int(self.live.url.rsplit(":", 1)[1])))
         caller.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.1\r\n"
+            b"Content-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         return caller

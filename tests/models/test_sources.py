@@ -92,4 +92,5 @@ def test_an_image_is_diffusers_own_of_the_same_call(family: str) -> None:
         generator=[torch.Generator("cpu").manual_seed(5) for _ in range(CPU_ROWS)],
         output_type="np",
     ).images[0]  # fmt: skip
-    assert np.array_equal(made, np.rint(expected * 255).astype(np.uint8))
+    # A grey level where threads sum in another order; another call was 28 to 49 levels away.
+    assert np.abs(made.astype(int) - np.rint(expected * 255)).max() <= 1

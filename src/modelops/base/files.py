@@ -188,7 +188,7 @@ def parse_json(text: str, *, source: str) -> Any:
         return found
 
     def constant(name: str) -> Any:
-        raise UsageError(f"{source}: {name} is no number")
+        raise UsageError(f"{source}: {name} is not a finite number")
 
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)

@@ -207,7 +207,8 @@ def _plan(
             read_prompts(settings.prompts_file)  # there is one that can be used
             lines = read_lines(settings.prompts_file)
             least = len(lines)  # an image is missing where there is a line and no file
-            if source.prompts is None and source.n_images > least and source.n_images % least:
+            fits = source.n_images <= least or source.n_images % least == 0
+            if source.prompts is None and n is None and not fits:
                 raise UsageError(
                     f"{source.info.uri}: {source.n_images} images for the {least} lines of "
                     f"{settings.prompts_file}",

@@ -59,8 +59,6 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
     record = read_record(root / RECORD_FILE, ReleaseRecord)
     if record.status != "ok":
         raise IntegrityError(f"{root / RECORD_FILE}: its status is {record.status}", hint=_REBUILD)
-    if record.seal != record.expected_seal:
-        raise IntegrityError(f"{root / RECORD_FILE}: was edited after it was built", hint=_REBUILD)
     present = tree_files(root)
     for relative, expected in sorted(record.files.items()):
         path = safe_join(root, relative)
@@ -105,6 +103,8 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
         if sha256_tree(fallback) != record.fallback_sha256:
             raise IntegrityError(f"{fallback}: not the fallback that was released", hint=_REBUILD)
         check_fallback(fallback, safe_join(root, record.model))
+    if record.seal != record.expected_seal:
+        raise IntegrityError(f"{root / RECORD_FILE}: was edited after it was built", hint=_REBUILD)
     return record
 
 

@@ -369,7 +369,14 @@ def test_an_asked_margin_that_cannot_be_compared_is_undecided(tmp_path: Path) ->
     record = read_record(a, EvaluationRecord)
     record.metrics["k"] = Measurement.missing("no time")
     record.write(tmp_path / "b.json")
-    assert compare_records(a, tmp_path / "b.json").answer == "pass"
+    less = compare_records(a, tmp_path / "b.json")
+    assert (less.answer, less.reasons) == (
+        "undecided", ["k was measured in the first record alone"]
+    )  # fmt: skip
+    del record.metrics["k"]
+    record.write(tmp_path / "c.json")
+    assert compare_records(a, tmp_path / "c.json").reasons == less.reasons
+    assert compare_records(tmp_path / "c.json", a).answer == "pass"  # more is fine
     asked = compare_records(a, tmp_path / "b.json", margins=parse_margins(["k=1"]))
     assert (asked.answer, asked.reasons) == ("undecided", ["k is not comparable"])
     loose = {"m": Margin(5.0, relative=False)}

@@ -17,6 +17,7 @@ from modelops.data.split import read_splits
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures import fid
 from modelops.evaluation.settings import EvaluationSettings
+from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.sources.open import open_source
 
 
@@ -64,7 +65,7 @@ def test_fid_is_extrapolated_to_infinitely_many_images(corpus: Any, tmp_path: Pa
     found = record.metrics["fid_infinity"]
     extractor = InceptionExtractor(weights)
     fake = extractor.images_to_features(
-        read_image(path) for path in sorted(pictures.iterdir())[:16]
+        read_image(path) for path in FolderSource(pictures).files[:16]
     )
     manifest, splits = read_manifest(corpus.manifest), read_splits(corpus.splits)
     real = extractor.images_to_features(

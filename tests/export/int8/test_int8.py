@@ -220,7 +220,7 @@ def test_an_error_above_its_budget_is_refused(
 
 
 def ratio(value: float, low: float, high: float) -> Measurement:
-    return Measurement(value=value, low=low, high=high)
+    return Measurement(value=value, low=low, high=high, n=9)
 
 
 def test_int8_that_is_not_surely_faster_is_refused() -> None:

@@ -181,7 +181,7 @@ def test_texts_are_encoded_once(start: Callable[..., StepEngine]) -> None:
     pipeline.text_encoder_2.forward = forward
     images = together(start(pipeline, max_rows=8), requests)
     assert max(difference(a.pixels, b) for a, b in zip(images, expected, strict=True)) <= 1
-    assert len(encoded) == 3  # "a", "" and "b"
+    assert len(encoded) == 2  # "a" and "b": for no negative prompt SDXL takes zeros
 
 
 def test_who_leaves_takes_no_more_steps_and_disturbs_nobody(

@@ -26,7 +26,7 @@ from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 
 PATH = "/v1/images/generations"
-HEAD = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: 127.1\r\nContent-Type: application/json\r\n".encode()
 
 
 class Live:
@@ -226,7 +226,7 @@ def test_of_two_values_of_a_field_the_last_one_counts(live: Live) -> None:
     ],
 )  # fmt: skip
 def test_bodies_in_another_form_are_refused(live: Live, header: str) -> None:
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n{header}\r\nContent-Length: 4\r\n\r\nxxxx"
+    head = f"POST {PATH} HTTP/1.1\r\nHost: 127.1\r\n{header}\r\nContent-Length: 4\r\n\r\nxxxx"
     status, headers, answer = live.raw(head.encode())
     assert (status, json.loads(answer)["error"]["code"]) == (415, "unsupported_media_type")
     assert headers["connection"] == "close"
@@ -254,7 +254,7 @@ def test_huge_bodies_are_refused_and_the_answer_is_seen(live: Live) -> None:
 
 def test_two_lengths_are_refused_and_nothing_behind_them_is_read(live: Live) -> None:
     """Of a request with both, a proxy before us may have believed the other one (smuggling)."""
-    inner = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    inner = b"GET /v1/models HTTP/1.1\r\nHost: 127.1\r\n\r\n"
     with live.connect() as caller:
         caller.sendall(
             HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner
@@ -287,7 +287,7 @@ def test_heads_that_are_no_heads(live: Live, head: bytes) -> None:
     ],
 )  # fmt: skip
 def test_lines_that_are_no_requests(live: Live, line: bytes) -> None:
-    assert live.raw(line + b"\r\nHost: x\r\n\r\n")[0] in (400, 404)
+    assert live.raw(line + b"\r\nHost: 127.1\r\n\r\n")[0] in (400, 404)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_lines_that_are_no_requests(live: Live, line: bytes) -> None:
     ],
 )  # fmt: skip
 def test_paths_that_lead_nowhere(live: Live, target: str) -> None:
-    status, headers, body = live.raw(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    status, headers, body = live.raw(f"GET {target} HTTP/1.1\r\nHost: 127.1\r\n\r\n".encode())
     assert (status, json.loads(body)["error"]["code"]) == (404, "not_found")
     assert "set-cookie" not in headers and "etc" not in body.decode()
 
@@ -323,10 +323,10 @@ def test_strange_headers_of_observers_change_nothing(live: Live) -> None:
 
 def test_other_methods_are_told_which_one(live: Live) -> None:
     for method in ("PUT", "TRACE", "OPTIONS", "GET", "PROPFIND"):
-        status, headers, _ = live.raw(f"{method} {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        status, headers, _ = live.raw(f"{method} {PATH} HTTP/1.1\r\nHost: 127.1\r\n\r\n".encode())
         assert (status, headers["allow"]) == (405, "POST"), method
     with live.connect() as caller:
-        caller.sendall(f"HEAD {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        caller.sendall(f"HEAD {PATH} HTTP/1.1\r\nHost: 127.1\r\nConnection: close\r\n\r\n".encode())
         assert caller.recv(4096).startswith(b"HTTP/1.1 405 ")
 
 
@@ -374,7 +374,7 @@ def test_two_hundred_hang_ups_at_every_stage_leak_nothing(
         lambda: leave(HEAD + b"Content-Length: %d\r\n\r\n" % len(stream) + stream,
                       lambda: live.node.engine.running > 0),
         lambda: (encoding.clear(), leave(short, encoding.is_set), None)[-1],
-        lambda: leave(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 20),
+        lambda: leave(b"GET /metrics HTTP/1.1\r\nHost: 127.1\r\n\r\n" * 20),
     ]  # fmt: skip
     for stage in stages:  # once round: pools of threads and files that are opened once
         stage()
@@ -410,7 +410,7 @@ def test_a_body_that_does_not_come_is_408(live: Live, impatient: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"POST /v1/im", HEAD, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nG"]
+    "data", [b"", b"POST /v1/im", HEAD, b"GET /livez HTTP/1.1\r\nHost: 127.1\r\n\r\nG"]
 )
 def test_a_head_that_does_not_come_ends_the_connection(
     live: Live, impatient: None, data: bytes
@@ -440,7 +440,7 @@ def test_quick_requests_one_after_the_other_keep_their_connection(
     before, end = live.metric(name), time.monotonic() + 4 * LIMITS.timeout_s
     with live.connect() as caller:
         while time.monotonic() < end:
-            caller.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            caller.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.1\r\n\r\n")
             assert read_answer(caller)[0] == 200
             time.sleep(0.02)
     assert live.metric(name) == before
@@ -449,7 +449,7 @@ def test_quick_requests_one_after_the_other_keep_their_connection(
 def test_an_answer_that_nobody_reads_ends_the_connection(live: Live, impatient: None) -> None:
     name = 'modelops_connections_closed_total{reason="read"}'
     before = live.metric(name)
-    asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    asked = b"GET /openapi.json HTTP/1.1\r\nHost: 127.1\r\n\r\n"
     with socket.socket() as caller:
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         caller.connect(("127.0.0.1", live.port))
@@ -461,13 +461,13 @@ def test_an_answer_that_nobody_reads_ends_the_connection(live: Live, impatient: 
 
 
 def test_a_slow_reader_gets_all_of_it(live: Live, impatient: None) -> None:
-    asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 150
+    asked = b"GET /openapi.json HTTP/1.1\r\nHost: 127.1\r\n\r\n" * 150
     size, name = 0, 'modelops_connections_closed_total{reason="read"}'
     before = live.metric(name)
     with socket.socket() as caller:
         caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         caller.connect(("127.0.0.1", live.port))
-        caller.sendall(asked + b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        caller.sendall(asked + b"GET /livez HTTP/1.1\r\nHost: 127.1\r\nConnection: close\r\n\r\n")
         while piece := caller.recv(65536):
             size += len(piece)
             tail = piece
@@ -483,7 +483,7 @@ def test_one_connection_too_many_is_closed_and_counted(live: Live, impatient: No
     with contextlib.ExitStack() as stack:
         callers = [stack.enter_context(live.connect()) for _ in range(30)]
         until(lambda: live.metric(name) == before + 10)
-        callers[0].sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        callers[0].sendall(b"GET /livez HTTP/1.1\r\nHost: 127.1\r\n\r\n")
         assert read_answer(callers[0])[0] == 200, "those that were in stay in"
     until(live.works)
 
@@ -536,7 +536,7 @@ def test_a_hung_network_turns_livez_red_and_leaves_no_client_waiting(
                 assert (status, json.loads(answer)["error"]["code"]) == (503, "deadline_exceeded")
                 assert int(headers["retry-after"]) >= 1
         node.settings = replace(node.settings, stalled_s=0.5)
-        livez = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+        livez = b"GET /livez HTTP/1.1\r\nHost: 127.1\r\n\r\n"
         assert live.raw(livez)[0] == 503
         ready = live.raw(livez.replace(b"livez", b"readyz"))
         assert ready[0] == 503 and b"the engine does not answer" in ready[2]

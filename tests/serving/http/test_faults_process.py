@@ -39,7 +39,7 @@ from modelops.serving.deploy.launch import (
 )
 
 PATH = "/v1/images/generations"
-HEAD = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: 127.1\r\nContent-Type: application/json\r\n".encode()
 FAST = {"OMP_NUM_THREADS": "1", "MODELOPS_PROFILE_S": "0"}
 
 
@@ -161,7 +161,7 @@ def raw(server: RunningServer, data: bytes) -> bytes:
 
 
 def test_what_bentoml_passes_on_is_refused_in_openais_shape(server: RunningServer) -> None:
-    end = b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    end = b" HTTP/1.1\r\nHost: 127.1\r\n\r\n"
     for data, status, code in (
         (b"GET http://elsewhere.example/v1/models" + end, b"404", b"not_found"),
         (b"OPTIONS *" + end, b"404", b"not_found"),
@@ -177,7 +177,7 @@ def test_what_bentoml_passes_on_is_refused_in_openais_shape(server: RunningServe
         assert answer.split()[1] == status and code in answer, data[:60]
     websocket = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     key = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    answer = raw(server, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n" + websocket + key)
+    answer = raw(server, b"GET /v1/models HTTP/1.1\r\nHost: 127.1\r\n" + websocket + key)
     assert answer.split()[1] in (b"403", b"200", b"404"), "no websockets here"
     assert metric(server.url, 'modelops_errors_total{code="internal_error"}') == 0
 
@@ -192,7 +192,7 @@ def test_a_thousand_connections_keep_nobody_out_and_are_closed(server: RunningSe
     worker = worker_of(server)
     before = worker.num_fds(), worker.num_threads()
     states = (b"", HEAD[:40], HEAD + b"Content-Length: 500\r\n\r\n{",
-              b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /")  # fmt: skip
+              b"GET /livez HTTP/1.1\r\nHost: 127.1\r\n\r\nGET /")  # fmt: skip
     with contextlib.ExitStack() as stack:
         callers = []
         for index in range(1_000):

@@ -165,7 +165,7 @@ def test_a_body_without_length_is_bounded_too(server: RunningServer) -> None:
     port = int(server.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as caller:
         caller.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\n"
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.1\r\n"
             b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
         for _ in range(9):
@@ -192,7 +192,8 @@ def test_a_client_that_hangs_up_stops_its_work(server: RunningServer) -> None:
     body = b'{"prompt": "sun", "steps": 200}'
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as caller:
         caller.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.1\r\n"
+            b"Content-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         wait_until(lambda: metric(server, "modelops_running_requests") >= 1)
@@ -225,7 +226,8 @@ def test_a_stream_comes_through_and_hanging_up_on_it_stops_its_work(
     body = b'{"prompt": "sun", "steps": 200, "stream": true}'
     with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as caller:
         caller.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.1\r\n"
+            b"Content-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         wait_until(lambda: metric(server, "modelops_running_requests") >= 1)

@@ -356,7 +356,7 @@ def test_clients_hang_up(lab: Lab) -> None:
     def hang_up() -> None:
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall(
-                b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\n"
+                b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.1\r\n"
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
                 % (len(body), body)
             )
