@@ -241,18 +241,20 @@ def test_what_sample_left_says_which_image_is_of_which_prompt(tmp_path: Path) ->
         {"prompt": "sun", "file": "0001-0.png"}, {"prompt": "sun", "file": "0001-1.png"},
         {"prompt": "sun", "file": None, "failure": "no"},
     ]  # fmt: skip
+    folder = tmp_path / "made"
+    folder.mkdir()
     for shade, name in enumerate(
         ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png", "grid.png"]
     ):
-        (tmp_path / name).write_bytes(png((shade, 0, 0)))
-    (tmp_path / "samples.json").write_text(json.dumps({"images": listed, "grid": "grid.png"}))
-    source = FolderSource(tmp_path)
+        (folder / name).write_bytes(png((shade, 0, 0)))
+    (folder / "samples.json").write_text(json.dumps({"images": listed, "grid": "grid.png"}))
+    source = FolderSource(folder)
     assert shades(source) == [0, 1, 2, 3]
     assert source.prompts == ["red heart", "red heart", "sun", "sun"]
     out = tmp_path / "out.json"
     settings = EvaluationSettings(safety="none")
     record = evaluate(source, settings, out_path=out)
-    assert record.metrics["diversity_lite0"].value is not None  # two of one prompt
+    assert "fewer than three prompts" in (record.metrics["diversity_lite0"].not_measured or "")
     rows = json.loads((tmp_path / "out/per_image.json").read_text())
     assert [(row["file"], row["prompt"]) for row in rows] == [
         (item["file"], item["prompt"]) for item in listed[:4]
@@ -262,9 +264,9 @@ def test_what_sample_left_says_which_image_is_of_which_prompt(tmp_path: Path) ->
         evaluate(
             source, replace(settings, prompts_file=tmp_path / "p.txt"), out_path=tmp_path / "x.json"
         )
-    (tmp_path / "0001-0.png").unlink()
+    (folder / "0001-0.png").unlink()
     with pytest.raises(UsageError, match=r"names 0001-0\.png, which is not there"):
-        FolderSource(tmp_path)
+        FolderSource(folder)
 
 
 def test_images_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def test_a_client_that_hangs_up_stops_its_work(client: Client) -> None:
     body = json.dumps({"prompt": "sun", "steps": 200}).encode()
     with socket.create_connection(("127.0.0.1", int(client.url.rsplit(":", 1)[1]))) as caller:
         caller.sendall(
-            b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.1\r\n"
+            b"Content-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         wait_until(lambda: client.node.engine.running == 1)

@@ -19,6 +19,7 @@ from modelops.base.files import sha256_tree, write_json
 from modelops.records.evaluation import EvaluationRecord, SourceInfo
 from modelops.records.release import ReleaseRecord
 from modelops.serving.engine.jobs import StepReport
+from modelops.serving.failures import EngineError, NodeError
 from modelops.serving.telemetry.metrics import (
     CODES,
     FAULT_CODES,
@@ -62,7 +63,8 @@ def test_no_input_makes_a_series() -> None:
 
 def test_every_code_that_the_sources_raise_is_known() -> None:
     """An ApiError with a code of its own would be counted as `other` and escape its alert."""
-    found = set()
+    found = {NodeError.code, *(kind.code for kind in NodeError.__subclasses__())}
+    found |= {kind.code for kind in EngineError.__subclasses__()}
     for path in Path(modelops.serving.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ApiError":

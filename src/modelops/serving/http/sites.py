@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from modelops.base.errors import UsageError
 from modelops.serving.api import ApiError
+from modelops.serving.http.access import is_loopback
 from modelops.serving.http.answers import error_response
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class SiteRules:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             access: Any = self.application.state.access
-            if not access.keys.required and not access.insecure:
+            server = scope.get("server")  # an open address is refused for want of keys, see access
+            here = is_loopback(server[0] if server else None)
+            if here and not access.keys.required and not access.insecure:
                 refusal = _refusal(dict(scope["headers"]), self.origins)
                 if refusal is not None:
                     await error_response(self.application, refusal)(scope, receive, send)
