@@ -116,7 +116,7 @@ def test_openvino_as_with_avx2_alone_saturates_with_eight_bits_only(int8: Int8, 
     assert not eight.passed
     assert eight.error > 1.8 * eight.bound / SAME_ERROR  # that of exact sums
     assert seven.passed
-    assert seven.error == pytest.approx(seven.bound / SAME_ERROR, rel=1e-3)
+    assert seven.error == pytest.approx(seven.bound / SAME_ERROR, rel=1e-2)
 
 
 @openvino
