@@ -75,7 +75,9 @@ def _git_state() -> tuple[str | None, bool | None]:
         top = _git(here, "rev-parse", "--show-toplevel")
         if Path(top).resolve() not in here.parents or not (Path(top) / "src/modelops").is_dir():
             return None, None
-        return _git(here, "rev-parse", "HEAD"), bool(_git(here, "status", "--porcelain"))
+        # A demo that somebody runs in the checkout is no change of the code.
+        changes = _git(Path(top), "status", "--porcelain", "--", "src", "trainer", "pyproject.toml")
+        return _git(here, "rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
