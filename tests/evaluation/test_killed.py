@@ -81,7 +81,7 @@ def test_a_process_group_killed_midway_and_resumed_gives_the_same_record(
     run(command)
     assert images(out) == images(undisturbed) and len(images(out)) == IMAGES
     assert numbers(out) == numbers(undisturbed)
-    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not list(tmp_path.rglob(".*.modelops-tmp"))
 
 
 # The command, and a note of which process wrote which image.
@@ -89,13 +89,13 @@ _WITNESS = """
 import os, sys
 from pathlib import Path
 from modelops.cli.main import main
-from modelops.evaluation import samples
-write = samples.write_bytes
+from modelops.evaluation.workers import making
+write = making.write_bytes
 def witness(path, data):
     write(path, data)
     if path.suffix == ".png":
         Path(__file__).with_name("rank-" + os.environ["RANK"]).joinpath(path.name).touch()
-samples.write_bytes = witness
+making.write_bytes = witness
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -134,7 +134,7 @@ def test_a_command_that_is_killed_leaves_no_worker_and_goes_on(
         assert (tmp_path / out).is_file()
     assert digests(tmp_path / "ranks" / "samples") == digests(tmp_path / "whole" / "samples")
     assert len(digests(tmp_path / "parts" / "samples")) == 6
-    assert not list((tmp_path / "parts").rglob(".*.tmp"))
+    assert not list((tmp_path / "parts").rglob(".*.modelops-tmp"))
 
 
 def test_endpoints_are_not_divided_and_launchers_are_recognised(
