@@ -69,6 +69,12 @@ def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
         ImageRequest(prompt="x", seed=0, guidance=guidance)
 
 
+def test_guidance_has_decimals_that_every_reader_keeps() -> None:
+    request = ImageRequest(prompt="x", seed=0, guidance=7.9338529193622715)  # a 503, once
+    assert request.guidance == 7.933853
+    assert ImageRequest(prompt="x", seed=0, guidance=4).guidance == 4.0
+
+
 def test_guidance_0_and_1_are_both_off(tiny_checkpoint: Path) -> None:
     source = open_checkpoint(tiny_checkpoint)
     off, one, on = (

@@ -12,6 +12,7 @@ from modelops.base.errors import UsageError
 
 Image = npt.NDArray[np.uint8]
 GUIDANCE_OFF = 1.0
+GUIDANCE_DECIMALS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,8 @@ class ImageRequest:
         seed: of the starting noise, in [0, 2**53).
         steps: network evaluations along the trajectory; None takes the source's default.
         guidance: classifier-free guidance scale; None takes the source's default. 0 and 1 are both
-            "off", whatever a pipeline makes of 0, and 0 is kept as 1.
+            "off", whatever a pipeline makes of 0, and 0 is kept as 1. It has six decimals: more do
+            not come back unchanged from every reader of JSON, C2PA's among them.
         height, width: pixels; None takes the source's training resolution.
         negative_prompt: what to guide away from.
 
@@ -44,5 +46,5 @@ class ImageRequest:
             return
         if not 0 <= self.guidance < math.inf:
             raise UsageError(f"guidance {self.guidance:g}: 0 or 1 is off, more guides; not below 0")
-        if self.guidance == 0:
-            object.__setattr__(self, "guidance", GUIDANCE_OFF)
+        kept = round(float(self.guidance), GUIDANCE_DECIMALS)
+        object.__setattr__(self, "guidance", kept or GUIDANCE_OFF)
