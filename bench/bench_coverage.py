@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, skewnorm
+from scipy.stats import binom, binomtest, skewnorm
 
 from modelops.base.files import write_json
 from modelops.data.corpora.openmoji import build_corpus
@@ -49,7 +49,7 @@ from modelops.metrics.frechet import (
     frechet_infinity,
     frechet_interval,
 )
-from modelops.metrics.intervals import Interval, bootstrap_mean, clopper_pearson, wilson
+from modelops.metrics.intervals import Interval, bootstrap_mean, clopper_pearson
 from modelops.metrics.kernel import kernel_distance
 from modelops.metrics.paired import PairedDifference, paired_mean, paired_rate
 from modelops.metrics.paired_sets import paired_frechet, paired_kernel
@@ -62,6 +62,12 @@ KINDS = ("fid", "infinity", "kid", "score", "rate", "paired")
 Floats = npt.NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Floats]
 Made = Interval | PairedDifference
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Score interval of a rate (Wilson, 1927), by scipy; for comparison."""
+    made = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return Interval(successes / n, float(made.low), float(made.high), "Wilson")
 
 
 @dataclass(frozen=True)
