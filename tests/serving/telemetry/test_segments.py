@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import disks
@@ -15,8 +18,12 @@ from modelops.serving.telemetry.segments import LONGEST, SEGMENTS, SegmentLog
 LEAST = SEGMENTS * LONGEST
 
 
-def open_segments(folder: Path, max_bytes: int = LEAST) -> SegmentLog:
-    return SegmentLog(folder, prefix="x-", max_bytes=max_bytes, what="lines")
+YEAR_NS = 365 * 86400 * 10**9
+NOW_NS = 1_900_000_000 * 10**9
+
+
+def open_segments(folder: Path, max_bytes: int = LEAST, **options: Any) -> SegmentLog:
+    return SegmentLog(folder, prefix="x-", max_bytes=max_bytes, what="lines", **options)
 
 
 def size(folder: Path) -> int:
@@ -88,3 +95,60 @@ def test_an_outage_counts_what_was_lost(caplog: pytest.LogCaptureFixture) -> Non
         "pears can be written again (4 more were lost)",
     ]
     assert outage.failing
+
+
+def lines_of(folder: Path) -> list[int]:
+    files = folder.glob("x-*.jsonl")
+    return [int(line) for file in files for line in file.read_bytes().split()]
+
+
+def set_back() -> Iterator[int]:
+    yield from (NOW_NS + YEAR_NS + number for number in range(10))
+    yield from (NOW_NS + number for number in range(10**6))
+
+
+def ahead_for_a_moment() -> Iterator[int]:
+    yield from (NOW_NS + number + YEAR_NS * (5 <= number < 8) for number in range(10**6))
+
+
+def in_1970() -> Iterator[int]:
+    yield from (NOW_NS + number for number in range(10))
+    yield from (number for number in range(10**6))
+
+
+def still() -> Iterator[int]:
+    yield from (NOW_NS for _ in range(10**6))
+
+
+def without_order() -> Iterator[int]:
+    yield from (int(moment) for moment in np.random.default_rng(0).uniform(0, NOW_NS, 10**5))
+
+
+@pytest.mark.parametrize("moments", [set_back, ahead_for_a_moment, in_1970, still, without_order])
+@pytest.mark.parametrize("logs", [1, 3])
+def test_the_newest_lines_stay_whatever_the_clock_does(
+    tmp_path: Path, moments: Any, logs: int
+) -> None:
+    clock = moments()
+    made = [
+        open_segments(tmp_path, LEAST * logs, writers=logs, clock=lambda: next(clock))
+        for _ in range(logs)
+    ]
+    each = made[0].segment_bytes // 4 - 1
+    for number in range(250 * logs):
+        assert made[number % logs].write_line(str(number).encode().rjust(each))
+    kept = sorted(lines_of(tmp_path))
+    assert len(kept) >= 100 * logs
+    # The oldest file of each log may hold lines that are a little older than another's.
+    assert kept[4 * logs :] == list(range(250 * logs - len(kept) + 4 * logs, 250 * logs))
+
+
+def test_files_that_no_log_wrote_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    names = ["x-archive.jsonl", "x-20261399T000000-000000000-1.jsonl", "x-20260101T000000-1.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"1" * LEAST)
+    log = open_segments(tmp_path)
+    for _ in range(400):
+        assert log.write_line(b"2" * 999)
+    assert all((tmp_path / name).read_bytes() == b"1" * LEAST for name in names)
+    assert size(tmp_path) - len(names) * LEAST > 0.8 * LEAST

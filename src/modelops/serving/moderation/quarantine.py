@@ -15,8 +15,9 @@ import base64
 import io
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,9 +28,16 @@ from modelops import __version__
 from modelops.base.errors import ModelopsError
 from modelops.base.files import canonical_json, sha256_json, write_bytes
 from modelops.base.pixels import pixels_sha256
+from modelops.serving.moderation.clock import FolderClock
 from modelops.serving.moderation.encryption import encrypt_entry, hpke_suite, read_public_key
 from modelops.serving.moderation.entry import BlockedPicture, BlockedRequest, BlockingFilter, Entry
-from modelops.serving.moderation.store import SEALED, entry_name, make_private, tidy_folder
+from modelops.serving.moderation.store import (
+    SEALED,
+    entry_name,
+    make_private,
+    newest_written,
+    tidy_folder,
+)
 from modelops.serving.provenance.receipts import ReceiptRelease, text_digest, utc_now
 from modelops.serving.telemetry.outage import Outage
 
@@ -56,10 +64,12 @@ class Quarantine:
         folder: made, for its owner only, when it is missing.
         origin: release and runtime, see `seal.Origin`.
         max_bytes: of all entries together; the oldest are deleted first.
-        max_age_s: an entry is deleted when it is this old, whether or not requests come in.
+        max_age_s: an entry is deleted when it is this old by the folder's clock, whether or not
+            requests come in.
         texts: also keep prompts, and the words for which a prompt was blocked.
         reader: a reviewer's public key; entries are encrypted to it.
         registry: where the counter `modelops_quarantine_total` is registered.
+        wall: the machine's clock, in seconds since 1970.
 
     Raises:
         ModelopsError: the folder cannot be made or written to.
@@ -76,8 +86,10 @@ class Quarantine:
         texts: bool = False,
         reader: X25519PublicKey | None = None,
         registry: CollectorRegistry | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.folder = Path(folder)
+        self._clock = FolderClock(self.folder, lambda: newest_written(self.folder), wall)
         self._origin = origin
         self._max_bytes, self._max_age_s = max_bytes, max_age_s
         self._texts, self._reader = texts, reader
@@ -218,8 +230,9 @@ class Quarantine:
             if len(data) > self._max_bytes:  # others are not deleted for it
                 raise ModelopsError(f"an entry of {len(data)} bytes is over the bound")
             with self._lock:
-                self._tidy(len(data))
-                write_bytes(self.folder / entry_name(entry.id, suffix), data, private=True)
+                now = self._tidy(len(data))
+                name = entry_name(self.folder, entry.id, suffix, now)
+                write_bytes(self.folder / name, data, private=True)
         except Exception as error:  # whatever it is, the request stays blocked
             self._counter.labels("failed").inc()
             # Another's text may quote the prompt.
@@ -239,13 +252,15 @@ class Quarantine:
             except Exception as error:  # a folder that comes back later has entries to be deleted
                 log.warning("quarantine: old entries cannot be deleted now: %s", error)
 
-    def _tidy(self, room: int = 0) -> None:
-        """Delete what is too old, and the oldest entries until `room` bytes fit."""
+    def _tidy(self, room: int = 0) -> float:
+        """Delete what is too old, and the oldest until `room` bytes fit; return the time."""
+        now = self._clock.now()
         expired, displaced = tidy_folder(
-            self.folder, max_age_s=self._max_age_s, max_bytes=self._max_bytes - room
+            self.folder, max_age_s=self._max_age_s, max_bytes=self._max_bytes - room, now=now
         )
         self._counter.labels("expired").inc(expired)
         self._counter.labels("displaced").inc(displaced)
+        return now
 
 
 def open_quarantine(

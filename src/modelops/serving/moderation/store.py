@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import calendar
 import contextlib
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.base.files import check_writable, is_leftover
 from modelops.serving.moderation.encryption import decrypt_entry
 from modelops.serving.moderation.entry import Entry
+from modelops.serving.telemetry.stamps import next_stamp, stamp_to_ns
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -53,17 +53,27 @@ def list_files(folder: str | Path) -> list[EntryFile]:
         raise UsageError(f"{folder}: {error.strerror or error}") from error
 
 
-def tidy_folder(folder: Path, *, max_age_s: float, max_bytes: int | None = None) -> tuple[int, int]:
+def tidy_folder(
+    folder: Path, *, max_age_s: float, max_bytes: int | None = None, now: float | None = None
+) -> tuple[int, int]:
     """Delete entries over the bounds, oldest first; return (number too old, number for room).
 
     A page built from entries is deleted with the first of them, as it holds their images. A page
     that was finished after its last entry was deleted is deleted now.
 
+    Args:
+        max_age_s: seconds; an entry that is as old is deleted.
+        max_bytes: of all entries together; None deletes none for room.
+        now: seconds since 1970 (a FolderClock's); the machine's clock, or the newest entry's time
+            if that is later, when not given.
+
     Raises:
         UsageError: there is no such folder, or it cannot be read.
         OSError: an entry cannot be deleted.
     """
-    files, now = list_files(folder), time.time()
+    files = list_files(folder)
+    if now is None:
+        now = max(time.time(), files[-1].written if files else 0.0)
     old = [file for file in files if now - file.written >= max_age_s]
     kept = files[len(old) :]
     total, over = sum(file.size for file in kept), []
@@ -141,20 +151,33 @@ def _delete(path: Path) -> bool:
     return True
 
 
-def entry_name(identity: str, suffix: str) -> str:
-    """Return the name of a new entry's file, which holds the time of writing."""
-    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
-    return f"{_NAME}{stamp}-{nanoseconds:09d}-{identity}{suffix}"
+def newest_written(folder: Path) -> float | None:
+    """Return the newest entry's time in seconds since 1970; None in an empty folder."""
+    return max((file.written for file in _entry_files(folder)), default=None)
+
+
+def entry_name(folder: Path, identity: str, suffix: str, now: float) -> str:
+    """Return the name of a new entry's file: it holds the time of writing, and sorts last.
+
+    Args:
+        now: seconds since 1970.
+    """
+    stamp = next_stamp(int(now * 1e9), (_stamp(path) for path in folder.glob(f"{_NAME}*")))
+    return f"{_NAME}{stamp}-{identity}{suffix}"
+
+
+def _stamp(path: Path) -> str:
+    return path.stem.removeprefix(_NAME).rpartition("-")[0]
 
 
 def _entry_files(folder: Path) -> Iterator[EntryFile]:
     for path in folder.iterdir():
-        parts = path.stem.split("-")
-        if len(parts) != 4 or f"{parts[0]}-" != _NAME or path.suffix not in (".json", SEALED):
+        if not path.name.startswith(_NAME):
+            continue
+        written, identity = stamp_to_ns(_stamp(path)), path.stem.rpartition("-")[2]
+        if written is None or path.suffix not in (".json", SEALED):
             continue
         with contextlib.suppress(ValueError, FileNotFoundError):  # not ours, or just deleted
+            bytes.fromhex(identity)
             # By the name: copying a folder does not make its entries young again.
-            written = calendar.timegm(time.strptime(parts[1], "%Y%m%dT%H%M%S"))
-            bytes.fromhex(parts[3])
-            yield EntryFile(path, parts[3], written + int(parts[2]) / 1e9, path.stat().st_size)
+            yield EntryFile(path, identity, written / 1e9, path.stat().st_size)

@@ -2,7 +2,8 @@
 
 Each line is one write: a killed process loses none, a power cut may lose the last ones, and a full
 disk leaves no half line before the next. Every log writes its own files, so that several processes
-may share a folder; the oldest files are deleted first.
+may share a folder; the oldest files are deleted first. A new file's name sorts behind those that
+are there, so that a clock that was set back makes no new line the oldest.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter
 
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.serving.telemetry.outage import Outage
+from modelops.serving.telemetry.stamps import next_stamp, stamp_to_ns
 
 SEGMENTS = 32  # a full folder loses a 32nd of its oldest lines at once
 LONGEST = 8192  # bytes of a usual line, at most; a file is to hold one
@@ -30,11 +33,12 @@ class SegmentLog:
 
     Args:
         folder: made when it is missing.
-        prefix: of the files' names; those of other prefixes are left alone.
-        max_bytes: of all files with that prefix together. A line longer than a file may exceed it.
+        prefix: of the files' names; files that no log of this prefix wrote are left alone.
+        max_bytes: of all these files together. A line longer than a file may exceed it.
         what: name of the content, for messages.
         writers: processes that share the folder; each may fill the files it writes.
         counter: labelled `result`, written or failed.
+        clock: nanoseconds since 1970, for the files' names.
 
     Raises:
         UsageError: the limit is too small.
@@ -43,7 +47,7 @@ class SegmentLog:
 
     def __init__(
         self, folder: str | Path, *, prefix: str, max_bytes: int, what: str, writers: int = 1,
-        counter: Counter | None = None,
+        counter: Counter | None = None, clock: Callable[[], int] = time.time_ns,
     ) -> None:  # fmt: skip
         if max_bytes < SEGMENTS * LONGEST * writers:
             raise UsageError(
@@ -59,6 +63,7 @@ class SegmentLog:
         self._written = 0
         self._outage = Outage(what)
         self._counter = counter
+        self._clock = clock
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             # No file before there is a line: a node that is started over and over would fill the
@@ -117,11 +122,12 @@ class SegmentLog:
 
     def _open(self) -> None:
         self._make_room()
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
-        path = self.folder / f"{self._prefix}{stamp}-{nanoseconds:09d}-{os.getpid()}.jsonl"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.open(path, flags, 0o600)
+        while self._file is None:
+            stamp = next_stamp(self._clock(), (stamp for stamp, _ in self._files()))
+            path = self.folder / f"{self._prefix}{stamp}-{os.getpid()}.jsonl"
+            with contextlib.suppress(FileExistsError):  # another log of this process took the name
+                self._file = os.open(path, flags, 0o600)
         self._written = 0
 
     def _close(self) -> None:
@@ -130,11 +136,18 @@ class SegmentLog:
                 os.close(self._file)
         self._file = None
 
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """Yield (stamp, path) of the files that logs of this prefix wrote."""
+        for path in self.folder.glob(f"{self._prefix}*.jsonl"):
+            stamp, _, process = path.stem.removeprefix(self._prefix).rpartition("-")
+            if process.isdigit() and stamp_to_ns(stamp) is not None:
+                yield stamp, path
+
     def _make_room(self) -> None:
         """Delete the oldest files until there is room for all open ones when they are full."""
         needed = LOGS * self._writers * self.segment_bytes
         sizes = {}
-        for path in sorted(self.folder.glob(f"{self._prefix}*.jsonl")):
+        for _, path in sorted(self._files()):
             with contextlib.suppress(FileNotFoundError):
                 sizes[path] = path.stat().st_size
         total = sum(sizes.values())
