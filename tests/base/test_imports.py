@@ -49,8 +49,8 @@ FLOORS = {
     ),
     "export": (
         "timing", "graphs", "tensorrt", "onnx", "runtimes", "components",
-        "pictures", "calibration", "parity", "artifact", "source", "bench", "exporting", "int8",
-        "to_onnx", "to_int8", "to_tensorrt", "to_torchscript",
+        "pictures", "calibration", "parity", "artifact", "lora", "source", "bench", "exporting",
+        "int8", "to_onnx", "to_int8", "to_tensorrt", "to_torchscript",
     ),
     "evaluation": (
         "grids", "lit", "per_image", "prompts", "reference", "settings", "sources", "workers",

@@ -21,7 +21,8 @@ from modelops.export.artifact.directory import GRAPH, read_artifact
 from modelops.export.artifact.open import open_artifact
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import Stages
-from modelops.export.source import Lora, load_source
+from modelops.export.lora import Lora
+from modelops.export.source import load_source
 from modelops.export.to_int8 import Int8Options, export_int8
 from modelops.models.pipelines.signatures import Fields, Signature, rebuild, template_of
 from modelops.models.request import ImageRequest

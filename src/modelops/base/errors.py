@@ -110,3 +110,9 @@ class GateUndecidedError(ModelopsError):
 
 class ImageBlockedError(EvaluationError):
     """A service's own safety filter refused the prompt or the image."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says anything, or the error's type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)

@@ -11,7 +11,7 @@ from modelops.cli import output
 from modelops.cli.options import PATH, dry_run_option
 
 if TYPE_CHECKING:
-    from modelops.export.source import Lora
+    from modelops.export.lora import Lora
     from modelops.records.export import ArtifactRecord
 
 # Which formats an option is for; given with another one it is refused, not ignored.
@@ -107,7 +107,7 @@ def _size(
     default=1.0,
     show_default=True,
     metavar="X",
-    help="Factor of a fused LoRA.",
+    help="Factor of the LoRA, fused or kept.",
 )
 @click.option(
     "--prompts",
@@ -290,6 +290,8 @@ def _check_scopes(ctx: click.Context, target: str) -> None:
             raise click.UsageError(
                 f"{parameter.opts[0]} is for --to {' and '.join(formats)}, not {target}"
             )
+        if asked and parameter.name in ("lora_mode", "lora_scale") and not ctx.params["lora_path"]:
+            raise click.UsageError(f"{parameter.opts[0]} says how to add a LoRA: give --lora too")
 
 
 def _run(
@@ -346,7 +348,7 @@ def _run(
 def _lora(options: dict[str, Any]) -> Lora | None:
     if options["lora_path"] is None:
         return None
-    from modelops.export.source import Lora
+    from modelops.export.lora import Lora
 
     return Lora(
         options["lora_path"], fused=options["lora_mode"] == "fused", scale=options["lora_scale"]

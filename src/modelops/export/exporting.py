@@ -24,6 +24,7 @@ from modelops.export.calibration import (
 )
 from modelops.export.components import Component
 from modelops.export.graphs.graph import Graph
+from modelops.export.lora import Lora
 from modelops.export.parity import (
     Bounds,
     component_parity,
@@ -31,7 +32,7 @@ from modelops.export.parity import (
     image_parity,
 )
 from modelops.export.runtimes.probe import PROBE_ROWS, write_probe
-from modelops.export.source import ExportSource, Lora
+from modelops.export.source import ExportSource
 from modelops.models.pipelines.watch import OMITTED
 from modelops.records.base import InputRef
 from modelops.records.export import ExportedComponent, ParityCheck

@@ -37,13 +37,14 @@ from modelops.export.exporting import (
     prove,
 )
 from modelops.export.graphs.graph import PRECISIONS, RuntimeName, available_runtimes
+from modelops.export.lora import Lora
 from modelops.export.onnx.writer import FixedAxesError, write_graph
 from modelops.export.parity import (
     BOUNDS,
     require_parity,
 )
 from modelops.export.runtimes.open import open_graph
-from modelops.export.source import Lora, both_sides, load_source
+from modelops.export.source import both_sides, load_source
 from modelops.records.export import ArtifactRecord
 
 MAX_OPSET = 20  # from 21 on, S8S8 MatMul + Add can fail when a session is created

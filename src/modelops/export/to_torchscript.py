@@ -29,13 +29,14 @@ from modelops.export.exporting import (
     config_of,
     prove,
 )
+from modelops.export.lora import Lora
 from modelops.export.parity import BOUNDS, component_parity, require_parity
 from modelops.export.runtimes.torchscript import (
     TorchGraph,
     write_exported_program,
     write_torchscript,
 )
-from modelops.export.source import Lora, both_sides, load_source
+from modelops.export.source import both_sides, load_source
 from modelops.records.export import ArtifactRecord, ExportedComponent
 
 SCRIPT, PROGRAM = "model.pt", "model.pt2"  # `directory.VARIANTS` names the second
