@@ -16,6 +16,7 @@ from modelops.data.dedup import clean_manifest, deduplicate, parse_kinds
 from modelops.data.embeddings import CACHE, Lite0Encoder, embed_manifest
 from modelops.data.images import read_image, resize_image
 from modelops.data.manifest import Sample, read_manifest, write_manifest
+from modelops.data.split import read_splits, split_manifest
 from modelops.records.data import DedupReport
 from modelops.records.read import read_record
 
@@ -78,6 +79,51 @@ def test_bytes_pixels_and_near_copies_are_told_apart(tmp_path: Path, add_picture
         kinds=parse_kinds("bytes,pixels,embedding"),
     )  # fmt: skip
     assert kept == 6
+
+
+def test_drawings_that_differ_in_transparency_are_no_duplicates(
+    tmp_path: Path, add_picture: Add
+) -> None:
+    """White shapes on nothing are equal on white: no kind of duplicate, even for near-duplicates;
+    the same image with and without a full opacity is one, and a split keeps what training sees as
+    one image together."""
+
+    def drawing(box: tuple[int, int, int, int], ink: tuple[int, ...] = (255,) * 4) -> bytes:
+        image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+        image.paste(ink, box)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    full = Image.fromarray(picture(3))
+    full.putalpha(255)
+    buffer = io.BytesIO()
+    full.save(buffer, "PNG")
+    rows = [
+        add_picture("left", data=drawing((0, 0, 8, 16))),
+        add_picture("right", data=drawing((8, 0, 16, 16))),
+        add_picture("right_again", data=drawing((8, 0, 16, 16))),
+        add_picture("blank", data=png(np.full((16, 16, 3), 255, np.uint8))),
+        add_picture("colour", data=png(picture(3)), tags=("a",)),
+        add_picture("opaque", data=buffer.getvalue()),
+        *(add_picture(f"other{seed}", data=png(picture(seed))) for seed in range(5, 9)),
+    ]
+    path = write_manifest(tmp_path / "manifest.parquet", rows)
+    report = deduplicate(path, tmp_path / "dedup_report.json", encoder=Thumbnails())
+    assert report.removable == ["opaque", "right"]
+    assert not [cluster for cluster in report.clusters if cluster.kind == "embedding"]
+    assert ["left", "right", "right_again", "blank"] in report.components
+    assert any("4 images are equal to another on white" in line for line in report.warnings)
+    kept, _ = clean_manifest(
+        path, tmp_path / "dedup_report.json", tmp_path / "cleaned.csv",
+        kinds=parse_kinds("bytes,pixels,embedding"),
+    )  # fmt: skip
+    assert kept == len(rows) - 2
+    again = deduplicate(path, tmp_path / "again.json", encoder=Thumbnails())  # from the cache
+    assert again.clusters == report.clusters
+    split_manifest(path, tmp_path / "again.json", tmp_path, seed=0, encoder=Thumbnails())
+    splits = read_splits(tmp_path / "splits.parquet")
+    assert len({splits[name] for name in ("left", "right", "right_again", "blank")}) == 1
 
 
 def test_bad_pictures_are_quarantined_with_a_reason(tmp_path: Path, add_picture: Add) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -13,7 +14,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from modelops.base.errors import ImageError
-from modelops.data.images import decode_image, encode_png, read_image, resize_image
+from modelops.data.images import (
+    decode_image,
+    decode_layers,
+    encode_png,
+    read_image,
+    resize_image,
+)
 
 GREY = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
 COLOUR = np.stack([GREY, GREY[::-1], GREY.T], axis=2)
@@ -148,13 +155,15 @@ def exif_block(**values: Any) -> bytes:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_pixels_are_turned_as_pillow_turns_them(orientation: int, kind: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, exif=exif_block(t0112=orientation))
     found = decode_image(buffer.getvalue(), f"a.{kind.lower()}")
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
+    expected = Image.open(io.BytesIO(buffer.getvalue()))
+    if kind != "TIFF":  # Pillow turns those while it loads them
+        expected = ImageOps.exif_transpose(expected)
     assert np.array_equal(found, np.asarray(expected.convert("RGB")))
 
 
@@ -168,7 +177,7 @@ def test_a_phones_photograph_of_several_frames_is_its_first() -> None:
     assert found[6, 8, 0] > 200 and found[6, 8, 2] < 60
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_no_exif_makes_an_intact_image_damaged(kind: str) -> None:
     """Bytes that are no EXIF, and thousands of mutations of bytes that are."""
     pixels = np.full((8, 8, 3), 90, np.uint8)
@@ -185,3 +194,84 @@ def test_no_exif_makes_an_intact_image_damaged(kind: str) -> None:
         Image.fromarray(pixels).save(buffer, kind, exif=block)
         found = decode_image(buffer.getvalue(), f"a.{kind.lower()}")
         assert found.shape == (8, 8, 3) and abs(int(found.mean()) - 90) <= 2
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_odd_metadata_of_a_tiff_never_escapes(compression: str) -> None:
+    """A TIFF's tags are an EXIF: 1,000 with one more tag of any kind, and 500 with bytes changed.
+
+    The first kind leaves what is needed to decode as it was: the pixels must be read.
+    """
+    pixels = np.full((8, 8, 3), 90, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "TIFF", compression=compression)
+    data = buffer.getvalue()
+    start = struct.unpack_from("<I", data, 4)[0]
+    count = struct.unpack_from("<H", data, start)[0]
+    entries = data[start + 2 : start + 2 + 12 * count]
+    generator = np.random.default_rng(2)
+    known = [0x010F, 0x011A, 0x02BC, 0x8769, 0x8773, 0x8825, 0x927C, 0xA005, 0xC4A5]
+    for _ in range(1000):
+        tag, kind = generator.choice(known), generator.integers(0, 16)
+        number, value = generator.choice([0, 1, 2, 100, 2**32 - 1]), generator.integers(0, 300)
+        extra = struct.pack("<HHII", tag, kind, number, value)
+        table = struct.pack("<H", count + 1) + entries + extra + bytes(4)
+        odd = data[:4] + struct.pack("<I", len(data)) + data[8:] + table
+        assert np.array_equal(decode_image(odd, "a.tif"), pixels), extra
+    for _ in range(500):
+        broken = bytearray(data)
+        for place in generator.integers(start, start + 2 + 12 * count, generator.integers(1, 5)):
+            broken[place] = generator.integers(0, 256)
+        with contextlib.suppress(ImageError):
+            decode_image(bytes(broken), "a.tif")
+
+
+def test_opacity_is_part_of_what_an_image_is() -> None:
+    """Equal on white is not the same image; a full opacity, hidden colours, and how a file says
+    what is transparent, are no differences."""
+    colour = Image.fromarray(COLOUR)
+    full = colour.copy()
+    full.putalpha(255)
+    assert identity(full) == identity(colour)
+    assert decode_layers(png_bytes(full), "a.png").on_black is None
+
+    drawings = [Image.new("RGBA", (8, 8), (0, 0, 0, 0)) for _ in range(2)]
+    drawings[0].paste((255, 255, 255, 255), (1, 1, 5, 5))
+    drawings[1].paste((255, 255, 255, 255), (2, 2, 7, 7))
+    layers = [decode_layers(png_bytes(drawing), "a.png") for drawing in drawings]
+    assert all((one.image == 255).all() for one in layers)
+    assert layers[0].identity != layers[1].identity
+    assert layers[0].on_black is not None and layers[0].on_black[2, 2, 0] == 255
+    assert layers[0].on_black[7, 7, 0] == 0
+
+    hidden = drawings[0].copy()
+    hidden.paste((90, 10, 200, 0), (6, 6, 8, 8))
+    assert identity(hidden) == layers[0].identity
+    faint = drawings[0].copy()
+    faint.paste((255, 255, 255, 254), (1, 1, 2, 2))
+    assert identity(faint) != layers[0].identity
+
+    grey = Image.new("LA", (8, 8), (0, 0))
+    grey.paste((255, 255), (1, 1, 5, 5))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([9, 9, 9, 255, 255, 255])
+    palette.paste(1, (1, 1, 5, 5))
+    assert identity(grey) == identity(palette, transparency=0) == layers[0].identity
+    assert identity(palette) != layers[0].identity
+
+
+def test_16_bits_that_8_cannot_hold_are_part_of_what_an_image_is() -> None:
+    """A scan that uses 12 of 16 bits is dark at 8: images of other values are other images."""
+    dark = Image.fromarray(GREY.astype(np.uint16))
+    darker = Image.fromarray((GREY // 2).astype(np.uint16))
+    assert (decode_image(png_bytes(dark), "a.png") <= 1).all()
+    assert identity(dark) != identity(darker)
+    assert identity(Image.fromarray(GREY.astype(np.uint16) * 257)) == identity(
+        Image.fromarray(GREY)
+    )
+    keyed = decode_layers(png_bytes(dark, transparency=int(GREY[0, 3])), "a.png")
+    assert (keyed.image[0, 3] == 255).all() and keyed.on_black is not None
+
+
+def identity(image: Image.Image, **options: object) -> str:
+    return decode_layers(png_bytes(image, **options), "a.png").identity

@@ -105,7 +105,7 @@ def test_a_file_fault_is_quarantined_not_raised(tmp_path: Path, add_picture: Add
     (tmp_path / "images/gone.png").unlink()
     manifest = read_manifest(write_manifest(tmp_path / "manifest.parquet", rows))
     assert [row.id for row in manifest.rows] == ["good"]
-    assert "no such file" in manifest.quarantined["gone"]
+    assert "No such file" in manifest.quarantined["gone"]
     assert "sha256" in manifest.quarantined["other"]
     assert "empty" in manifest.quarantined["empty"]
     assert "characters" in manifest.quarantined["wordy"]

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from modelops.base.seeding import numpy_generator
 from modelops.data.embeddings import Embeddings, Encoder
-from modelops.data.images import read_image
 from modelops.data.manifest import Manifest
 from modelops.data.neighbours import Pairs, normalize_rows
 from modelops.data.rates import count_to_rate
@@ -83,7 +82,7 @@ def calibrate_threshold(
     draws = numpy_generator(seed, "dedup calibration")
     wanted = min(SAMPLED, max(16, len(samples) // 4))
     taken = np.sort(draws.permutation(len(samples))[:wanted])
-    images = [read_image(manifest.image_path(samples[index])) for index in taken]
+    images = [manifest.read_image(samples[index]) for index in taken]
     results: dict[str, Measurement] = {}
     hits = 0
     for name, alter in ALTERATIONS.items():

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from modelops.base.files import sha256_bytes, write_bytes
 from modelops.base.seeding import numpy_generator
-from modelops.data.images import encode_png, read_image, resize_image
+from modelops.data.images import encode_png, resize_image
 from modelops.data.manifest import Manifest, Sample
 from modelops.data.neighbours import Pairs
 from modelops.records.base import InputRef
@@ -38,7 +38,7 @@ def write_candidate_sheet(
         left, top = number % COLUMNS * (2 * CELL + 24) + 6, number // COLUMNS * (CELL + 40) + 4
         couple = [samples[int(pairs.first[index])], samples[int(pairs.second[index])]]
         for side, sample in enumerate(couple):
-            image = resize_image(read_image(manifest.image_path(sample)), CELL)
+            image = resize_image(manifest.read_image(sample), CELL)
             sheet.paste(Image.fromarray(image), (left + side * (CELL + 4), top))
             place = (left + side * (CELL + 4), top + CELL + 14)
             draw.text(place, _shorten(sample.caption), fill="black", font=font)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import ImageError
-from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
 
 OnProgress = Callable[[int, int], None]  # (done, total)
@@ -31,7 +30,7 @@ def check_manifest(path: str | Path, *, on_progress: OnProgress | None = None) -
     sizes: Counter[str] = Counter()
     for done, sample in enumerate(manifest.rows, 1):
         try:
-            height, width, _ = read_image(manifest.image_path(sample)).shape
+            height, width, _ = manifest.read_image(sample).shape
         except ImageError as error:
             quarantined[sample.id] = error.message
         else:

@@ -1,8 +1,9 @@
 """Manifest to duplicate report: equal bytes, equal pixels, near neighbours of an image encoder.
 
 Two groupings come out, for two uses. *Clusters* are for deletion: each member is at or above the
-threshold to its keeper, so a chain of small steps never removes an unlike image. *Components* are
-for splitting: everything that is linked, directly or by a chain.
+threshold to its keeper, so a chain of small steps never removes an unlike image, and images that
+differ in transparency are unlike even where they agree on white. *Components* are for splitting:
+everything that is linked as training sees it, directly or by a chain.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def deduplicate(
     linked = all_pairs(unit, threshold=threshold) if complete else candidates
     exact = find_exact_clusters(embedded)
     copies = {name for cluster in exact for name in cluster.members}
-    near = _near_clusters(samples, linked, copies)
+    near = _near_clusters(samples, _alike_on_black(linked, embedded, threshold), copies)
     components = connected_components(len(samples), _with_exact(linked, exact, samples))
     report_file = Path(report_path)
     sheet = write_candidate_sheet(
@@ -100,6 +101,12 @@ def deduplicate(
     calibration, warnings = calibrate_threshold(
         manifest, embedded, unit, candidates, chosen, threshold=threshold, seed=seed
     )
+    if blended := _count_equal_on_white_only(embedded):
+        warnings.append(
+            f"{blended} images are equal to another on white, where training puts them, and differ "
+            "in transparency or depth only: they are no duplicates, but a model cannot tell them "
+            "apart; lay them on a background that shows them"
+        )
     if not complete:
         warnings.append(
             f"{len(samples)} images: components come from {neighbours} neighbours each, "
@@ -175,12 +182,12 @@ def require_same_manifest(manifest: Manifest, report: DedupReport, report_path: 
 
 
 def find_exact_clusters(embedded: Embeddings) -> list[DuplicateCluster]:
-    """Clusters of equal files, then of equal pixels in different files.
+    """Clusters of equal files, then of equal pixels and opacity in different files.
 
     The keeper says most about itself: most tags, then the longest caption, then the first id.
     """
     by_pixels: defaultdict[str, list[Sample]] = defaultdict(list)
-    for sample, digest in zip(embedded.samples, embedded.pixels, strict=True):
+    for sample, digest in zip(embedded.samples, embedded.identities, strict=True):
         by_pixels[digest].append(sample)
     clusters = []
     for same in by_pixels.values():
@@ -204,6 +211,32 @@ def find_exact_clusters(embedded: Embeddings) -> list[DuplicateCluster]:
                     )
                 )
     return sorted(clusters, key=lambda cluster: (cluster.kind, cluster.keeper))
+
+
+def _count_equal_on_white_only(embedded: Embeddings) -> int:
+    """Count images that equal another one on white but are not the same image."""
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
+    for white, identity in zip(embedded.pixels, embedded.identities, strict=True):
+        kinds[white].add(identity)
+    return sum(len(kinds[white]) > 1 for white in embedded.pixels)
+
+
+def _alike_on_black(linked: Pairs, embedded: Embeddings, threshold: float) -> Pairs:
+    """Return the pairs whose images are also alike on black; opaque ones look the same there."""
+    black = embedded.on_black
+    if not black:
+        return linked
+    keep = np.ones(len(linked), bool)
+    cosine = linked.cosine.copy()
+    for place, (one, two) in enumerate(
+        zip(linked.first.tolist(), linked.second.tolist(), strict=True)
+    ):
+        if one in black or two in black:
+            rows = [black.get(index, embedded.features[index]) for index in (one, two)]
+            first, second = normalize_rows(np.stack(rows)).astype(np.float64)
+            cosine[place] = min(cosine[place], float(first @ second))
+            keep[place] = cosine[place] >= threshold
+    return Pairs(linked.first[keep], linked.second[keep], cosine[keep])
 
 
 def _compare_captions(samples: Sequence[Sample]) -> str:

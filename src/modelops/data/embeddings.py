@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from modelops.base.errors import ImageError, UsageError
 from modelops.base.files import atomic_path, read_json, sha256_json, write_json
 from modelops.base.pixels import pixels_sha256
-from modelops.data.images import read_image
+from modelops.data.images import decode_layers
 from modelops.data.manifest import Manifest, Sample
 
 CHUNK = 256  # samples
@@ -70,14 +70,33 @@ class Embeddings:
     Attributes:
         samples: the readable samples, in manifest order.
         features: float32 [N, D], as the encoder gave them (not normalised).
-        pixels: sha256 of each decoded image (shape and bytes).
+        pixels: sha256 of each decoded image on white (shape and bytes), as training reads it.
+        identities: digest of all that can be seen of each image, its opacity included.
+        on_black: {index: float32 [D]} of the images that are not opaque, laid on black.
         faults: {id: reason} of the samples that cannot be decoded.
     """
 
     samples: list[Sample]
     features: npt.NDArray[np.float32]
     pixels: list[str]
+    identities: list[str]
+    on_black: dict[int, npt.NDArray[np.float32]]
     faults: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Embeddings of a chunk by row: rows with a fault have zeros and empty digests.
+
+    `on_black` is float32 [T, D], of the rows `not_opaque`.
+    """
+
+    features: npt.NDArray[np.float32]
+    on_black: npt.NDArray[np.float32]
+    pixels: list[str]
+    identities: list[str]
+    not_opaque: list[int]
+    faults: dict[int, str]
 
 
 def embed_manifest(
@@ -95,70 +114,81 @@ def embed_manifest(
     """
     chosen = encoder or Lite0Encoder()
     cache = manifest.root / CACHE / f"{chosen.name}-{chosen.weights_sha256[:12]}"
-    samples: list[Sample] = []
+    found = Embeddings([], np.zeros((0, chosen.dim), np.float32), [], [], {}, {})
     features: list[npt.NDArray[np.float32]] = []
-    pixels: list[str] = []
-    faults: dict[str, str] = {}
     total = len(manifest.rows)
     for start in range(0, total, CHUNK):
-        chunk = manifest.rows[start : start + CHUNK]
-        matrix, digests, reasons = _embed_chunk(manifest, chunk, chosen, cache)
-        usable = [index for index in range(len(chunk)) if index not in reasons]
-        samples += [chunk[index] for index in usable]
-        pixels += [digests[index] for index in usable]
-        features.append(matrix[usable])
-        faults |= {chunk[index].id: reason for index, reason in reasons.items()}
+        rows = manifest.rows[start : start + CHUNK]
+        chunk = _embed_chunk(manifest, rows, chosen, cache)
+        black = dict(zip(chunk.not_opaque, chunk.on_black, strict=True))
+        for index, row in enumerate(rows):
+            if index in chunk.faults:
+                found.faults[row.id] = chunk.faults[index]
+                continue
+            if index in black:
+                found.on_black[len(found.samples)] = black[index]
+            found.samples.append(row)
+            found.pixels.append(chunk.pixels[index])
+            found.identities.append(chunk.identities[index])
+            features.append(chunk.features[index])
         if on_progress:
-            on_progress(start + len(chunk), total)
-    joined = np.concatenate(features) if features else np.zeros((0, chosen.dim), np.float32)
-    return Embeddings(samples, joined, pixels, faults)
+            on_progress(start + len(rows), total)
+    return replace(found, features=np.stack(features)) if features else found
 
 
-def _embed_chunk(
-    manifest: Manifest, chunk: list[Sample], encoder: Encoder, cache: Path
-) -> tuple[npt.NDArray[np.float32], list[str], dict[int, str]]:
-    """(features [N, D] with zero rows for faults, pixel digests, {index: fault}) of one chunk."""
-    key = sha256_json([[s.sha256, Path(s.filepath).suffix.lower()] for s in chunk])[:32]
+def _embed_chunk(manifest: Manifest, rows: list[Sample], encoder: Encoder, cache: Path) -> _Chunk:
+    """Embed one chunk, or read it from the cache."""
+    key = sha256_json([2, [[s.sha256, Path(s.filepath).suffix.lower()] for s in rows]])[:32]
     matrix_path, notes_path = cache / f"{key}.npy", cache / f"{key}.json"
-    cached = _read_cached(matrix_path, notes_path, len(chunk), encoder.dim)
+    cached = _read_cached(matrix_path, notes_path, len(rows), encoder.dim)
     if cached is not None:
         return cached
-    digests = [""] * len(chunk)
+    pixels, identities = [""] * len(rows), [""] * len(rows)
     faults: dict[int, str] = {}
+    black: dict[int, Image] = {}
 
     def readable() -> Iterator[Image]:
-        for index, sample in enumerate(chunk):
+        for index, sample in enumerate(rows):
             try:
-                image = read_image(manifest.image_path(sample))
+                name = Path(sample.filepath).name
+                layers = decode_layers(manifest.read_bytes(sample), name)
             except ImageError as error:
                 faults[index] = error.message
                 continue
-            digests[index] = pixels_sha256(image)
-            yield image
+            pixels[index], identities[index] = pixels_sha256(layers.image), layers.identity
+            if layers.on_black is not None:
+                black[index] = layers.on_black
+            yield layers.image
 
     found = encoder.encode(readable())
-    matrix = np.zeros((len(chunk), encoder.dim), np.float32)
-    matrix[[index for index in range(len(chunk)) if index not in faults]] = found
+    features = np.zeros((len(rows), encoder.dim), np.float32)
+    features[[index for index in range(len(rows)) if index not in faults]] = found
+    on_black = np.zeros((0, encoder.dim), np.float32)
+    if black:
+        on_black = encoder.encode(iter(black.values()))
+    chunk = _Chunk(features, on_black, pixels, identities, list(black), faults)
     with atomic_path(matrix_path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, matrix, allow_pickle=False)
-    write_json(
-        notes_path, {"pixels": digests, "faults": {str(k): v for k, v in faults.items()}}
-    )  # last: a chunk counts as cached when its notes are there
-    return matrix, digests, faults
+        np.save(handle, np.concatenate([features, on_black]), allow_pickle=False)
+    notes = {
+        "pixels": pixels, "identities": identities, "not_opaque": chunk.not_opaque,
+        "faults": {str(k): v for k, v in faults.items()},
+    }  # fmt: skip
+    write_json(notes_path, notes)  # last: a chunk counts as cached when its notes are there
+    return chunk
 
 
-def _read_cached(
-    matrix_path: Path, notes_path: Path, count: int, dim: int
-) -> tuple[npt.NDArray[np.float32], list[str], dict[int, str]] | None:
+def _read_cached(matrix_path: Path, notes_path: Path, count: int, dim: int) -> _Chunk | None:
     """A cached chunk, or None if it is not there or not whole."""
     if not (matrix_path.is_file() and notes_path.is_file()):
         return None
     try:
         matrix = np.load(matrix_path, allow_pickle=False)
         notes = read_json(notes_path)
-        digests, faults = list(notes["pixels"]), {int(k): v for k, v in notes["faults"].items()}
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        chunk = _Chunk(
+            matrix[:count], matrix[count:], list(notes["pixels"]), list(notes["identities"]),
+            list(notes["not_opaque"]), {int(k): v for k, v in notes["faults"].items()},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError, UsageError):
         return None
-    if matrix.shape != (count, dim) or matrix.dtype != np.float32 or len(digests) != count:
-        return None
-    return matrix, digests, faults
+    whole = matrix.shape == (count + len(chunk.not_opaque), dim) and matrix.dtype == np.float32
+    return chunk if whole and len(chunk.pixels) == len(chunk.identities) == count else None

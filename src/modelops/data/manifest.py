@@ -17,19 +17,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from modelops.base.errors import ManifestError, UsageError
+import numpy as np
+import numpy.typing as npt
+
+from modelops.base.errors import ImageError, ManifestError, UsageError
 from modelops.base.files import atomic_path, safe_join, sha256_bytes, sha256_file, write_text
+from modelops.data.images import decode_image, read_image_bytes
 
 COLUMNS = (
     "id", "filepath", "caption", "license", "source", "sha256", "nsfw_flag", "tags",
     "date_collected",
 )  # fmt: skip
 MAX_CAPTION = 4096  # characters; a longer one is a paste accident, not a caption
-MAX_ID = 200  # ids become names inside shards
+MAX_ID = 240  # bytes: ids become names inside shards, and ID.json is a file's name once unpacked
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_ID = re.compile(r"[^\s/\\.][^\s/\\.]*")  # WebDataset splits a member's name at its first dot
+_ID = re.compile(r"[^\s/\\.\x00-\x1f\x7f-\x9f]+")  # WebDataset splits names at the first dot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,34 @@ class Manifest:
     def image_path(self, sample: Sample) -> Path:
         """Return the path of a sample's image."""
         return self.root / sample.filepath
+
+    def read_bytes(self, sample: Sample) -> bytes:
+        """Read a sample's image file; the bytes are those that the row promises.
+
+        Raises:
+            ImageError: the file is missing, empty, unreadable, or another one than the row's.
+        """
+        try:
+            data = read_image_bytes(self.image_path(sample))
+        except ImageError as error:
+            reason = error.message.removeprefix(f"{self.image_path(sample)}: ")
+            raise ImageError(f"{sample.filepath}: {reason}") from error
+        if not data:
+            raise ImageError(f"{sample.filepath}: the file is empty")
+        found = sha256_bytes(data)
+        if found != sample.sha256:
+            raise ImageError(
+                f"{sample.filepath}: sha256 is {found[:12]}, the manifest says {sample.sha256[:12]}"
+            )
+        return data
+
+    def read_image(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        """Read a sample's image as uint8 [H, W, 3]; see `modelops.data.images.read_image`.
+
+        Raises:
+            ImageError: it cannot be decoded, or its bytes are not those that the row promises.
+        """
+        return decode_image(self.read_bytes(sample), Path(sample.filepath).name)
 
 
 def read_manifest(
@@ -122,9 +154,10 @@ def read_manifest(
         raise ManifestError(f"{source}: {faults[0]}{more}", hint="correct the row and run again")
     if not samples and not quarantined:
         raise ManifestError(f"{source}: the manifest has no rows", hint="add at least one sample")
+    manifest = Manifest(source, source.parent, digest, samples, quarantined)
     if check_files:
-        samples = _check_files(samples, source.parent, quarantined, on_progress)
-    return Manifest(source, source.parent, digest, samples, quarantined)
+        _check_files(manifest, on_progress)
+    return manifest
 
 
 def write_manifest(path: str | Path, rows: Iterable[Sample]) -> Path:
@@ -230,9 +263,10 @@ def _record_to_sample(record: Mapping[str, Any], root: Path) -> Sample:
     for column in ("filepath", "caption", "license", "sha256"):
         if not cells[column]:
             raise ValueError(f"id {name!r} has no {column}")
-    if len(name) > MAX_ID or not _ID.fullmatch(name):
+    if len(name.encode("utf-8")) > MAX_ID or not _ID.fullmatch(name):
         raise ValueError(
-            f"id {name[:40]!r} must have no space, slash or dot, at most {MAX_ID} long"
+            f"id {name[:40]!r} must have no space, slash or dot, no control character, and at "
+            f"most {MAX_ID} bytes"
         )
     try:
         path = safe_join(root, cells["filepath"])
@@ -283,34 +317,16 @@ def _cell_to_text(column: str, value: Any) -> str:
     return text
 
 
-def _check_files(
-    samples: list[Sample],
-    root: Path,
-    quarantined: dict[str, str],
-    on_progress: OnProgress | None,
-) -> list[Sample]:
-    """The samples whose file has the promised bytes; the others go into `quarantined`."""
+def _check_files(manifest: Manifest, on_progress: OnProgress | None) -> None:
+    """Move the rows whose file has not the promised bytes into quarantine."""
     usable = []
-    for done, sample in enumerate(samples, 1):
-        reason = _file_fault(root / sample.filepath, sample.sha256)
-        if reason:
-            quarantined[sample.id] = f"{sample.filepath}: {reason}"
+    for done, sample in enumerate(manifest.rows, 1):
+        try:
+            manifest.read_bytes(sample)
+        except ImageError as error:
+            manifest.quarantined[sample.id] = error.message
         else:
             usable.append(sample)
         if on_progress:
-            on_progress(done, len(samples))
-    return usable
-
-
-def _file_fault(path: Path, digest: str) -> str | None:
-    """Return the reason why a file cannot be used, or None."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return "no such file"
-    except OSError as error:
-        return error.strerror or str(error)
-    if not data:
-        return "the file is empty"
-    found = sha256_bytes(data)
-    return None if found == digest else f"sha256 is {found[:12]}, the manifest says {digest[:12]}"
+            on_progress(done, len(manifest.rows))
+    manifest.rows[:] = usable

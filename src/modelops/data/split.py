@@ -77,7 +77,7 @@ def split_manifest(
     samples = [embedded.samples[index] for index in usable]
     unit_vectors = normalize_rows(embedded.features[usable])
     pairs = all_pairs(unit_vectors, threshold=report.threshold)
-    same = _same_picture_pairs(samples, report)
+    same = _same_pixels([embedded.pixels[index] for index in usable])
     units = build_units([sample.group for sample in samples], pairs, same, fractions=fractions)
     assigned = deal_units(units, fractions, seed=seed)
     where = np.array([assigned[unit] for unit in units.unit_of])
@@ -179,16 +179,11 @@ def _count_leaks(
     return int((nearest >= threshold).sum()), len(nearest), round(float(nearest.max()), 6)
 
 
-def _same_picture_pairs(samples: Sequence[Sample], report: DedupReport) -> list[tuple[int, int]]:
-    """Pairs of indices that show the same image: never to be separated."""
-    place = {sample.id: index for index, sample in enumerate(samples)}
-    return [
-        (place[cluster.keeper], place[member])
-        for cluster in report.clusters
-        if cluster.kind != "embedding"
-        for member in cluster.members
-        if cluster.keeper in place and member in place
-    ]
+def _same_pixels(digests: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of indices whose images are equal as training reads them: never to be separated."""
+    first_of: dict[str, int] = {}
+    pairs = [(first_of.setdefault(digest, index), index) for index, digest in enumerate(digests)]
+    return [(first, second) for first, second in pairs if first != second]
 
 
 def _write_splits(
