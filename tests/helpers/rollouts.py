@@ -8,10 +8,9 @@ import io
 import json
 import shutil
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from modelops.serving.http.app import create_app
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.rollout.rollout import Rollout, open_rollout
 from modelops.serving.settings import NodeSettings
+from waiting import wait_until
 
 EVERY = ("stable", "next", "twin", "golden", "torn")
 
@@ -203,13 +203,6 @@ def live(
         server.should_exit = True
         thread.join(20)
         rollout.close(drain=False, timeout_s=10)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "did not happen"
-        time.sleep(0.02)
 
 
 def pixels(answer: Any) -> np.ndarray[Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from live_node import LiveNode, http
 from modelops.safety.image import ImageVerdict
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
+from waiting import wait_until
 
 
 class Filter:
@@ -32,7 +32,7 @@ class Filter:
         self.held.wait(30)
         if self.raises:
             raise RuntimeError("told to")
-        return [ImageVerdict(score=0.5, blocked=self.blocks) for _ in images]
+        return [ImageVerdict(float(image.mean()) / 510, self.blocks) for image in images]
 
 
 class Gate:
@@ -121,11 +121,3 @@ def cleared(stage: Stage) -> Iterator[Stage]:
     stage.filter.held.set()
     stage.gate.open()
     wait_until(lambda: stage.node.engine.running == 0)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(1500):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("did not happen")

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from modelops.base.errors import ImageError, MissingWeightsError, ModelopsError, UsageError
-from modelops.base.files import read_text, sha256_bytes, sha256_file, sha256_tree
+from modelops.base.files import read_text, sha256_bytes, sha256_file
+from modelops.base.private import private_copy
 from modelops.models.devices import open_device
 from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
 from modelops.models.request import Image, ImageRequest
@@ -180,56 +182,91 @@ class PipelineSource(ModelSource):
 def load_checkpoint(
     path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Load a diffusers directory (or hub id) as a pipeline.
+    """Load a diffusers directory (or hub id) as a pipeline; see `load_with_digest`."""
+    return load_with_digest(path, device=device, dtype=dtype)[0]
 
-    A directory's custom code is never run. If it has exactly the bytes of this package's pipeline,
-    or of an earlier release of it, this package's pipeline is run.
+
+def load_with_digest(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    sha256: str | None = None,
+    store: Path | None = None,
+) -> tuple[Any, str | None]:
+    """Load a diffusers directory (or hub id) as a pipeline: (it, digest of what was loaded).
+
+    A directory is loaded from a private copy, and the digest is the copy's: later changes of the
+    directory change neither. Its custom code is never run. If it has exactly the bytes of this
+    package's pipeline, or of an earlier release of it, this package's pipeline is run.
+
+    Args:
+        path: a directory with model_index.json, or a hub id, whose digest is None.
+        device: of torch.
+        dtype: of the weights.
+        sha256: digest that a directory must have, without its training state.
+        store: see `private_copy`.
 
     Raises:
         UsageError: there is no such device, the directory is not diffusers', or it has custom code
             that is not modelops'.
+        IntegrityError: the digest is another, or there is a symbolic link.
         MissingWeightsError: a hub id is neither cached nor available.
     """
+    where, directory = open_device(device), Path(path)
+    if not directory.exists():
+        return _load_diffusers(path, dtype).to(where), None
+    if not (directory / "model_index.json").is_file():
+        raise UsageError(
+            f"{path}: not a diffusers checkpoint (no model_index.json)",
+            hint="name a directory such as runs/pilot/checkpoints/step-1000",
+        )
+    copying = private_copy(directory, exclude=[TRAINING_STATE], sha256=sha256, store=store)
+    with copying as copy:
+        load = _load_pixel_flow if _is_own(copy.path) else _load_diffusers
+        pipeline = load(copy.path, dtype).to(where)
+        pipeline.register_to_config(_name_or_path=str(path))
+        copy.keep_for(pipeline)
+        return pipeline, copy.sha256
+
+
+def _is_own(directory: Path) -> bool:
+    """Return whether a directory's code is this package's.
+
+    Raises:
+        UsageError: it has other code.
+    """
+    code = directory / "pipeline.py"
+    if not code.exists():
+        return False
+    if sha256_file(code) not in (*EARLIER_PIPELINES, sha256_bytes(pipeline_code())):
+        raise UsageError(
+            f"{code}: custom code that this modelops did not write is not run",
+            hint="load it yourself with diffusers and trust_remote_code=True",
+        )
+    return True
+
+
+def _load_diffusers(path: str | Path, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    directory, where = Path(path), open_device(device)
-    trusted = False
-    if directory.exists():
-        if not (directory / "model_index.json").is_file():
-            raise UsageError(
-                f"{path}: not a diffusers checkpoint (no model_index.json)",
-                hint="name a directory such as runs/pilot/checkpoints/step-1000",
-            )
-        code = directory / "pipeline.py"
-        if code.exists():
-            if sha256_file(code) not in (*EARLIER_PIPELINES, sha256_bytes(pipeline_code())):
-                raise UsageError(
-                    f"{code}: custom code that this modelops did not write is not run",
-                    hint="load it yourself with diffusers and trust_remote_code=True",
-                )
-            trusted = True
-    pipeline: Any
-    if trusted:
-        pipeline = _load_pixel_flow(directory, dtype)
-    else:
-        logging.set_verbosity_error()  # the error is reported once, below
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if not directory.exists():
-                raise MissingWeightsError(
-                    f"{path}: not in the local Hugging Face cache, and the hub did not give it",
-                    hint="give a local diffusers directory, or check the id and the network",
-                ) from error
-            raise UsageError(
-                f"{path}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}",
-                hint="give a complete diffusers directory",
+    logging.set_verbosity_error()  # the error is reported once, below
+    try:
+        return DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if not Path(path).exists():
+            raise MissingWeightsError(
+                f"{path}: not in the local Hugging Face cache, and the hub did not give it",
+                hint="give a local diffusers directory, or check the id and the network",
             ) from error
-    return pipeline.to(where)
+        raise UsageError(
+            f"{path}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}",
+            hint="give a complete diffusers directory",
+        ) from error
 
 
 def _load_pixel_flow(directory: Path, dtype: torch.dtype) -> Any:
@@ -254,7 +291,7 @@ def _load_pixel_flow(directory: Path, dtype: torch.dtype) -> Any:
             parts[name] = kind.from_pretrained(directory / name, local_files_only=True, **wanted)
         options = {name: value for name, value in index.items() if not name.startswith("_")}
         pipeline = PixelFlowPipeline(**parts, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"{directory}: cannot be loaded as a checkpoint: {said}",
@@ -271,10 +308,13 @@ def open_checkpoint(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
+    sha256: str | None = None,
+    store: Path | None = None,
 ) -> PipelineSource:
-    """A checkpoint directory or hub id as a model source."""
-    pipeline = load_checkpoint(path, device=device, dtype=dtype)
-    digest = sha256_tree(path, exclude=[TRAINING_STATE]) if Path(path).is_dir() else None
+    """Open a checkpoint directory or hub id as a model source; see `load_with_digest`."""
+    pipeline, digest = load_with_digest(
+        path, device=device, dtype=dtype, sha256=sha256, store=store
+    )
     info = SourceInfo(
         kind="checkpoint", uri=str(path), sha256=digest,
         runtime=f"torch-{device}", precision=str(dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ from typing import Any
 from modelops.base.errors import UsageError
 from modelops.export.graphs.graph import RUNTIMES
 
-_MAY_BE_ZERO = {"evaluate_every_days", "profile_s", "threads"}
+_MAY_BE_ZERO = {"evaluate_every_days", "golden_every_s", "profile_s", "threads"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "quarantine_prompts": ("digest", "text"),
     "quarantine_stages": ("images", "all"),
@@ -28,6 +28,8 @@ class NodeSettings:
         max_rows: rows of a forward pass (a guided request takes two).
         profile_s: seconds to spend at start-up on measuring which batch widths pay; 0 measures
             nothing and batches up to max_rows.
+        golden_every_s: seconds after which a check of readiness makes the golden image again; 0
+            makes it at the start only.
         queue_limit: requests that may wait for a place.
         deadline_s: seconds after which a request is dropped.
         filter_timeout_s: seconds a safety filter may take.
@@ -70,6 +72,7 @@ class NodeSettings:
 
     max_rows: int = 16
     profile_s: float = 5.0
+    golden_every_s: float = 600.0
     queue_limit: int = 64
     deadline_s: float = 120.0
     filter_timeout_s: float = 10.0

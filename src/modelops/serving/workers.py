@@ -21,24 +21,21 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.private import PrivateFolder
 
 WORKERS_VARIABLE = "MODELOPS_WORKERS"
 RUN_VARIABLE = "MODELOPS_RUN_DIRECTORY"  # set here for the workers, not by an operator
 MAX_WORKERS = 64
 _PREFIX = "modelops-run-"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_LOCK = "lock"
 _MAX_PATH = 103  # bytes of a Unix socket's path, with some to spare
-_FRESH_S = 60.0  # a run directory this young may not have its lock yet
-_held: list[int] = []  # locks on run directories, until this process ends
+_held: list[PrivateFolder] = []  # run directories, until this process ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +125,8 @@ def this_worker(number: int | None, environment: Mapping[str, str] = os.environ)
             f"{RUN_VARIABLE}={directory}: {count} workers have no directory in common",
             hint="start them with `modelops serve` or `bentoml serve`",
         )
-    with contextlib.suppress(FileNotFoundError):
-        _held.append(_lock(directory, fcntl.LOCK_SH))
+    with contextlib.suppress(OSError):
+        _held.append(PrivateFolder(directory))
     return Worker(index=((number or 1) - 1) % count + 1, count=count, directory=directory)
 
 
@@ -162,15 +159,9 @@ def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path 
     environment.pop(RUN_VARIABLE, None)
     if count == 1:
         return None
-    remove_abandoned()
-    try:
-        directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        _held.append(_lock(directory, fcntl.LOCK_SH, create=True))
-    except OSError as error:
-        raise ModelopsError(
-            f"{tempfile.gettempdir()}: no directory for the workers: {error.strerror or error}",
-            hint="set TMPDIR to a folder that can be written to",
-        ) from error
+    folder = PrivateFolder.make(_PREFIX)
+    _held.append(folder)
+    directory = folder.path
     atexit.register(_remove, directory, os.getpid())
     if len(os.fsencode(directory / f"{MAX_WORKERS}.sock")) > _MAX_PATH:
         raise UsageError(f"{directory}: too long for a socket", hint="set TMPDIR to a shorter path")
@@ -184,20 +175,6 @@ def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path 
     # several workers the others would go on without it for ever.
     environment.pop("BENTOML_CONTAINERIZED", None)
     return directory
-
-
-def remove_abandoned() -> None:
-    """Delete run directories of this user whose processes have all been killed."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            about = directory.lstat()
-            if about.st_uid != os.getuid() or time.time() - about.st_mtime < _FRESH_S:
-                continue
-            lock = _lock(directory, fcntl.LOCK_EX)  # a living process holds it
-            try:
-                shutil.rmtree(directory, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 @contextlib.contextmanager
@@ -228,17 +205,6 @@ class WorkerField(logging.Filter):
         if self._worker.count > 1:
             record.fields = {**getattr(record, "fields", {}), "worker": self._worker.index}
         return True
-
-
-def _lock(directory: Path, kind: int, *, create: bool = False) -> int:
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-    handle = os.open(directory / _LOCK, flags, 0o600)
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
 
 
 def _remove(directory: Path, process: int) -> None:

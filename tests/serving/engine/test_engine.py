@@ -19,6 +19,7 @@ from modelops.serving.engine.engine import StepEngine
 from modelops.serving.engine.jobs import StepReport
 from modelops.serving.engine.queue import MAX_OVERTAKEN
 from modelops.serving.failures import CancelledError, DeadlineError, EngineError, QueueFullError
+from waiting import wait_until
 
 MIXED = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),
@@ -69,14 +70,6 @@ def make(pipeline: Any) -> Iterator[Callable[..., StepEngine]]:
     yield make
     for engine in engines:
         engine.close(drain=False, timeout_s=10)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("did not happen")
 
 
 def test_image_is_the_pipelines_alone_and_in_company(

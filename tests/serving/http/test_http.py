@@ -14,7 +14,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from modelops.serving.deploy.launch import (
     serve_environment,
     start_server,
 )
+from waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,6 @@ def metric(server: RunningServer, name: str) -> float:
         if line.startswith(f"{name} "):
             return float(line.split()[-1])
     raise AssertionError(f"no metric {name}")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if condition():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("did not happen")
 
 
 def test_check_endpoint(server: RunningServer, tiny_release: Path) -> None:

@@ -23,7 +23,8 @@ from live_node import http
 from modelops.base.errors import UsageError
 from modelops.serving.http.page import build_page, page_from_environment
 from modelops.serving.settings import NodeSettings
-from stage import Stage, cleared, staged, wait_until
+from stage import Stage, cleared, staged
+from waiting import wait_until
 
 
 class Parsed(html.parser.HTMLParser):

@@ -29,7 +29,8 @@ from modelops.serving.http import streaming
 from modelops.serving.http.answers import MAX_BODY_BYTES
 from modelops.serving.provenance.manifests import read_mark
 from modelops.serving.settings import NodeSettings
-from stage import Stage, cleared, staged, wait_until
+from stage import Stage, cleared, staged
+from waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_a_filter_that_stops_a_partial_picture_ends_the_stream_and_the_work(
     wait_until(lambda: stage.node.engine.running == 0)
     assert stage.gate.evaluations - done <= 1
     assert stage.streams(outcome) == before + 1 and stage.live.metric(cancelled) > wasted
-    stage.node.filters.probe(stage.node._golden_pixels)
+    stage.node.filters.probe(stage.node._golden.pixels)
     assert stage.node.problems() == []
 
 

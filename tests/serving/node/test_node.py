@@ -10,7 +10,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from modelops.serving.http.app import create_app
 from modelops.serving.moderation.guard import FilterError, FilterGuard
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
+from waiting import wait_until
 
 
 class Client:
@@ -80,14 +80,6 @@ def http(node: InferenceNode) -> Iterator[Client]:
     finally:
         server.should_exit = True
         thread.join(20)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("did not happen")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +198,13 @@ class Hangs:
         return [ImageVerdict(0.0, False) for _ in images]
 
 
+class Constant:
+    """Calls every image safe."""
+
+    def check(self, images: Any) -> list[ImageVerdict]:
+        return [ImageVerdict(0.0, False) for _ in images]
+
+
 class Forgets:
     """Leaves an image out."""
 
@@ -219,7 +218,7 @@ def broken_weights(tmp_path: Path) -> Callable[[], Any]:
     return lambda: OpenNsfwFilter(weights=path)
 
 
-@pytest.mark.parametrize("fault", ["weights", "missing", "nan", "hang", "forget"])
+@pytest.mark.parametrize("fault", ["weights", "missing", "nan", "hang", "forget", "constant"])
 def test_a_broken_image_filter_gives_no_pixels(
     tiny_release: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -230,6 +229,7 @@ def test_a_broken_image_filter_gives_no_pixels(
         "nan": ScoresNaN,
         "hang": lambda: hanging,
         "forget": Forgets,
+        "constant": Constant,
     }[fault]
     settings = NodeSettings(filter_timeout_s=0.2)
     with node_with(tiny_release, settings=settings, image_filter=load) as client:

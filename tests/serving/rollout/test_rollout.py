@@ -31,7 +31,8 @@ from modelops.serving.rollout.client import exit_code, trial_exit_code
 from modelops.serving.rollout.routes import draw
 from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.settings import NodeSettings
-from rollouts import Load, build_releases, live, pixels, second_checkpoint, wait_until
+from rollouts import Load, build_releases, live, pixels, second_checkpoint
+from waiting import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,8 @@ from modelops.serving.rollout.active_release import (
     read_active_release,
     write_active_release,
 )
-from rollouts import Caller, build_releases, second_checkpoint, wait_until
+from rollouts import Caller, build_releases, second_checkpoint
+from waiting import wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -407,13 +407,12 @@ def test_engine_stands_still(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_golden_image_is_another(lab: Lab) -> None:
-    golden = lab.near.golden
     with lab.fault("ModelopsGoldenImageWrong"):
-        lab.near.golden, lab.near._golden_problem = None, "golden image: 80 grey levels off"
+        lab.near._golden.problem = "golden image: 80 grey levels off"
         try:
             lab.until("ModelopsGoldenImageWrong")
         finally:
-            lab.near.golden, lab.near._golden_problem = golden, None
+            lab.near._golden.problem = None
         lab.quiet()
 
 

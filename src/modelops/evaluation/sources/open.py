@@ -17,6 +17,8 @@ def open_source(
     device: str = "cpu",
     runtime: str = "auto",
     timeout_s: float = TIMEOUT_S,
+    sha256: str | None = None,
+    store: str | Path | None = None,
 ) -> ModelSource:
     """Open the model source that the user named.
 
@@ -27,17 +29,21 @@ def open_source(
         device: of torch, for a checkpoint.
         runtime: of an artifact: "auto", "onnxruntime" or "openvino".
         timeout_s: of an endpoint, for the answer to one request.
+        sha256: digest that a checkpoint or artifact must have.
+        store: folder in which several processes share one copy of it, see `private_copy`.
 
     Raises:
         UsageError: the address is none of these.
     """
     if uri.startswith(("http://", "https://")):
         return EndpointSource(uri, concurrency=min(batch_size, 4), timeout_s=timeout_s)
-    path = Path(uri)
+    path, shared = Path(uri), Path(store) if store else None
     if (path / "artifact.json").is_file():
         from modelops.export.artifact.open import open_artifact
 
-        return open_artifact(path, runtime=runtime, batch_size=batch_size)
+        return open_artifact(
+            path, runtime=runtime, batch_size=batch_size, sha256=sha256, store=shared
+        )
     if path.is_dir() and not (path / "model_index.json").is_file():
         if any(map(is_image, path.iterdir())):
             return FolderSource(path)
@@ -49,4 +55,4 @@ def open_source(
         raise UsageError(f"{uri}: no such directory", hint="name a checkpoint or artifact")
     from modelops.models.sources import open_checkpoint
 
-    return open_checkpoint(uri, device=device, batch_size=batch_size)
+    return open_checkpoint(uri, device=device, batch_size=batch_size, sha256=sha256, store=shared)

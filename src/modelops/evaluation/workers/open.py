@@ -34,8 +34,10 @@ def open_with_workers(
     if launched is None and processes == 1:
         return open_source(**opening), None
     workers: Workers
+    pool = None
     if launched is None:
-        local, workers = 0, WorkerPool(processes, opening)
+        local, workers = 0, (pool := WorkerPool(processes, opening))
+        opening = pool.opening
     elif processes > 1:
         raise UsageError(
             f"--processes {processes} within a launcher's {launched[1]} processes",
@@ -43,7 +45,13 @@ def open_with_workers(
         )
     else:
         local, workers = launched[2], LaunchedRanks(*launched)
-    source = open_source(**{**opening, "device": device_of(opening["device"], local)})
+    try:
+        source = open_source(**{**opening, "device": device_of(opening["device"], local)})
+    except BaseException:
+        workers.close()
+        raise
+    if pool is not None:
+        pool.opening["sha256"] = source.info.sha256
     if source.info.kind == "endpoint":
         source.close()
         raise UsageError(

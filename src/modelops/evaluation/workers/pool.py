@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from modelops.base.errors import ProcessDiedError, UsageError
+from modelops.base.private import PrivateFolder
 from modelops.evaluation.workers.tasks import (
     Failure,
     Job,
@@ -35,6 +36,10 @@ class WorkerPool:
     Args:
         opening: keyword arguments of `open_source`, with "uri", that open the source again. On
             device "cuda" each process takes the next GPU; see `device_of`.
+
+    Attributes:
+        opening: these, and where the processes share one copy of the model. Its "sha256" is the
+            model's digest, once that is known.
     """
 
     rank = 0
@@ -43,7 +48,8 @@ class WorkerPool:
     def __init__(self, processes: int, opening: Mapping[str, Any]) -> None:
         if processes < 2:
             raise UsageError(f"--processes {processes}: should be at least 2 here")
-        self.processes, self.opening = processes, dict(opening)
+        self._shared = PrivateFolder.make("modelops-run-")
+        self.processes, self.opening = processes, {**opening, "store": str(self._shared.path)}
         self._running: dict[int, _Worker] = {}
 
     def divide(self, find: Callable[[], list[Job]], report: OnOutcome) -> list[Job]:
@@ -79,6 +85,7 @@ class WorkerPool:
         for worker in self._running.values():
             worker.end()
         self._running.clear()
+        self._shared.close()
 
     def _worker(self, rank: int) -> _Worker:
         if rank not in self._running:

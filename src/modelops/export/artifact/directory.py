@@ -15,6 +15,7 @@ calibration.json             INT8 only: the range of every quantised tensor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,14 @@ def read_artifact(directory: str | Path) -> ArtifactRecord:
     return read_record(root / RECORD, ArtifactRecord)
 
 
-def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
+def verify_artifact(
+    directory: str | Path, digests: Mapping[str, str] | None = None
+) -> tuple[ArtifactRecord, str]:
     """Compare every file of an artifact with its digest in artifact.json.
+
+    Args:
+        directory: of the artifact.
+        digests: posix path of each file in it, to its sha256, if they are known.
 
     Returns:
         The record and the sha256 of the whole directory (as `files.sha256_tree` gives it).
@@ -72,7 +79,7 @@ def verify_artifact(directory: str | Path) -> tuple[ArtifactRecord, str]:
     promised |= {name: reference.sha256 for name, reference in record.files.items()}
     for name in promised:
         safe_join(root, name)
-    digests = {name: sha256_file(path) for name, path in tree_files(root).items()}
+    digests = digests or {name: sha256_file(path) for name, path in tree_files(root).items()}
     for name in sorted((set(digests) | set(promised)) - {RECORD}):
         if name not in digests:
             fault = "is missing"

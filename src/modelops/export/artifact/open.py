@@ -11,10 +11,12 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.base.files import read_json
+from modelops.base.private import PrivateCopy, private_copy
 from modelops.base.trust import require_trust
 from modelops.export.artifact.directory import (
     denoiser_of,
     graph_file,
+    read_artifact,
     read_signature,
     verify_artifact,
 )
@@ -38,8 +40,12 @@ def open_artifact(
     threads: int | None = None,
     precision: str = "auto",
     device_id: int = 0,
+    sha256: str | None = None,
+    store: Path | None = None,
 ) -> PipelineSource:
     """Open an artifact after comparing every file with its digest.
+
+    What is opened is a private copy: later changes of the directory change nothing.
 
     Nothing in an ONNX, INT8 or TensorRT artifact is executed. One of TorchScript or .pt2 programs
     is code; it is opened only for callers who trust it, see `base.trust`.
@@ -53,6 +59,8 @@ def open_artifact(
         precision: of the nodes that are not INT8: "float32", "bfloat16" (OpenVINO), or "auto", see
             `served_precision`.
         device_id: CUDA device, for a runtime that computes on one.
+        sha256: digest that the directory must have.
+        store: see `private_copy`.
 
     Returns:
         A source over the pipeline of the checkpoint's own class; its `info` names the runtime, the
@@ -72,19 +80,39 @@ def open_artifact(
         raise UsageError(
             f"unknown runtime {runtime!r}", hint=f"choose one of auto, {', '.join(RUNTIMES)}"
         )
-    record, digest = verify_artifact(directory)
-    if record.format == "torchscript":
-        require_trust(directory)
-    if runtime not in ("auto", *RUNTIMES_OF[record.format]):
-        raise UsageError(
-            f"{directory}: {runtime} does not run artifacts in {record.format}",
-            hint=f"--runtime {' or '.join(RUNTIMES_OF[record.format])}",
-        )
-    root = Path(directory)
     if runtime == "onnxruntime" and precision not in ("auto", "float32"):
         raise UsageError("onnxruntime computes as the graph says", hint="--runtime openvino")
+    read_artifact(directory)  # says what is wrong before anything is copied
+    with private_copy(directory, sha256=sha256, store=store) as copy:
+        source = _open_copy(
+            copy, str(directory), runtime=runtime, precision=precision, batch_size=batch_size,
+            threads=threads, device_id=device_id,
+        )  # fmt: skip
+        copy.keep_for(source.pipeline)
+    return source
+
+
+def _open_copy(
+    copy: PrivateCopy,
+    uri: str,
+    *,
+    runtime: str,
+    precision: str,
+    batch_size: int,
+    threads: int | None,
+    device_id: int,
+) -> PipelineSource:
     from modelops.export.artifact.choice import choose_runtime
 
+    root = copy.path
+    record, digest = verify_artifact(root, copy.files)
+    if record.format == "torchscript":
+        require_trust(root)
+    if runtime not in ("auto", *RUNTIMES_OF[record.format]):
+        raise UsageError(
+            f"{root}: {runtime} does not run artifacts in {record.format}",
+            hint=f"--runtime {' or '.join(RUNTIMES_OF[record.format])}",
+        )
     choice = choose_runtime(
         root, record, digest, runtime=runtime, precision=precision, threads=threads,
         device_id=device_id,
@@ -96,13 +124,11 @@ def open_artifact(
     denoiser = pipeline.components[denoiser_of(record).attribute]
     rest = precision if record.format == "int8" else record.precision
     info = SourceInfo(
-        kind="artifact",
-        uri=str(directory),
-        sha256=digest,
+        kind="artifact", uri=uri, sha256=digest,
         runtime=f"{chosen}-{denoiser.device.type}",
         precision=f"int8+{rest}" if record.format == "int8" else rest,
         details={"format": record.format, **choice.details},
-    )
+    )  # fmt: skip
     return PipelineSource(pipeline, info, batch_size=batch_size)
 
 

@@ -1,7 +1,13 @@
-"""Golden image: a node must make it again before it is ready."""
+"""Golden image: a node must make it again before it is ready, and goes on making it."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from modelops.base.errors import IntegrityError, ServingError
+from modelops.base.errors import IntegrityError, ModelopsError, ServingError
 from modelops.base.files import atomic_path, safe_join
 from modelops.base.pixels import pixels_sha256
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
+from modelops.serving.engine.jobs import EngineImage
+
+log = logging.getLogger("modelops.serving")
 
 GOLDEN_FILE, FALLBACK_FILE = "golden.png", "golden-fallback.png"
 DEFAULT_PROMPT = "red heart"
@@ -23,6 +32,69 @@ DEFAULT_SEED = 7
 # Mean absolute difference in grey levels that another processor's rounding may make. Another model,
 # broken weights or a wrong sampler are tens of levels away.
 MEAN_BOUND = 4.0
+
+
+class GoldenImage:
+    """Golden image of a node.
+
+    Args:
+        submit: queues a request in the engine that serves.
+        request: of the golden image.
+        check: compares the pixels of the start with the release's; see `check_golden`.
+
+    Attributes:
+        pixels: [H, W, 3] uint8 of the start; None until they are right.
+        check: difference of the start from the release.
+        problem: reason why the node is not ready, or None.
+    """
+
+    def __init__(
+        self,
+        submit: Callable[[ImageRequest], Future[EngineImage]],
+        request: ImageRequest,
+        check: Callable[[npt.NDArray[np.uint8]], GoldenCheck],
+    ) -> None:
+        self._submit, self._request, self._compare = submit, request, check
+        self.pixels: npt.NDArray[np.uint8] | None = None
+        self.check: GoldenCheck | None = None
+        self.problem: str | None = "the golden image has not been made yet"
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+
+    def make(self, timeout_s: float) -> None:
+        """Make it and compare it with the release's; a problem is noted and logged."""
+        try:
+            self.pixels = self._submit(self._request).result(timeout_s).pixels
+            self.check = self._compare(self.pixels)
+            self.problem = None
+            log.info("golden image: %s", self.check)
+        except (ModelopsError, TimeoutError) as error:
+            self.problem = f"golden image: {error}"
+            log.error(self.problem)
+        self._last = time.monotonic()
+
+    def make_again(self, every_s: float) -> None:
+        """Begin to make it again if the last time is `every_s` seconds ago; 0 never does.
+
+        It is compared with that of the start. A node that makes another image now stays unready.
+        """
+        with self._lock:
+            if self.problem or not every_s or time.monotonic() - self._last < every_s:
+                return
+            self._last = time.monotonic()
+        with contextlib.suppress(ServingError):  # a full queue: next time
+            self._submit(self._request).add_done_callback(self._made_again)
+
+    def _made_again(self, made: Future[EngineImage]) -> None:
+        if made.cancelled() or made.exception() is not None:
+            return  # a deadline or a shutdown; the engine answers for itself
+        assert self.pixels is not None
+        off = np.abs(made.result().pixels.astype(np.int16) - self.pixels).mean()
+        if off > MEAN_BOUND:
+            self.problem = (
+                f"golden image: {off:.1f} grey levels from that of the start; restart the node"
+            )
+            log.error(self.problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

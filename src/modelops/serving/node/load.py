@@ -10,7 +10,7 @@ from typing import Any
 
 from modelops.base.errors import NotReproducedError
 from modelops.export.graphs.graph import process_cores
-from modelops.models.sources import load_checkpoint
+from modelops.models.sources import load_with_digest
 from modelops.records.evaluation import SourceInfo
 from modelops.records.release import ReleaseRecord
 from modelops.serving.workers import Worker, one_at_a_time
@@ -54,7 +54,9 @@ def open_released(
     why = "asked for"
     if not fallback:
         try:
-            pipeline, source = open_model(release_dir / release.model, **how)
+            pipeline, source = open_model(
+                release_dir / release.model, sha256=release.model_sha256, **how
+            )
             return OpenedModel(pipeline, source, release.model_sha256)
         except NotReproducedError as error:
             if release.fallback is None or fallback is False:
@@ -64,7 +66,9 @@ def open_released(
         raise NotReproducedError(f"{release_dir}: the release carries no fallback")
     log.warning("serving the release's fallback: %s", why)
     how["runtime"] = "auto"  # the runtime asked for was meant for the model
-    pipeline, source = open_model(release_dir / release.fallback, **how)
+    pipeline, source = open_model(
+        release_dir / release.fallback, sha256=release.fallback_sha256, **how
+    )
     source = source.model_copy(update={"details": {**source.details, "fallback": why}})
     return OpenedModel(pipeline, source, release.fallback_sha256, why)
 
@@ -77,16 +81,22 @@ def open_model(
     batch_size: int = 16,
     threads: int = 0,
     worker: Worker | None = None,
+    sha256: str | None = None,
 ) -> tuple[Any, SourceInfo]:
     """Open an exported artifact or a checkpoint directory: (pipeline, its source with the runtime).
+
+    What is opened is a private copy, one for all workers of the node; later changes of the
+    directory change nothing.
 
     Args:
         device: of a checkpoint: "cpu", "cuda", "cuda:K" or "auto". An artifact's runtime chooses
             between processor and GPU itself; the GPU is K, or the worker's own.
         threads: CPU threads; 0 is all cores, divided by the workers.
         worker: this worker, if there are several. Not yet run with several GPUs.
+        sha256: digest that the directory must have.
 
     Raises:
+        IntegrityError: its digest is another.
         ModelopsError: the model cannot be opened.
     """
     import torch
@@ -103,11 +113,12 @@ def open_model(
         with one_at_a_time(worker, "runtime"):
             source = open_artifact(
                 directory, runtime=runtime, batch_size=batch_size, threads=share,
-                device_id=worker.cuda_number(device, visible),
+                device_id=worker.cuda_number(device, visible), sha256=sha256,
+                store=worker.directory,
             )  # fmt: skip
         return source.pipeline, source.info
     device = worker.torch_device(device, visible)
-    pipeline = load_checkpoint(directory, device=device)
+    pipeline, _ = load_with_digest(directory, device=device, sha256=sha256, store=worker.directory)
     pipeline.set_progress_bar_config(disable=True)
     info = SourceInfo(
         kind="checkpoint", uri=directory.name, runtime=f"torch-{device.split(':')[0]}",

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.errors import UsageError
 from modelops.base.files import sha256_file
 from modelops.base.seeding import MAX_SEED
 from modelops.models.request import ImageRequest
@@ -33,7 +33,12 @@ from modelops.serving.failures import (
 from modelops.serving.moderation.quarantine import open_quarantine
 from modelops.serving.node.answers import AnswerMaker, Ticket
 from modelops.serving.node.filters import NodeFilters
-from modelops.serving.node.golden import GoldenCheck, check_golden, golden_request
+from modelops.serving.node.golden import (
+    GoldenCheck,
+    GoldenImage,
+    check_golden,
+    golden_request,
+)
 from modelops.serving.node.load import open_released
 from modelops.serving.provenance.seal import Origin, Sealer
 from modelops.serving.settings import NodeSettings
@@ -137,9 +142,13 @@ class InferenceNode:
                 prompt="", seed=0, steps=stated.get("steps"), guidance=stated.get("guidance")
             )
         )
-        self.golden: GoldenCheck | None = None
-        self._golden_pixels: Any = None
-        self._golden_problem: str | None = "the golden image has not been made yet"
+        self._golden = GoldenImage(
+            lambda request: self.engine.submit([request])[0].future,
+            golden_request(stated),
+            lambda pixels: check_golden(
+                pixels, self.directory, stated, fallback=bool(self.opened.fallback)
+            ),
+        )
         self._closing = False
         self.metrics.watch(self)
 
@@ -150,22 +159,8 @@ class InferenceNode:
 
     def start(self) -> None:
         """Make the golden image and probe the filters; problems end in `readiness`."""
-        try:
-            job = self.engine.submit([golden_request(self.release.defaults)])[0]
-            image = job.future.result(self.settings.deadline_s)
-            self._golden_pixels = image.pixels
-            self.golden = check_golden(
-                image.pixels,
-                self.directory,
-                self.release.defaults,
-                fallback=bool(self.opened.fallback),
-            )
-            self._golden_problem = None
-            log.info("golden image: %s", self.golden)
-        except (ModelopsError, TimeoutError) as error:
-            self._golden_problem = f"golden image: {error}"
-            log.error(self._golden_problem)
-        self.filters.probe(self._golden_pixels)
+        self._golden.make(self.settings.deadline_s)
+        self.filters.probe(self._golden.pixels)
         log.info("node: %s", self.problems() or "ready")
 
     # --- health -----------------------------------------------------------------------------------
@@ -174,10 +169,24 @@ class InferenceNode:
         """True while the engine's thread works; if not, the process should be restarted."""
         return self.engine.alive and self.engine.stalled_for() < self.settings.stalled_s
 
+    @property
+    def golden(self) -> GoldenCheck | None:
+        """Difference of this start's golden image from the release's, once it is made."""
+        return self._golden.check
+
+    @property
+    def golden_ok(self) -> bool:
+        """True while the golden image is the released one."""
+        return self._golden.check is not None and self._golden.problem is None
+
     def readiness(self) -> list[str]:
-        """Return why the node is not ready; empty when it is. Red filters are probed again."""
+        """Return why the node is not ready; empty when it is.
+
+        Red filters are probed again, and the golden image is made again from time to time.
+        """
         if not self._closing:
-            self.filters.probe(self._golden_pixels, every_s=2.0)
+            self._golden.make_again(self.settings.golden_every_s)
+            self.filters.probe(self._golden.pixels, every_s=2.0)
         return self.problems()
 
     def problems(self) -> list[str]:
@@ -187,8 +196,8 @@ class InferenceNode:
             problems.append("shutting down")
         if not self.alive():
             problems.append("the engine does not answer")
-        if self._golden_problem:
-            problems.append(self._golden_problem)
+        if self._golden.problem:
+            problems.append(self._golden.problem)
         return problems + self.filters.problems()
 
     # --- requests ---------------------------------------------------------------------------------

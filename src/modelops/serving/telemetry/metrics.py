@@ -179,7 +179,7 @@ class NodeMetrics:
             self.running: lambda: node.engine.running,
             self.ready: lambda: not node.problems(),
             self.engine_alive: lambda: float(node.alive()),
-            self.golden_ok: lambda: node.golden is not None,
+            self.golden_ok: lambda: node.golden_ok,
             self._filter(self.filter_up, "prompt"): lambda: node.prompt_guard.reason is None,
             self._filter(self.filter_up, "image"): lambda: node.image_guard.reason is None,
         }
