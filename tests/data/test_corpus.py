@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelops.base.errors import UsageError
+from modelops.base.errors import InUseError, UsageError
 from modelops.base.files import sha256_tree, temporary_name
+from modelops.base.locks import output_lock
 from modelops.data.corpora import openmoji
 from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
@@ -138,6 +139,12 @@ def test_pictures_of_the_user_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holiday\.png"):
         openmoji.build_corpus(tmp_path, resolution=32, limit=20)
     assert (tmp_path / "images/holiday.png").read_bytes() == b"mine"
+
+
+def test_one_process_at_a_time_builds_a_corpus(tmp_path: Path) -> None:
+    with output_lock(tmp_path, inside=True), pytest.raises(InUseError, match="in use by process"):
+        openmoji.build_corpus(tmp_path, resolution=32, limit=20)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("options", [{"resolution": 4}, {"resolution": 32, "limit": 0}])

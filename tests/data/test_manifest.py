@@ -72,6 +72,8 @@ def test_the_guides_example_row(tmp_path: Path, add_picture: Add) -> None:
         ({"id": "a"}, "already that of line 2"),
         ({"id": "two words"}, "no space"),
         ({"id": "a.png"}, "no space, slash or dot"),
+        ({"id": "a\x1b[31m"}, "no control character"),
+        ({"id": "猫" * 81}, "at most 240 bytes"),
     ],
 )
 def test_a_faulty_row_is_named(

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import signal
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
-from modelops.base.errors import IntegrityError, UsageError
+from modelops.base.errors import IntegrityError, InUseError, UsageError
 from modelops.base.files import sha256_file, sha256_tree
+from modelops.base.locks import output_lock
 from modelops.data.images import read_image
-from modelops.data.manifest import read_manifest
+from modelops.data.manifest import Sample, read_manifest, write_manifest
 from modelops.data.shards import ShardDataset, read_shard_manifest, write_shards
 from modelops.data.smoke import smoke_test
 from modelops.data.split import SPLITS, read_splits
@@ -133,6 +139,103 @@ def test_writing_is_all_or_nothing(corpus: Path, split: Path, tmp_path: Path) ->
             resolution=32, samples_per_shard=20, on_progress=stop,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_changed_since_the_manifest_is_not_packed(
+    corpus: Path, split: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Replaced, missing or empty: refused by name before anything that was there is touched."""
+    shutil.copytree(corpus / "images", tmp_path / "images")
+    for name in ("manifest.parquet", "splits.parquet", "shard_manifest.csv"):
+        shutil.copy(corpus / name, tmp_path)
+    shutil.copytree(corpus / "shards", tmp_path / "shards")
+    rows = read_manifest(tmp_path / "manifest.parquet").rows
+    replaced, missing, empty = (tmp_path / row.filepath for row in rows[:3])
+    Image.fromarray(read_image(replaced)[::-1]).save(replaced)
+    missing.unlink()
+    empty.write_bytes(b"")
+    before = sha256_tree(tmp_path)
+    with pytest.raises(IntegrityError, match=f"3 of {len(rows)} rows cannot be packed") as caught:
+        write_shards(
+            tmp_path / "manifest.parquet", tmp_path / "splits.parquet", tmp_path, resolution=32
+        )
+    for row, said in zip(rows, ("the manifest says", "No such file", "is empty"), strict=False):
+        assert row.id in caught.value.message and said in caught.value.message
+    assert sha256_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 96,
+        "x" * 240,
+        "猫" * 80,
+        "Ж" * 100,
+        "عربى\u200cنص",
+        "a\u0301",
+        "#%&'()+,;=@[]^`{}~",
+        "-",
+        "🐈‍⬛",
+    ],
+)
+def test_one_rule_for_ids(tmp_path: Path, add_picture: Callable[..., Sample], name: str) -> None:
+    """Whatever id a manifest may have comes back from a shard, here and in webdataset."""
+    webdataset = pytest.importorskip("webdataset")
+    row = add_picture("0", id=name)
+    manifest = write_manifest(tmp_path / "manifest.csv", [row])
+    table = pa.table({"id": [name], "split": ["train"], "group": [name]})
+    pq.write_table(table, tmp_path / "splits.parquet")
+    path = write_shards(manifest, tmp_path / "splits.parquet", tmp_path, resolution=16)
+    assert ShardDataset(path, "train")[0].id == name
+    url = str(tmp_path / "shards/train-000000.tar")
+    (sample,) = webdataset.WebDataset([url], shardshuffle=False).decode("rgb8")
+    assert sample["__key__"] == name and sample["json"]["id"] == name
+    with tarfile.open(url) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    assert (tmp_path / "unpacked" / f"{name}.json").is_file()
+
+
+def test_a_tar_that_changes_while_it_is_read_is_noticed(copy: Path) -> None:
+    """The digest was of other bytes: replaced before the first read, and written to after it."""
+    dataset = ShardDataset(copy, "val")
+    path = dataset.shards[0]
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="changed since"):
+        dataset[0]
+    dataset = ShardDataset(copy, "val")
+    assert dataset[0].id
+    with path.open("r+b") as handle:
+        handle.write(data[:1])
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(IntegrityError, match="changed since"):
+        dataset[0]
+
+
+def test_one_process_at_a_time_writes_shards(corpus: Path, split: Path, tmp_path: Path) -> None:
+    with output_lock(tmp_path, inside=True), pytest.raises(InUseError, match="in use by process"):
+        write_shards(corpus / "manifest.parquet", split, tmp_path, resolution=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_the_user_are_not_replaced(corpus: Path, split: Path, tmp_path: Path) -> None:
+    """A folder named shards of another program, and names that look like leftovers of ours."""
+    mine = [
+        ".images.old/originals.txt", "images/a.png", ".keep.tmp", ".shards_backup.old/a",
+        "shards/thesis.tex",
+    ]  # fmt: skip
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        write_shards(corpus / "manifest.parquet", split, tmp_path, resolution=16)
+    assert {name: (tmp_path / name).read_text() for name in mine} == dict.fromkeys(mine, "mine")
+    (tmp_path / "shards/thesis.tex").unlink()
+    for _ in range(2):
+        write_shards(corpus / "manifest.parquet", split, tmp_path, resolution=16)
+    for name in mine[:-1]:
+        assert (tmp_path / name).read_text() == "mine"
 
 
 def test_pictures_are_scaled_to_the_resolution(corpus: Path, split: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ ModelopsError                exit 1  a known failure
 │   └── ManifestError        exit 2  a manifest row or column
 ├── ImageError               exit 1  an image that cannot be read or is unsafe to read
 ├── IntegrityError           exit 1  bytes that are not the bytes their digest promised
+├── InUseError               exit 1  an output that another process is writing
 ├── MissingExtraError        exit 1  an optional package is not installed
 ├── MissingWeightsError      exit 1  model weights are neither here nor fetchable
 ├── TrainingError            exit 1  a run that cannot go on (non-finite loss, no data)
@@ -62,6 +63,10 @@ class ImageError(ModelopsError):
 
 class IntegrityError(ModelopsError):
     """A file's bytes differ from the digest a record gives for it."""
+
+
+class InUseError(ModelopsError):
+    """Another process is writing the output; its files are not touched."""
 
 
 class MissingExtraError(ModelopsError):

@@ -349,6 +349,22 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     return path
 
 
+def refuse_foreign(folder: str | os.PathLike[str], ours: re.Pattern[str]) -> None:
+    """Make sure that a folder that is to be replaced holds nothing but what `ours` names.
+
+    Raises:
+        UsageError: it holds something else, or there is a file of its name.
+    """
+    top = Path(folder)
+    entries = sorted(top.iterdir()) if top.is_dir() else [top] if top.exists() else []
+    for entry in entries:
+        if not ours.fullmatch(entry.name) or entry.is_dir():
+            raise UsageError(
+                f"{entry}: {top} would be replaced, and holds files that are not from here",
+                hint="choose an empty directory, so that nothing of yours is lost",
+            )
+
+
 def cache_directory(name: str) -> Path:
     """A folder for what can be made again: $MODELOPS_CACHE, or modelops below the user's caches.
 

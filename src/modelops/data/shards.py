@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,24 +21,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import IntegrityError, UsageError
+from modelops.base.errors import ImageError, IntegrityError, UsageError
 from modelops.base.files import (
     atomic_directory,
     canonical_json,
     check_writable,
     read_text,
+    refuse_foreign,
     remove_leftovers,
     safe_join,
     sha256_file,
     write_text,
 )
+from modelops.base.locks import output_lock
 from modelops.base.seeding import derive_seed
-from modelops.data.images import decode_image, encode_png, read_image, resize_image
-from modelops.data.manifest import Sample, read_manifest
+from modelops.data.images import decode_image, encode_png, resize_image
+from modelops.data.manifest import Manifest, Sample, read_manifest
 from modelops.data.split import SPLITS, read_splits
 
+NAMED = 5  # rows in a message
 SHARD_COLUMNS = ("shard", "split", "samples", "bytes", "sha256")
 OnProgress = Callable[[int, int], None]  # (done, total)
+_FILE = re.compile(r"(train|val|test)-[0-9]{6,}\.tar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +86,11 @@ def write_shards(
     Returns the path of shard_manifest.csv.
 
     Raises:
-        UsageError: a size is out of range, or the splits name a sample that the manifest lacks.
-        ImageError: an image cannot be read (it was readable when the splits were made).
-        ModelopsError: the folder cannot be written.
+        UsageError: a size is out of range, the splits name a sample that the manifest lacks, or
+            `shards/` holds files of another origin.
+        IntegrityError: an image cannot be read, or is not the one that the manifest names; the
+            shards that were there stay.
+        ModelopsError: the folder cannot be written, or another process writes there.
     """
     if not 8 <= resolution <= 4096:
         raise UsageError(f"resolution {resolution} is out of range", hint="use 8 to 4096 pixels")
@@ -101,37 +108,53 @@ def write_shards(
         )
     root = Path(data_dir)
     check_writable(root)
-    remove_leftovers(root)
     rows: list[Shard] = []
+    faults: list[str] = []
     done = 0
-    with atomic_directory(root / "shards") as folder:
-        for split in SPLITS:
-            members = sorted(
-                (name for name, where in splits.items() if where == split),
-                key=lambda name: (derive_seed(seed, "shard order", name), name),
-            )
-            for number, start in enumerate(range(0, len(members), samples_per_shard)):
-                path = folder / f"{split}-{number:06d}.tar"
-                chunk = members[start : start + samples_per_shard]
-                with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                    for name in chunk:
-                        _add_sample(tar, samples[name], manifest.root, resolution)
-                        done += 1
-                        if on_progress:
-                            on_progress(done, len(splits))
-                rows.append(
-                    Shard(
-                        f"shards/{path.name}", split, len(chunk),
-                        path.stat().st_size, sha256_file(path),
-                    )
-                )  # fmt: skip
+    with output_lock(root, inside=True):
+        remove_leftovers(root)
+        refuse_foreign(root / "shards", _FILE)
+        with atomic_directory(root / "shards") as folder:
+            for split in SPLITS:
+                members = sorted(
+                    (name for name, where in splits.items() if where == split),
+                    key=lambda name: (derive_seed(seed, "shard order", name), name),
+                )
+                for number, start in enumerate(range(0, len(members), samples_per_shard)):
+                    path = folder / f"{split}-{number:06d}.tar"
+                    chunk = members[start : start + samples_per_shard]
+                    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:  # long ids
+                        for name in chunk:
+                            try:
+                                _add_sample(tar, samples[name], manifest, resolution)
+                            except ImageError as error:
+                                faults.append(f"{name}: {error.message}")
+                            done += 1
+                            if on_progress:
+                                on_progress(done, len(splits))
+                    rows.append(
+                        Shard(
+                            f"shards/{path.name}", split, len(chunk),
+                            path.stat().st_size, sha256_file(path),
+                        )
+                    )  # fmt: skip
+            if faults:
+                more = f" (and {len(faults) - NAMED} more)" if len(faults) > NAMED else ""
+                raise IntegrityError(
+                    f"{manifest_path}: {len(faults)} of {len(splits)} rows cannot be packed: "
+                    f"{'; '.join(faults[:NAMED])}{more}",
+                    hint="put the files back, or correct the rows and run dedup and split again",
+                )
+        return _write_shard_manifest(root / "shard_manifest.csv", rows)
+
+
+def _write_shard_manifest(path: Path, rows: list[Shard]) -> Path:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(SHARD_COLUMNS)
     writer.writerows((row.path, row.split, row.samples, row.bytes, row.sha256) for row in rows)
-    target = root / "shard_manifest.csv"
-    write_text(target, text.getvalue())
-    return target
+    write_text(path, text.getvalue())
+    return path
 
 
 def read_shard_manifest(path: str | Path) -> list[Shard]:
@@ -186,11 +209,13 @@ class ShardDataset:
         if not rows:
             raise UsageError(f"{self.path}: no shards of split {split!r}")
         self.shards: list[Path] = []
+        self._stamps: list[tuple[int, ...]] = []
         self._index: list[tuple[str, int, dict[str, tuple[int, int]]]] = []
         for row in rows:
             path = safe_join(root, row.path)
             if not path.is_file():
                 raise IntegrityError(f"{path}: shard is missing", hint="modelops data shard")
+            stamp = _stamp(path.stat())
             if verify and sha256_file(path) != row.sha256:
                 raise IntegrityError(
                     f"{path}: differs from its sha256 in {self.path.name}",
@@ -203,6 +228,7 @@ class ShardDataset:
                 )
             self._index += [(name, len(self.shards), parts) for name, parts in entries.items()]
             self.shards.append(path)
+            self._stamps.append(stamp)
         self._handles: dict[int, tuple[int, Any]] = {}
 
     @property
@@ -219,6 +245,7 @@ class ShardDataset:
         Raises:
             IndexError: out of range.
             ImageError: the stored image cannot be decoded.
+            IntegrityError: a part of the sample is missing, or the tar changed meanwhile.
         """
         name, _, _ = self._index[index]
         record = json.loads(self._read(index, "json"))
@@ -246,7 +273,13 @@ class ShardDataset:
         if part not in parts:
             raise IntegrityError(f"{self.shards[shard]}: sample {self.ids[index]!r} has no .{part}")
         offset, size = parts[part]
-        data = os.pread(self._handle(shard).fileno(), size, offset)
+        handle = self._handle(shard).fileno()
+        if _stamp(os.fstat(handle)) != self._stamps[shard]:
+            raise IntegrityError(
+                f"{self.shards[shard]}: changed since it was opened",
+                hint="leave shards alone while they are read",
+            )
+        data = os.pread(handle, size, offset)
         if len(data) != size:
             raise IntegrityError(f"{self.shards[shard]}: ends before sample {self.ids[index]!r}")
         return data
@@ -272,8 +305,8 @@ class ShardDataset:
             self.close()
 
 
-def _add_sample(tar: tarfile.TarFile, sample: Sample, root: Path, resolution: int) -> None:
-    image = resize_image(read_image(root / sample.filepath), resolution)
+def _add_sample(tar: tarfile.TarFile, sample: Sample, manifest: Manifest, resolution: int) -> None:
+    image = resize_image(manifest.read_image(sample), resolution)
     record = {
         "id": sample.id,
         "caption": sample.caption,
@@ -292,6 +325,11 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, root: Path, resolution: in
         info.size = len(data)
         info.mode = 0o644
         tar.addfile(info, io.BytesIO(data))
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    """Values that change when a file is replaced or written to."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:

