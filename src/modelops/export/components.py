@@ -143,7 +143,11 @@ def find_components(
     ]
     components += _encoders(pipeline, components, height, width)
     if not any(component.role == "denoiser" for component in components):
-        raise ExportError(f"{type(pipeline).__name__}: no network is called at every step")
+        called = ", ".join(component.name for component in components)
+        raise ExportError(
+            f"{type(pipeline).__name__}: no network has an input {' or '.join(TIMESTEP_NAMES)}, "
+            f"so that none is a denoiser ({called})"
+        )
     return sorted(components, key=lambda item: (_ORDER.index(item.role), item.name))
 
 
@@ -211,7 +215,7 @@ def _describe(
     return Component(
         name=attribute if method == "forward" else f"{attribute}_{method}r",
         attribute=attribute,
-        role=_role(attribute, module, method, len(calls), bool(integers)),
+        role=_role(attribute, module, signature),
         flat=FlatModule(module, signature).eval(),
         example={name: (tensor, input_axes.get(name, {})) for name, tensor in tensors.items()},
         outputs={name: output_axes.get(name, {}) for name in call.outputs},
@@ -219,14 +223,17 @@ def _describe(
     )
 
 
-def _role(attribute: str, module: Any, method: Method, calls: int, integers: bool) -> Role:
-    if method != "forward":
-        return "encoder" if method == "encode" else "decoder"
+def _role(attribute: str, module: Any, signature: Signature) -> Role:
+    """Return a network's task; a denoiser is one that is told the noise level of its input."""
+    if signature.method != "forward":
+        return "encoder" if signature.method == "encode" else "decoder"
     if "ControlNet" in type(module).__name__:
         return "control"
-    if attribute.startswith("text_encoder") or (calls == 1 and integers):
+    if attribute.startswith("text_encoder"):
         return "text_encoder"
-    return "denoiser"
+    if any(name in signature.inputs for name in TIMESTEP_NAMES):
+        return "denoiser"
+    return "text_encoder" if signature.integers else "encoder"
 
 
 def _encoders(

@@ -8,29 +8,15 @@ from typing import Any
 
 import torch
 
-from modelops.base.errors import ExportError, UsageError
+from modelops.base.errors import ExportError, UsageError, first_line
 from modelops.base.files import sha256_file, sha256_json, sha256_tree, tree_files
 from modelops.export.artifact.directory import is_artifact, read_signature
 from modelops.export.components import Component, FlatModule
+from modelops.export.lora import Lora, apply_lora
 from modelops.export.onnx.writer import check_weights
 from modelops.models.pipelines.arguments import native_size
-from modelops.models.sources import TRAINING_STATE, load_checkpoint
+from modelops.models.sources import TRAINING_STATE, load_with_digest
 from modelops.records.export import ArtifactRecord, ExportedComponent
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank weights to export with.
-
-    Attributes:
-        path: a safetensors file or a directory that diffusers' load_lora_weights takes.
-        fused: whether they are added into the weights; else they are kept as separate layers.
-        scale: factor of fused weights.
-    """
-
-    path: Path
-    fused: bool = True
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,9 +60,9 @@ def load_source(
             hint="name the checkpoint it was made from",
         )
     try:
-        pipeline = load_checkpoint(checkpoint)
+        pipeline, digest = load_with_digest(checkpoint)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "meta tensor" in reason:  # diffusers leaves what its files lack on no device
             reason = "a network has weights that its files lack"
         raise ExportError(
@@ -98,8 +84,7 @@ def load_source(
         raise UsageError(
             f"{type(pipeline).__name__} makes images of one size only", hint="leave --size out"
         )
-    if local:
-        digest = sha256_tree(directory, exclude=[TRAINING_STATE])
+    if digest is not None:
         files = tree_files(directory, exclude=[TRAINING_STATE]).values()
         total = sum(path.stat().st_size for path in files)
     else:
@@ -114,32 +99,6 @@ def load_source(
         directory=directory if local else None,
         size=size or native_size(pipeline),
     )
-
-
-def apply_lora(pipeline: Any, lora: Lora) -> None:
-    """Load low-rank weights into a pipeline; needs the package peft.
-
-    Raises:
-        MissingExtraError: peft is not installed.
-        UsageError: the pipeline takes no LoRA, or the file is not a LoRA.
-    """
-    from modelops.base.extras import require_module
-
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UsageError(f"{type(pipeline).__name__} takes no LoRA")
-    if not lora.path.exists():
-        raise UsageError(f"{lora.path}: no such file or directory")
-    require_module("peft", needed_for="exporting with a LoRA")
-    folder, name = (lora.path.parent, lora.path.name) if lora.path.is_file() else (lora.path, None)
-    try:
-        pipeline.load_lora_weights(str(folder), weight_name=name, local_files_only=True)
-        if lora.fused:
-            pipeline.fuse_lora(lora_scale=lora.scale)
-            pipeline.unload_lora_weights()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(
-            f"{lora.path}: not a LoRA of this checkpoint: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def component_from(pipeline: Any, folder: Path, exported: ExportedComponent) -> Component:
