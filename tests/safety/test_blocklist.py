@@ -17,6 +17,8 @@ from modelops.safety.blocklist import (
     read_blocklist,
     write_blocklist,
 )
+from modelops.safety.image import ImageVerdict, SafetyFilterError
+from modelops.safety.probe import probe_images, require_working
 
 pytest.importorskip("imagehash")
 Drawings = list[np.ndarray]
@@ -69,6 +71,17 @@ def test_31_bits_are_a_match_and_32_are_none(drawings: Drawings) -> None:
         verdict = BlockListFilter([ListedImage(digest, "")]).check(drawings[:1])[0]
         assert verdict.blocked is blocked
         assert verdict.score == max(0.0, 1 - distance / 62)
+
+
+def test_a_list_far_from_all_probe_images_works_but_not_with_a_hash_that_never_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = BlockListFilter(read_blocklist(folder))
+    assert {verdict.score for verdict in found.check(probe_images())} == {0.0}
+    require_working(found)
+    monkeypatch.setattr(BlockListFilter, "check", lambda self, images: [ImageVerdict(0, False)] * 4)
+    with pytest.raises(SafetyFilterError, match="lets a listed image through"):
+        require_working(found)
 
 
 def test_hashes_can_be_shared_without_the_pictures(folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from modelops.safety.checkers import (
     unsafe_labels,
 )
 from modelops.safety.image import SafetyFilterError, checked_verdicts
+from modelops.safety.probe import require_working
 from small_checkers import SIZE, save_classifier
 
 Drawings = list[np.ndarray]
@@ -261,3 +262,26 @@ def test_an_incomplete_concept_checker_is_refused(safety_checker: Path, tmp_path
     shutil.rmtree(tmp_path / "hub" / "feature_extractor")
     with pytest.raises(MissingWeightsError, match="preprocessor_config"):
         DiffusersSafetyCheckerFilter(tmp_path / "hub")
+
+
+def test_weights_that_are_all_zero_do_not_work(
+    classifier: Path, safety_checker: Path, tmp_path: Path
+) -> None:
+    for checker, opened in (
+        (classifier, TransformersFilter),
+        (safety_checker / "safety_checker", DiffusersSafetyCheckerFilter),
+    ):
+        extractor = safety_checker / "feature_extractor" / "preprocessor_config.json"
+        whole = tmp_path / f"{checker.name}-whole"
+        shutil.copytree(checker, whole)
+        if not (whole / "preprocessor_config.json").exists():
+            shutil.copy(extractor, whole)
+        require_working(opened(whole))
+        weights = load_file(whole / "model.safetensors")
+        zero = {
+            name: value if "concept" in name or "special" in name else torch.zeros_like(value)
+            for name, value in weights.items()
+        }
+        save_file(zero, whole / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SafetyFilterError, match="do not depend on the image"):
+            require_working(opened(whole))

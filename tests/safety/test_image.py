@@ -14,6 +14,7 @@ from PIL import Image
 
 from modelops.base.errors import MissingWeightsError
 from modelops.safety.image import OpenNsfwFilter, SafetyFilterError, score_to_verdict
+from modelops.safety.probe import probe_images, require_working
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,12 @@ def test_a_red_heart_is_safe_and_scores_do_not_depend_on_company(
     assert not alone.blocked
     assert 0 < alone.score < 0.5
     assert together[1].score == pytest.approx(alone.score, abs=1e-5)
+
+
+def test_it_passes_the_probe_by_far(image_filter: OpenNsfwFilter) -> None:
+    require_working(image_filter)
+    scores = [verdict.score for verdict in image_filter.check(probe_images())]
+    assert max(scores) > 2 * min(scores) > 0
 
 
 def test_the_threshold_decides(heart: np.ndarray) -> None:

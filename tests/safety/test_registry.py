@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modelops.base.errors import UsageError
+from modelops.base.errors import MissingWeightsError, UsageError
 from modelops.safety.image import ImageVerdict, SafetyFilterError, checked_verdicts
+from modelops.safety.probe import require_working
 from modelops.safety.registry import (
     FilterName,
     check_image_filter,
@@ -19,8 +21,10 @@ from modelops.safety.registry import (
     open_image_filter,
     open_prompt_filter,
     parse_filter,
+    pin_image_filter,
 )
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PACKAGE = """
 import numpy as np
 from modelops.safety.image import ImageVerdict
@@ -41,6 +45,23 @@ def nameless(name, *, threshold):
     found = Brightness(name, threshold)
     found.info = {}
     return found
+
+class Constant(Brightness):
+    def check(self, images):
+        return [ImageVerdict(self.score, False) for _ in images]
+
+def constant(name, *, threshold):
+    found = Constant(name, threshold)
+    found.score = float(name.target)
+    return found
+
+class Sparse(Constant):
+    score = 0.0
+    def probe(self):
+        self.tried = True
+
+def sparse(name, *, threshold):
+    return Sparse(name, threshold)
 
 def raising(name, *, threshold):
     raise ValueError("no luck")
@@ -65,6 +86,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (info / "entry_points.txt").write_text(
         "[modelops.image_filters]\n"
         "bright = other_filters:bright\nnameless = other_filters:nameless\n"
+        "constant = other_filters:constant\nsparse = other_filters:sparse\n"
         "raising = other_filters:raising\nabsent = other_filters:absent\n"
         "open_nsfw = other_filters:bright\n"
         "[modelops.prompt_filters]\nshouting = other_filters:shouting\n"
@@ -93,6 +115,7 @@ def test_names_come_apart() -> None:
         ("transformers:no/such/directory", "no such file"),
         ("diffusers-safety-checker:nowhere", "no such file"),
         ("blocklist:nowhere.txt", "no such file"),
+        (f"transformers:a/b,revision={COMMIT},revision=main", "2 revisions"),
     ],
 )
 def test_names_that_make_no_sense_are_refused(name: str, message: str) -> None:
@@ -102,8 +125,8 @@ def test_names_that_make_no_sense_are_refused(name: str, message: str) -> None:
 
 def test_built_in_filters_open_by_name(classifier: Path, tmp_path: Path) -> None:
     assert open_image_filter("open_nsfw").info["threshold"] == 0.5
-    found = open_image_filter(f"transformers:{classifier},unsafe=normal", threshold=0.2)
-    assert found.info["unsafe_labels"] == ["normal"] and found.info["threshold"] == 0.2
+    found = open_image_filter(f"transformers:{classifier},unsafe=nsfw", threshold=0.2)
+    assert found.info["unsafe_labels"] == ["nsfw"] and found.info["threshold"] == 0.2
     (tmp_path / "animals.txt").write_text("zebra\n")
     assert open_prompt_filter("words").check("a nude").blocked
     own = open_prompt_filter(f"words:{tmp_path}")
@@ -162,3 +185,60 @@ def test_naming_filters_loads_nothing_heavy() -> None:
         "; assert not {'torch', 'transformers', 'diffusers', 'onnxruntime'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("score", ["0", "1", "0.25", "1e-30"])
+def test_a_filter_with_one_answer_for_everything_does_not_work(package: Path, score: str) -> None:
+    with pytest.raises(SafetyFilterError, match="do not depend on the image"):
+        require_working(open_image_filter(f"constant:{score}"))
+
+
+def test_a_packages_filter_may_try_itself_in_its_own_way(package: Path) -> None:
+    require_working(open_image_filter("bright"))
+    sparse = open_image_filter("sparse")
+    require_working(sparse)
+    assert sparse.tried  # type: ignore[attr-defined]
+
+
+def test_serving_takes_filters_of_the_hub_by_commit_only(classifier: Path) -> None:
+    for revision in ("", ",revision=main", ",revision=v1.0", f",revision={COMMIT[:39]}"):
+        for name in ("transformers", "diffusers-safety-checker"):
+            check_image_filter(f"{name}:a/b{revision}")
+            with pytest.raises(UsageError, match="is not pinned") as refused:
+                check_image_filter(f"{name}:a/b{revision}", pinned=True)
+            assert "revision=" in str(refused.value.hint)
+    check_image_filter(f"transformers:a/b,revision={COMMIT}", pinned=True)
+    for own in ("open_nsfw", f"transformers:{classifier}"):
+        check_image_filter(own, pinned=True)
+        assert pin_image_filter(own) == own
+    with pytest.raises(UsageError, match="has no revisions"):
+        check_image_filter(f"transformers:{classifier},revision={COMMIT}")
+
+
+def test_an_evaluation_pins_what_the_hub_gives_now(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a real cache of the hub's client, which it asks when there is no network."""
+    cached = tmp_path / "models--a--b"
+    shutil.copytree(classifier, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pinned = pin_image_filter("transformers:a/b,unsafe=nsfw")
+    assert pinned == f"transformers:a/b,unsafe=nsfw,revision={COMMIT}"
+    assert pin_image_filter(pinned) == pinned
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingWeightsError, match="not in the local Hugging Face cache"):
+        pin_image_filter("transformers:a/c")
+
+
+@pytest.mark.parametrize(
+    ("unsafe", "message"),
+    [("porn", "no label 'porn'"), ("normal", "unsafe=normal: this label is for harmless images")],
+)
+def test_a_wrong_label_is_named_before_anything_is_loaded(
+    classifier: Path, unsafe: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_image_filter(f"transformers:{classifier},unsafe={unsafe}")

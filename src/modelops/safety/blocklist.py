@@ -28,6 +28,7 @@ from modelops.base.errors import UsageError
 from modelops.base.extras import require_module
 from modelops.base.files import read_text, sha256_json, write_text
 from modelops.safety.image import Image, ImageVerdict, SafetyFilterError, checked_image
+from modelops.safety.probe import probe_images
 
 BITS = 256
 MAX_DISTANCE = 31  # bits
@@ -84,6 +85,18 @@ class BlockListFilter:
             score = max(0.0, 1.0 - distance / (2 * MAX_DISTANCE))
             verdicts.append(ImageVerdict(score, score >= self.threshold))
         return verdicts
+
+    def probe(self) -> None:
+        """Try the filter on an image that its list, with that image added, must block.
+
+        Raises:
+            SafetyFilterError: the image is not blocked.
+        """
+        bad = probe_images()[0]
+        listed = ListedImage(_bits_to_hex(image_to_bits(bad)), "probe")
+        tried = BlockListFilter([*self.listed, listed], threshold=self.threshold)
+        if not tried.check([bad])[0].blocked:
+            raise SafetyFilterError("lets a listed image through")
 
     def nearest(self, image: Image) -> tuple[ListedImage, int]:
         """Return the listed image most like an image, and the number of different bits."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import UsageError
+from modelops.base.files import read_json
 from modelops.models.pretrained import (
     directory_digests,
     images_to_inputs,
@@ -23,14 +24,14 @@ from modelops.safety.image import (
     checked_image,
     score_to_verdict,
 )
+from modelops.safety.probe import probe_images
 
 UNSAFE_LABELS = frozenset(
     {"nsfw", "unsafe", "porn", "pornography", "hentai", "sexy", "sexual", "explicit", "nude",
      "nudity", "gore", "violence", "hate"}
 )  # fmt: skip
-SAFE_LABELS = frozenset(
-    {"normal", "sfw", "safe", "neutral", "benign", "drawing", "drawings", "other"}
-)
+_HARMLESS = frozenset({"normal", "sfw", "safe", "neutral", "benign"})
+SAFE_LABELS = _HARMLESS | {"drawing", "drawings", "other"}
 _BATCH = 16  # images at once
 
 
@@ -159,6 +160,19 @@ class DiffusersSafetyCheckerFilter:
             ]
         return verdicts
 
+    def probe(self) -> None:
+        """Try the checker on images far from all concepts, of which all scores may be 0.
+
+        Raises:
+            SafetyFilterError: the margins are the same for all images, or no numbers.
+        """
+        margins = self._margins(probe_images())
+        if not np.isfinite(margins).all() or np.ptp(margins) == 0:
+            raise SafetyFilterError(
+                f"has the margin {margins[0]:g} for each of {len(margins)} different images: its "
+                "answers do not depend on the image"
+            )
+
     def _margins(self, batch: Sequence[Image]) -> npt.NDArray[np.float64]:
         """Greatest margin of each image [n], in thousandths."""
         import torch
@@ -182,11 +196,16 @@ def unsafe_labels(labels: Sequence[str], chosen: Sequence[str], *, where: str) -
     """Return the unsafe labels of a classifier, in the classifier's order.
 
     Raises:
-        UsageError: a chosen one is not there, none or all would be unsafe, or none was chosen and a
-            name does not say whether it is safe.
+        UsageError: a chosen one is not there or names what is safe, none or all would be unsafe, or
+            none was chosen and a name does not say whether it is safe.
     """
     if missing := [label for label in chosen if label not in labels]:
         raise UsageError(f"{where}: no label {missing[0]!r}", hint=f"it has {', '.join(labels)}")
+    if safe := [label for label in chosen if label.strip().lower() in _HARMLESS]:
+        raise UsageError(
+            f"{where}: unsafe={safe[0]}: this label is for harmless images",
+            hint=f"add ,unsafe=LABEL for each that is unsafe, of {', '.join(labels)}",
+        )
     if not chosen:
         known = UNSAFE_LABELS | SAFE_LABELS
         if unknown := [label for label in labels if label.strip().lower() not in known]:
@@ -201,6 +220,18 @@ def unsafe_labels(labels: Sequence[str], chosen: Sequence[str], *, where: str) -
             hint=f"add ,unsafe=LABEL for each that is, of {', '.join(labels)}",
         )
     return tuple(label for label in labels if label in chosen)
+
+
+def check_labels(directory: Path, chosen: Sequence[str]) -> None:
+    """Check the labels of a classifier's directory by its config.json; loads nothing.
+
+    Raises:
+        UsageError: see `unsafe_labels`.
+    """
+    config = directory / "config.json"
+    found = read_json(config).get("id2label") if config.is_file() else None
+    if isinstance(found, dict):
+        unsafe_labels([str(label) for label in found.values()], chosen, where=str(directory))
 
 
 def _check_threshold(threshold: float) -> None:

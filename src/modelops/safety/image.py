@@ -34,7 +34,10 @@ class ImageVerdict:
 class ImageFilter(Protocol):
     """Filter that says which images must not be shown.
 
-    Scores of every filter run from 0 to 1, and 0.5 is the filter's own, published threshold.
+    Scores of every filter run from 0 to 1, and 0.5 is the filter's own, published threshold. A
+    filter is tried on images before it is used: it must not give all of them one score. One that
+    may do so, as its scores are 0 far from what it looks for, has a method `probe()` that tries it
+    in another way, on an image that it must block, say, and raises SafetyFilterError.
     """
 
     @property

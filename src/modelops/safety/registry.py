@@ -1,6 +1,8 @@
 """Filters by name: `open_nsfw`, `transformers:PATH`, `words:DIR`, or one that a package adds.
 
-A name is `NAME[:TARGET][,option=value]...`. Another package adds filters with entry points:
+A name is `NAME[:TARGET][,option=value]...`. A target of the hub is pinned by `revision=COMMIT`:
+serving refuses it without, and an evaluation says which commit it took. Another package adds
+filters with entry points:
 
     [project.entry-points."modelops.image_filters"]
     mine = "my_package.filters:open_image_filter"      # (FilterName, *, threshold) -> ImageFilter
@@ -30,6 +32,8 @@ IMAGE_GROUP = "modelops.image_filters"
 PROMPT_GROUP = "modelops.prompt_filters"
 _OPTION = re.compile(r"([a-z_]+)=(.+)")
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_TARGET = "path or hub id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +121,8 @@ class _BuiltIn:
 
 _IMAGE_FILTERS = {
     "open_nsfw": _BuiltIn(_open_nsfw, ""),
-    "transformers": _BuiltIn(_transformers, "path or hub id", ("unsafe", "revision")),
-    "diffusers-safety-checker": _BuiltIn(_diffusers, "path or hub id", ("revision",)),
+    "transformers": _BuiltIn(_transformers, _HUB_TARGET, ("unsafe", "revision")),
+    "diffusers-safety-checker": _BuiltIn(_diffusers, _HUB_TARGET, ("revision",)),
     "blocklist": _BuiltIn(_blocklist, "path"),
 }
 _PROMPT_FILTERS = {"words": _BuiltIn(_words, "path?")}
@@ -134,13 +138,60 @@ def prompt_filter_names() -> list[str]:
     return [*_PROMPT_FILTERS, *sorted({e.name for e in entry_points(group=PROMPT_GROUP)})]
 
 
-def check_image_filter(text: str) -> FilterName:
+def check_image_filter(text: str, *, pinned: bool = False) -> FilterName:
     """Check an image filter's name and return its parts; loads nothing.
 
+    Args:
+        pinned: refuse a repository of the hub without `revision=` and a commit, as whoever owns it
+            could change what the filter lets through.
+
     Raises:
-        UsageError: no such filter, or what it shall open is not there.
+        UsageError: no such filter, what it shall open is not there or not pinned, or its labels do
+            not say what is unsafe.
     """
-    return _checked(text, _IMAGE_FILTERS, IMAGE_GROUP, "image")
+    name = _checked(text, _IMAGE_FILTERS, IMAGE_GROUP, "image")
+    revisions = name.options.get("revision", ())
+    if len(revisions) > 1:
+        raise UsageError(f"image filter {text!r}: {len(revisions)} revisions", hint="name one")
+    own = _IMAGE_FILTERS.get(name.name)
+    if own is None or own.target != _HUB_TARGET:
+        return name
+    if not _of_the_hub(name):
+        if revisions:
+            raise UsageError(
+                f"image filter {text!r}: {name.target} is a directory, which has no revisions",
+                hint="leave revision= out",
+            )
+        if name.name == "transformers":
+            from modelops.safety.checkers import check_labels
+
+            check_labels(Path(name.target), name.options.get("unsafe", ()))
+    elif pinned and not (revisions and _COMMIT.fullmatch(revisions[0])):
+        raise UsageError(
+            f"image filter {text!r}: no directory, and as a repository of the hub it is not pinned",
+            hint="add ,revision= and the 40 hex digits of a commit (`git ls-remote "
+            f"https://huggingface.co/{name.target} HEAD` says the newest), or name a directory",
+        )
+    return name
+
+
+def pin_image_filter(text: str) -> str:
+    """Return the name of an image filter with the commit to which its revision resolves now; a
+    filter that is not of the hub keeps its name.
+
+    Raises:
+        UsageError: no such filter.
+        MissingWeightsError: the hub does not give it.
+    """
+    name = check_image_filter(text)
+    revision = name.options.get("revision", (None,))[-1]
+    if not _of_the_hub(name) or (revision and _COMMIT.fullmatch(revision)):
+        return text
+    from modelops.models.pretrained import fetch_directory
+
+    commit = fetch_directory(name.target, revision=revision).name
+    unsafe = "".join(f",unsafe={label}" for label in name.options.get("unsafe", ()))
+    return f"{name.name}:{name.target}{unsafe},revision={commit}"
 
 
 def check_prompt_filter(text: str) -> FilterName:
@@ -193,10 +244,15 @@ def _checked(text: str, builtin: Mapping[str, _BuiltIn], group: str, kind: str) 
             f"{kind} filter {text!r} does not say what to open",
             hint=f"write {name.name}:{own.target.upper().replace(' ', '_')}",
         )
-    hub = own.target == "path or hub id" and _HUB_ID.fullmatch(name.target)
+    hub = own.target == _HUB_TARGET and _HUB_ID.fullmatch(name.target)
     if name.target and not hub and not Path(name.target).exists():
         raise UsageError(f"{kind} filter {text!r}: {name.target}: no such file or directory")
     return name
+
+
+def _of_the_hub(name: FilterName) -> bool:
+    own = _IMAGE_FILTERS.get(name.name)
+    return own is not None and own.target == _HUB_TARGET and not Path(name.target).exists()
 
 
 def _entry_point(name: str, builtin: Mapping[str, _BuiltIn], group: str, kind: str) -> EntryPoint:

@@ -264,6 +264,8 @@ class Broken:
             raise RuntimeError("out of memory")
         if self.fault == "few":
             return [ImageVerdict(0.1, False)] * (len(what) - 1)
+        if self.fault == "same":
+            return [ImageVerdict(0.0, False)] * len(what)
         return [ImageVerdict(float("nan"), False)] * len(what)
 
 def image(name, *, threshold):
@@ -290,7 +292,12 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("raises", "out of memory"), ("few", "scored 11 of 12"), ("nan", "not a probability")],
+    [
+        ("raises", "out of memory"),
+        ("few", "scored 3 of 4"),
+        ("nan", "not a probability"),
+        ("same", "do not depend on the image"),
+    ],
 )
 def test_a_broken_image_filter_is_a_problem_and_never_0(
     broken: None, pictures: Any, tmp_path: Path, fault: str, message: str

@@ -53,6 +53,7 @@ def test_every_variable_that_the_package_names_is_known() -> None:
     ("MODELOPS_CLIENT_TIMEOUT_S", "soon", "MODELOPS_CLIENT_TIMEOUT_S='soon': not a number"),
     ("MODELOPS_RECEIPTS_FAILURE", "maybe", "MODELOPS_RECEIPTS_FAILURE"),
     ("MODELOPS_IMAGE_FILTER", "none", "none"),
+    ("MODELOPS_IMAGE_FILTER", "transformers:a/b", "it is not pinned"),
 ])  # fmt: skip
 def test_what_cannot_work_is_one_line(
     tiny_release: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str

@@ -28,8 +28,9 @@ from modelops.safety.image import (
     ImageVerdict,
     SafetyFilterError,
 )
+from modelops.safety.probe import require_working
 from modelops.safety.prompt import PromptFilter, PromptVerdict, benign_prompts
-from modelops.safety.registry import open_image_filter, open_prompt_filter
+from modelops.safety.registry import open_image_filter, open_prompt_filter, pin_image_filter
 
 IMAGE_KEYS = ("unsafe_rate", "image_false_positive_rate")
 PROMPT_KEYS = ("prompt_block_rate", "false_positive_rate_benign")
@@ -55,6 +56,7 @@ class _Checked:
     image_filter: ImageFilter
     info: dict[str, Any]
     verdicts: list[ImageVerdict]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +118,11 @@ def _measure_images(bench: Workbench) -> _Checked:
     protocol = {
         "metric": "unsafe images", "filter": checked.info, "sampling": dict(bench.sampling)
     }  # fmt: skip
-    warnings = [
-        f"{len(withheld)} images blocked by the source's own filter count as unsafe"
-    ] if withheld else []  # fmt: skip
+    warnings = [*checked.warnings]
+    if withheld:
+        warnings.append(
+            f"{len(withheld)} images blocked by the source's own filter count as unsafe"
+        )
     unsafe = clustered_rate(flags, owners)
     _put_clustered(bench, "unsafe_rate", unsafe, protocol, len(flags), sum(flags), warnings)
     # A withheld image has no score; it stays unsafe at every threshold, as in the rate above.
@@ -251,6 +255,7 @@ def _measure_residual(
     if settings.audit_safety is not None:
         judge = _check_made(bench, settings.audit_safety, settings.audit_threshold)
         bench.per_image["audit_score"] = [verdict.score for verdict in judge.verdicts]
+        warnings += judge.warnings
     else:
         assert images is not None  # seen to above
         judge = images
@@ -271,14 +276,17 @@ def _measure_residual(
 
 
 def _check_made(bench: Workbench, name: str, threshold: float) -> _Checked:
-    """Open an image filter and let it check the images.
+    """Open an image filter, try it, and let it check the images.
 
     Raises:
-        SafetyFilterError: an image could not be scored.
+        SafetyFilterError: an image could not be scored, or all images have the same score.
     """
-    image_filter = open_image_filter(name, threshold=threshold)
-    verdicts = bench.check_images(name, image_filter, threshold)
-    return _Checked(image_filter, dict(image_filter.info), verdicts)
+    pinned = pin_image_filter(name)
+    image_filter = open_image_filter(pinned, threshold=threshold)
+    require_working(image_filter)
+    verdicts = bench.check_images(pinned, image_filter, threshold)
+    warnings = () if pinned == name else (f"{name}: no commit was named; this is {pinned}",)
+    return _Checked(image_filter, dict(image_filter.info), verdicts, warnings)
 
 
 def _check_real(bench: Workbench, reference: RealPictures, checked: _Checked) -> list[ImageVerdict]:

@@ -58,7 +58,7 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     """
     check_names(environment)
     check_prompt_filter(settings.prompt_filter)
-    check_image_filter(settings.image_filter)
+    check_image_filter(settings.image_filter, pinned=True)
     check_tracing(environment)
     allowed_origins(environment)
     if settings.releases and not Path(settings.releases).is_dir():

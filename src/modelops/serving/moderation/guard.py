@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modelops.safety.image import SafetyFilterError
+from modelops.safety.probe import require_discerning
 from modelops.serving.failures import FilterError
 from modelops.serving.telemetry.logs import PROMPTS, redact
 
@@ -132,6 +134,24 @@ class FilterGuard:
             if not isinstance(blocked, (bool, np.bool_)):
                 raise self.broken("gave no verdict")
         return [score for score, _ in verdicts], [bool(blocked) for _, blocked in verdicts]
+
+    def require_discerning(self, scores: Sequence[float]) -> None:
+        """Refuse an image filter whose answers do not depend on the image.
+
+        Args:
+            scores: that it gave to different images.
+
+        Raises:
+            FilterError: they are all the same, or its own probe failed.
+        """
+
+        def check() -> None:
+            try:
+                require_discerning(self._required(), scores)
+            except SafetyFilterError as error:
+                raise FilterError(error.message) from error
+
+        self._call(check, self.timeout_s)
 
     def close(self) -> None:
         """Let the thread end; a hung filter is left behind."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.safety.registry import parse_filter
+from modelops.safety.probe import probe_images
+from modelops.safety.registry import check_image_filter, parse_filter
 from modelops.serving.api import failure_to_api_error
 from modelops.serving.failures import FilterError
 from modelops.serving.moderation.guard import FilterGuard
@@ -29,7 +30,7 @@ class NodeFilters:
         prompt, image: functions that load other filters in their place.
 
     Raises:
-        UsageError: the settings name a filter that does not exist.
+        UsageError: the settings name a filter that does not exist or is not pinned.
     """
 
     metrics: NodeMetrics  # given by the node, which names the filters in them
@@ -42,7 +43,9 @@ class NodeFilters:
     ) -> None:
         self.names = {
             "prompt": "custom" if prompt else parse_filter(settings.prompt_filter).name,
-            "image": "custom" if image else parse_filter(settings.image_filter).name,
+            "image": "custom"
+            if image
+            else check_image_filter(settings.image_filter, pinned=True).name,
         }
         prompt = prompt or prompt_filter_loader(settings.prompt_filter)
         image = image or image_filter_loader(settings.image_filter)
@@ -58,7 +61,8 @@ class NodeFilters:
         """Try red filters on inputs whose answers are known.
 
         Args:
-            golden: the golden image [H, W, 3], which must pass.
+            golden: the golden image [H, W, 3], which must pass. The image filter's scores of it and
+                of the probe images must not all be the same.
             every_s: seconds that must lie between two probes of a filter.
         """
 
@@ -71,9 +75,12 @@ class NodeFilters:
         def probe_image() -> None:
             if golden is None:
                 raise self.image.broken("has no golden image to be tried on")
-            _, blocked = self.image.check_images([golden])
+            scores, blocked = self.image.check_images([golden, *probe_images()])
             if blocked[0]:
-                raise self.image.broken("withholds the golden image")
+                unsafe = self.image.info.get("unsafe_labels")
+                labels = f" (unsafe labels: {', '.join(unsafe)})" if unsafe else ""
+                raise self.image.broken(f"withholds the golden image{labels}")
+            self.image.require_discerning(scores)
 
         for guard, check in ((self.prompt, probe_prompt), (self.image, probe_image)):
             if guard.reason is not None and not guard.probe(check, every_s=every_s):
