@@ -1,11 +1,13 @@
 """Publish the cards of a demo, or check the README's numbers against those that are published:
 
     python cards/publish.py DEMO_DIR
+    python cards/publish.py --render
     python cards/publish.py --check
 
 Copies to cards/openmoji-pilot/ the cards with their images, every record they print and the
 verdict, in the project's own layout, so that links and `modelops card check` hold; and prints the
-README's table from those records.
+README's table from those records. After a change of a template, --render prints the published cards
+again from the records beside them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from modelops.base.files import atomic_directory, tree_files, write_text
+from modelops import __version__
+from modelops.base.files import atomic_directory, read_text, sha256_bytes, tree_files, write_text
+from modelops.cards.about import parse_about
+from modelops.cards.check import find_cards
+from modelops.cards.dataset import render_dataset_card
+from modelops.cards.model import render_model_card
+from modelops.cards.sources import read_sources, split_notes, with_notes, write_sources
 from modelops.demo.project import (
     EARLY,
     FINAL,
@@ -48,6 +56,21 @@ def publish(project: Path) -> int:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / name)
     return len(files)
+
+
+def render_again() -> int:
+    """Print the published cards again; returns their number."""
+    cards = find_cards(PUBLISHED)
+    for card in cards:
+        sources = read_sources(card)
+        sources.modelops = __version__
+        sources.about = parse_about(sources.about, source=str(card)).model_dump(mode="json")
+        render = render_model_card if sources.card == "model" else render_dataset_card
+        body = render(sources, card.parent)
+        sources.body_sha256 = sha256_bytes(body.encode())
+        write_text(card, with_notes(body, split_notes(read_text(card))[1]))
+        write_sources(card, sources)
+    return len(cards)
 
 
 def readme_table(project: Path) -> str:
@@ -123,6 +146,9 @@ def main(argument: str) -> int:
         stale = readme_with(readme_table(PUBLISHED)) != README.read_text("utf-8")
         print("README.md: its pilot table is", "stale" if stale else "up to date")
         return 3 if stale else 0
+    if argument == "--render":
+        print(f"{render_again()} cards rendered in {PUBLISHED}")
+        return 0
     print(f"{publish(Path(argument))} files in {PUBLISHED}")
     write_text(README, readme_with(readme_table(PUBLISHED)))
     return 0

@@ -207,8 +207,8 @@ def test_groups_and_copying_are_told(root: Path) -> None:
     page = html(card_of(root))
     assert "<strong>differs</strong>" in page and "<strong>0.125</strong>" in page
     assert "three of them" not in page
-    assert "final: cannot tell. too few" in page
-    assert "final: overfitting. validation stands still" in page
+    assert "final: cannot tell: too few" in page
+    assert "final: overfitting: validation stands still" in page
     assert "<script" not in page
     widths = {row.count("<td") for row in re.findall(r"<tr>(.*?)</tr>", page, re.S)}
     assert 7 in widths and widths <= {0, 2, 3, 4, 5, 6, 7}, "no cell is torn by a bar in a name"

@@ -9,13 +9,16 @@ from typing import Any
 from modelops.base.errors import UsageError
 from modelops.base.files import check_writable, read_json, sha256_bytes, write_json, write_text
 from modelops.cards import statistics as stats
-from modelops.cards.about import About, parse_about, unstated_about
+from modelops.cards.about import About, licence_words, parse_about, read_about
 from modelops.cards.context import read_input
 from modelops.cards.hub import dataset_front_matter
+from modelops.cards.licences import data_licences
 from modelops.cards.numbers import measurements_table
+from modelops.cards.provenance import origins, packages, printed_from
 from modelops.cards.render import render_template
 from modelops.cards.sources import (
     CardSources,
+    about_file,
     copy_picture,
     existing_notes,
     reference,
@@ -27,7 +30,7 @@ from modelops.records.data import DedupReport, SmokeReport, SplitReport
 COLUMNS = (
     ("id", "text", "names the sample"),
     ("filepath", "text", "of the image, relative to the manifest"),
-    ("caption", "text", "in English"),
+    ("caption", "text", "what the image shows"),
     ("license", "text", "of this sample"),
     ("source", "text", "where it comes from"),
     ("sha256", "text", "of the file's bytes"),
@@ -47,7 +50,7 @@ def write_dataset_card(
     smoke: str | Path | None = None,
     shard_manifest: str | Path | None = None,
     pictures: Mapping[str, str | Path] | None = None,
-    about: About | None = None,
+    about: About | str | Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write a dataset card, its images, NAME.statistics.json and NAME.sources.json beside it.
@@ -57,12 +60,14 @@ def write_dataset_card(
         statistics: of `data.stats.manifest_statistics`, or a JSON file of them.
         manifest, shard_manifest: the files that they describe; watched for changes if present.
         dedup, split, smoke: records of the data.
-        images: what it shows -> image.
-        about: sources, biases and licences; "not stated" and an unknown licence by default.
+        pictures: what it shows -> image.
+        about: sources, biases and licences, or their YAML file, which the check then compares; by
+            default "not stated", with the licences that the manifest names.
         force: replace a file that is not such a card.
 
     Raises:
         UsageError: an input is missing, unreadable or of another kind.
+        ConfigError: `about` is not valid, or states another licence than the manifest names.
         ModelopsError: the card would print an undefined or non-finite value.
     """
     card = Path(out_path)
@@ -79,10 +84,11 @@ def write_dataset_card(
     taken: set[str] = set()
     sources = CardSources(
         card="dataset",
-        about=(about or unstated_about()).model_dump(mode="json"),
+        about=read_about(about).model_dump(mode="json"),
         inputs={role: reference(item, folder) for role, item in named.items() if item is not None},
         watched={
-            role: reference(item, folder) for role, item in watched.items() if item is not None
+            **{role: reference(item, folder) for role, item in watched.items() if item is not None},
+            **about_file(about, folder),
         },
         pictures=[copy_picture(item, alt, folder, taken) for alt, item in (pictures or {}).items()],
     )
@@ -101,7 +107,7 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
         ModelopsError: the card would print an undefined or non-finite value.
     """
     about = parse_about(sources.about, source="about")
-    path = folder / sources.inputs["statistics"].path
+    path = sources.place("statistics", folder)
     counted = read_json(path)
     if not isinstance(counted, dict) or not isinstance(counted.get("samples"), int):
         raise UsageError(f"{path}: not the statistics of a manifest")
@@ -109,25 +115,42 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
         role: read_input(sources, folder, role, kind) if role in sources.inputs else None
         for role, kind in (("dedup", DedupReport), ("split", SplitReport), ("smoke", SmokeReport))
     }
-    split, dedup = records["split"], records["dedup"]
+    split, dedup, smoke = records["split"], records["dedup"], records["smoke"]
+    made = [record for record in records.values() if record is not None]
+    licences = data_licences(about.dataset_license, _counts(counted, path), source=str(path))
     try:
         context = {
             "about": about,
+            "licence": licence_words(about, "dataset_license"),
+            "licences": [] if licences == [about.dataset_license] else licences,
             "columns": COLUMNS,
             "summary": stats.summary(counted),
             "tables": stats.tables(counted),
             "quarantined": stats.quarantined(counted),
-            "duplicates": counted.get("duplicates"),
             **records,
             "calibration": measurements_table(
                 dedup.calibration if isinstance(dedup, DedupReport) else {}
             ),
             "leakage": measurements_table(split.leakage if isinstance(split, SplitReport) else {}),
+            "loading": measurements_table(
+                smoke.measurements if isinstance(smoke, SmokeReport) else {}
+            ),
             "pictures": sources.pictures,
             "inputs": sources.inputs,
+            "printed": printed_from(sources, records, also={"statistics": stats.left_out(counted)}),
+            "origins": origins(made),
+            "packages": packages(made),
             "watched": sources.watched,
+            "sources_sha256": sources.digest,
         }
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
-    text = dataset_front_matter(about, counted["samples"])
+    text = dataset_front_matter(about, counted["samples"], licences)
     return text + render_template("dataset_card.md.j2", context)
+
+
+def _counts(counted: dict[str, Any], path: Path) -> dict[str, int]:
+    found = counted.get("licenses") or {}
+    if not isinstance(found, dict) or not all(isinstance(n, int) for n in found.values()):
+        raise UsageError(f"{path}: licenses: should be counts by name")
+    return found

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from modelops.base.errors import UsageError
 from modelops.base.files import check_writable, sha256_bytes, write_text
-from modelops.cards.about import About, parse_about, unstated_about
-from modelops.cards.context import evaluations_of, model_context
+from modelops.cards.about import About, parse_about, read_about
+from modelops.cards.context import evaluations_of, known_data, model_context
 from modelops.cards.hub import check_model_front_matter, count_results, model_front_matter
 from modelops.cards.render import render_template
 from modelops.cards.sources import (
     CardSources,
+    about_file,
     copy_picture,
     existing_notes,
     reference,
@@ -23,7 +25,7 @@ from modelops.cards.sources import (
 def write_model_card(
     out_path: str | Path,
     *,
-    train: str | Path,
+    train: str | Path | None = None,
     evaluations: Mapping[str, str | Path],
     artifacts: Mapping[str, str | Path] | None = None,
     verdict: str | Path | None = None,
@@ -31,7 +33,7 @@ def write_model_card(
     dedup: str | Path | None = None,
     config: str | Path | None = None,
     pictures: Mapping[str, str | Path] | None = None,
-    about: About | None = None,
+    about: About | str | Path | None = None,
     dataset_card: str | Path | None = None,
     force: bool = False,
 ) -> Path:
@@ -39,15 +41,17 @@ def write_model_card(
 
     Args:
         out_path: path of the card; notes of an earlier card are kept.
-        train: train.json.
+        train: train.json; None for a model that was not trained here, of which the card then says
+            what was evaluated and exported, and that nobody has stated who made its weights.
         evaluations: name -> record, in the order of the columns; `early` is the baseline, which is
             printed but not offered to the Hub as a result.
         artifacts: name -> artifact.json.
         verdict: verdict.json.
         split, dedup: records of the data.
         config: the run's frozen config; by default config.json beside train.json, when there.
-        images: what it shows -> image. The first is at the top (the grid).
-        about: purpose, limits and licences; "not stated" and an unknown licence by default.
+        pictures: what it shows -> image. The first is at the top (the grid).
+        about: purpose, limits and licences, or their YAML file, which the check then compares;
+            "not stated" and an unknown licence by default.
         dataset_card: is linked.
         force: replace a file that is not such a card.
 
@@ -55,17 +59,24 @@ def write_model_card(
         `out_path`.
 
     Raises:
-        UsageError: a record or image is missing, unreadable or of another kind.
+        UsageError: a record or image is missing, unreadable or of another kind, or there is
+            neither a training record nor an evaluation nor an artifact.
+        ConfigError: `about` is not valid.
         ModelopsError: the card would print an undefined or non-finite value.
     """
     card = Path(out_path)
     folder = card.parent
     check_writable(folder)
     notes = existing_notes(card, force=force)
-    frozen = Path(config) if config else Path(train).parent / "config.json"
+    if train is None and not evaluations and not artifacts:
+        raise UsageError(
+            "nothing to print", hint="give --train, --evaluation NAME=FILE or --artifact NAME=FILE"
+        )
+    if config is None and train is not None:
+        config = Path(train).parent / "config.json"
     named: dict[str, str | Path | None] = {
         "train": train,
-        "config": frozen if config or frozen.is_file() else None,
+        "config": config if config and Path(config).is_file() else None,
         "split": split,
         "dedup": dedup,
         **{f"evaluation:{name}": path for name, path in evaluations.items()},
@@ -77,9 +88,10 @@ def write_model_card(
     taken: set[str] = set()
     sources = CardSources(
         card="model",
-        about=(about or unstated_about()).model_dump(mode="json"),
+        about=read_about(about).model_dump(mode="json"),
         options=options,
         inputs=inputs,
+        watched=about_file(about, folder),
         pictures=[copy_picture(path, alt, folder, taken) for alt, path in (pictures or {}).items()],
     )
     body = render_model_card(sources, folder)
@@ -98,7 +110,15 @@ def render_model_card(sources: CardSources, folder: Path) -> str:
     """
     about = parse_about(sources.about, source="about")
     evaluations = evaluations_of(sources, folder)
-    text = model_front_matter(about, evaluations)
+    # An endpoint or a folder of images says nothing of what loads the model.
+    known = sources.inputs.keys() & {"train"} or any(
+        role.startswith("artifact:") for role in sources.inputs
+    )
+    loads = known or any(item.record.source.kind == "checkpoint" for item in evaluations)
+    text = model_front_matter(
+        about, evaluations, manifests=known_data(sources, folder),
+        library="diffusers" if loads else None,
+    )  # fmt: skip
     text += render_template("model_card.md.j2", model_context(sources, folder))
     check_model_front_matter(text, count_results(evaluations))
     return text

@@ -56,7 +56,7 @@ class Row:
 class Table:
     """Rows of one part of the card, and the warnings behind its ⚠1, ⚠2…"""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -81,7 +81,9 @@ def cell(measured: Measurement, warnings: list[str]) -> Markup:
 
 
 def with_unit(title: Markup, measured: list[Measurement]) -> Markup:
-    """A title with the unit that all its values share."""
+    """A title with an arrow for the better direction and the unit, where its values share it."""
+    directions = {item.higher_is_better for item in measured} - {None}
+    title += "" if len(directions) != 1 else " ↑" if directions == {True} else " ↓"
     units = {item.unit for item in measured if item.unit}
     return title + Markup(" <sub>") + markdown(units.pop()) + Markup("</sub>") if units else title
 
@@ -103,37 +105,33 @@ def tables_by_part(evaluations: list[Measured]) -> dict[str, Table]:
     return parts
 
 
-def slice_rows(evaluations: list[Measured]) -> list[dict[str, Markup]]:
+def slice_table(evaluations: list[Measured]) -> Table:
     """Metrics of groups against all others, those too small to judge left out."""
-    return [
-        {
-            "evaluation": markdown(item.name),
-            "group": markdown(f"{row.by}: {row.value}"),
-            "metric": markdown(words_of(row.metric).title),
-            "inside": cell(row.inside, []),
-            "rest": cell(row.rest, []),
-            "difference": interval(row.difference),
-            "verdict": Markup(f"**{row.verdict}**" if row.verdict == "differs" else row.verdict),
-        }
-        for item in evaluations
-        if item.record.status == "ok"
-        for row in item.record.slices
-        if row.verdict != "too few"
-    ]
-
-
-def copying_lines(evaluations: list[Measured]) -> list[Markup]:
-    """Return the conclusions of each evaluation about copying and overfitting."""
-    lines = []
+    table: Table = Table()
     for item in evaluations:
-        verdict = item.record.memorization
-        if item.record.status != "ok" or verdict is None:
-            continue
-        lines.append(markdown(f"{item.name}: {verdict.answer}. {verdict.reason}"))
-        if verdict.overfitting is not None:
-            note = verdict.overfitting
-            lines.append(markdown(f"{item.name}: {note.answer}. {note.reason}"))
-    return lines
+        for row in item.record.slices if item.record.status == "ok" else ():
+            if row.verdict == "too few":
+                continue
+            p = "" if row.p_corrected is None else f", p {number(row.p_corrected)}"
+            shown = f"**{row.verdict}**" if row.verdict == "differs" else row.verdict
+            group = f"{row.by}: {row.value} ({row.n_groups} groups, {row.n_prompts} prompts)"
+            table.rows.append(
+                [
+                    markdown(item.name),
+                    markdown(group),
+                    markdown(words_of(row.metric).title),
+                    cell(row.inside, table.warnings),
+                    cell(row.rest, table.warnings),
+                    interval(row.difference),
+                    Markup(shown + p),
+                ]
+            )
+    return table
+
+
+def small_slices(evaluations: list[Measured]) -> int:
+    """Count the comparisons of groups that are too small for a verdict."""
+    return sum(row.verdict == "too few" for item in evaluations for row in item.record.slices)
 
 
 def _place(key: str) -> tuple[int, str]:
@@ -152,13 +150,11 @@ def _row(key: str, evaluations: list[Measured], warnings: list[str]) -> Row:
     words = words_of(key)
     found = [measurement_in(item, key) for item in evaluations]
     made = [measured for measured in found if measured.value is not None]
-    directions = {measured.higher_is_better for measured in made} - {None}
-    arrow = "" if len(directions) != 1 else " ↑" if directions == {True} else " ↓"
     title = Markup(words.title) if words.title != key else code(key)
     return Row(
         key=key,
         title=title,
-        head=with_unit(title + arrow, made),
+        head=with_unit(title, made),
         says=Markup(words.says),
         cells=[cell(measured, warnings) for measured in found],
         how=_how(made),

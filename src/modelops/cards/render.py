@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jinja2
@@ -19,6 +20,17 @@ def render_template(name: str, context: dict[str, Any]) -> str:
     Raises:
         ModelopsError: the context lacks a name, or holds a number that was not formatted.
     """
+    try:
+        text = _environment().get_template(name).render(context)
+    except (jinja2.UndefinedError, ValueError) as error:
+        raise ModelopsError(f"{name}: {error}") from error
+    lines = [line.rstrip() for line in text.split("\n")]
+    kept = [line for number, line in enumerate(lines) if line or number == 0 or lines[number - 1]]
+    return "\n".join(kept).rstrip("\n") + "\n"
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -39,13 +51,7 @@ def render_template(name: str, context: dict[str, Any]) -> str:
     environment.globals.update(
         link=escape.link, notes_begin=_mark(NOTES_BEGIN), notes_end=_mark(NOTES_END)
     )
-    try:
-        text = environment.get_template(name).render(context)
-    except (jinja2.UndefinedError, ValueError) as error:
-        raise ModelopsError(f"{name}: {error}") from error
-    lines = [line.rstrip() for line in text.split("\n")]
-    kept = [line for number, line in enumerate(lines) if line or number == 0 or lines[number - 1]]
-    return "\n".join(kept).rstrip("\n") + "\n"
+    return environment
 
 
 def _mark(text: str) -> Any:

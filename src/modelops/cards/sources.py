@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from modelops import __version__
 from modelops.base.errors import UsageError
@@ -16,12 +17,14 @@ from modelops.base.files import (
     read_text,
     sha256_bytes,
     sha256_file,
+    sha256_json,
     write_bytes,
     write_json,
 )
 from modelops.records.base import InputRef
 
 NOTES_BEGIN, NOTES_END = "<!-- notes:begin -->", "<!-- notes:end -->"
+_DIGEST = re.compile(r"Sources: sha256 ([0-9a-f]{64}) -->\s*$")
 NO_NOTES = "None yet. What is written between these marks is kept when the card is written again."
 _PICTURE_HEADS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
 
@@ -44,7 +47,7 @@ class CardSources(_Model):
 
     Attributes:
         inputs: files that the text is rendered from; without them the card cannot be checked.
-        watched: files that the inputs were computed from; compared when present.
+        watched: files that the inputs or the words of `about` come from; compared when present.
         body_sha256: of the card without its notes.
     """
 
@@ -58,6 +61,21 @@ class CardSources(_Model):
     watched: dict[str, InputRef] = {}
     pictures: list[PictureRef] = []
     body_sha256: str = ""
+    _elsewhere: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    def look_in(self, files: Mapping[str, Path]) -> None:
+        """Find inputs that are not where they were by their digest in {sha256: file}."""
+        self._elsewhere = dict(files)
+
+    def place(self, role: str, folder: Path) -> Path:
+        """Return the file of an input of a card in `folder`."""
+        path = folder / self.inputs[role].path
+        return path if path.is_file() else self._elsewhere.get(self.inputs[role].sha256, path)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything but `body_sha256`; the card itself carries it."""
+        return sha256_json(self.model_dump(mode="json", exclude={"body_sha256"}))
 
 
 def sources_path(card: str | Path) -> Path:
@@ -107,6 +125,11 @@ def reference(path: str | Path, folder: Path) -> InputRef:
     return InputRef(path=Path(relative).as_posix(), sha256=sha256_file(path))
 
 
+def about_file(about: object, folder: Path) -> dict[str, InputRef]:
+    """Return the file that an about was read from, to be watched; nothing if it was not."""
+    return {"about": reference(about, folder)} if isinstance(about, str | Path) else {}
+
+
 def copy_picture(picture: str | Path, alt: str, folder: Path, taken: set[str]) -> PictureRef:
     """Copy an image beside the card, if it is not there yet, under a unique name.
 
@@ -153,6 +176,12 @@ def split_notes(text: str) -> tuple[str, str]:
     begin, end = begins[0], ends[0]
     body = "\n".join([*lines[: begin + 1], *lines[end:]])
     return body, "\n".join(lines[begin + 1 : end])
+
+
+def stated_digest(text: str) -> str | None:
+    """Return the digest of its sources that a card carries at its end."""
+    found = _DIGEST.search(text)
+    return found[1] if found else None
 
 
 def existing_notes(card: Path, *, force: bool) -> str:

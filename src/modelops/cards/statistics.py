@@ -19,6 +19,10 @@ COUNTED = {
     "tags": "Tags",
     "resolutions": "Stored sizes",
 }
+_SUMMARISED = {
+    "samples", "groups", "bytes", "distinct_captions", "caption_words", "nsfw", "dates",
+    "quarantined",
+}  # fmt: skip
 
 
 def value(item: Any) -> Markup:
@@ -95,3 +99,9 @@ def quarantined(statistics: dict[str, Any]) -> list[tuple[Markup, Markup]]:
     """Return (id, reason) of the first samples that were left out."""
     items = statistics.get("quarantined") or {}
     return [(markdown(str(name)), markdown(str(why))) for name, why in items.items()][:MOST_ROWS]
+
+
+def left_out(statistics: dict[str, Any]) -> str:
+    """Return the statistics that the card does not print, in words."""
+    names = sorted(statistics.keys() - COUNTED.keys() - _SUMMARISED)
+    return ", ".join(name.replace("_", " ") for name in names)

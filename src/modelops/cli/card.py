@@ -47,9 +47,8 @@ def _force_option(command: click.decorators.FC) -> click.decorators.FC:
 @click.option(
     "--train",
     type=FILE,
-    required=True,
     metavar="FILE",
-    help="Training record of the run, train.json.",
+    help="Training record of the run, train.json.  [default: the model was not trained here]",
 )
 @click.option(
     "--evaluation", "evaluations", multiple=True, metavar="NAME=FILE",
@@ -78,7 +77,7 @@ def _force_option(command: click.decorators.FC) -> click.decorators.FC:
 @_force_option
 @json_option
 def model(
-    train: Path,
+    train: Path | None,
     evaluations: tuple[str, ...],
     artifacts: tuple[str, ...],
     verdict: Path | None,
@@ -92,18 +91,20 @@ def model(
 ) -> None:
     """Write a model card from records.
 
-    Every number comes from a record and names it. Text between the notes marks is kept.
+    Every number comes from a record and names it. Text between the notes marks is kept. A model
+    that was not trained here needs no --train: its card says what was evaluated, and that nobody
+    has stated who made the weights.
 
     \b
-    Example:
+    Examples:
       modelops card model --train runs/pilot/train.json \\
         --evaluation early=evaluations/early.json --evaluation final=evaluations/final.json \\
         --evaluation int8=evaluations/int8.json \\
         --artifact int8=artifacts/pilot/int8/artifact.json \\
         --picture "Samples from fixed seeds=evaluations/final/grid.png" \\
         --picture "Loss curve=runs/pilot/loss.png" --out cards/model_card.md
+      modelops card model --evaluation final=evaluations/final.json --about about.yaml
     """
-    from modelops.cards.about import load_about
     from modelops.cards.model import write_model_card
 
     written = write_model_card(
@@ -115,7 +116,7 @@ def model(
         split=split,
         dedup=dedup,
         pictures=_named(pictures, "--picture"),
-        about=load_about(about) if about else None,
+        about=about,
         dataset_card=dataset_card,
         force=force,
     )
@@ -173,7 +174,6 @@ def dataset(
       modelops card dataset --manifest data/manifest.parquet --splits data/splits.parquet \\
         --split data/split.json --dedup data/dedup_report.json --smoke data/smoke.json
     """
-    from modelops.cards.about import load_about
     from modelops.cards.dataset import write_dataset_card
     from modelops.data.stats import manifest_statistics
 
@@ -185,7 +185,7 @@ def dataset(
         split=split,
         smoke=smoke,
         pictures=_named(pictures, "--picture"),
-        about=load_about(about) if about else None,
+        about=about,
         force=force,
     )
     emit({"status": "ok", "path": str(written)}, text=f"written: {written}")

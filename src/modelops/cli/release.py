@@ -54,7 +54,7 @@ def release() -> None:
 @click.option(
     "--card", "cards", multiple=True, metavar="FILE",
     type=EXISTING,
-    help="Card to include, with its images. Repeatable.",
+    help="Card to include, with its images; one that `modelops card check` passes. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--fallback", metavar="DIR", type=EXISTING_DIRECTORY,
@@ -122,7 +122,9 @@ def build(
     """
     import tempfile
 
+    from modelops.base.errors import IntegrityError
     from modelops.base.files import read_text, sha256_tree
+    from modelops.cards.check import check_card
     from modelops.monitoring.reference import release_files
     from modelops.releases.build import build_release, check_verdict
     from modelops.releases.verify import check_fallback
@@ -137,6 +139,10 @@ def build(
     usual = {"steps": steps, "guidance": guidance}
     defaults: dict[str, object] = {key: value for key, value in usual.items() if value is not None}
     check_verdict(verdict, model_dir, policy=policy, allow=allow)
+    for card in cards:
+        findings = check_card(card)
+        if findings:
+            raise IntegrityError(f"{card}: {findings[0]}", hint="write it with `modelops card`")
     if fallback is not None:
         check_fallback(fallback, model_dir)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,15 +195,21 @@ def said_of_processors(record: ReleaseRecord) -> str:
 @click.argument("directory", type=PATH)
 @json_option
 def verify(directory: Path) -> None:
-    """Check every byte of DIRECTORY against release.json.
+    """Check every byte of DIRECTORY, and its cards against its records.
 
     \b
     Example:
       modelops release verify release
     """
+    from modelops.cards.check import check_released_cards
     from modelops.releases.verify import verify_release
 
     record = verify_release(directory)
+    check_released_cards(
+        directory,
+        {name: file.sha256 for name, file in record.files.items()},
+        apart={record.model, record.fallback or record.model},
+    )
     emit(
         {"status": "ok", "name": record.name, "version": record.version,
          "files": len(record.files), "model_sha256": record.model_sha256,
