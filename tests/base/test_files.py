@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import hub_cache
 from modelops.base import files
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 
@@ -34,6 +35,46 @@ def test_tree_digest_refuses_links(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc/hostname")
     with pytest.raises(IntegrityError, match="symbolic links"):
         files.sha256_tree(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["", "sub"])
+def test_a_hub_snapshots_links_are_read(tmp_path: Path, folder: str) -> None:
+    plain = tmp_path / "plain"
+    (plain / "sub").mkdir(parents=True)
+    (plain / "sub/a.bin").write_bytes(b"a")
+    (plain / "sub/b.json").write_text("{}")
+    snapshot = hub_cache.link_into_cache(plain, tmp_path / "hub")
+    assert (snapshot / "sub/a.bin").is_symlink()
+    assert files.sha256_tree(snapshot / folder) == files.sha256_tree(plain / folder)
+    assert not any(path.is_symlink() for path in files.tree_files(snapshot / folder).values())
+    assert files.safe_join(snapshot, "sub/a.bin").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/hostname", "../../refs/main", "../../../other/blobs/x", "../x/file"]
+)
+def test_a_hub_snapshots_link_to_another_place_is_refused(tmp_path: Path, target: str) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    snapshot = hub_cache.link_into_cache(plain, tmp_path / "hub")
+    for name in (snapshot.parent / "x/file", snapshot.parents[2] / "other/blobs/x"):
+        name.parent.mkdir(parents=True)
+        name.write_text("secret")
+    (snapshot / "link").symlink_to(target)
+    with pytest.raises(IntegrityError, match="symbolic links"):
+        files.sha256_tree(snapshot)
+    with pytest.raises(UsageError, match="symbolic link"):
+        files.safe_join(snapshot, "link")
+
+
+def test_a_hub_snapshots_missing_blob_is_named(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "a.bin").write_bytes(b"a")
+    snapshot = hub_cache.link_into_cache(plain, tmp_path / "hub")
+    files.tree_files(snapshot)["a.bin"].unlink()
+    with pytest.raises(IntegrityError, match=r"a\.bin: a link to \w+, which the hub's cache lacks"):
+        files.sha256_tree(snapshot)
 
 
 def test_tree_digest_can_leave_out_a_top_entry(tmp_path: Path) -> None:

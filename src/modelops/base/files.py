@@ -62,10 +62,11 @@ def sha256_json(value: Any) -> str:
 def tree_files(root: str | os.PathLike[str], *, exclude: Iterable[str] = ()) -> dict[str, Path]:
     """Return every regular file below `root` as {posix path relative to root: path}, sorted.
 
-    `exclude` names top-level entries to leave out.
+    `exclude` names top-level entries to leave out. In place of a hub snapshot's link into its
+    repository's blobs stands the file that it leads to.
 
     Raises:
-        IntegrityError: there is a symbolic link below root (a digest must not follow one out).
+        IntegrityError: there is another symbolic link below root (a digest follows none out).
     """
     top = Path(root)
     skipped = set(exclude)
@@ -75,12 +76,36 @@ def tree_files(root: str | os.PathLike[str], *, exclude: Iterable[str] = ()) -> 
         if relative.parts[0] in skipped:
             continue
         if path.is_symlink():
-            raise IntegrityError(
-                f"{path}: symbolic links are not allowed here", hint="copy the file instead"
-            )
-        if path.is_file():
+            target = Path(os.path.realpath(path))
+            if not is_hub_blob(top, target):
+                raise IntegrityError(
+                    f"{path}: symbolic links are not allowed here", hint="copy the file instead"
+                )
+            if not target.is_file():
+                raise IntegrityError(
+                    f"{path}: a link to {target.name}, which the hub's cache lacks",
+                    hint="download the repository again",
+                )
+            files[relative.as_posix()] = target
+        elif path.is_file():
             files[relative.as_posix()] = path
     return files
+
+
+def is_hub_blob(root: str | os.PathLike[str], target: Path) -> bool:
+    """Return whether a path is where a hub snapshot's links may lead: its repository's blobs.
+
+    The Hugging Face cache keeps REPOSITORY/snapshots/REVISION/FILE as links to REPOSITORY/blobs/.
+
+    Args:
+        root: directory in a snapshot.
+        target: path without links.
+    """
+    place = Path(os.path.realpath(root))
+    for folder in (place, *place.parents):
+        if folder.parent.name == "snapshots":
+            return target.parent == folder.parent.parent / "blobs"
+    return False
 
 
 def sha256_tree(root: str | os.PathLike[str], *, exclude: Iterable[str] = ()) -> str:
@@ -336,7 +361,8 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
 
     Raises:
         UsageError: the path is empty, absolute, holds a null byte, climbs out of root, or a
-            symbolic link on the way leads out of root.
+            symbolic link on the way leads out of root (those of a hub snapshot may; see
+            `tree_files`).
     """
     top = Path(root)
     if not relative or "\0" in relative or "\\" in relative:
@@ -344,7 +370,8 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     path = top / relative
     if Path(relative).is_absolute() or ".." in Path(relative).parts:
         raise UsageError(f"{relative}: leads outside {top}", hint="use paths below the root")
-    if not path.resolve().is_relative_to(top.resolve()):
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(top)) and not is_hub_blob(top, target):
         raise UsageError(f"{relative}: a symbolic link leads outside {top}", hint="copy the file")
     return path
 

@@ -145,7 +145,7 @@ def private_copy(
     Errors of the block that name the copy are made to name the original.
 
     Args:
-        directory: regular files only.
+        directory: regular files, or a hub snapshot's links to them; see `files.tree_files`.
         exclude: top-level entries to leave out.
         sha256: digest that the copy must have.
         store: a private folder of several processes, which then share one copy; see

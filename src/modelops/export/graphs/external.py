@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import ExportError, IntegrityError, UsageError
-from modelops.base.files import atomic_path, check_writable
+from modelops.base.files import atomic_path, check_writable, is_hub_blob
 
 EXTERNAL_BYTES = 1_500_000_000  # weights above this leave the graph; protobuf's own limit is 2 GiB
 SMALL_BYTES = 1024  # what is smaller stays in the graph: shape inference reads it there
@@ -191,8 +191,9 @@ def check_data(path: Path, model: Any | None = None) -> Path | None:
                 hint="do not use this file; export it again",
             )
         if size is None:
-            if data.is_symlink() or not data.is_file():
-                fault = "is a symbolic link" if data.is_symlink() else "is missing"
+            linked = data.is_symlink() and not is_hub_blob(data.parent, data.resolve())
+            if linked or not data.is_file():
+                fault = "is a symbolic link" if linked else "is missing"
                 raise IntegrityError(f"{data}: {fault}", hint="export it again")
             size = data.stat().st_size
         offset, length = _number(entries.get("offset")), _number(entries.get("length"))
