@@ -20,20 +20,21 @@ from typing import Any, Protocol
 
 from modelops.base.errors import UsageError
 from modelops.base.files import read_text, sha256_json
+from modelops.safety.lookalikes import BAR, table_version, to_latin
 
 MAX_PROMPT = 10_000  # characters
 BENIGN_FILE = "benign_prompts.txt"
 EXCEPTIONS = "exceptions"  # .txt
 CATEGORIES = ("sexual", "minors", "violence", "hate", "self-harm")
-_LEET = str.maketrans({"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a",
-                       "$": "s", "!": "i"})  # fmt: skip
-_CONFUSABLE = str.maketrans("аеорсухіѕԁһӏ", "aeopcyxisdhl")  # Cyrillic that looks Latin
+_LEET = str.maketrans({"0": "o", "1": BAR, "3": "e", "4": "a", "5": "s", "7": "t", "@": "a",
+                       "$": "s", "!": BAR, "|": BAR})  # fmt: skip
+_NEVER_DRAWN = "\u115f\u1160\u3164\uffa0"  # fillers, which are letters by category
 # After an exception, these words show that it is none: "nude mouse girl".
 _PERSON = (
     r"(?:wom[ae]n|m[ae]n|girls?|boys?|lad(?:y|ies)|child(?:ren)?|kids?|teen\w*|person|people|models?|"
     r"bod(?:y|ies)|couples?|babes?|mother|daughter|son|sister|wife|princess|schoolgirls?)"
 )
-_SPELLED_OUT = re.compile(r"\b(?:\w[ .\-_*]){2,}\w\b")
+_SPELLED_OUT = re.compile(r"(?<![^\W_])(?:[^\W_][\W_]{1,3}){2,}[^\W_](?![^\W_])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class WordListFilter:
         self.lists = {k: tuple(v) for k, v in (lists or packaged_lists()).items()}
         self.exceptions = tuple(exceptions)
         phrases = "|".join(map(_entry_to_pattern, self.exceptions)) or r"(?!)"
-        self._excused = re.compile(rf"(?:{phrases})(?![\s\-_,]+{_PERSON}\b)")
+        self._excused = re.compile(rf"(?:{phrases})(?![\s\-_,]+{_or_bars(_PERSON)}\b)")
         self._patterns = {
             category: re.compile("|".join(map(_entry_to_pattern, entries)))
             for category, entries in self.lists.items()
@@ -85,6 +86,7 @@ class WordListFilter:
     def info(self) -> dict[str, Any]:
         return {
             "filter": "word lists",
+            "lookalikes": table_version(),
             "lists_sha256": sha256_json(self.lists),
             "categories": sorted(self.lists),
             "entries": sum(map(len, self.lists.values())),
@@ -95,29 +97,29 @@ class WordListFilter:
     def check(self, prompt: str) -> PromptVerdict:
         if len(prompt) > MAX_PROMPT:
             return PromptVerdict(True, (f"length: more than {MAX_PROMPT} characters",))
-        reasons: dict[str, None] = {}  # a set that keeps its order
+        reasons: dict[str, dict[str, None]] = {}  # of each category; sets that keep their order
         for text in _readings(prompt):
             excused: list[tuple[int, int]] | None = None  # looked for when a word is found
+            found: dict[str, dict[str, None]] = {}
             for category, pattern in self._patterns.items():
+                if category in reasons:  # another reading would name the same words again
+                    continue
                 for match in pattern.finditer(text):
                     start, end = match.span()
                     if excused is None:
                         excused = [phrase.span() for phrase in self._excused.finditer(text)]
                     if not any(low <= start and end <= high for low, high in excused):
-                        reasons[f"{category}: {match.group(0)}"] = None
-        return PromptVerdict(bool(reasons), tuple(reasons))
+                        what = match.group(0).replace(BAR, "|")
+                        found.setdefault(category, {})[f"{category}: {what}"] = None
+            reasons |= found
+        named = tuple(reason for category in reasons.values() for reason in category)
+        return PromptVerdict(bool(named), named)
 
 
-def normalise(prompt: str) -> str:
-    """NFKC, without accents, invisible characters or case; look-alike Cyrillic as Latin; words
-    separated by single spaces."""
-    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", prompt)).casefold()
-    kept = "".join(
-        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
-        for c in text
-        if unicodedata.category(c) not in ("Mn", "Cf")
-    )
-    return " ".join(kept.translate(_CONFUSABLE).split())
+def normalise(text: str) -> str:
+    """NFKC, without accents, invisible characters or case; look-alikes of Latin letters as those;
+    words separated by single spaces."""
+    return " ".join(to_latin(_plain(text).casefold()).split())
 
 
 @functools.cache
@@ -186,23 +188,46 @@ def parse_list(text: str, name: str) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _readings(prompt: str) -> list[str]:
-    """The prompt as words, with digits read as letters, and with s p a c e d words closed up."""
-    plain = normalise(prompt)
-    readings = [plain]
-    leet = " ".join(
-        word.translate(_LEET) if any(c.isalpha() for c in word) else word for word in plain.split()
+def _plain(text: str) -> str:
+    """NFKC, without accents and what is not drawn; control characters as spaces."""
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text))
+    return "".join(
+        " " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c
+        for c in text
+        if unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cn", "Co", "Cs")
+        and c not in _NEVER_DRAWN
     )
-    readings.append(leet)
-    for text in (plain, leet):
-        closed = _SPELLED_OUT.sub(lambda m: re.sub(r"[ .\-_*]", "", m.group(0)), text)
-        readings.append(closed)
+
+
+def _readings(prompt: str) -> list[str]:
+    """The prompt as words, with digits read as letters, and with s p a c e d words closed up.
+
+    Letters are compared as small and as they stand: the Greek capital that looks like an H has a
+    small letter that looks like an n, and a capital I looks like a small l.
+    """
+    readings = []
+    drawn = to_latin(_plain(prompt)).replace("I", BAR).replace("l", BAR)
+    as_it_stands = " ".join(to_latin(drawn.casefold()).split())
+    for plain in dict.fromkeys((normalise(prompt), as_it_stands)):
+        leet = " ".join(
+            word.translate(_LEET) if any(c.isalpha() for c in word) else word
+            for word in plain.split()
+        )
+        readings += [plain, leet]
+        readings += [
+            _SPELLED_OUT.sub(lambda m: re.sub(r"[\W_]", "", m.group(0)), text)
+            for text in (plain, leet)
+        ]
     return list(dict.fromkeys(readings))
 
 
 def _entry_to_pattern(entry: str) -> str:
     """A whole-word pattern; words of a phrase may be joined by spaces, hyphens or underscores."""
     prefix = entry.endswith("*")
-    words = [re.escape(word) for word in entry.rstrip("*").split()]
+    words = [_or_bars(re.escape(word)) for word in entry.rstrip("*").split()]
     body = r"[\s\-_]+".join(words)
     return rf"(?<![^\W_]){body}" + (r"[^\W_]*" if prefix else r"s?") + r"(?![^\W_])"
+
+
+def _or_bars(pattern: str) -> str:
+    return pattern.replace("i", f"[i{BAR}]").replace("l", f"[l{BAR}]")

@@ -112,6 +112,8 @@ def test_without_a_seed_pictures_differ_and_the_receipt_names_the_seed(
     [
         ({"prompt": "hardcore porn"}, "content_policy_violation"),
         ({"prompt": "h@rdcore p0rn"}, "content_policy_violation"),
+        ({"prompt": "hardcore p\u03bfrn"}, "content_policy_violation"),
+        ({"extra_body": {"negative_prompt": "hardcore porn"}}, "content_policy_violation"),
         ({"size": "1024x1024"}, "unsupported_value"),
         ({"size": "1x1"}, "unsupported_value"),
         ({"n": 5}, "invalid_value"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,21 +86,31 @@ class NodeFilters:
             if guard.reason is not None and not guard.probe(check, every_s=every_s):
                 self.metrics.on_filter_failure(guard.name)
 
-    def check_prompt(self, prompt: str, trace: RequestTrace) -> tuple[bool, list[str]]:
-        """Return (blocked, reasons).
+    def check_prompts(
+        self, texts: Mapping[str, str], trace: RequestTrace
+    ) -> tuple[str | None, list[str]]:
+        """Return the name of the first text that is blocked, or None, and the reasons.
+
+        Args:
+            texts: those of one request, by name.
 
         Raises:
             ApiError: 503, the filter gave no answer.
         """
+        param, reasons = None, []
         try:
             with trace.phase("prompt_filter"):
-                blocked, reasons = self.prompt.check_prompt(prompt)
+                for name, text in texts.items():
+                    blocked, reasons = self.prompt.check_prompt(text)
+                    if blocked:
+                        param = name
+                        break
         except FilterError as error:
             self.metrics.on_filter_failure("prompt")
             raise failure_to_api_error(error) from error
         self.metrics.on_phase("prompt_filter", trace.seconds()["prompt_filter"])
-        self.metrics.on_filter("prompt", 1, blocked=blocked)
-        return blocked, reasons
+        self.metrics.on_filter("prompt", 1, blocked=param is not None)
+        return param, reasons
 
     def check_images(
         self, images: Sequence[npt.NDArray[np.uint8]]

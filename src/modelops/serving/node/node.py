@@ -229,11 +229,16 @@ class InferenceNode:
             raise ApiError(503, "not_ready", "not ready, see /readyz", retry_after_s=5)
         self._check_possible(request)
         trace = trace or RequestTrace(request_id(None))
-        blocked, reasons = self.filters.check_prompt(request.prompt, trace)
+        texts = {"prompt": request.prompt}
+        if request.negative_prompt:
+            texts["negative_prompt"] = request.negative_prompt
+        blocked, reasons = self.filters.check_prompts(texts, trace)
         if self.drift is not None:
             tokens = self.engine.count_tokens(request.prompt)
-            self.drift.note_request(trace.id, request.prompt, tokens=tokens, blocked=blocked)
-        if blocked:
+            self.drift.note_request(
+                trace.id, request.prompt, tokens=tokens, blocked=blocked is not None
+            )
+        if blocked is not None:
             if self.quarantine is not None and self.settings.quarantine_stages == "all":
                 self.quarantine.keep_prompt(
                     trace.id, request.prompt, request.negative_prompt or "", reasons,
@@ -241,8 +246,8 @@ class InferenceNode:
                 )  # fmt: skip
             raise ApiError(
                 400, "content_policy_violation",
-                f"the prompt is against the content policy ({', '.join(reasons) or 'blocked'})",
-                param="prompt",
+                f"the {blocked} is against the content policy ({', '.join(reasons) or 'blocked'})",
+                param=blocked,
             )  # fmt: skip
         seed = request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1)
         wanted = [
