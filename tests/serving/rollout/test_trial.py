@@ -61,6 +61,19 @@ def test_too_little_decides_nothing_but_harm() -> None:
     assert blind.answer == "undecided" and "no evaluations yet" in blind.sentence
 
 
+def test_no_caller_chooses_its_side() -> None:
+    """1,000 requests by chance, 6 standard deviations; a key keeps its side for one trial only."""
+    trial, other = (Trial(CanaryRules(sticky="key", share=0.25)) for _ in range(2))
+    for key in ("", "alice"):
+        request = Trial(CanaryRules(share=0.25))
+        assert abs(sum(request.deal(key) for _ in range(1000)) - 250) < 6 * math.sqrt(1000 * 0.1875)
+    assert abs(sum(trial.deal() for _ in range(1000)) - 250) < 6 * math.sqrt(1000 * 0.1875)
+    keys = [f"key-{index}" for index in range(1000)]
+    first = [trial.deal(key) for key in keys]
+    assert first == [trial.deal(key) for key in keys] != [other.deal(key) for key in keys]
+    assert abs(sum(first) - 250) < 6 * math.sqrt(1000 * 0.1875)
+
+
 def test_requests_of_one_key_are_no_sample() -> None:
     rules = CanaryRules(sticky="key", requests=400, seconds=60)
     assert judge(data({"ok": 1000}, {"ok": 9000}), rules).answer == "undecided"

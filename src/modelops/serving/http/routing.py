@@ -68,7 +68,7 @@ async def through_routes(
     while True:
         route: Route | None = None
         try:
-            with rollout.route(request, identity=trace.id, key=key, rescue=rescue) as route:
+            with rollout.route(request, key=key, rescue=rescue) as route:
                 trace.fields["release"] = f"{route.node.model_id}@{route.node.release.version}"
                 return await attempt(route)
         except Exception as error:

@@ -106,10 +106,10 @@ class Rollout:
         return self.slots.canary_node
 
     def route(
-        self, request: ImagesRequest, *, identity: str, key: str = "", rescue: bool = False
+        self, request: ImagesRequest, *, key: str = "", rescue: bool = False
     ) -> AbstractContextManager[Route]:
         """Choose the node for a request, held until the block ends; see `Slots.route`."""
-        return self.slots.route(request, identity=identity, key=key, rescue=rescue)
+        return self.slots.route(request, key=key, rescue=rescue)
 
     def models(self) -> list[tuple[str, str, InferenceNode]]:
         """Return (id, role, node) of what can be asked for."""

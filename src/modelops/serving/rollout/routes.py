@@ -6,12 +6,11 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from modelops.base.files import sha256_bytes
 from modelops.serving.api import ApiError, ImagesRequest
 
 if TYPE_CHECKING:
     from modelops.serving.node.node import InferenceNode
-    from modelops.serving.rollout.trial import Arm, CanaryRules
+    from modelops.serving.rollout.trial import Arm, Trial
 
 
 class Slot:
@@ -73,7 +72,7 @@ class Route:
             left = isinstance(error, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt))
             return "left" if left else "failed"
         if error.code == "content_policy_violation":
-            return "prompt_blocked" if error.param == "prompt" else "image_blocked"
+            return "prompt_blocked" if error.param else "image_blocked"
         if error.status >= 500:
             return "failed"
         return "rejected" if error.status == 429 else "client_error"
@@ -94,8 +93,7 @@ def choose_slot(
     stable: Slot,
     canary: Slot | None,
     *,
-    rules: CanaryRules | None,
-    identity: str,
+    trial: Trial | None,
     key: str,
     rescue: bool,
 ) -> tuple[Slot, bool]:
@@ -108,16 +106,15 @@ def choose_slot(
     Raises:
         ApiError: 404 for a model that is neither.
     """
-    if canary is None or rules is None:
+    if canary is None or trial is None:
         if model in (None, stable.name, stable.label):
             return stable, False
         raise _unknown(stable, canary)
-    shared = model == stable.name == canary.name and rules.named
+    shared = model == stable.name == canary.name and trial.rules.named
     if model is None or shared:
         if rescue:
             return stable, False
-        who = key if rules.sticky == "key" and key else identity
-        dealt = draw(canary.node.release_sha256, who) < rules.share
+        dealt = trial.deal(key)
         # A canary that has turned red is on its way out. Requests that the stable one makes in its
         # place are no random sample.
         if dealt and canary.node.problems():
@@ -128,11 +125,6 @@ def choose_slot(
     if model in (canary.name, canary.label):
         return canary, False
     raise _unknown(stable, canary)
-
-
-def draw(salt: str, identity: str) -> float:
-    """Return a number in [0, 1) that is fixed for an identity and a canary's salt."""
-    return int(sha256_bytes(f"{salt}\0{identity}".encode())[:13], 16) / 16**13
 
 
 def _unknown(stable: Slot, canary: Slot | None) -> ApiError:

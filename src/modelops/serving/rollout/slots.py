@@ -58,13 +58,12 @@ class Slots:
 
     @contextlib.contextmanager
     def route(
-        self, request: ImagesRequest, *, identity: str, key: str = "", rescue: bool = False
+        self, request: ImagesRequest, *, key: str = "", rescue: bool = False
     ) -> Iterator[Route]:
         """Choose the node for a request, held until the block ends.
 
         Args:
             request: what is asked for.
-            identity: the request's id; the same one goes the same way while a canary lasts.
             key: name of the caller's API key, "" without one.
             rescue: whether the canary failed this request, so that the stable one retries it.
 
@@ -75,7 +74,7 @@ class Slots:
             trial = self.trial
             slot, dealt = choose_slot(
                 request.model, self.stable, self.canary,
-                rules=trial.rules if trial else None, identity=identity, key=key, rescue=rescue,
+                trial=trial, key=key, rescue=rescue,
             )  # fmt: skip
             slot.in_hand += 1
             arm: Arm = "canary" if slot is self.canary else "stable"

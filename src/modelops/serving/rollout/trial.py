@@ -15,7 +15,9 @@ that their bounds are nearly independent.
 
 from __future__ import annotations
 
+import hmac
 import math
+import secrets
 import statistics
 import threading
 import time
@@ -136,6 +138,7 @@ class Trial:
 
     def __init__(self, rules: CanaryRules, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.rules = rules
+        self._secret = secrets.token_bytes(32)
         self._clock = clock
         self._began = clock()
         self._lock = threading.Lock()
@@ -147,6 +150,21 @@ class Trial:
         self._cells: dict[Arm, Cells] = {"canary": {}, "stable": {}}
         self._at_least: deque[float] = deque(maxlen=_MAX_BLOCKS)
         self._at_most: deque[float] = deque(maxlen=_MAX_BLOCKS)
+
+    def deal(self, key: str = "") -> bool:
+        """Return whether chance deals a request to the canary.
+
+        Callers cannot aim at a release: nothing that they send decides. The draw of a key holds for
+        the trial and is keyed with a secret of it.
+
+        Args:
+            key: name of the caller's API key, "" without one.
+        """
+        if self.rules.sticky == "key" and key:
+            drawn = hmac.digest(self._secret, key.encode(), "sha256")
+        else:
+            drawn = secrets.token_bytes(8)
+        return int.from_bytes(drawn[:8]) < self.rules.share * 2**64
 
     def count(self, arm: Arm, outcome: str) -> None:
         """Count a request that ended."""
