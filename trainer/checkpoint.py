@@ -117,9 +117,8 @@ def save_checkpoint(
         keep: number of the newest to keep; None keeps all.
     """
     target = directory / f"step-{progress.step}"
-    earlier = [path for _, path in list_checkpoints(directory) if path != target]
     with atomic_directory(target) as temporary:
-        save_pipeline(pipeline, temporary, frozen_from=earlier[-1] if earlier else None)
+        save_pipeline(pipeline, temporary)
         digest = sha256_tree(temporary)
         progress.checkpoints = [
             entry for entry in progress.checkpoints if entry[0] != progress.step
@@ -181,10 +180,10 @@ def newest_checkpoint(directory: Path, identity: dict[str, Any]) -> tuple[Path |
             complaints.append(error.message)
             continue
         for key, value in identity.items():
-            if state["identity"].get(key) != value:
+            if state["identity"].get(key, value) != value:  # older versions wrote fewer keys
                 raise TrainingError(
-                    f"{path}: {key} differs from that of this run",
-                    hint="start a new run with another --run-name",
+                    f"{path}: its {key.replace('_', ' ')} is not that of this run now",
+                    hint="put it back, or start a new run with another --run-name",
                 )
         return path, complaints
     if found:

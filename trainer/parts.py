@@ -135,6 +135,7 @@ def set_up(
         effective_batch=spec.effective_batch,
         main_process_first=accelerator.main_process_first,
         say=say,
+        warn=warn if is_main else lambda text: None,
     )
     network = make_network(config, material.text_dim).to(accelerator.device).train()
     ema = Ema(network, config.ema)
@@ -150,7 +151,7 @@ def set_up(
     ).to(accelerator.device)
     progress, scaler = Progress(effective_batch=spec.effective_batch), None
     if resume:
-        path, complaints = newest_checkpoint(run_dir / "checkpoints", identity(spec))
+        path, complaints = newest_checkpoint(run_dir / "checkpoints", identity(spec, material))
         for complaint in complaints:
             warn(f"{complaint}; going back to an older checkpoint")
         if path is None:
@@ -191,9 +192,10 @@ def set_up(
     return parts, progress, scaler
 
 
-def identity(spec: RunSpec) -> dict[str, Any]:
+def identity(spec: RunSpec, material: Material) -> dict[str, Any]:
     """Return the values that a checkpoint and the run that continues from it must share."""
     return {
         "effective_batch": spec.effective_batch,
         "inputs": {name: ref.sha256 for name, ref in sorted(spec.inputs.items())},
+        "text_encoder": material.encoder_sha256,
     }

@@ -1,4 +1,8 @@
-"""The images and captions of one split, decoded once where they fit into memory."""
+"""The images and captions of one split, decoded once where they fit into memory.
+
+One rule for images that cannot be decoded, whether they are kept in memory or not: they are found
+before the first step, left out of the splits, and counted in the record.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import ImageError, TrainingError
-from modelops.data.images import read_image, resize_image
+from modelops.base.errors import ImageError, ModelopsError, TrainingError
+from modelops.data.images import resize_image
 from modelops.training.config import TrainConfig
 from modelops.training.launch import splits_path
 
@@ -41,17 +45,17 @@ class PictureSet:
         """A fresh array [N, H, W, 3] of the images at `indices`.
 
         Raises:
-            TrainingError: an image that is decoded on demand cannot be read.
+            TrainingError: an image that is decoded on demand is no longer what it was.
         """
         if self.cached is not None:
             picked: npt.NDArray[np.uint8] = self.cached[indices]
             return picked
         try:
             return np.stack([self.read(int(index)) for index in indices])
-        except ImageError as error:
+        except ModelopsError as error:
             raise TrainingError(
-                f"an image became unreadable while training: {error.message}",
-                hint="repair or remove it, then go on with --resume",
+                f"an image changed while training: {error.message}",
+                hint="put it back, or remove it, then go on with --resume",
             ) from error
 
     def subset(self, indices: Sequence[int]) -> PictureSet:
@@ -74,6 +78,14 @@ class Pictures:
     train: PictureSet
     validation: PictureSet | None
     quarantined: dict[str, str]
+
+    @property
+    def warning(self) -> str:
+        """A line for a reader, or an empty one if nothing was left out."""
+        if not self.quarantined:
+            return ""
+        named = "; ".join(f"{name}: {why}" for name, why in list(self.quarantined.items())[:3])
+        return f"{len(self.quarantined)} samples are left out, as they cannot be used: {named}"
 
 
 def load_pictures(config: TrainConfig, root: Path) -> Pictures:
@@ -124,7 +136,7 @@ def _load_manifest(config: TrainConfig, root: Path) -> Pictures:
             [row.id for row in rows],
             [row.caption for row in rows],
             [groups.get(row.id, row.group) for row in rows],
-            lambda index: read_image(manifest.image_path(rows[index])),
+            lambda index: manifest.read_image(rows[index]),
             config,
         )
         quarantined.update(bad)
@@ -182,36 +194,37 @@ def _cache(
     open_picture: Reader,
     config: TrainConfig,
 ) -> tuple[PictureSet, dict[str, str]]:
-    """Decode the images that fit; leave out unreadable ones, with the reason.
+    """Decode every image once, and keep them if they fit; leave out those that cannot be decoded,
+    with the reason.
 
     `open_picture` gives images of any size; they are cut and scaled to the config's resolution.
     """
     side = config.model.resolution
+    keep = len(ids) * side * side * 3 <= config.data.cache_gb * 1e9
 
     def read(index: int) -> npt.NDArray[np.uint8]:
         return resize_image(open_picture(index), side)
 
-    if len(ids) * side * side * 3 > config.data.cache_gb * 1e9:
-        return PictureSet(ids, captions, groups, None, read), {}
-    bad: dict[str, str] = {}
-
-    def attempt(index: int) -> npt.NDArray[np.uint8] | None:
+    def attempt(index: int) -> npt.NDArray[np.uint8] | str | None:
         try:
-            return read(index)
+            image = read(index)
         except ImageError as error:
-            bad[ids[index]] = error.message
-            return None
+            return error.message
+        return image if keep else None
 
     with ThreadPoolExecutor(4) as pool:
         decoded = list(pool.map(attempt, range(len(ids))))
-    kept = [index for index, image in enumerate(decoded) if image is not None]
-    whole = [image for image in decoded if image is not None]
-    images = np.stack(whole) if whole else np.zeros((0, side, side, 3), np.uint8)
+    bad = {ids[index]: found for index, found in enumerate(decoded) if isinstance(found, str)}
+    good = [index for index, found in enumerate(decoded) if not isinstance(found, str)]
+    cached = None
+    if keep:
+        images = [found for found in decoded if isinstance(found, np.ndarray)]
+        cached = np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
     picture_set = PictureSet(
-        [ids[i] for i in kept],
-        [captions[i] for i in kept],
-        [groups[i] for i in kept],
-        images,
-        images.__getitem__,
+        [ids[index] for index in good],
+        [captions[index] for index in good],
+        [groups[index] for index in good],
+        cached,
+        (lambda place: read(good[place])) if cached is None else cached.__getitem__,
     )
     return picture_set, bad

@@ -75,7 +75,11 @@ def write_record(
         precision=progress.precision,
         precision_reason=progress.precision_reason,
         precision_images_per_second=progress.precision_rates,
-        warnings=[*progress.warnings, *([str(overfitting)] if overfitting else [])],
+        warnings=[
+            *_warnings_of_data(run),
+            *progress.warnings,
+            *([str(overfitting)] if overfitting else []),
+        ],
         **(_of_parts(run) if run else {"parameters": 0}),
     )
     record.write(run_dir / "train.json")
@@ -94,4 +98,12 @@ def _of_parts(run: Run) -> dict[str, Any]:
         "n_train_images": len(pictures.train),
         "n_validation_images": len(parts.material.held_out or ()),
         "quarantined": pictures.quarantined,
+        "captions": parts.material.captions,
     }
+
+
+def _warnings_of_data(run: Run | None) -> list[str]:
+    if run is None:
+        return []
+    material = run.parts.material
+    return [line for line in (material.pictures.warning, material.captions.warning) if line]

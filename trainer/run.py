@@ -117,7 +117,7 @@ class Run:
             network=parts.network,
             optimizer=parts.optimizer,
             scaler=None if scaler is None else scaler.state_dict(),
-            identity=identity(parts.spec),
+            identity=identity(parts.spec, parts.material),
             keep=parts.config.training.keep_checkpoints,
         )
 

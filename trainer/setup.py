@@ -12,13 +12,14 @@ import torch
 from modelops.base.seeding import derive_seed
 from modelops.models.encoders import load_text_encoder
 from modelops.models.networks import make_unet
+from modelops.records.train import CaptionLengths
 from modelops.training.config import TrainConfig
 
 from .batches import Batch, TrainingBatches, fixed_batch
 from .early import spread
 from .grids import grid_prompts
 from .pictures import Pictures, load_pictures
-from .texts import TextTable
+from .texts import TextTable, measure_captions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Material:
         prompts: of the sample grids.
         tokenizer, text_encoder: frozen.
         text_dim: width of a caption's embedding.
+        encoder_sha256: digest of the text encoder's weights and vocabulary.
+        captions: their lengths.
     """
 
     pictures: Pictures
@@ -43,6 +46,8 @@ class Material:
     tokenizer: Any
     text_encoder: Any
     text_dim: int
+    encoder_sha256: str
+    captions: CaptionLengths
 
 
 def load_material(
@@ -53,6 +58,7 @@ def load_material(
     effective_batch: int,
     main_process_first: Callable[[], Any],
     say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> Material:
     """Read the images and embed their captions.
 
@@ -62,6 +68,7 @@ def load_material(
         effective_batch: samples per step over all processes.
         main_process_first: a context in which the others wait for the main process.
         say: gets remarks on what is done.
+        warn: gets what a person should know before the first step.
 
     Raises:
         UsageError: a file is missing or does not fit.
@@ -70,7 +77,21 @@ def load_material(
     say("reading images")
     pictures = load_pictures(config, root)
     train, validation = pictures.train, pictures.validation
+    if pictures.warning:
+        warn(pictures.warning)
     tokenizer, text_encoder = load_text_encoder(config.model.text_encoder)
+    for weight in text_encoder.parameters():  # else it is mapped to a file that others may change
+        weight.data = weight.data.clone()
+    captions = measure_captions(
+        {
+            name: text
+            for split in (train, *([validation] if validation else []))
+            for name, text in zip(split.ids, split.captions, strict=True)
+        },
+        tokenizer,
+    )
+    if captions.warning:
+        warn(captions.warning)
     say(f"{len(train)} images to train on; embedding captions")
     with main_process_first():
         texts = TextTable(
@@ -94,6 +115,8 @@ def load_material(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         text_dim=texts.dim,
+        encoder_sha256=texts.encoder_sha256,
+        captions=captions,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import torch
 
 from modelops.base.files import atomic_path, sha256_json
-from modelops.models.encoders import texts_to_embeddings
+from modelops.models.encoders import MAX_TOKENS, texts_to_embeddings
+from modelops.records.train import CaptionLengths
+
+_LONGEST = 5  # captions that are named
+_TEXTS = 4096  # captions of a call
 
 
 class TextTable:
@@ -20,6 +25,9 @@ class TextTable:
         tokenizer, text_encoder: as from `load_text_encoder`.
         keep_tokens: also keep every token's embedding, for cross-attention.
         cache: a safetensors file that holds the embeddings of exactly these captions, or will.
+
+    Attributes:
+        encoder_sha256: digest of the encoder's weights and vocabulary.
     """
 
     def __init__(
@@ -33,8 +41,10 @@ class TextTable:
     ) -> None:
         unique = sorted({"", *captions})
         self._rows = {caption: row for row, caption in enumerate(unique)}
-        encoder = [str(text_encoder.config.to_json_string()), float(_fingerprint(text_encoder))]
-        key = sha256_json([unique, keep_tokens, encoder])
+        self.encoder_sha256 = _encoder_sha256(tokenizer, text_encoder)
+        key = sha256_json(
+            [unique, keep_tokens, str(text_encoder.config.to_json_string()), self.encoder_sha256]
+        )
         stored = _read(cache, key)
         if stored is None:
             pooled, tokens, mask = texts_to_embeddings(unique, tokenizer, text_encoder)
@@ -62,8 +72,40 @@ class TextTable:
         )
 
 
-def _fingerprint(text_encoder: Any) -> float:
-    return sum(float(weight.double().sum()) for weight in text_encoder.parameters())
+def measure_captions(captions: dict[str, str], tokenizer: Any) -> CaptionLengths:
+    """Count the captions that have more tokens than the model reads; it reads only their beginning.
+
+    Args:
+        captions: {id: caption}.
+        tokenizer: that of the text encoder.
+    """
+    lengths: dict[str, int] = {}
+    whole: set[int] = set()
+    read: set[int] = set()
+    texts = sorted(set(captions.values()))
+    for start in range(0, len(texts), _TEXTS):
+        part = texts[start : start + _TEXTS]
+        rows = tokenizer(part, truncation=False, verbose=False)["input_ids"]
+        cut = tokenizer(part, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        lengths |= dict(zip(part, map(len, rows), strict=True))
+        whole |= {hash(tuple(row)) for row in rows}
+        read |= {hash(tuple(row)) for row in cut}
+    long = {name: lengths[text] for name, text in captions.items() if lengths[text] > MAX_TOKENS}
+    longest = sorted(long, key=lambda name: (-long[name], name))[:_LONGEST]
+    return CaptionLengths(
+        max_tokens=MAX_TOKENS,
+        n=len(captions),
+        n_cut=len(long),
+        n_made_equal=len(whole) - len(read),
+        longest={name: long[name] for name in longest},
+    )
+
+
+def _encoder_sha256(tokenizer: Any, text_encoder: Any) -> str:
+    digest = hashlib.sha256(sha256_json(tokenizer.get_vocab()).encode())
+    for weight in text_encoder.parameters():
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _read(path: Path, key: str) -> dict[str, torch.Tensor] | None:

@@ -126,7 +126,7 @@ def loop(run: Run, signals: Signals) -> None:
     last_event, factor = 0.0, 0.0
     signals.wait = True
     clock.start_steps()
-    for batch in _batches(run):
+    for batch in _saved_before_an_error(run, _batches(run)):
         factor = lr_factor(progress.step, progress.plan, training)
         for group in parts.optimizer.param_groups:
             group["lr"] = training.lr * factor
@@ -199,6 +199,16 @@ def _batches(run: Run) -> Iterator[Batch]:
             if parts.device.type != "cpu":
                 coming = pool.submit(parts.part_of_step, progress.step + 1)
             yield batch
+
+
+def _saved_before_an_error(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches; if one cannot be made, the steps so far are saved before the run ends."""
+    try:
+        yield from batches
+    except TrainingError:
+        if run.progress.step:
+            run.save()
+        raise
 
 
 def _gradient(run: Run, batch: Batch, signals: Signals) -> tuple[float, float, int]:

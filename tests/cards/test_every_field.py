@@ -42,7 +42,7 @@ from modelops.records.export import (
 )
 from modelops.records.read import RECORD_KINDS
 from modelops.records.release import Criterion, Verdict
-from modelops.records.train import CheckpointRef, TrainRecord
+from modelops.records.train import CaptionLengths, CheckpointRef, TrainRecord
 
 DIGEST = "a" * 64
 COMMON: dict[str, Any] = {
@@ -80,7 +80,11 @@ def full_records() -> dict[str, Record]:
             processes=3, device="cpu", precision="bf16", precision_reason="it is fast",
             precision_images_per_second={"fp32": 20.0, "fp16": None}, images_per_second=33.0,
             peak_memory_gb=1.25, n_train_images=3163, n_validation_images=128,
-            quarantined={"9": "truncated"}, warnings=["overfitting"], **COMMON,
+            quarantined={"9": "truncated"}, warnings=["overfitting"],
+            captions=CaptionLengths(
+                max_tokens=32, n=3, n_cut=1, n_made_equal=0, longest={"1": 40}
+            ),
+            **COMMON,
         ),
         "evaluation": EvaluationRecord(
             error="a remark",

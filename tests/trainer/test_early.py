@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,19 @@ import torch
 from pyarrow import parquet
 from safetensors.numpy import load_file
 
-from modelops.base.files import write_json
 from modelops.models.sources import open_checkpoint
 from modelops.records.read import read_record
 from modelops.records.train import TrainRecord
 from modelops.trainer.early import EarlyChecks, make_early_checks, new_overfitting
 from modelops.trainer.pictures import Pictures, load_pictures
 from modelops.training.config import load_config
-from modelops.training.launch import plan_run
+from runs import freeze, stats_rows
 
 Write = Callable[..., Path]
 VALUES = {
     "early_nearest_train_distance", "early_nearest_train_distance_heldout",
     "early_nearest_train_gap", "early_near_copy_rate", "early_seen_prompt_gap",
 }  # fmt: skip
-
-
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-
-
-def _freeze(config: Path, run_dir: Path, **options: Any) -> None:
-    plan = plan_run(config, run_dir=run_dir, **options)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", plan.spec.model_dump(mode="json"))
 
 
 @pytest.fixture
@@ -51,10 +39,10 @@ def test_a_run_with_checks_learns_what_a_run_without_learns(
     weights, losses = [], []
     for every in (4, 0):
         run_dir = tmp_path / f"every-{every}"
-        _freeze(write_config(training={"early_check_every_steps": every}), run_dir)
+        freeze(write_config(training={"early_check_every_steps": every}), run_dir)
         done = run_trainer(run_dir)
         assert done.code == 0, done.err
-        rows = _rows(run_dir)
+        rows = stats_rows(run_dir)
         assert [row["step"] for row in rows if row.keys() >= VALUES] == ([4, 8] if every else [])
         losses.append([row["loss"] for row in rows if "loss" in row])
         state = run_dir / "checkpoints" / "step-8" / "training_state" / "weights.safetensors"
@@ -65,7 +53,7 @@ def test_a_run_with_checks_learns_what_a_run_without_learns(
     report = (tmp_path / "every-4" / "report.md").read_text()
     assert "samples minus held-out images | not measured" not in report
     record = read_record(tmp_path / "every-4" / "train.json", TrainRecord)
-    probe = [row["train_probe_loss"] for row in _rows(tmp_path / "every-4")
+    probe = [row["train_probe_loss"] for row in stats_rows(tmp_path / "every-4")
              if "train_probe_loss" in row]  # fmt: skip
     assert record.final_train_probe_loss == probe[-1]
 
@@ -158,7 +146,7 @@ def test_a_run_on_few_pictures_overfits_and_says_since_when(
     parquet.write_table(pa.table(table), splits)
     training = {"total_steps": 400, "save_every_steps": 400, "validate_every_steps": 25, "lr": 4e-3,
                 "validation_samples": 54}  # fmt: skip
-    _freeze(write_config(training=training, data={"splits": str(splits)}), run_dir)
+    freeze(write_config(training=training, data={"splits": str(splits)}), run_dir)
     done = run_trainer(run_dir)
     assert done.code == 0, done.err
     record = read_record(run_dir / "train.json", TrainRecord)

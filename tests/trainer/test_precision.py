@@ -27,7 +27,7 @@ from modelops.trainer.precision import StepsOnACopy, Trial, candidates, choose, 
 from modelops.trainer.setup import make_network
 from modelops.trainer.stepper import Stepper
 from modelops.training.config import TrainConfig, load_config
-from modelops.training.launch import plan_run
+from runs import freeze
 
 Write = Callable[..., Path]
 Trainer = Callable[..., Any]
@@ -260,12 +260,6 @@ def test_fp16_scales_its_losses_and_leaves_out_a_step_that_overflows(
     assert all(torch.equal(value, weights[name]) for name, value in twin.state_dict().items())
 
 
-def _freeze(config: Path, run_dir: Path, **options: Any) -> None:
-    plan = plan_run(config, run_dir=run_dir, **options)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", plan.spec.model_dump(mode="json"))
-
-
 def _record(run_dir: Path) -> TrainRecord:
     return read_record(run_dir / "train.json", TrainRecord)
 
@@ -293,7 +287,7 @@ def test_auto_learns_bit_for_bit_what_its_choice_learns(
 ) -> None:
     config = write_config(training={"precision": "auto", "optimizer": optimizer})
     auto, named = tmp_path / "auto", tmp_path / "named"
-    _freeze(config, auto)
+    freeze(config, auto)
     done = run_trainer(auto)
     assert done.code == 0, done.err
     record = _record(auto)
@@ -306,7 +300,7 @@ def test_auto_learns_bit_for_bit_what_its_choice_learns(
     assert f"| precision | {record.precision}: {record.precision_reason} |" in report
     assert f"bf16 {rates['bf16']:.4g} images/s" in report
 
-    _freeze(config, named, overrides=[f"training.precision={record.precision}"])
+    freeze(config, named, overrides=[f"training.precision={record.precision}"])
     done = run_trainer(named)
     assert done.code == 0, done.err
     assert _record(named).precision_reason == "asked for"
@@ -319,7 +313,7 @@ def test_a_resumed_run_keeps_its_precision(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(write_config(training={"precision": "auto"}), run_dir)
+    freeze(write_config(training={"precision": "auto"}), run_dir)
     done = run_trainer(run_dir)
     assert done.code == 0, done.err
     first = _record(run_dir)
@@ -352,7 +346,7 @@ def test_without_bf16_instructions_auto_is_fp32_and_bf16_is_told_its_price(
     )
     for asked, taken in (("auto", "fp32"), ("bf16", "bf16")):
         run_dir = tmp_path / asked
-        _freeze(config, run_dir, overrides=[f"training.precision={asked}"])
+        freeze(config, run_dir, overrides=[f"training.precision={asked}"])
         done = subprocess.run(
             [sys.executable, "-m", "modelops.trainer", str(run_dir / "config.json")],
             capture_output=True, text=True, check=False,

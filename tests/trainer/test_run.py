@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,25 +19,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from modelops.base.files import sha256_tree, write_json
+from modelops.base.files import sha256_tree
 from modelops.records.read import read_record
 from modelops.records.train import TrainRecord
-from modelops.training.launch import RunPlan, plan_run
+from runs import freeze, losses
 
 Write = Callable[..., Path]
 Trainer = Callable[..., Any]
-
-
-def _freeze(config: Path, run_dir: Path, **options: Any) -> RunPlan:
-    plan = plan_run(config, run_dir=run_dir, **options)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", plan.spec.model_dump(mode="json"))
-    return plan
-
-
-def _losses(run_dir: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def _tensors(checkpoint: Path) -> dict[str, Any]:
@@ -54,8 +43,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     config = write_config(training={"total_steps": 12, "save_every_steps": 5})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _freeze(config, whole)
-    _freeze(config, killed)
+    freeze(config, whole)
+    freeze(config, killed)
     done = run_trainer(whole)
     assert done.code == 0, done.err
 
@@ -72,7 +61,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     done = run_trainer(killed, "--resume")
     assert done.code == 0, done.err
     assert "going on from step" in done.out
-    assert _losses(killed) == _losses(whole)
+    assert losses(killed) == losses(whole)
     ours, theirs = (_tensors(run / "checkpoints" / "step-12") for run in (killed, whole))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -91,7 +80,7 @@ def test_microbatches_split_the_same_batch(
     runs = []
     for microbatch, accumulation in ((8, 1), (4, 2)):
         run_dir = tmp_path / f"{microbatch}x{accumulation}"
-        _freeze(
+        freeze(
             config, run_dir,
             overrides=[
                 f"training.microbatch={microbatch}", f"training.grad_accum_steps={accumulation}"
@@ -100,7 +89,7 @@ def test_microbatches_split_the_same_batch(
         done = run_trainer(run_dir)
         assert done.code == 0, done.err
         runs.append(run_dir)
-    for (_, one), (_, other) in zip(_losses(runs[0]), _losses(runs[1]), strict=True):
+    for (_, one), (_, other) in zip(losses(runs[0]), losses(runs[1]), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     first, second = (
         load_file(run / "checkpoints" / "step-3" / "training_state" / "weights.safetensors")
@@ -115,7 +104,7 @@ def test_the_checkpoint_loads_where_modelops_is_not_installed(
     write_config: Write, run_trainer: Trainer, trainer_environment: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "runs" / "a"
-    _freeze(write_config(training={"total_steps": 2, "save_every_steps": 2}), run_dir)
+    freeze(write_config(training={"total_steps": 2, "save_every_steps": 2}), run_dir)
     done = run_trainer(run_dir)
     assert done.code == 0, done.err
     assert (run_dir / "report.md").read_text().count("![") >= 2
@@ -144,7 +133,7 @@ def test_a_diverging_run_stops_before_the_optimizer(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(
+    freeze(
         write_config(
             training={"lr": 1e30, "warmup_steps": 0, "total_steps": 20, "grad_clip": 1e30}
         ),
@@ -164,7 +153,7 @@ def test_sigterm_saves_a_checkpoint_and_says_so(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(write_config(training={"total_steps": 100_000, "save_every_steps": 100_000}), run_dir)
+    freeze(write_config(training={"total_steps": 100_000, "save_every_steps": 100_000}), run_dir)
     stats = run_dir / "stats.jsonl"
 
     def stop() -> None:
@@ -185,27 +174,35 @@ def test_sigterm_saves_a_checkpoint_and_says_so(
 def test_a_damaged_checkpoint_is_passed_over(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
+    """Damage in place, to the trained weights and to the frozen encoder, stays in that checkpoint
+    and is not carried into the next ones."""
     run_dir = tmp_path / "run"
-    _freeze(write_config(), run_dir)
+    freeze(write_config(), run_dir)
     done = run_trainer(run_dir)
     assert done.code == 0, done.err
-    before = _tensors(run_dir / "checkpoints" / "step-8")
-    weights = run_dir / "checkpoints" / "step-8" / "training_state" / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    done = run_trainer(run_dir, "--resume")
-    assert done.code == 0, done.err
-    assert "missing or damaged" in done.err
-    assert "going on from step 4" in done.out
-    after = _tensors(run_dir / "checkpoints" / "step-8")
-    for name, value in before.items():
-        assert np.array_equal(value, after[name]), name
+    newest = run_dir / "checkpoints" / "step-8"
+    before, tree = _tensors(newest), sha256_tree(newest, exclude=["training_state"])
+    for damaged, said in (
+        ("training_state/weights.safetensors", "missing or damaged"),
+        ("text_encoder/model.safetensors", "its model files differ"),
+    ):
+        with (newest / damaged).open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes(range(100)))
+        done = run_trainer(run_dir, "--resume")
+        assert done.code == 0, done.err
+        assert said in done.err
+        assert "going on from step 4" in done.out
+        for name, value in _tensors(newest).items():
+            assert np.array_equal(value, before[name]), name
+        assert sha256_tree(newest, exclude=["training_state"]) == tree
 
 
 def test_retention_keeps_the_newest_and_the_early_one(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(
+    freeze(
         write_config(
             training={
                 "total_steps": 10,
@@ -223,34 +220,15 @@ def test_retention_keeps_the_newest_and_the_early_one(
     assert there == ["step-1", "step-10", "step-8"]
     record = read_record(run_dir / "train.json", TrainRecord)
     assert [ref.step for ref in record.checkpoints] == [1, 8, 10]
-    encoders = {
-        (run_dir / ref.path / "text_encoder" / "model.safetensors").stat().st_ino
-        for ref in record.checkpoints
-    }
-    assert len(encoders) == 1  # hard links: the frozen encoder is on disk once
-
-
-def test_changed_data_stop_the_run(
-    write_config: Write, run_trainer: Trainer, workspace: Path, tmp_path: Path
-) -> None:
-    import shutil
-
-    shutil.copytree(workspace / "data", tmp_path / "data")
-    run_dir = tmp_path / "run"
-    _freeze(write_config(data={"manifest": "data/manifest.parquet"}), run_dir)
-    splits = tmp_path / "data" / "splits.parquet"
-    splits.write_bytes(splits.read_bytes() + b"\0")
-    done = run_trainer(run_dir)
-    assert done.code == 1
-    assert "the splits changed" in done.err
-    assert read_record(run_dir / "train.json", TrainRecord).status == "failed"
+    links = [path.stat().st_nlink for path in run_dir.rglob("*") if path.is_file()]
+    assert set(links) == {1}, "what is written into one checkpoint stays there"
 
 
 def test_a_time_limit_plans_fewer_steps_and_still_decays(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(
+    freeze(
         write_config(
             training={
                 "total_steps": 1_000_000,
@@ -280,7 +258,7 @@ def test_a_limit_shorter_than_a_step_gives_one_step_and_says_so(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(write_config(training={"time_limit_seconds": 0.01}), run_dir)
+    freeze(write_config(training={"time_limit_seconds": 0.01}), run_dir)
     done = run_trainer(run_dir)
     assert done.code == 0, done.err
     record = read_record(run_dir / "train.json", TrainRecord)
@@ -294,7 +272,6 @@ def test_a_limit_shorter_than_a_step_gives_one_step_and_says_so(
 def test_shards_and_manifest_give_the_same_run(
     write_config: Write, run_trainer: Trainer, workspace: Path, tmp_path: Path
 ) -> None:
-    import shutil
 
     from modelops.data.shards import write_shards
 
@@ -304,7 +281,7 @@ def test_shards_and_manifest_give_the_same_run(
         tmp_path / "data", resolution=16, samples_per_shard=20,
     )  # fmt: skip
     run_dir = tmp_path / "run"
-    _freeze(
+    freeze(
         write_config(
             data={"manifest": "data/manifest.parquet", "shards": str(shards.relative_to(tmp_path))},
             training={"total_steps": 2},
@@ -322,7 +299,7 @@ def test_two_processes_of_one_run_do_not_meet(
     write_config: Write, run_trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(write_config(), run_dir)
+    freeze(write_config(), run_dir)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with (run_dir / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -337,7 +314,7 @@ def test_the_loss_goes_down_on_real_pictures(
     write_config: Write, run_trainer: Trainer, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    _freeze(write_config(training={"total_steps": 120, "save_every_steps": 120}), run_dir)
+    freeze(write_config(training={"total_steps": 120, "save_every_steps": 120}), run_dir)
     done = run_trainer(run_dir)
     assert done.code == 0, done.err
     record = read_record(run_dir / "train.json", TrainRecord)

@@ -23,6 +23,7 @@ UNPRINTED: dict[tuple[Card, str], Unprinted] = {
         "places of its inputs": ("inputs",),
         "all checkpoints": ("checkpoints",),
         "reasons for what was left out": ("quarantined",),
+        "lengths of captions": ("captions",),
     },
     ("model", "evaluation"): {
         **_COMMON,

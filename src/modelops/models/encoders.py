@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from modelops.base.errors import IntegrityError, MissingWeightsError
+from modelops.base.errors import IntegrityError, MissingWeightsError, first_line
 from modelops.base.extras import require_module
 from modelops.base.files import sha256_file
+from modelops.models.pretrained import fetch_directory, load_part
 
 LITE0_NAME = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -28,6 +29,7 @@ MINILM_NAME = "all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_DIM = 384
 TEXT_ROWS = 64  # texts of a call
+MAX_TOKENS = 32  # that the trained models read of a text, with the marks around it
 
 
 class Lite0(torch.nn.Module):
@@ -159,14 +161,14 @@ def load_text_encoder(name_or_path: str | Path | None = None) -> tuple[Any, Any]
         source = minilm_directory()
         verify_weights(source / "model.safetensors", MINILM_SHA256)
     else:
-        source = Path(name_or_path)
+        source = fetch_directory(str(name_or_path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except OSError as error:
+        tokenizer = load_part(AutoTokenizer, source)
+        model = load_part(AutoModel, source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
         raise MissingWeightsError(
-            f"{name_or_path}: text encoder not found here and not fetchable",
-            hint="give a local directory, or leave it out to use the packaged MiniLM",
+            f"{name_or_path}: not a text encoder that can be loaded: {first_line(error)}",
+            hint="give a whole directory, or leave it out to use the packaged MiniLM",
         ) from error
     return tokenizer, model.eval().requires_grad_(False)
 
@@ -176,7 +178,7 @@ def texts_to_embeddings(
     tokenizer: Any,
     model: Any,
     *,
-    max_tokens: int = 32,
+    max_tokens: int = MAX_TOKENS,
     batch_size: int = TEXT_ROWS,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Texts to (pooled [N, D] of length sqrt(D), tokens [N, L, D], mask [N, L]), L = max_tokens.

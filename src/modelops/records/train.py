@@ -18,6 +18,37 @@ class CheckpointRef(RecordPart):
     sha256: str
 
 
+class CaptionLengths(RecordPart):
+    """Lengths of the captions that a run is trained and validated on, in tokens.
+
+    Attributes:
+        max_tokens: number of tokens that the model reads of a text, with the marks around it.
+        n: captions.
+        n_cut: captions that have more; the model sees their beginning.
+        n_made_equal: different captions that became equal to another one by that.
+        longest: {sample id: tokens} of the longest captions that were cut.
+    """
+
+    max_tokens: int
+    n: int
+    n_cut: int
+    n_made_equal: int
+    longest: dict[str, int] = {}
+
+    @property
+    def warning(self) -> str:
+        """A line for a reader, or an empty one if no caption was cut."""
+        if not self.n_cut:
+            return ""
+        named = ", ".join(f"{name} ({count} tokens)" for name, count in self.longest.items())
+        return (
+            f"{self.n_cut} of {self.n} captions have more than {self.max_tokens} tokens: the model "
+            "learns their beginning only"
+            + (f", and {self.n_made_equal} became equal to another" if self.n_made_equal else "")
+            + f"; longest: {named}"
+        )
+
+
 class TrainRecord(Record):
     """runs/NAME/train.json"""
 
@@ -50,6 +81,7 @@ class TrainRecord(Record):
     n_train_images: int | None = None
     n_validation_images: int | None = None
     quarantined: dict[str, str] = {}
+    captions: CaptionLengths | None = None
     warnings: list[str] = []
 
 

@@ -77,7 +77,8 @@ class ModelSection(_Section):
     prediction: Literal["velocity", "sample"] = "velocity"
     """What the network's output is: noise - image, or the image. The loss is always on velocity."""
     text_encoder: str | None = None
-    """A transformers directory or hub id; by default the packaged all-MiniLM-L6-v2."""
+    """A transformers directory or hub id; by default the packaged all-MiniLM-L6-v2. Of a caption it
+    reads 32 tokens; longer ones are counted before the first step, and in train.json."""
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -133,7 +134,8 @@ class DataSection(_Section):
     horizontal_flip: Real = Field(default=0.0, ge=0, le=1)
     """Probability that a training image is mirrored."""
     cache_gb: Real = Field(default=4.0, ge=0)
-    """Decoded images are kept in memory up to this size, and beyond it decoded when needed."""
+    """Decoded images are kept in memory up to this size, and beyond it decoded when needed. Images
+    that cannot be decoded are found before the first step either way, left out and counted."""
 
     @model_validator(mode="after")
     def _some_pictures(self) -> Self:
