@@ -21,12 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.serving.http import peers as peers_module
 from modelops.serving.http.keys import Caller
-from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets
+from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets, Work
 from modelops.serving.http.peers import Peers, merge_expositions
 from modelops.serving.provenance.receipts import ReceiptLog
 from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.telemetry.segments import LONGEST, SEGMENTS
 from modelops.serving.workers import Worker, prepare_workers, this_worker, worker_count
+from waiting import at_once
 
 
 def start(program: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -285,16 +286,16 @@ def test_a_worker_that_waits_for_its_health_still_tells_its_metrics(short_folder
 # --- rates --------------------------------------------------------------------------------------
 
 TAKE = """
-import sys
+import asyncio, sys
 from pathlib import Path
 from modelops.serving.http.keys import Caller
-from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets
+from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets, Work
 store = SharedBuckets(Path(sys.argv[1]))
 limits = RateLimits(images_per_minute=100, store=store, clock=lambda: 1.0)
 passed = 0
 for _ in range(300):
     try:
-        limits.take(Caller(name="alice"), images=1)
+        asyncio.run(limits.take(Caller(name="alice"), Work()))
         passed += 1
     except RateLimitError as error:
         assert error.wait_s is not None and error.wait_s <= 1.0
@@ -318,18 +319,18 @@ def test_shared_buckets_do_what_own_ones_do(tmp_path: Path) -> None:
 
     def wait(limits: RateLimits, images: int) -> float | None:
         with pytest.raises(RateLimitError) as error:
-            limits.take(alice, images=images)
+            at_once(limits.take(alice, Work(images)))
         return error.value.wait_s
 
     one, two = make(), make()
-    one.take(alice, images=3)
+    at_once(one.take(alice, Work(3)))
     assert wait(two, 2) == pytest.approx(15.0) and wait(two, 5) is None
-    two.give_back_images(alice, 1)
-    one.take(alice, images=2)
+    at_once(two.give_back_images(alice, 1))
+    at_once(one.take(alice, Work(2)))
     assert wait(one, 1) == wait(two, 1) == pytest.approx(15.0)
     now += 15.0
-    two.take(alice, images=1)
-    one.take(free, images=10**9)
+    at_once(two.take(alice, Work()))
+    at_once(one.take(free, Work(10**9)))
     assert len(list((tmp_path / "limits").iterdir())) == 1  # a caller without a rate costs nothing
     assert wait(make(), 1) is not None  # a worker that was started again knows
 
@@ -346,18 +347,30 @@ with SharedBuckets(Path(sys.argv[1])).of("alice"):
 
 
 def test_a_worker_that_hangs_or_dies_with_the_lock(tmp_path: Path) -> None:
+    alice = Caller(name="alice", images_per_minute=5)
     limits = RateLimits(requests_per_minute=5, store=SharedBuckets(tmp_path))
     holder = start(HOLD, str(tmp_path))
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(RateLimitError, match="cannot be told") as error:
-            limits.take(Caller(name="alice"), images=1)  # not let in uncounted
-        assert error.value.wait_s == 1.0
-        limits.take(Caller(name="bob"), images=1)
+
+        async def meanwhile() -> None:
+            """Others are let in while a held one waits: nothing blocks the event loop."""
+            waiting = asyncio.ensure_future(limits.take(Caller(name="alice"), Work()))
+            back = asyncio.ensure_future(limits.give_back_images(alice, 1))
+            for index in range(20):
+                await limits.take(Caller(name=f"bob-{index}"), Work())
+                await asyncio.sleep(0)
+            assert not waiting.done() and not back.done()
+            with pytest.raises(RateLimitError, match="cannot be told") as error:
+                await waiting  # not let in uncounted
+            assert error.value.wait_s == 1.0
+            await back
+
+        asyncio.run(meanwhile())
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-    limits.take(Caller(name="alice"), images=1)
+    at_once(limits.take(alice, Work()))
 
 
 def test_without_a_place_for_the_files_each_worker_counts(
@@ -365,9 +378,9 @@ def test_without_a_place_for_the_files_each_worker_counts(
 ) -> None:
     (tmp_path / "file").touch()
     limits = RateLimits(requests_per_minute=1, store=SharedBuckets(tmp_path / "file"))
-    limits.take(Caller(name="alice"), images=1)
+    at_once(limits.take(Caller(name="alice"), Work()))
     with pytest.raises(RateLimitError, match="1 requests a minute"):
-        limits.take(Caller(name="alice"), images=1)
+        at_once(limits.take(Caller(name="alice"), Work()))
     assert caplog.text.count("counted by each worker") == 1
 
 

@@ -13,13 +13,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modelops.base.errors import IntegrityError, ModelopsError
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.base.files import sha256_file, sha256_json, tree_files
 
 _COPIES = "modelops-model-"
@@ -217,3 +218,14 @@ def _copy_file(source: Path, target: Path) -> None:
             while os.copy_file_range(reader.fileno(), writer.fileno(), _PIECE):
                 pass
         shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def require_private(path: str | os.PathLike[str]) -> None:
+    """Refuse a file with a secret that other users of this machine can read or change.
+
+    Raises:
+        UsageError: its mode lets them.
+    """
+    mode = Path(path).stat().st_mode
+    if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(f"{path}: others can read this key", hint=f"chmod 600 {path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.options import PATH
+from modelops.cli.options import FILE, PATH
 from modelops.cli.output import emit, is_json, json_option, table
 
 DEFAULT_FILE = "api_keys.json"
@@ -42,10 +42,17 @@ def key() -> None:
 @click.option(
     "--images-per-minute",
     type=click.IntRange(1, 1_000_000),
-    help="Rate limit of this key, in images per minute.",
+    help="Rate limit of this key, in images of the release's own steps per minute; one with twice "
+    "the steps counts twice.",
 )
 @click.option(
     "--admin", is_flag=True, help="Allow this key to swap releases with `modelops serve swap`."
+)
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=FILE,
+    help="New file for the key, which only its owner can read; without, the key is printed.",
 )
 @json_option
 def create(
@@ -54,23 +61,37 @@ def create(
     requests_per_minute: int | None,
     images_per_minute: int | None,
     admin: bool,
+    out: Path | None,
 ) -> None:
     """Make a key called NAME and print it, only this once: it cannot be read later.
 
     \b
-    Example:
+    Examples:
       modelops serve key create alice --images-per-minute 30
+      modelops serve key create ops --admin --out admin.key
     """
+    from modelops.base.errors import UsageError
+    from modelops.base.files import atomic_path
     from modelops.serving.http.keys import create_key
 
-    made = create_key(
-        path,
-        name,
-        requests_per_minute=requests_per_minute,
-        images_per_minute=images_per_minute,
-        admin=admin,
-    )
-    emit({"status": "ok", "name": name, "key": made, "file": str(path)}, text=made)
+    def make() -> str:
+        return create_key(
+            path,
+            name,
+            requests_per_minute=requests_per_minute,
+            images_per_minute=images_per_minute,
+            admin=admin,
+        )
+
+    if out is None:
+        made = make()
+        emit({"status": "ok", "name": name, "key": made, "file": str(path)}, text=made)
+        return
+    if out.exists():
+        raise UsageError(f"{out}: exists already", hint="name a new file")
+    with atomic_path(out, private=True) as temporary:
+        temporary.write_text(make() + "\n", "ascii")
+    emit({"status": "ok", "name": name, "out": str(out), "file": str(path)}, text=str(out))
 
 
 @key.command("list")

@@ -20,7 +20,8 @@ def _server(command: F) -> F:
     """The server's address, and the file with the admin key."""
     option = click.option(
         "--key-file", metavar="FILE", type=FILE,
-        help=f"File that holds the admin key alone.  [default: variable {KEY_VARIABLE}]",
+        help="File that holds the admin key alone and that only its owner can read.  "
+        f"[default: variable {KEY_VARIABLE}]",
     )  # fmt: skip
     return click.argument("url")(option(command))
 
@@ -222,8 +223,11 @@ def _key(path: Path | None) -> str:
 
     from modelops.base.errors import UsageError
     from modelops.base.files import read_text
+    from modelops.base.private import require_private
 
     key = (read_text(path) if path else os.environ.get(KEY_VARIABLE, "")).strip()
+    if path:
+        require_private(path)
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"{path or KEY_VARIABLE}: holds no key",

@@ -32,7 +32,7 @@ _Integer = Annotated[int, Field(strict=True)]
 
 
 class ImagesRequest(BaseModel):
-    """Body of POST /v1/images/generations. Unknown fields are refused, never ignored.
+    """Body of POST /v1/images/generations. Unknown fields are refused.
 
     Extensions to OpenAI's request (its client sends them through `extra_body`): `seed`, `steps`,
     `guidance`, `negative_prompt`. Image k of a request is made from seed + k.
@@ -58,10 +58,23 @@ class ImagesRequest(BaseModel):
     guidance: Annotated[float, Field(strict=True, ge=0.0, le=MAX_GUIDANCE)] | None = None
     negative_prompt: _Text | None = None
 
-    # Fields of OpenAI's own models: the values that ask for nothing are accepted.
-    quality: Literal["auto", "standard"] | None = None
+    # Fields of OpenAI's own models. Their values are accepted, and `ignored` says which had no
+    # effect; but a transparent background is refused, as the caller would get another image.
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    output_compression: Annotated[_Integer, Field(ge=0, le=100)] | None = None
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the parameters that ask for something and have no effect."""
+        nothing = {"quality": ("auto", "standard"), "moderation": ("auto",)}
+        return [
+            name
+            for name in ("quality", "style", "output_compression", "moderation", "user")
+            if (value := getattr(self, name)) is not None and value not in nothing.get(name, ())
+        ]
 
     @field_validator("guidance")
     @classmethod

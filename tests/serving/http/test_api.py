@@ -28,6 +28,23 @@ def test_a_full_request() -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "ignored"),
+    [
+        ({}, []),
+        ({"quality": "auto", "moderation": "auto", "background": "opaque", "style": None}, []),
+        ({"quality": "standard", "output_compression": None, "user": None}, []),
+        ({"quality": "hd", "style": "vivid"}, ["quality", "style"]),
+        ({"quality": "low", "output_compression": 100}, ["quality", "output_compression"]),
+        ({"user": "me", "moderation": "low"}, ["moderation", "user"]),
+    ],
+)
+def test_parameters_of_other_models_are_accepted_and_named(
+    body: dict[str, Any], ignored: list[str]
+) -> None:
+    assert parse_request(json.dumps({"prompt": "sun"} | body).encode()).ignored == ignored
+
+
+@pytest.mark.parametrize(
     ("change", "param", "code"),
     [
         ({"prompt": ""}, "prompt", "invalid_value"),
@@ -53,7 +70,12 @@ def test_a_full_request() -> None:
         ({"output_format": "gif"}, "output_format", "invalid_value"),
         ({"response_format": "url"}, "response_format", "unsupported_value"),
         ({"stream": "yes"}, "stream", "invalid_value"),
-        ({"style": "vivid"}, "style", "unknown_parameter"),
+        ({"style": "loud"}, "style", "invalid_value"),
+        ({"quality": "best"}, "quality", "invalid_value"),
+        ({"output_compression": 101}, "output_compression", "invalid_value"),
+        ({"moderation": "none"}, "moderation", "invalid_value"),
+        ({"background": "transparent"}, "background", "invalid_value"),
+        ({"input_fidelity": "high"}, "input_fidelity", "unknown_parameter"),
         ({"stepz": 3}, "stepz", "unknown_parameter"),
     ],
 )

@@ -162,6 +162,22 @@ def test_commands(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "key", "list", "--file", str(path.parent / "none")]) == 2
 
 
+def test_a_key_goes_into_a_file_that_only_its_owner_reads(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "admin.key"
+    create = ["serve", "key", "create", "ops", "--admin", "--file", str(path), "--out", str(out)]
+    assert main([*create, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == str(out)
+    key = out.read_text().strip()
+    assert name_of(KeyRing(path=path), key) == "ops" and out.stat().st_mode & 0o777 == 0o600
+    assert main(create) == 2
+    assert "exists already" in capsys.readouterr().err and out.read_text().strip() == key
+    out.unlink()
+    assert main(create) == 2  # the name is taken
+    assert not out.exists() and key not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),

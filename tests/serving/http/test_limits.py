@@ -25,8 +25,9 @@ from modelops.serving.engine.engine import StepEngine
 from modelops.serving.failures import QueueFullError
 from modelops.serving.http.access import Access, Charge
 from modelops.serving.http.keys import Caller, KeyRing, create_key
-from modelops.serving.http.limits import RateLimitError, RateLimits
+from modelops.serving.http.limits import ImageRate, RateLimitError, RateLimits, Work
 from modelops.serving.settings import NodeSettings
+from waiting import at_once
 
 ALICE, BOB = Caller(name="alice"), Caller(name="bob", images_per_minute=4)
 
@@ -43,8 +44,12 @@ class Clock:
 
 def refused(limits: RateLimits, caller: Caller, images: int = 1) -> float | None:
     """Seconds to wait, or None when it was let in."""
+    return refused_work(limits, Work(images), caller)
+
+
+def refused_work(limits: RateLimits, work: Work, caller: Caller = ALICE) -> float | None:
     try:
-        limits.take(caller, images=images)
+        at_once(limits.take(caller, work))
     except RateLimitError as error:
         assert error.wait_s is not None
         return error.wait_s
@@ -72,10 +77,10 @@ def test_both_buckets_or_neither() -> None:
     assert refused(limits, BOB, images=2) == pytest.approx(15.0)
     assert refused(limits, BOB, images=1) is None  # the refused one took no image and no request
     assert refused(limits, BOB, images=4) == pytest.approx(60.0)
-    with pytest.raises(RateLimitError, match="4 images a minute, fewer") as error:
-        limits.take(BOB, images=5)
+    with pytest.raises(RateLimitError, match=r"4 images of 1 steps a minute .*, fewer") as error:
+        at_once(limits.take(BOB, Work(5)))
     assert error.value.wait_s is None
-    limits.give_back_images(BOB, 4)
+    at_once(limits.give_back_images(BOB, 4))
     assert refused(limits, BOB, images=4) is None
     assert refused(limits, BOB) == pytest.approx(20.0)  # three requests are spent
     assert refused(RateLimits(clock=clock), ALICE, images=10**9) is None
@@ -87,20 +92,48 @@ def test_what_the_node_owes_is_given_back_once() -> None:
     limits = RateLimits(images_per_minute=2, clock=clock)
     access = Access(KeyRing(), limits)
 
+    async def tried(charge: Charge, error: Exception | None) -> None:
+        async with charge.attempt():
+            if error is not None:
+                raise error
+
     def fails(charge: Charge, error: Exception) -> None:
-        with pytest.raises(type(error)), charge.attempt():
-            raise error
+        with pytest.raises(type(error)):
+            at_once(tried(charge, error))
+
+    def taken() -> Charge:
+        return at_once(access.take(ALICE, Work(2)))
 
     for error in (ApiError(503, "cancelled", ""), ApiError(429, "x", ""), RuntimeError("a bug")):
-        fails(access.take(ALICE, 2), error)
-    fails(access.take(ALICE, 2), ApiError(400, "content_policy_violation", ""))
+        fails(taken(), error)
+    fails(taken(), ApiError(400, "content_policy_violation", ""))
     assert refused(limits, ALICE) == pytest.approx(30.0)
     clock.now += 60
-    charge = access.take(ALICE, 2)
+    charge = taken()
     fails(charge, ApiError(500, "generation_failed", ""))
-    with charge.attempt():
-        pass
+    at_once(tried(charge, None))
     assert refused(limits, ALICE) == pytest.approx(30.0)
+
+
+def test_steps_count_as_images_do() -> None:
+    """A rate of 10 images is one of 250 image-steps where a release makes 25 steps."""
+    clock = Clock()
+    limits = RateLimits(images_per_minute=10, clock=clock)
+    for left in (225, 200):
+        assert at_once(limits.take(ALICE, Work(1, 25, 25))) == ImageRate(250, left)
+    assert at_once(limits.take(ALICE, Work(4, 50, 25))) == ImageRate(250, 0)
+    with pytest.raises(
+        RateLimitError, match=r"10 images of 25 steps a minute \(250 image-s"
+    ) as wait:
+        at_once(limits.take(ALICE, Work(1, 5, 25)))
+    assert wait.value.wait_s == pytest.approx(60 / 50)
+    clock.now += 60
+    for _ in range(50):  # a fifth of an image each, without what rounding would leave out
+        assert refused_work(limits, Work(1, 5, 25)) is None
+    assert refused_work(limits, Work(1, 5, 25)) is not None
+    with pytest.raises(ApiError, match="fewer than were asked") as never:
+        at_once(Access(KeyRing(), RateLimits(images_per_minute=1)).take(ALICE, Work(1, 26, 25)))
+    assert (never.value.status, never.value.param) == (400, "steps")
 
 
 @given(
@@ -162,19 +195,23 @@ def test_the_official_client_is_told_when_to_come_back(
     with node.client(keys["slow"]) as slow, node.client(keys["free"]) as free:
 
         def ask(client: openai.OpenAI, n: int) -> Any:
-            return client.images.generate(prompt="sun", n=n, extra_body={"steps": 1})
+            return client.images.with_raw_response.generate(
+                prompt="sun", n=n, extra_body={"steps": 4}
+            )
 
         with pytest.raises(openai.BadRequestError) as never:
             ask(slow, 4)
-        assert never.value.param == "n" and "3 images a minute" in never.value.message
-        ask(slow, 3)
+        assert never.value.param == "n" and "3 images of 4 steps a minute" in never.value.message
+        answer = ask(slow, 3)
+        assert answer.headers["x-ratelimit-limit-image-steps"] == "12"
+        assert answer.headers["x-ratelimit-remaining-image-steps"] == "0"
         with pytest.raises(openai.RateLimitError) as later:
             ask(slow, 2)
         assert later.value.code == "rate_limit_exceeded"
         headers = later.value.response.headers
         assert 35 <= int(headers["retry-after"]) <= 40
         assert 0 <= 1000 * int(headers["retry-after"]) - int(headers["retry-after-ms"]) < 1000
-        ask(free, 4)
+        assert "x-ratelimit-limit-image-steps" not in ask(free, 4).headers
         assert node.metric('modelops_rejected_total{reason="rate_limit"}') == 1
 
 
@@ -189,13 +226,13 @@ def test_a_full_queue_does_not_cost_images(
     with node.client(keys["slow"]) as slow:
         for _ in range(5):
             with pytest.raises(openai.RateLimitError) as full:
-                slow.images.generate(prompt="sun", n=3, extra_body={"steps": 1})
+                slow.images.generate(prompt="sun", n=3)
             assert "too many requests are waiting" in full.value.message
         for job in held:
             job.cancel()
         while engine.running or engine.waiting:
             time.sleep(0.005)
-        assert slow.images.generate(prompt="sun", n=3, extra_body={"steps": 1}).data
+        assert slow.images.generate(prompt="sun", n=3).data
 
 
 class VirtualTime:

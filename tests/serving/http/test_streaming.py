@@ -139,7 +139,7 @@ def test_what_fails_before_the_first_event_is_an_ordinary_status(
 
 
 def test_keys_and_rates_hold_for_streams(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODELOPS_IMAGES_PER_MINUTE", "2")
+    monkeypatch.setenv("MODELOPS_IMAGES_PER_MINUTE", "3")  # of 4 steps: two of 6
     with http(stage.node) as live:
         limited = Stage(live, stage.gate, stage.filter)
         limited.gate.fails = True

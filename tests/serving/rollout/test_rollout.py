@@ -671,6 +671,11 @@ def test_commands(
 
         (tmp_path / "alice").write_text(node.user + "\n")
         alice = ["--key-file", str(tmp_path / "alice")]
+        for mode in (0o644, 0o640, 0o622):
+            (tmp_path / "alice").chmod(mode)
+            assert main([*swap, "status", node.url, *alice]) == 2
+            assert "others can read this key" in capsys.readouterr().err
+        (tmp_path / "alice").chmod(0o600)
         assert main([*swap, "status", node.url, *alice]) == 2
         assert "may not swap" in capsys.readouterr().err
         for url in ("http://example.org", "ftp://127.0.0.1", "nothing"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from modelops.base.errors import UsageError
 from modelops.serving.api import ApiError
@@ -16,7 +16,7 @@ from modelops.serving.http.keys import (
     KeysUnavailableError,
     UnknownKeyError,
 )
-from modelops.serving.http.limits import RateLimitError, RateLimits
+from modelops.serving.http.limits import ImageRate, RateLimitError, RateLimits, Work
 
 INSECURE_VARIABLE = "MODELOPS_INSECURE"
 
@@ -78,44 +78,52 @@ class Access:
                 503, "api_keys_unavailable", error.message, retry_after_s=30
             ) from error  # fmt: skip
 
-    def take(self, caller: Caller, images: int) -> Charge:
+    async def take(self, caller: Caller, work: Work) -> Charge:
         """Count a request.
 
         Raises:
-            ApiError: 429 with the seconds to wait, or 400 for more images at once than a minute
-                allows.
+            ApiError: 429 with the seconds to wait, or 400 for more images, or steps of them, at
+                once than a minute allows.
         """
         try:
-            self.limits.take(caller, images=images)
+            rate = await self.limits.take(caller, work)
         except RateLimitError as error:
             if error.wait_s is None:
-                raise ApiError(400, "invalid_value", error.message, param="n") from error
+                param = "n" if work.images > 1 else "steps"
+                raise ApiError(400, "invalid_value", error.message, param=param) from error
             raise ApiError(
                 429, "rate_limit_exceeded", error.message, retry_after_s=error.wait_s
             ) from error  # fmt: skip
-        return Charge(self.limits, caller, images)
+        return Charge(self.limits, caller, work.cost, rate)
 
 
 class Charge:
-    """Images that were counted for a request, which may be tried on more than one release."""
+    """Images that were counted for a request, which may be tried on more than one release.
 
-    def __init__(self, limits: RateLimits, caller: Caller, images: int) -> None:
+    Attributes:
+        rate: of the caller's images, with what this request left; None when they are not limited.
+    """
+
+    def __init__(
+        self, limits: RateLimits, caller: Caller, images: float, rate: ImageRate | None = None
+    ) -> None:
+        self.rate = rate
         self._limits = limits
         self._caller = caller
         self._images = images
         self._returned = False
 
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def attempt(self) -> AsyncIterator[None]:
         """Within the block, give back the images that the node did not make (full or failed)."""
         if self._returned:
-            self._limits.give_back_images(self._caller, -self._images)
+            await self._limits.give_back_images(self._caller, -self._images)
             self._returned = False
         try:
             yield
         except Exception as error:
             if not isinstance(error, ApiError) or error.status == 429 or error.status >= 500:
-                self._limits.give_back_images(self._caller, self._images)
+                await self._limits.give_back_images(self._caller, self._images)
                 self._returned = True
             raise
 

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -19,8 +20,15 @@ from modelops.serving.api import ApiError, ImagesRequest, ImagesResponse, parse_
 from modelops.serving.http.access import Access
 from modelops.serving.http.admin import add_admin_routes
 from modelops.serving.http.answers import check_key, error_response, read_body
+from modelops.serving.http.limits import Work
 from modelops.serving.http.observe import ROUTES, Observe, note_request
-from modelops.serving.http.openapi import describe
+from modelops.serving.http.openapi import (
+    ANSWER_HEADERS,
+    IGNORED_HEADER,
+    LIMIT_HEADER,
+    REMAINING_HEADER,
+    describe,
+)
 from modelops.serving.http.page import add_page
 from modelops.serving.http.routing import AppState, RoutedStream, make_images, through_routes
 from modelops.serving.http.sites import SiteRules, allowed_origins
@@ -64,7 +72,7 @@ def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = N
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["Authorization", "Content-Type"], expose_headers=ANSWER_HEADERS,
         )  # fmt: skip
     app.add_middleware(Observe, application=app)
 
@@ -130,18 +138,30 @@ def _add_images(app: FastAPI) -> None:
         note_request(trace, wanted)
         trace.fields["key"] = caller.name
         access: Access = app.state.access
+        steps = served.defaults.steps
+        assert steps is not None  # the engine filled it in
+        if ignored := wanted.ignored:
+            trace.answer_headers[IGNORED_HEADER] = ", ".join(ignored)
         try:
-            charge = access.take(caller, wanted.n or 1)
+            charge = await access.take(
+                caller, Work(images=wanted.n or 1, steps=wanted.steps or steps, own_steps=steps)
+            )
         except ApiError as error:
             if error.status == 429:
                 served.metrics.on_rejected("rate_limit")
             raise
 
-        @contextlib.contextmanager
-        def held() -> Iterator[None]:
-            texts = (wanted.prompt, wanted.negative_prompt)
-            with charge.attempt(), PROMPTS.in_hand(*texts):
-                yield
+        if charge.rate is not None:
+            trace.answer_headers |= {
+                LIMIT_HEADER: f"{charge.rate.limit:.0f}",
+                REMAINING_HEADER: f"{math.floor(charge.rate.remaining)}",
+            }
+
+        @contextlib.asynccontextmanager
+        async def held() -> AsyncIterator[None]:
+            async with charge.attempt():
+                with PROMPTS.in_hand(wanted.prompt, wanted.negative_prompt):
+                    yield
 
         if wanted.stream:
             turns: asyncio.Semaphore = app.state.preview_turns

@@ -1,5 +1,8 @@
 """Rate limits of a caller: two token buckets per key, for requests and for images.
 
+An image is one with the steps that the release makes by default; with more or fewer steps it counts
+more or less. So an image rate limits the product of images and steps, "image-steps".
+
 A bucket holds a minute's worth and refills evenly, so a caller that was quiet may send a minute's
 worth at once; over any longer time t it gets at most rate x (t + 60 s). The workers of a node share
 their buckets, so a rate holds for all of them together; a caller without a rate costs nothing.
@@ -7,6 +10,7 @@ their buckets, so a rate holds for all of them together; a caller without a rate
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -19,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.serving.http.keys import Caller
@@ -27,12 +31,16 @@ from modelops.serving.workers import run_directory
 
 log = logging.getLogger("modelops.serving")
 
+T = TypeVar("T")
+
 REQUESTS_VARIABLE = "MODELOPS_REQUESTS_PER_MINUTE"
 IMAGES_VARIABLE = "MODELOPS_IMAGES_PER_MINUTE"
 MINUTE_S = 60.0
 MAX_CALLERS = 10_000
 _WHAT = ("requests", "images")
 _LOCK_S = 0.5  # it is held for microseconds, unless its process hangs
+_LONGEST_WAIT_S = 0.064  # between two tries to take it
+_ROUNDING = 1e-9  # tokens
 
 
 class RateLimitError(ModelopsError):
@@ -41,6 +49,33 @@ class RateLimitError(ModelopsError):
     def __init__(self, message: str, *, wait_s: float | None) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+class HeldError(Exception):
+    """The buckets of a caller are held by another worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Work of a request: its images, the steps of each, and those that the release makes by
+    default."""
+
+    images: int = 1
+    steps: int = 1
+    own_steps: int = 1
+
+    @property
+    def cost(self) -> float:
+        """Images of the release's own number of steps."""
+        return self.images * self.steps / self.own_steps
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRate:
+    """Rate of a caller and what is left of it, in image-steps (images x steps)."""
+
+    limit: float
+    remaining: float
 
 
 @dataclass(slots=True)
@@ -58,9 +93,10 @@ class TokenBucket:
 
     def wait(self, tokens: float) -> float | None:
         """Return the seconds until there are `tokens`; None when there never will be."""
-        if tokens > self.rate:
+        if tokens > self.rate + _ROUNDING:
             return None
-        return max(0.0, tokens - self.level) * MINUTE_S / self.rate
+        missing = tokens - self.level
+        return missing * MINUTE_S / self.rate if missing > _ROUNDING else 0.0
 
 
 Buckets = dict[str, TokenBucket]  # of one caller, by what is counted: "requests", "images"
@@ -106,8 +142,8 @@ class OwnBuckets:
 class SharedBuckets:
     """Buckets of the workers of a node: one small file for each caller, locked while it is used.
 
-    A killed worker lets its locks go. One that hangs within the block keeps that caller
-    out: RateLimitError rather than no limit. Where the files cannot be written, each worker counts
+    A killed worker lets its locks go. One that hangs within the block keeps that caller out:
+    HeldError, at once, rather than no limit. Where the files cannot be written, each worker counts
     by itself.
     """
 
@@ -121,7 +157,7 @@ class SharedBuckets:
         """A caller's buckets.
 
         Raises:
-            RateLimitError: another worker does not release them.
+            HeldError: another worker uses them.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -149,18 +185,10 @@ class SharedBuckets:
 
     @staticmethod
     def _lock(handle: int) -> None:
-        deadline = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise RateLimitError(
-                        "the rate of this key cannot be told; try again", wait_s=1.0
-                    ) from error
-                time.sleep(0.0002)
-            else:
-                return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HeldError from error
 
 
 def _packed(buckets: Buckets) -> bytes:
@@ -223,53 +251,89 @@ class RateLimits:
             store=SharedBuckets(shared / "limits") if shared else None,
         )
 
-    def take(self, caller: Caller, *, images: int) -> None:
-        """Count one request for `images` images; nothing is counted on an error.
+    async def take(self, caller: Caller, work: Work) -> ImageRate | None:
+        """Count one request and return the caller's rate of images, None when it has none; nothing
+        is counted on an error.
 
         Raises:
             RateLimitError: names the limit and the wait in seconds.
         """
         rates = self._rates(caller)
         if not rates:
-            return
-        with self._store.of(caller.name) as buckets:
+            return None
+        costs = {"requests": 1.0, "images": work.cost}
+
+        def spend(buckets: Buckets) -> ImageRate | None:
             now = self._clock()
             wanted = [
-                (what, tokens, _bucket(buckets, what, rates[what], now))
-                for what, tokens in (("requests", 1), ("images", images))
-                if what in rates
+                (what, costs[what], _bucket(buckets, what, rate, now))
+                for what, rate in rates.items()
             ]
             waits = [(bucket.wait(tokens), what, bucket) for what, tokens, bucket in wanted]
             for wait_s, what, bucket in waits:
                 if wait_s is None:
                     raise RateLimitError(
-                        f"this key may make {bucket.rate:g} {what} a minute, fewer than were asked "
-                        "for at once",
+                        f"this key may make {_rate(bucket, what, work)}, fewer than were asked for "
+                        "at once",
                         wait_s=None,
                     )
-            longest = max(waits, key=lambda entry: entry[0] or 0.0, default=None)
-            if longest is not None and longest[0]:
+            longest = max(waits, key=lambda entry: entry[0] or 0.0)
+            if longest[0]:
                 raise RateLimitError(
-                    f"this key may make {longest[2].rate:g} {longest[1]} a minute",
-                    wait_s=longest[0],
+                    f"this key may make {_rate(longest[2], longest[1], work)}", wait_s=longest[0]
                 )
             for _, tokens, bucket in wanted:
                 bucket.level -= tokens
+            left = buckets["images"] if "images" in rates else None
+            if left is None:
+                return None
+            steps = work.own_steps
+            return ImageRate(left.rate * steps, max(0.0, left.level * steps))
 
-    def give_back_images(self, caller: Caller, images: int) -> None:
+        return await self._with(caller, spend)
+
+    async def give_back_images(self, caller: Caller, images: float) -> None:
         """Give back images that were never made because the node was full or failed. A negative
         number takes them again, even if they were spent meanwhile."""
         if "images" not in self._rates(caller):
             return
-        with contextlib.suppress(RateLimitError), self._store.of(caller.name) as buckets:
+
+        def put(buckets: Buckets) -> None:
             bucket = buckets.get("images")
             if bucket is not None:
                 bucket.level = min(bucket.rate, bucket.level + images)
+
+        with contextlib.suppress(RateLimitError):
+            await self._with(caller, put)
+
+    async def _with(self, caller: Caller, use: Callable[[Buckets], T]) -> T:
+        """Call `use` with a caller's buckets; the event loop goes on while they are held elsewhere.
+
+        Raises:
+            RateLimitError: they are held for too long.
+        """
+        deadline, wait_s = time.monotonic() + _LOCK_S, 0.0005
+        while True:
+            with contextlib.suppress(HeldError), self._store.of(caller.name) as buckets:
+                return use(buckets)
+            if time.monotonic() > deadline:
+                raise RateLimitError("the rate of this key cannot be told; try again", wait_s=1.0)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     def _rates(self, caller: Caller) -> dict[str, int]:
         own = {"requests": caller.requests_per_minute, "images": caller.images_per_minute}
         rates = {what: self._defaults[what] if own[what] is None else own[what] for what in _WHAT}
         return {what: rate for what, rate in rates.items() if rate is not None}
+
+
+def _rate(bucket: TokenBucket, what: str, work: Work) -> str:
+    if what == "requests":
+        return f"{bucket.rate:g} requests a minute"
+    return (
+        f"{bucket.rate:g} images of {work.own_steps} steps a minute "
+        f"({bucket.rate * work.own_steps:g} image-steps)"
+    )
 
 
 def _bucket(buckets: Buckets, what: str, rate: int, now: float) -> TokenBucket:

@@ -65,6 +65,10 @@ class Observe:
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", trace.id.encode("ascii")),
+                    *(
+                        (name.lower().encode("ascii"), text.encode("ascii"))
+                        for name, text in trace.answer_headers.items()
+                    ),
                     *_allow(self.application, scope, status),
                 ]
             await send(message)

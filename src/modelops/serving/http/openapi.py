@@ -54,6 +54,24 @@ _HEADERS: dict[int, dict[str, Any]] = {
     },
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}},
 }
+IGNORED_HEADER = "X-Modelops-Ignored"
+LIMIT_HEADER = "X-RateLimit-Limit-Image-Steps"
+REMAINING_HEADER = "X-RateLimit-Remaining-Image-Steps"
+ANSWER_HEADERS = ["X-Request-Id", IGNORED_HEADER, LIMIT_HEADER, REMAINING_HEADER, "Retry-After"]
+_OF_IMAGES: dict[str, Any] = {
+    IGNORED_HEADER: {
+        "description": "Parameters of OpenAI's models that this one has not, with commas",
+        "schema": {"type": "string"},
+    },
+    LIMIT_HEADER: {
+        "description": "Images x steps that this key may make in a minute, if they are limited",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    REMAINING_HEADER: {
+        "description": "What is left of them",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+}
 _EVERYWHERE = (400, 403, 405, 421, 500)  # by the middleware, before a route is asked
 _WITH_KEY = (401, 403, 503)
 _WITH_BODY = (404, 408, 413, 415, 429)
@@ -173,6 +191,8 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
             "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
         }
         answer["headers"] |= _HEADERS.get(int(status), {})
+        if "requestBody" in operation and int(status) == 200:
+            answer["headers"] |= _OF_IMAGES
     if keyed:
         operation["security"] = [{"key": []}, {}]
 

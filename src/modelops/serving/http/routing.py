@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.datastructures import State
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("modelops.serving")
 
 T = TypeVar("T")
-Held = Callable[[], AbstractContextManager[None]]
+Held = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class AppState(State):
@@ -82,7 +82,7 @@ async def make_images(
     route: Route, request: Request, trace: RequestTrace, held: Held
 ) -> ImagesResponse | None:
     """Make the images of a request on its route; None when the client left."""
-    with held():
+    async with held():
         ticket = await asyncio.to_thread(route.node.submit, route.request, trace)
         try:
             images = await wait_for_images(ticket, request)
@@ -142,11 +142,11 @@ class RoutedStream(Response):
     async def _attempt(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         failed: BaseException | None = None
 
-        @contextlib.contextmanager
-        def held() -> Iterator[None]:
+        @contextlib.asynccontextmanager
+        async def held() -> AsyncIterator[None]:
             nonlocal failed
             try:
-                with self._held():
+                async with self._held():
                     yield
             except BaseException as error:
                 failed = error

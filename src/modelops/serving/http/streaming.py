@@ -30,7 +30,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,7 +120,7 @@ class ImageStream(Response):
         trace: RequestTrace,
         *,
         turns: asyncio.Semaphore,
-        held: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        held: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         super().__init__()
         self.node = node
@@ -135,7 +135,7 @@ class ImageStream(Response):
         previews = NewestPreview(asyncio.get_running_loop())
         outcome = "failed"
         try:
-            with self._held():
+            async with self._held():
                 ticket = await asyncio.to_thread(
                     self.node.submit, self.request, self.trace, on_preview=previews.put
                 )

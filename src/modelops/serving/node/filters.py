@@ -97,7 +97,8 @@ class NodeFilters:
         Raises:
             ApiError: 503, the filter gave no answer.
         """
-        param, reasons = None, []
+        param: str | None = None
+        reasons: list[str] = []
         try:
             with trace.phase("prompt_filter"):
                 for name, text in texts.items():

@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.base.files import read_text, sha256_bytes, write_bytes
+from modelops.base.private import require_private
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
@@ -190,8 +191,7 @@ def open_watermark(path: str | Path) -> Watermark:
     found = _LINE.fullmatch(read_text(path))
     if not found:
         raise UsageError(f"{path}: no watermark key", hint="modelops watermark key FILE makes one")
-    if Path(path).stat().st_mode & 0o077:
-        raise UsageError(f"{path}: others can read this key", hint=f"chmod 600 {path}")
+    require_private(path)
     return Watermark(bytes.fromhex(found[1]))
 
 

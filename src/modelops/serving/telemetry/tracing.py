@@ -47,6 +47,7 @@ class RequestTrace:
         fields: other fields of the log line: n, steps, guidance, error code.
         prompts: {"prompt": text, ...}; logged only when asked for, never put into a span.
         phases: (name, start, end) in seconds of time.monotonic().
+        answer_headers: headers that the answer gets, in ASCII.
     """
 
     id: str
@@ -55,6 +56,7 @@ class RequestTrace:
     fields: dict[str, Any] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
     phases: list[tuple[str, float, float]] = field(default_factory=list)
+    answer_headers: dict[str, str] = field(default_factory=dict)
     span: Any = None
     _offset_s: float = field(default_factory=lambda: time.time() - time.monotonic())
 
