@@ -162,6 +162,7 @@ def run(
     from modelops.serving.deploy.launch import check_address, run_server, serve_command
     from modelops.serving.http.access import INSECURE_VARIABLE, check_open_address
     from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
+    from modelops.serving.provenance.manifests import Marker
     from modelops.serving.provenance.signing import open_signing_key
     from modelops.serving.rollout.active_release import release_to_serve
     from modelops.serving.telemetry.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
@@ -215,6 +216,7 @@ def run(
     signer = open_signing_key(
         everything.get("MODELOPS_SIGNING_KEY"), everything.get("MODELOPS_SIGNING_CHAIN")
     )
+    Marker(signer, software=(record.name, record.version))  # which tries it
     if signer.development:
         say("signing with a DEVELOPMENT key: good for trying it, not for production")
     say(f"{record.name} {record.version} at {url} (Ctrl-C stops it)")

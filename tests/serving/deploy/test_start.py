@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import modelops
+from certificates import FAULTS, write_chain
 from modelops.base.errors import ModelopsError, UsageError
+from modelops.cli.main import main
 from modelops.serving.deploy.start import check_names, check_the_start, known_variables
 from modelops.serving.settings import NodeSettings
 
@@ -64,3 +66,34 @@ def test_what_cannot_work_is_one_line(
     with pytest.raises(ModelopsError, match=said) as caught:
         check_the_start(NodeSettings.from_environment(os.environ), os.environ)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("fault", "said"), [
+    ("self-signed", "the certificate was self-signed"), ("usage", "the certificate is invalid"),
+    ("purpose", "the certificate is invalid"), ("alone", "signer's certificate and its issuer's"),
+    ("order", "chain.pem: certificate 2 did not issue certificate 1"),
+    ("stranger", "chain.pem: certificate 2 did not issue certificate 1"),
+    ("expired", "signingCredential"),
+])  # fmt: skip
+def test_a_chain_that_verifies_no_image_is_refused(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    key, chain = write_chain(tmp_path, fault)
+    assert fault in FAULTS
+    monkeypatch.setenv("MODELOPS_RELEASE", str(tiny_release))
+    settings = NodeSettings(signing_key=str(key), signing_chain=str(chain))
+    with pytest.raises(UsageError, match=said):
+        check_the_start(settings)
+    serve = ["serve", str(tiny_release), "--signing-key", str(key), "--signing-chain", str(chain)]
+    assert main([*serve, "--port", "1"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert said in error
+
+
+def test_a_chain_of_three_starts(
+    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, chain = write_chain(tmp_path)
+    monkeypatch.setenv("MODELOPS_RELEASE", str(tiny_release))
+    check_the_start(NodeSettings(signing_key=str(key), signing_chain=str(chain)))

@@ -21,6 +21,7 @@ from modelops.serving.http.limits import IMAGES_VARIABLE, REQUESTS_VARIABLE
 from modelops.serving.http.page import PAGE_VARIABLE
 from modelops.serving.http.sites import ORIGINS_VARIABLE, allowed_origins
 from modelops.serving.moderation.quarantine import check_quarantine
+from modelops.serving.provenance.manifests import Marker
 from modelops.serving.provenance.signing import open_signing_key
 from modelops.serving.provenance.watermark import open_watermark
 from modelops.serving.rollout.active_release import (
@@ -77,7 +78,8 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
         from modelops.models.devices import open_device
 
         open_device(settings.device)
-    open_signing_key(settings.signing_key, settings.signing_chain)
+    signer = open_signing_key(settings.signing_key, settings.signing_chain)
+    Marker(signer, software=(record.name, record.version))  # which tries it
     if (root / record.model / "artifact.json").is_file():
         log.info("preflight: %s", require_preflight(root, runtime=settings.runtime))
     prepare_workers()

@@ -74,7 +74,7 @@ class Marker:
 
     Raises:
         MissingExtraError: c2pa-python is not installed.
-        UsageError: C2PA refuses the certificate.
+        UsageError: C2PA refuses the certificate, or its chain does not verify what it signed.
     """
 
     def __init__(self, key: SigningKey, *, software: tuple[str, str]) -> None:
@@ -146,18 +146,25 @@ class Marker:
         return self._made.signer
 
     def _probe(self) -> None:
-        """Refuse a key or chain that C2PA does not accept at start, not at the first request."""
+        """Refuse a key or chain at start that C2PA does not accept, or that verifies no image."""
         from PIL import Image
 
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, "PNG")
         try:
-            self.embed(buffer.getvalue(), "png", {"probe": True})
+            marked = self.embed(buffer.getvalue(), "png", {"probe": True})
         except ProvenanceError as error:
             raise UsageError(
                 f"C2PA refuses the signing key or its certificates: {error.message}",
                 hint="the certificate needs digitalSignature, e-mail protection or document "
                 "signing, and must not be self-signed",
+            ) from error
+        try:
+            read_mark(marked, "png", signer=self.key.chain)
+        except (IntegrityError, UsageError) as error:
+            raise UsageError(
+                f"the signing chain verifies no image that its key signs: {error.message}",
+                hint="it needs the signer's own certificate, then its issuers, valid today",
             ) from error
 
 

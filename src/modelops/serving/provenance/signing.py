@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 from cryptography import x509
@@ -307,6 +308,14 @@ def _signing_key(
             f"{leaf.not_valid_after_utc:%Y-%m-%d} only",
             hint="delete the file, a new one is made" if development else "renew the certificate",
         )
+    for number, (certificate, issuer) in enumerate(pairwise(certificates), 1):
+        try:
+            certificate.verify_directly_issued_by(issuer)
+        except (ValueError, TypeError, InvalidSignature) as error:
+            raise UsageError(
+                f"{where}: certificate {number + 1} did not issue certificate {number}",
+                hint="the signer's own certificate comes first, then each one's issuer",
+            ) from error
     return SigningKey(
         private_key=private,
         chain=to_pem(certificates),
