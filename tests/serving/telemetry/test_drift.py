@@ -32,13 +32,13 @@ from modelops.monitoring.log import read_log
 from modelops.monitoring.reference import release_files
 from modelops.monitoring.rows import PREFIX, text_to_features
 from modelops.monitoring.scripts import script_shares
-from modelops.records.release import Verdict
 from modelops.releases.build import build_release
 from modelops.releases.verify import RECORD_FILE
 from modelops.serving.node.golden import make_golden
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.drift import evaluation_cadence
+from project_records import verdict_on
 
 SECRET = "a zebra that nobody shall read about"
 
@@ -56,10 +56,11 @@ def monitored(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         prompts_file=prompts, steps=2, guidance=1.0, known_copies=0, resamples=20, grid=4,
     )  # fmt: skip
     evaluate(open_source(str(tiny_checkpoint)), settings, out_path=folder / "final.json")
-    (folder / "policy.yaml").write_text("monitoring: {evaluate_every_days: 9, min_n: 20}\n")
-    Verdict(
-        answer="pass", policy_sha256=sha256_file(folder / "policy.yaml"), subject_sha256=model
-    ).write(folder / "v.json")
+    (folder / "policy.yaml").write_text(
+        "monitoring: {evaluate_every_days: 9, min_n: 20}\ncriteria: [{name: c}]\n"
+    )
+    rules = sha256_file(folder / "policy.yaml")
+    verdict_on(model, policy_sha256=rules).write(folder / "v.json")
     files, remark = release_files(
         [folder / "final.json"], model_sha256=model, folder=folder / "reference"
     )
@@ -313,19 +314,27 @@ def test_what_waits_when_the_log_is_closed_is_counted(tmp_path: Path) -> None:
     assert count(registry, "dropped") + count(registry, "written") == 9
 
 
-def test_an_extractor_that_fails_loses_rows_and_says_so_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ModelopsError("a bad image")])
+def test_an_extractor_that_fails_now_and_then_costs_these_rows_their_features_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     class Broken(SlowExtractor):
+        made = 0
+
         def images_to_features(self, images: Any, *, on_progress: Any = None) -> np.ndarray:
-            raise RuntimeError("out of memory")
+            self.made += 1
+            if self.made in (1, 2, 7):
+                raise error
+            return np.full((1, 4), 0.5, np.float32)
 
     log, registry = open_log(tmp_path, extractor=Broken())
-    for index in range(20):
+    for index in range(10):
         log.note_images(f"r{index}", [picture()], [0.1], [False], {"total": 1.0})
     log.close()
-    assert count(registry, "failed") == 20
-    assert caplog.text.count("could not be made") == 1
+    assert count(registry, "written") == 10 and count(registry, "failed") == 0
+    with_features = [number for number, row in enumerate(rows_of(tmp_path), 1) if "features" in row]
+    assert with_features == [3, 4, 5, 6, 8, 9, 10]
+    assert caplog.text.count("features of the drift log cannot be written") == 1
 
 
 def test_the_folder_stays_within_its_limit(tmp_path: Path) -> None:

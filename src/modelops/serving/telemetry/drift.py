@@ -33,7 +33,7 @@ from modelops.monitoring.policy import DEFAULT_EVALUATE_EVERY_DAYS, released_mon
 from modelops.monitoring.rows import PREFIX, features_to_text
 from modelops.monitoring.scripts import script_shares
 from modelops.releases.verify import released_evaluations
-from modelops.serving.telemetry.outage import EVERY_S
+from modelops.serving.telemetry.outage import EVERY_S, Outage
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
 from modelops.serving.workers import worker_count
 
@@ -83,6 +83,7 @@ class DriftLog:
     extractor: Any = None
     results: Any = None
     _extractor_sha256: str = ""
+    _features: Outage = field(default_factory=lambda: Outage("features of the drift log"))
     _waiting: queue.Queue[_Row | None] = field(default_factory=lambda: queue.Queue(MAX_WAITING))
     _bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -206,7 +207,7 @@ class DriftLog:
                 self._write(row)
             except Exception:  # one bad row must not end the log
                 self.results.labels("failed").inc()
-                if time.monotonic() >= quiet_until:  # a broken extractor fails for each image
+                if time.monotonic() >= quiet_until:
                     quiet_until = time.monotonic() + EVERY_S
                     log.exception("a row of the drift log could not be made")
             finally:
@@ -217,14 +218,13 @@ class DriftLog:
     def _write(self, row: _Row) -> None:
         values = row.values
         if row.pixels is not None and self.extractor is not None:
-            try:
-                features = self.extractor.images_to_features([row.pixels])[0]
-            except ModelopsError as error:
-                log.error("the drift log goes on without features: %s", error.message)
-                self.extractor = None
+            try:  # one image's failure says nothing about the next
+                text = features_to_text(self.extractor.images_to_features([row.pixels])[0])
+            except Exception as error:
+                self._features.failed(str(error))
             else:
-                values["extractor"] = self._extractor_sha256
-                values["features"] = features_to_text(features)
+                self._features.worked()
+                values |= {"extractor": self._extractor_sha256, "features": text}
         line = json.dumps(values, separators=(",", ":"), allow_nan=False)
         self.segments.write_line(line.encode("ascii"))
 
