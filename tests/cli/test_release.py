@@ -10,7 +10,7 @@ import pytest
 
 from modelops.base.files import sha256_tree
 from modelops.cli.main import main
-from modelops.records.release import Verdict
+from project_records import verdict_on
 
 
 @pytest.fixture
@@ -18,9 +18,7 @@ def inputs(tmp_path: Path) -> list[str]:
     model = tmp_path / "model"
     model.mkdir()
     (model / "model_index.json").write_text("{}")
-    Verdict(answer="pass", policy_sha256="", subject_sha256=sha256_tree(model)).write(
-        tmp_path / "verdict.json"
-    )
+    verdict_on(sha256_tree(model)).write(tmp_path / "verdict.json")
     return ["--model", str(model), "--verdict", str(tmp_path / "verdict.json"),
             "--name", "tiny", "--version", "1.0", "--no-golden"]  # fmt: skip
 
@@ -43,9 +41,7 @@ def test_build_then_verify(
 def test_a_model_that_runs_is_released_with_its_golden_picture(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Verdict(answer="pass", policy_sha256="", subject_sha256=sha256_tree(tiny_checkpoint)).write(
-        tmp_path / "verdict.json"
-    )
+    verdict_on(sha256_tree(tiny_checkpoint)).write(tmp_path / "verdict.json")
     release = tmp_path / "release"
     command = ["release", "build", str(release), "--model", str(tiny_checkpoint), "--verdict",
                str(tmp_path / "verdict.json"), "--name", "tiny", "--version", "1.0"]  # fmt: skip
@@ -72,9 +68,7 @@ def test_dry_run_builds_nothing(tmp_path: Path, inputs: list[str]) -> None:
 def test_gate_that_said_no_has_its_exit_code(
     tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Verdict(answer="fail", policy_sha256="", subject_sha256=sha256_tree(tmp_path / "model")).write(
-        tmp_path / "verdict.json"
-    )
+    verdict_on(sha256_tree(tmp_path / "model"), "fail").write(tmp_path / "verdict.json")
     assert main(["release", "build", str(tmp_path / "release"), *inputs]) == 3
     assert "the gate answered fail" in capsys.readouterr().err
 

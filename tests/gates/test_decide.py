@@ -155,7 +155,7 @@ def test_zero_is_not_above_zero(root: Path) -> None:
     [
         (lambda p: p.unlink(), "safe", "is missing"),
         (lambda p: p.write_text("{", "utf-8"), "safe", "not JSON"),
-        (lambda p: p.write_text('{"kind": "train"}', "utf-8"), "safe", "run_name"),
+        (lambda p: p.write_text('{"kind": "train"}', "utf-8"), "safe", "schema_version"),
         (
             lambda p: p.write_text(
                 p.read_text("utf-8").replace('"high": 0.0143', '"high": NaN'), "utf-8"

@@ -79,6 +79,8 @@ def verdict(answer: Any, *answers: Any, **more: Any) -> dict[str, Any]:
     ]
     return {
         "kind": "verdict",
+        "schema_version": 1,
+        "status": "ok",
         "answer": answer,
         "policy_sha256": "0" * 64,
         "criteria": lines,
@@ -195,7 +197,10 @@ def test_evidence_that_is_none_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "e.json"
-    record = {"kind": "evaluation", "source": {"kind": "folder", "uri": "images"}}
+    record = {
+        "kind": "evaluation", "schema_version": 1, "status": "ok",
+        "source": {"kind": "folder", "uri": "images"},
+    }  # fmt: skip
 
     def write(rate: dict[str, Any]) -> None:
         path.write_text(json.dumps({**record, "metrics": {"unsafe_rate": rate}}))

@@ -7,10 +7,11 @@ from typing import Any
 
 from modelops.base.environment import Environment
 from modelops.base.files import sha256_bytes, sha256_file, sha256_json, sha256_tree, write_bytes
-from modelops.records.base import InputRef, Measurement
+from modelops.records.base import Answer, InputRef, Measurement
 from modelops.records.data import DedupReport, DuplicateCluster, SmokeReport, SplitReport
 from modelops.records.evaluation import EvaluationRecord, Sampling, SourceInfo
 from modelops.records.export import ArtifactRecord, ExportedComponent, ParityCheck
+from modelops.records.release import Criterion, Verdict
 from modelops.records.train import CheckpointRef, TrainRecord
 
 EARLY, FINAL = sha256_bytes(b"checkpoint 100"), sha256_bytes(b"checkpoint 2000")
@@ -24,6 +25,21 @@ PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8ffff"
     "3f0005fe02fea735812f0000000049454e44ae426082"
 )
+
+
+CRITERION = Criterion(
+    name="c", evidence="e", metric="m", bound="b", answer="pass", reason="as asked"
+)
+
+
+def verdict_on(
+    model_sha256: str, answer: Answer = "pass", *, policy_sha256: str = "0" * 64
+) -> Verdict:
+    """A verdict on a model, with one criterion, `c`."""
+    return Verdict(
+        answer=answer, policy_sha256=policy_sha256, subject_sha256=model_sha256,
+        criteria=[CRITERION.model_copy(update={"answer": answer})],
+    )  # fmt: skip
 
 
 def measured(value: float, low: float, high: float, **more: Any) -> Measurement:

@@ -23,6 +23,7 @@ from modelops.serving.http.app import create_app
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.rollout.rollout import Rollout, open_rollout
 from modelops.serving.settings import NodeSettings
+from project_records import verdict_on
 from waiting import wait_until
 
 EVERY = ("stable", "next", "twin", "golden", "torn")
@@ -35,7 +36,6 @@ def build_releases(
     golden (0.4, whose golden image is another model's) and torn (0.5, changed after its release).
     """
     from modelops.base.files import sha256_tree
-    from modelops.records.release import Verdict
     from modelops.releases.build import build_release
     from modelops.serving.node.golden import make_golden
 
@@ -50,9 +50,7 @@ def build_releases(
         if name not in names:
             continue
         verdict = folder.parent / f"{name}.json"
-        Verdict(answer="pass", policy_sha256="0" * 64, subject_sha256=sha256_tree(model)).write(
-            verdict
-        )
+        verdict_on(sha256_tree(model)).write(verdict)
         build_release(
             folder / name, model_dir=model, verdict=verdict, name="tiny", version=version,
             defaults={"golden": golden, "steps": 4, "guidance": 3.0},

@@ -17,9 +17,9 @@ from modelops.base.errors import (
 )
 from modelops.base.files import sha256_file, sha256_tree
 from modelops.records.base import Answer
-from modelops.records.release import Verdict
 from modelops.releases.build import build_release
 from modelops.releases.verify import verify_release
+from project_records import verdict_on
 
 
 @pytest.fixture
@@ -35,9 +35,7 @@ def model(tmp_path: Path) -> Path:
 def build(tmp_path: Path, model: Path) -> Callable[..., Path]:
     def build(answer: Answer = "pass", subject: str | None = None, **options: object) -> Path:
         verdict = tmp_path / "verdict.json"
-        Verdict(
-            answer=answer, policy_sha256="0" * 64, subject_sha256=subject or sha256_tree(model)
-        ).write(verdict)
+        verdict_on(subject or sha256_tree(model), answer).write(verdict)
         options = {"name": "tiny", "version": "1.0", "model_dir": model} | options
         build_release(tmp_path / "release", verdict=verdict, **options)  # type: ignore[arg-type]
         return tmp_path / "release"
@@ -61,7 +59,7 @@ def test_training_state_stays_behind(tmp_path: Path, model: Path) -> None:
     (model / "training_state").mkdir()
     (model / "training_state/optimizer.safetensors").write_bytes(b"x" * 10)
     verdict = tmp_path / "v.json"
-    Verdict(answer="pass", policy_sha256="", subject_sha256=digest).write(verdict)
+    verdict_on(digest).write(verdict)
     build_release(tmp_path / "r", model_dir=model, verdict=verdict, name="a", version="1")
     assert not (tmp_path / "r/model/training_state").exists()
     assert verify_release(tmp_path / "r").model_sha256 == digest

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from project_records import verdict_on
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -33,14 +35,11 @@ def short_folder() -> Iterator[Path]:
 def tiny_release(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release of `tiny_checkpoint` under a passing verdict. Read only."""
     from modelops.base.files import sha256_tree
-    from modelops.records.release import Verdict
     from modelops.releases.build import build_release
     from modelops.serving.node.golden import make_golden
 
     folder = tmp_path_factory.mktemp("release")
-    Verdict(
-        answer="pass", policy_sha256="0" * 64, subject_sha256=sha256_tree(tiny_checkpoint)
-    ).write(folder / "verdict.json")
+    verdict_on(sha256_tree(tiny_checkpoint)).write(folder / "verdict.json")
     golden = make_golden(tiny_checkpoint, folder / "golden.png")
     build_release(
         folder / "release",

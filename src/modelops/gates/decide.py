@@ -167,6 +167,8 @@ def _parity(wanted: str | list[str], record: Record, shown: str) -> _Finding:
 def _field(criterion: PolicyCriterion, name: str, record: Record, shown: str) -> _Finding:
     if name not in type(record).model_fields:
         return _undecided(f"a {record.kind} record has no field {name!r}", shown)
+    if name not in record.model_fields_set:
+        return _undecided(f"{name} is not in the record", shown)
     value = getattr(record, name)
     if value is None or value == "unknown":
         return _undecided(f"{name} is not known", shown)

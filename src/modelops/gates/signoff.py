@@ -55,7 +55,7 @@ def sign_off(
     for what, text in words.items():
         if not text.strip() or any(unicodedata.category(sign)[0] == "C" for sign in text):
             raise UsageError(f"--{what}: should be one line of readable text")
-    slug = re.sub(r"[^a-z0-9]+", "-", role.lower()).strip("-")
+    slug = _slug(role)
     if not slug:
         raise UsageError(f"--role {role}: should hold letters or digits")
     digest = sha256_file(target)
@@ -77,6 +77,11 @@ def sign_off(
             raise UsageError(f"{out}: {state.reason}", hint="look at it, then remove it")
     signed.write(out)
     return out
+
+
+def _slug(role: str) -> str:
+    """Return a role as a file name has it: `Release Approver` -> `release-approver`."""
+    return re.sub(r"[^a-z0-9]+", "-", role.lower()).strip("-")
 
 
 def _refuse_without_pass(target: Path) -> None:
@@ -115,6 +120,11 @@ def _state(path: Path, name: str, digest: str) -> SignOffState:
         return SignOffState(
             path=path, state="broken", name="", role="", date="", reason=error.message
         )
+    if path.name != f"{name}{MARK}{_slug(signed.role)}.json":
+        return SignOffState(
+            path=path, state="broken", name=signed.name, role=signed.role, date="",
+            reason=f"its name is not that of a sign-off as {signed.role}",
+        )  # fmt: skip
     holds = signed.subject.sha256 == digest and signed.subject.path == name
     if signed.status != "ok":
         return SignOffState(

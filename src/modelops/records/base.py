@@ -19,6 +19,9 @@ from modelops.base.files import sha256_json, write_json
 SCHEMA_VERSION = 1
 Status = Literal["ok", "failed", "refused"]
 Answer = Literal["pass", "fail", "undecided"]
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]  # seconds, ratios, rates per second
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RecordPart(BaseModel):
@@ -45,7 +48,7 @@ class Measurement(RecordPart):
     high: float | None = None
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     method: str = ""
-    n: Annotated[int, Field(ge=0)] = 0
+    n: Count = 0
     unit: str = ""
     higher_is_better: bool | None = None
     protocol: str | None = None
@@ -81,14 +84,14 @@ class Record(RecordPart):
     """Fields of every record."""
 
     kind: str
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
     status: Status = "ok"
     error: str | None = None
     inputs: dict[str, InputRef] = {}
     seeds: dict[str, int] = {}
     environment: Environment | None = None
     started_at: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    duration_s: float = 0.0
+    duration_s: Amount = 0.0
 
     @model_validator(mode="after")
     def _known_version(self) -> Self:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from typing import Literal
 
-from modelops.records.base import Answer, InputRef, Measurement, Record, RecordPart
+from modelops.records.base import (
+    Amount,
+    Answer,
+    Count,
+    InputRef,
+    Measurement,
+    Record,
+    RecordPart,
+    Share,
+)
 from modelops.records.evaluation import SourceInfo
 
 
 class SignTest(RecordPart):
     """Exact two-sided sign test over prompts; a prompt goes to whom most of its votes do."""
 
-    prompts_b: int
-    prompts_a: int
-    prompts_even: int
-    p_value: float
+    prompts_b: Count
+    prompts_a: Count
+    prompts_even: Count
+    p_value: Share
 
 
 class RaterSummary(RecordPart):
     """Summary of one rater. `left` counts choices of the left image; times are in seconds."""
 
-    votes: int = 0
-    for_a: int = 0
-    for_b: int = 0
-    equal: int = 0
-    left: int = 0
-    shown_twice: int = 0
-    same_twice: int = 0
-    attention_shown: int = 0
-    attention_passed: int = 0
-    remaining: int = 0
-    median_s: float | None = None
+    votes: Count = 0
+    for_a: Count = 0
+    for_b: Count = 0
+    equal: Count = 0
+    left: Count = 0
+    shown_twice: Count = 0
+    same_twice: Count = 0
+    attention_shown: Count = 0
+    attention_passed: Count = 0
+    remaining: Count = 0
+    median_s: Amount | None = None
     left_out: str | None = None
 
 
@@ -41,15 +50,15 @@ class AbTestRecord(Record):
     question: str
     sources: dict[str, SourceInfo]
     records: dict[str, InputRef]
-    n_pairs: int
-    n_identical_pairs: int = 0
-    n_votes: int = 0
-    n_prompts: int = 0
-    n_undone: int = 0
+    n_pairs: Count
+    n_identical_pairs: Count = 0
+    n_votes: Count = 0
+    n_prompts: Count = 0
+    n_undone: Count = 0
     metrics: dict[str, Measurement] = {}
     sign_test: SignTest | None = None
     raters: dict[str, RaterSummary] = {}
-    left_out: dict[str, int] = {}
+    left_out: dict[str, Count] = {}
     differences: list[str] = []
     warnings: list[str] = []
 
@@ -66,14 +75,14 @@ class ComparedMetric(RecordPart):
     low: float | None = None
     high: float | None = None
     method: str = ""
-    n: int = 0  # prompts behind the difference
-    p: float | None = None  # two-sided, of this metric alone
-    p_adjusted: float | None = None  # by Holm over all compared metrics
-    margin: float | None = None  # accepted loss, in the metric's own unit
+    n: Count = 0  # prompts behind the difference
+    p: Share | None = None  # two-sided, of this metric alone
+    p_adjusted: Share | None = None  # by Holm over all compared metrics
+    margin: Amount | None = None  # accepted loss, in the metric's own unit
     margin_source: Literal["", "asked", "default"] = ""
     within_margin: Literal["yes", "no", "undecided"] | None = None
-    detectable: float | None = None  # smallest difference seen with 80 % power at this n
-    prompts_needed: int | None = None  # to show with 80 % power that equal sources are within it
+    detectable: Amount | None = None  # smallest difference seen with 80 % power at this n
+    prompts_needed: Count | None = None  # to show with 80 % power that equal sources are within it
     notes: list[str] = []
 
 
@@ -89,14 +98,14 @@ class ComparisonRecord(Record):
     second: SourceInfo
     answer: Answer
     reasons: list[str] = []
-    alpha: float = 0.05
+    alpha: Share = 0.05
     adjustment: Literal["holm", "none"] = "holm"
-    n_better: int = 0
-    n_worse: int = 0
-    n_within_noise: int = 0
-    n_not_comparable: int = 0
-    n_margins_missed: int = 0
-    n_margins_undecided: int = 0
+    n_better: Count = 0
+    n_worse: Count = 0
+    n_within_noise: Count = 0
+    n_not_comparable: Count = 0
+    n_margins_missed: Count = 0
+    n_margins_undecided: Count = 0
     comparisons: list[ComparedMetric] = []
     metrics: dict[str, Measurement] = {}
     images: dict[str, Measurement] = {}  # pixel by pixel, between the two sources' images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from modelops.records.base import InputRef, Measurement, Record, RecordPart
+from modelops.records.base import Amount, Count, InputRef, Measurement, Record, RecordPart
 
 
 class DuplicateCluster(RecordPart):
@@ -24,10 +24,10 @@ class DedupReport(Record):
     extractor: str
     weights_sha256: str
     threshold: float
-    neighbours: int
-    n_images: int
-    n_candidate_pairs: int
-    n_exact_duplicates: int
+    neighbours: Count
+    n_images: Count
+    n_candidate_pairs: Count
+    n_exact_duplicates: Count
     clusters: list[DuplicateCluster]
     quarantined: dict[str, str] = {}
     removable: list[str] = []
@@ -42,11 +42,11 @@ class SplitReport(Record):
     """split.json, beside splits.parquet (id, split, group)."""
 
     kind: Literal["split"] = "split"
-    counts: dict[str, int]
-    n_groups: int
+    counts: dict[str, Count]
+    n_groups: Count
     leakage: dict[str, Measurement] = {}
     fractions: dict[str, float] = {}
-    group_counts: dict[str, int] = {}
+    group_counts: dict[str, Count] = {}
     strategy: str = ""
     warnings: list[str] = []
     files: dict[str, InputRef] = {}
@@ -58,8 +58,8 @@ class SmokeReport(Record):
     kind: Literal["smoke"] = "smoke"
     verdict: Literal["pass", "fail"]
     reasons: list[str] = []
-    n_samples: int
-    n_shards: int
-    images_per_second: float
-    slowest_batch_over_median: float
+    n_samples: Count
+    n_shards: Count
+    images_per_second: Amount
+    slowest_batch_over_median: Amount
     measurements: dict[str, Measurement] = {}

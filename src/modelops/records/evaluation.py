@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from modelops.records.base import InputRef, Measurement, Record, RecordPart
+from modelops.records.base import Count, InputRef, Measurement, Record, RecordPart, Share
 
+_DISTANCES = ("frechet", "fid")  # never negative; extrapolated to infinite n they may be
 SliceVerdict = Literal["differs", "within noise", "too few"]
 
 
@@ -27,12 +28,12 @@ class Sampling(RecordPart):
 
     seed: int
     scheduler: str
-    steps: int
+    steps: Count
     guidance: float
-    height: int
-    width: int
-    n_prompts: int
-    replicates: int = 1
+    height: Count
+    width: Count
+    n_prompts: Count
+    replicates: Count = 1
     prompts_sha256: str
 
 
@@ -44,7 +45,7 @@ class AlignmentModelRecord(Record):
     text_tower: str
     weights_sha256: str
     settings: dict[str, str | int | float | bool | None] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Count] = {}
     candidates: list[dict[str, str | int | float | bool | None]] = []
     metrics: dict[str, Measurement] = {}
 
@@ -53,13 +54,13 @@ class CopyingTest(RecordPart):
     """One one-sided test of samples against held-out images; a rank test has no counts."""
 
     name: Literal["near_copies", "unauthentic", "closer"]
-    hits: int | None = None
-    n: int
-    heldout_hits: int | None = None
-    n_heldout: int
+    hits: Count | None = None
+    n: Count
+    heldout_hits: Count | None = None
+    n_heldout: Count
     method: str
-    p_value: float
-    p_adjusted: float
+    p_value: Share
+    p_adjusted: Share
     found: bool
 
 
@@ -69,8 +70,8 @@ class OverfittingNote(RecordPart):
     answer: Literal["overfitting", "no sign of overfitting", "cannot tell"]
     reason: str
     closer_to_training: bool | None = None  # samples, than real held-out images are
-    since_step: int | None = None
-    step: int | None = None  # whose losses these are
+    since_step: Count | None = None
+    step: Count | None = None  # whose losses these are
     train_loss: float | None = None
     validation_loss: float | None = None
 
@@ -81,11 +82,11 @@ class MemorizationVerdict(RecordPart):
     answer: Literal["copies", "no sign of copying", "cannot tell"]
     reason: str
     rule: str
-    alpha: float
+    alpha: Share
     tests: list[CopyingTest] = []
-    detectable_rate: float | None = None  # share of copies found with 80 % power
-    known_copies: int = 0  # training images changed a little, as a control of the features
-    known_copies_found: int = 0
+    detectable_rate: Share | None = None  # share of copies found with 80 % power
+    known_copies: Count = 0  # training images changed a little, as a control of the features
+    known_copies_found: Count = 0
     caveats: list[str] = []
     overfitting: OverfittingNote | None = None
 
@@ -94,9 +95,9 @@ class SafetySweepPoint(RecordPart):
     """Share of images whose score is at or above a threshold, with its 95 % interval."""
 
     threshold: float
-    rate: float
-    low: float
-    high: float
+    rate: Share
+    low: Share
+    high: Share
 
 
 class SafetySweep(RecordPart):
@@ -109,10 +110,10 @@ class SafetySweep(RecordPart):
     filter: str
     protocol: str
     method: str
-    n: int
+    n: Count
     generated: list[SafetySweepPoint]
     highest: float | None = None  # score of any generated image
-    n_real: int = 0
+    n_real: Count = 0
     real: list[SafetySweepPoint] = []
     highest_real: float | None = None
 
@@ -128,14 +129,14 @@ class SliceMeasurement(RecordPart):
     value: str
     metric: str
     verdict: SliceVerdict
-    n_groups: int
-    n_prompts: int
+    n_groups: Count
+    n_prompts: Count
     inside: Measurement
     rest: Measurement
     difference: Measurement  # inside minus rest
-    p_value: float | None = None
-    p_corrected: float | None = None
-    n_comparisons: int = 0
+    p_value: Share | None = None
+    p_corrected: Share | None = None
+    n_comparisons: Count = 0
 
 
 class EvaluationRecord(Record):
@@ -148,19 +149,21 @@ class EvaluationRecord(Record):
     metrics: dict[str, Measurement] = {}
     protocols: dict[str, dict[str, Any]] = {}
     files: dict[str, InputRef] = {}
-    n_failed_images: Annotated[int, Field(ge=0)] = 0
-    n_reused_images: Annotated[int, Field(ge=0)] = 0  # made by an earlier run of the same command
+    n_failed_images: Count = 0
+    n_reused_images: Count = 0  # made by an earlier run of the same command
     memorization: MemorizationVerdict | None = None
     safety_sweep: SafetySweep | None = None
     slices: list[SliceMeasurement] = []
 
     @model_validator(mode="after")
-    def _rates_are_shares(self) -> Self:
+    def _values_are_possible(self) -> Self:
         for name, measured in self.metrics.items():
-            if "rate" not in name.split("_") or measured.low is None or measured.high is None:
+            if measured.low is None or measured.high is None:
                 continue
-            if measured.low < 0 or measured.high > 1:
-                raise ValueError(
-                    f"{name}: [{measured.low}, {measured.high}] is no interval of a rate"
-                )
+            words, shown = name.split("_"), f"{name}: [{measured.low}, {measured.high}]"
+            if "rate" in words and (measured.low < 0 or measured.high > 1):
+                raise ValueError(f"{shown} is no interval of a rate")
+            is_distance = words[0] in _DISTANCES and "infinity" not in words
+            if is_distance and measured.high < -1e-6:
+                raise ValueError(f"{shown} is no interval of a distance")
         return self

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import model_validator
 
-from modelops.records.base import InputRef, Measurement, Record, RecordPart
+from modelops.records.base import Amount, Count, InputRef, Measurement, Record, RecordPart
 
 
 class ExportedComponent(RecordPart):
@@ -17,15 +17,15 @@ class ExportedComponent(RecordPart):
     role: Literal["", "denoiser", "control", "text_encoder", "encoder", "decoder"] = ""
     file: str
     sha256: str
-    bytes: int
+    bytes: Count
     precision: str
-    opset: int | None = None
+    opset: Count | None = None
     dynamic_axes: list[str] = []
-    quantized_nodes: int = 0
-    total_nodes: int = 0
+    quantized_nodes: Count = 0
+    total_nodes: Count = 0
     data: InputRef | None = None  # the file beside the graph with its weights; counted in `bytes`
     shapes: dict[str, list[int]] = {}  # of its inputs at the size it was exported at
-    axis_multiples: dict[str, int] = {}  # sizes of an axis must be a multiple of its number
+    axis_multiples: dict[str, Count] = {}  # sizes of an axis must be a multiple of its number
 
 
 _AT_LEAST = ("psnr_db", "ssim")
@@ -46,7 +46,13 @@ class ParityCheck(RecordPart):
     value: float
     bound: float
     passed: bool
-    n: Annotated[int, Field(ge=0)]
+    n: Count
+
+    @model_validator(mode="after")
+    def _a_distance_is_not_negative(self) -> Self:
+        if self.value < 0 and self.measure not in _AT_LEAST:
+            raise ValueError(f"{self.measure} is a distance, {self.value} is none")
+        return self
 
     @property
     def holds(self) -> bool:
@@ -64,10 +70,10 @@ class ReproductionCheck(RecordPart):
     processor: str
     runtime: str
     precision: str  # of the nodes that are not INT8
-    error: float  # relative, beside torch; of INT8 the root mean square over the rows
+    error: Amount  # relative, beside torch; of INT8 the root mean square over the rows
     bound: float  # INT8: 1.1 times the error of exact sums
     passed: bool
-    n: int  # rows
+    n: Count  # rows
     fault: str = ""  # reason why there is no error value: the runtime crashed
     imitated_by: str = ""  # the variable that narrowed another processor to this kind
 
@@ -92,8 +98,8 @@ class ArtifactRecord(Record):
     components: list[ExportedComponent] = []
     parity: list[ParityCheck] = []
     calibration: dict[str, Any] = {}
-    bytes_total: int = 0
-    source_bytes_total: int = 0
+    bytes_total: Count = 0
+    source_bytes_total: Count = 0
     speed: dict[str, Measurement] = {}
     error_by_noise: list[dict[str, float]] = []  # of the denoiser, in bands of noise level
     pipeline: str = ""  # class of the diffusers pipeline

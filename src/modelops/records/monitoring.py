@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelops.records.base import Record
+from modelops.records.base import Amount, Count, Record, Share
 
 MonitorAnswer = Literal["keep", "investigate", "retrain", "undecided"]
 Outcome = Literal["found", "below margin", "not found", "undecided", "not measured"]
@@ -26,11 +26,11 @@ class DriftTest(BaseModel):
     outcome: Outcome
     reason: str
     method: str = ""
-    n_window: int = 0
-    n_reference: int = 0
+    n_window: Count = 0
+    n_reference: Count = 0
     statistic: float | None = None
-    p: float | None = None
-    p_adjusted: float | None = None
+    p: Share | None = None
+    p_adjusted: Share | None = None
     threshold: float | None = None
     effect: float | None = None
     low: float | None = None
@@ -57,17 +57,17 @@ class MonitorRecord(Record):
     reference: Literal["evaluation", "baseline", "none"]
     window: str
     baseline: str | None = None
-    alpha: float
-    period_alpha: float
-    windows: int
+    alpha: Share
+    period_alpha: Share
+    windows: Count
     adjustment: Literal["holm"] = "holm"
     tests: list[DriftTest] = Field(default_factory=list)
-    n_requests: int = 0
-    n_images: int = 0
-    n_prompts: int = 0
-    refused: dict[str, int] = Field(default_factory=dict)
+    n_requests: Count = 0
+    n_images: Count = 0
+    n_prompts: Count = 0
+    refused: dict[str, Count] = Field(default_factory=dict)
     evaluation_age_days: float | None = None
-    evaluate_every_days: float
+    evaluate_every_days: Amount
     overdue: bool = False
     # What is not tested: shares of settings, p50 and p95 by phase.
     about: dict[str, float] = Field(default_factory=dict)

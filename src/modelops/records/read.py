@@ -19,7 +19,7 @@ from modelops.records.release import PreflightRecord, ReleaseRecord, SignOff, Ve
 from modelops.records.train import TrainRecord
 
 RecordT = TypeVar("RecordT", bound=Record)
-
+STATED = ("schema_version", "status")  # no default stands for what a file does not say
 
 RECORD_KINDS: dict[str, type[Record]] = {
     "dedup": DedupReport,
@@ -43,7 +43,8 @@ def read_record(path: str | Path, expected: type[RecordT]) -> RecordT:
     """Read and validate one record.
 
     Raises:
-        UsageError: the file is missing, not JSON, of another kind, or does not fit the schema.
+        UsageError: the file is missing, not JSON, of another kind, or does not fit the schema; or
+            it does not say in which version it was written and how it ended.
     """
     text = read_text(path)
     data = parse_json(text, source=str(path))
@@ -52,6 +53,9 @@ def read_record(path: str | Path, expected: type[RecordT]) -> RecordT:
     wanted = expected.model_fields["kind"].default
     if data.get("kind") != wanted:
         raise UsageError(f"{path}: a record of kind {data.get('kind')!r}, expected {wanted!r}")
+    unstated = next((key for key in STATED if key not in data), None)
+    if unstated is not None:
+        raise UsageError(f"{path}: {unstated}: missing", hint="every record states it")
     try:
         # Strict: "0.1" is no number, and neither is true.
         return expected.model_validate_json(text, strict=True)
@@ -69,7 +73,7 @@ def read_any_record(path: str | Path) -> Record:
     """
     data = read_json(path)
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in RECORD_KINDS:
+    if not isinstance(kind, str) or kind not in RECORD_KINDS:
         known = ", ".join(sorted(RECORD_KINDS))
         raise UsageError(f"{path}: not a record (kind {kind!r}; known kinds: {known})")
     return read_record(path, RECORD_KINDS[kind])

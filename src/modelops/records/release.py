@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from modelops.base.files import sha256_json
-from modelops.records.base import Answer, InputRef, Record, RecordPart
+from modelops.records.base import Answer, Count, InputRef, Record, RecordPart
 from modelops.records.export import ReproductionCheck
 
 
 def overall(answers: Iterable[Answer]) -> Answer:
-    """Return the answer of criteria: `fail` wins over `undecided`, which wins over `pass`."""
-    found = set(answers)
+    """Return the answer of criteria: `fail` wins over `undecided`, which wins over `pass`.
+
+    Without any criterion nothing was decided.
+    """
+    found = set(answers) or {"undecided"}
     return "fail" if "fail" in found else "undecided" if "undecided" in found else "pass"
 
 
+Words = Annotated[str, Field(pattern=r"\S")]
+LABEL = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$"
+Label = Annotated[str, Field(pattern=LABEL)]
 _ORDER: tuple[Answer, ...] = ("pass", "undecided", "fail")
 
 
@@ -47,6 +53,8 @@ class Verdict(Record):
     @model_validator(mode="after")
     def _answer_of_the_criteria(self) -> Self:
         found = overall(line.answer for line in self.criteria)
+        if self.answer == "pass" and not self.criteria:
+            raise ValueError("the answer is 'pass', but there are no criteria")
         if _ORDER.index(self.answer) < _ORDER.index(found):
             raise ValueError(f"the answer is {self.answer!r}, that of the criteria is {found!r}")
         return self
@@ -57,9 +65,9 @@ class SignOff(Record):
 
     kind: Literal["signoff"] = "signoff"
     subject: InputRef
-    name: str
-    role: str
-    statement: str
+    name: Words
+    role: Words
+    statement: Words
 
 
 class PreflightRecord(Record):
@@ -78,15 +86,15 @@ class PreflightRecord(Record):
 
 class ReleaseFile(RecordPart):
     sha256: str
-    bytes: int
+    bytes: Count
 
 
 class ReleaseRecord(Record):
     """release.json: everything a release consists of, by digest."""
 
     kind: Literal["release"] = "release"
-    name: str
-    version: str
+    name: Label
+    version: Label
     model: str
     model_sha256: str
     fallback: str | None = None  # folder of an artifact for processors that the model is wrong on
@@ -99,6 +107,20 @@ class ReleaseRecord(Record):
     defaults: dict[str, Any] = {}
     files: dict[str, ReleaseFile]
     seal: str = ""  # sha256 of all other fields; see `sealed`
+
+    @field_validator("defaults")
+    @classmethod
+    def _defaults_can_be_served(cls, defaults: dict[str, Any]) -> dict[str, Any]:
+        for key, kinds, low, high in (("steps", int, 1, 1000), ("guidance", int | float, 0, 20)):
+            value = defaults.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                raise ValueError(f"{key}: should be a number from {low} to {high}, not {value!r}")
+        for key in ("golden", "company"):
+            if not isinstance(defaults.get(key) or {}, dict):
+                raise ValueError(f"{key}: should be a mapping")
+        return defaults
 
     def sealed(self) -> ReleaseRecord:
         """Return this record with its seal, by which an edit of it is found."""

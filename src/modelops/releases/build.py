@@ -38,8 +38,20 @@ from modelops.base.files import (
 from modelops.records.base import InputRef
 from modelops.records.export import ArtifactRecord, ReproductionCheck
 from modelops.records.read import read_any_record, read_record
-from modelops.records.release import PreflightRecord, ReleaseFile, ReleaseRecord, Verdict
-from modelops.releases.verify import RECORD_FILE, check_fallback, is_release, short_digest
+from modelops.records.release import (
+    LABEL,
+    PreflightRecord,
+    ReleaseFile,
+    ReleaseRecord,
+    Verdict,
+)
+from modelops.releases.verify import (
+    RECORD_FILE,
+    check_fallback,
+    check_policy,
+    is_release,
+    short_digest,
+)
 
 MODEL_FOLDER, FALLBACK_FOLDER = "model", "fallback"
 CARD_SIDECARS = (".sources.json", ".statistics.json")
@@ -208,11 +220,8 @@ def check_verdict(
             f"but {model} is {short_digest(model_sha256)}",
             hint="run the gate on the model that is to be released",
         )
-    if policy is not None and sha256_file(policy) != answer.policy_sha256:
-        raise IntegrityError(
-            f"{policy}: is not the policy the verdict was made by",
-            hint="run `modelops gate` again after a change of policy",
-        )
+    if policy is not None:
+        check_policy(policy, answer)
     return answer, model_sha256
 
 
@@ -259,7 +268,7 @@ def _copy_tree(source: Path, target: Path, *, exclude: Iterable[str]) -> None:
 
 
 def _check_label(what: str, value: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", value):
+    if not re.fullmatch(LABEL, value):
         raise UsageError(
             f"{what} {value!r}: use up to 64 letters, digits, dots, dashes and underscores"
         )

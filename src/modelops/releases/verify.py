@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
-from modelops.base.files import safe_join, sha256_file, sha256_tree, tree_files
+from modelops.base.files import read_yaml, safe_join, sha256_file, sha256_tree, tree_files
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
 from modelops.records.read import read_record
@@ -40,6 +40,34 @@ def check_fallback(fallback: str | Path, model_dir: str | Path) -> None:
             f"({other.error or (failed[0].name if failed else 'it was not compared')})",
             hint="export it again without --allow",
         )
+
+
+def check_policy(policy: str | Path, verdict: Verdict) -> None:
+    """Check that a verdict was made by a policy, and answers each of its criteria.
+
+    Raises:
+        IntegrityError: it was made by another one, or its criteria are others.
+        ConfigError: the policy is not YAML.
+    """
+    if sha256_file(policy) != verdict.policy_sha256:
+        raise IntegrityError(
+            f"{policy}: is not the policy the verdict was made by",
+            hint="run `modelops gate` again after a change of policy",
+        )
+    listed = read_yaml(policy).get("criteria")
+    lines = listed if isinstance(listed, list) else []
+    asked = [line.get("name") for line in lines if isinstance(line, dict)]
+    answered = [line.name for line in verdict.criteria]
+    if asked != answered:
+        other = next((name for name in answered if name not in asked), None)
+        missing = next((name for name in asked if name not in answered), None)
+        raise IntegrityError(
+            f"{policy}: the verdict "
+            + (f"leaves out its criterion {missing!r}" if missing else
+               f"has another criterion, {other!r}" if other else
+               "has its criteria in another order or number"),
+            hint="run `modelops gate` again",
+        )  # fmt: skip
 
 
 def verify_release(directory: str | Path) -> ReleaseRecord:
@@ -94,10 +122,18 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
             raise IntegrityError(
                 f"{root / RECORD_FILE}: says {field} {said}, the verdict {found}", hint=_REBUILD
             )
-    if "policy.yaml" in record.files and sha256_file(root / "policy.yaml") != record.policy_sha256:
-        raise IntegrityError(f"{root / 'policy.yaml'}: not the policy of the verdict")
+    own = {"model": record.model_sha256, "verdict": record.verdict_sha256}
+    for name, digest in own.items():
+        if name not in record.inputs or record.inputs[name].sha256 != digest:
+            raise IntegrityError(
+                f"{root / RECORD_FILE}: its inputs name another {name}", hint=_REBUILD
+            )
+    if "policy.yaml" in record.files:
+        check_policy(root / "policy.yaml", answer)
     if sha256_tree(safe_join(root, record.model)) != record.model_sha256:
         raise IntegrityError(f"{root / record.model}: not the model the verdict is about")
+    if (record.fallback is None) != (record.fallback_sha256 is None):
+        raise IntegrityError(f"{root / RECORD_FILE}: names half a fallback", hint=_REBUILD)
     if record.fallback is not None:
         fallback = safe_join(root, record.fallback)
         if sha256_tree(fallback) != record.fallback_sha256:

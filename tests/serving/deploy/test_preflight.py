@@ -20,7 +20,7 @@ from modelops.base.processor import this_processor
 from modelops.cli.main import main
 from modelops.export.runtimes.probe import PROBE
 from modelops.records.read import read_record
-from modelops.records.release import PreflightRecord, ReleaseRecord, Verdict
+from modelops.records.release import PreflightRecord, ReleaseRecord
 from modelops.releases.build import build_release
 from modelops.releases.verify import RECORD_FILE, check_fallback, verify_release
 from modelops.serving.deploy.preflight import require_preflight, run_preflight
@@ -29,6 +29,7 @@ from modelops.serving.node.node import InferenceNode
 from modelops.serving.node.replay import open_recipe, recipe_texts, replay_recipe
 from modelops.serving.provenance.signing import load_verifying_key
 from modelops.serving.settings import NodeSettings
+from project_records import verdict_on
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def saturating(int8_artifact: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def release_of(model: Path, folder: Path, fallback: Path | None = None, **more: Any) -> Path:
     verdict = folder / "verdict.json"
-    Verdict(answer="pass", policy_sha256="0" * 64, subject_sha256=sha256_tree(model)).write(verdict)
+    verdict_on(sha256_tree(model)).write(verdict)
     build_release(
         folder / "release", model_dir=model, verdict=verdict, name="tiny", version="0.1",
         fallback=fallback, **more,

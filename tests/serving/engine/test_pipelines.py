@@ -31,13 +31,13 @@ from modelops.models.pipelines.merge import answers, merged, read_call
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource, load_checkpoint
 from modelops.records.evaluation import SourceInfo
-from modelops.records.release import Verdict
 from modelops.releases.build import build_release
 from modelops.serving.engine.diffusers import PipelineModel
 from modelops.serving.engine.engine import StepEngine
 from modelops.serving.failures import CancelledError, EngineError
 from modelops.serving.node.batch_invariance import release_proofs
 from modelops.serving.settings import NodeSettings
+from project_records import verdict_on
 
 MIXED = [
     ImageRequest(prompt="red heart", seed=1, steps=5, guidance=3.0),
@@ -340,9 +340,7 @@ def test_a_release_of_another_pipeline_is_served_and_replayed(
     make_pipeline("sd").save_pretrained(checkpoint)
     proofs, files = release_proofs(checkpoint, tmp_path, steps=4)
     assert proofs["company"]["widest_rows"] > 2
-    Verdict(answer="pass", policy_sha256="0" * 64, subject_sha256=sha256_tree(checkpoint)).write(
-        tmp_path / "verdict.json"
-    )
+    verdict_on(sha256_tree(checkpoint)).write(tmp_path / "verdict.json")
     build_release(
         tmp_path / "release", model_dir=checkpoint, verdict=tmp_path / "verdict.json",
         name="any", version="1", defaults={**proofs, "steps": 4}, extra_files=files,

@@ -32,7 +32,6 @@ import uvicorn
 
 from modelops.base.files import sha256_tree
 from modelops.records.evaluation import EvaluationRecord, SourceInfo
-from modelops.records.release import Verdict
 from modelops.releases.build import build_release
 from modelops.serving.deploy.launch import RunningServer, free_port, start_server, stop_server
 from modelops.serving.deploy.scaffold import ScaffoldOptions, write_scaffold
@@ -43,6 +42,7 @@ from modelops.serving.rollout.rollout import Rollout, open_rollout
 from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.logs import configure_logging
+from project_records import verdict_on
 
 pytestmark = [
     pytest.mark.slow,
@@ -142,7 +142,7 @@ def release(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A tiny release that holds a fresh evaluation of its model; `next` beside it is its twin."""
     folder = tmp_path_factory.mktemp("live")
     model = sha256_tree(tiny_checkpoint)
-    Verdict(answer="pass", policy_sha256="0" * 64, subject_sha256=model).write(folder / "v.json")
+    verdict_on(model).write(folder / "v.json")
     source = SourceInfo(kind="checkpoint", uri="model", sha256=model)
     EvaluationRecord(source=source).write(folder / "final.json")
     golden = make_golden(tiny_checkpoint, folder / "golden.png")
