@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import hub_cache
 from modelops.base import files
-from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.errors import ConfigError, IntegrityError, ModelopsError, UsageError
 
 
 def test_sha256_of_known_bytes(tmp_path: Path) -> None:
@@ -77,6 +81,62 @@ def test_a_hub_snapshots_missing_blob_is_named(tmp_path: Path) -> None:
         files.sha256_tree(snapshot)
 
 
+@contextlib.contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Without root's rights, if the tests have them."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o311, 0o444, 0o000])
+def test_a_folder_that_hides_its_files_is_refused(mode: int) -> None:
+    """Neither a digest nor a verification speaks for what it cannot see."""
+    top = Path(tempfile.mkdtemp())  # pytest's own folders are closed to others
+    try:
+        top.chmod(0o755)
+        for name in ("seen/a", "hidden/b/c"):
+            (top / name).parent.mkdir(parents=True)
+            (top / name).write_text("x")
+        assert list(files.tree_files(top)) == ["hidden/b/c", "seen/a"]
+        (top / "hidden").chmod(mode)
+        with as_somebody_else(), pytest.raises(IntegrityError, match=r"hidden.*Permission denied"):
+            files.tree_files(top)
+        assert list(files.tree_files(top, exclude=["hidden"])) == ["seen/a"]
+    finally:
+        (top / "hidden").chmod(0o755)
+        shutil.rmtree(top)
+
+
+def test_a_pipe_is_no_part_of_a_tree(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / "a" / "pipe")
+    with pytest.raises(IntegrityError, match="pipe: neither a file nor a folder"):
+        files.sha256_tree(tmp_path)
+
+
+def test_empty_folders_can_be_refused(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert files.tree_files(tmp_path) == {}
+    with pytest.raises(IntegrityError, match="b: an empty folder"):
+        files.tree_files(tmp_path, empty_folders=False)
+    assert files.tree_files(tmp_path, exclude=["a"], empty_folders=False) == {}
+    assert files.tree_files(tmp_path / "none") == {}
+
+
+def test_the_order_of_a_tree_is_that_of_its_paths(tmp_path: Path) -> None:
+    for name in ("a.b/x", "a/x", "a-b", "a/x.y", "b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    expected = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert list(files.tree_files(tmp_path)) == [path.as_posix() for path in expected]
+
+
 def test_tree_digest_can_leave_out_a_top_entry(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("k")
     before = files.sha256_tree(tmp_path)
@@ -124,6 +184,45 @@ def test_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         (new / "two").write_text("2")
     assert [p.name for p in target.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_nested_directory_is_on_the_disk_before_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with files.atomic_directory(tmp_path / "d") as new:
+        (new / "a" / "b").mkdir(parents=True)
+        (new / "a" / "b" / "file").write_text("x")
+        made = {str(path) for path in (new, *new.rglob("*"))}
+    assert made < set(synced) and synced[-1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_process_wants(tmp_path: Path, mask: int) -> None:
+    """In a process of its own: the umask belongs to all threads, and nothing may set it."""
+    code = f"""
+import os, sys
+os.umask({mask})
+def refuse(mask): raise AssertionError("umask was set")
+os.umask = refuse
+from pathlib import Path
+from modelops.base import files
+top = Path(sys.argv[1])
+files.write_text(top / "open", "x")
+files.write_bytes(top / "secret", b"x", private=True)
+with files.atomic_directory(top / "folder") as new:
+    (new / "x").write_text("x")
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"open": 0o666 & ~mask, "secret": 0o600, "folder": 0o777 & ~mask}
 
 
 _WRITE_FOR_EVER = """
@@ -217,3 +316,38 @@ def test_text_that_is_not_utf8_and_json_that_is_not_json(tmp_path: Path) -> None
         files.read_json(tmp_path / "bad.json")
     with pytest.raises(UsageError, match="No such file"):
         files.read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ("9" * 5000, "5000 digits"),
+        ('{"a": NaN}', "not a finite number"),
+        ('{"a": 1, "a": 2}', "twice"),
+    ],
+)
+def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(UsageError, match=rf"odd\.json: .*{said}") as caught:
+        files.read_json(tmp_path / "odd.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: " + "[" * 10_000, ""),
+        ("a: " + "9" * 5000, "5000 digits"),
+        ("a: 2024-13-45", "month"),
+        ("a: !!python/name:os.system", "line 1"),
+        ("a: 1\na: 2", "line 2"),
+        ("- a", "mapping"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"odd\.yaml: ?.*{said}") as caught:
+        files.read_yaml(tmp_path / "odd.yaml")
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from PIL import Image
 from modelops.base.errors import IntegrityError, InUseError, UsageError
 from modelops.base.files import sha256_file, sha256_tree
 from modelops.base.locks import output_lock
-from modelops.data.images import read_image
+from modelops.data.images import encode_png, read_image
 from modelops.data.manifest import Sample, read_manifest, write_manifest
 from modelops.data.shards import ShardDataset, read_shard_manifest, write_shards
 from modelops.data.smoke import smoke_test
@@ -264,6 +265,31 @@ def test_the_smoke_test_fails_on_damage_and_names_it(copy: Path) -> None:
     assert report.verdict == "fail"
     assert any(dataset.ids[0] in reason for reason in report.reasons)
     assert any("empty caption" in reason for reason in report.reasons)
+
+
+@pytest.mark.parametrize(
+    ("part", "data", "said"),
+    [
+        ("json", b"[" * 2000, "nested too deeply"), ("json", b"[1]", "not a JSON object"),
+        ("json", b"\xff", "not UTF-8"), ("txt", b"\xff", "not UTF-8"),
+        ("json", b"9" * 5000, "5000 digits"),
+    ],
+)  # fmt: skip
+def test_another_programs_odd_shard_is_named(
+    tmp_path: Path, part: str, data: bytes, said: str
+) -> None:
+    parts = {"png": encode_png(np.zeros((8, 8, 3), np.uint8)), "txt": b"a", "json": b"{}"}
+    (tmp_path / "shards").mkdir()
+    path = tmp_path / "shards" / "train-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for suffix, content in (parts | {part: data}).items():
+            info = tarfile.TarInfo(f"one.{suffix}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    row = f"shards/{path.name},train,1,{path.stat().st_size},{sha256_file(path)}"
+    (tmp_path / "m.csv").write_text(f"shard,split,samples,bytes,sha256\n{row}\n")
+    with pytest.raises(IntegrityError, match=rf"one\.{part}: .*{said}"):
+        ShardDataset(tmp_path / "m.csv", "train")[0]
 
 
 def test_the_smoke_test_sees_an_id_in_two_splits(copy: Path) -> None:

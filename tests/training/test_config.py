@@ -63,6 +63,9 @@ def test_packaged_configs_are_valid(path: Path) -> None:
         ("precision: bf16", "precision: int8", ["training.precision", "'bf16'"]),
         ("{manifest: data/manifest.parquet}", "{}", ["data", "manifest"]),
         ("{manifest: data/manifest.parquet}", "[", ["line"]),
+        ("lr: 1e-4", "lr: " + "9" * 5000, ["5000 digits"]),
+        ("lr: 1e-4", "lr: 2024-13-45", ["month"]),
+        ("lr: 1e-4", "lr: " + "[" * 10_000, ["not YAML"]),
     ],
 )  # fmt: skip
 def test_a_mistake_names_file_and_key(guide: Path, old: str, new: str, parts: list[str]) -> None:

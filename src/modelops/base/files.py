@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -59,37 +60,60 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(canonical_json(value).encode())
 
 
-def tree_files(root: str | os.PathLike[str], *, exclude: Iterable[str] = ()) -> dict[str, Path]:
-    """Return every regular file below `root` as {posix path relative to root: path}, sorted.
+def tree_files(
+    root: str | os.PathLike[str], *, exclude: Iterable[str] = (), empty_folders: bool = True
+) -> dict[str, Path]:
+    """Return every file below `root` as {posix path relative to root: path}, sorted.
 
-    `exclude` names top-level entries to leave out. In place of a hub snapshot's link into its
-    repository's blobs stands the file that it leads to.
+    Links of a hub snapshot into its repository's blobs are taken for the files they lead to, and
+    these are returned.
+
+    Args:
+        root: a directory; one that does not exist has no files.
+        exclude: names of top-level entries to leave out.
+        empty_folders: allow folders without a file, which no digest of the tree speaks of.
 
     Raises:
-        IntegrityError: there is another symbolic link below root (a digest follows none out).
+        IntegrityError: there is something that a digest cannot speak of: another symbolic link, a
+            pipe, socket or device, or a folder that cannot be listed or entered.
     """
-    top = Path(root)
-    skipped = set(exclude)
+    top, skipped = Path(root), set(exclude)
     files: dict[str, Path] = {}
-    for path in sorted(top.rglob("*")):
-        relative = path.relative_to(top)
-        if relative.parts[0] in skipped:
-            continue
-        if path.is_symlink():
-            target = Path(os.path.realpath(path))
-            if not is_hub_blob(top, target):
-                raise IntegrityError(
-                    f"{path}: symbolic links are not allowed here", hint="copy the file instead"
-                )
-            if not target.is_file():
-                raise IntegrityError(
-                    f"{path}: a link to {target.name}, which the hub's cache lacks",
-                    hint="download the repository again",
-                )
-            files[relative.as_posix()] = target
-        elif path.is_file():
-            files[relative.as_posix()] = path
-    return files
+
+    def refuse(error: OSError) -> None:
+        raise IntegrityError(f"{error.filename}: {error.strerror}", hint="check its permissions")
+
+    try:
+        for folder, folders, names in os.walk(top, onerror=refuse) if top.is_dir() else ():
+            place = Path(folder)
+            kept = [name for name in (*folders, *names) if place != top or name not in skipped]
+            folders[:] = [name for name in folders if name in kept]
+            if not (kept or empty_folders or place == top):
+                raise IntegrityError(f"{place}: an empty folder", hint="remove it")
+            for path in (place / name for name in kept):
+                if path.is_symlink():
+                    files[path.relative_to(top).as_posix()] = _linked_file(top, path)
+                elif path.is_file():
+                    files[path.relative_to(top).as_posix()] = path
+                elif not path.is_dir():
+                    raise IntegrityError(f"{path}: neither a file nor a folder", hint="remove it")
+    except OSError as error:
+        refuse(error)
+    return dict(sorted(files.items(), key=lambda item: item[0].split("/")))
+
+
+def _linked_file(top: Path, path: Path) -> Path:
+    target = Path(os.path.realpath(path))
+    if not is_hub_blob(top, target):
+        raise IntegrityError(
+            f"{path}: symbolic links are not allowed here", hint="copy the file instead"
+        )
+    if not target.is_file():
+        raise IntegrityError(
+            f"{path}: a link to {target.name}, which the hub's cache lacks",
+            hint="download the repository again",
+        )
+    return target
 
 
 def is_hub_blob(root: str | os.PathLike[str], target: Path) -> bool:
@@ -133,27 +157,22 @@ def atomic_path(path: str | os.PathLike[str], *, private: bool = False) -> Itera
         ModelopsError: the disk is full or the folder cannot be written.
     """
     target = Path(path)
-    temporary: Path | None = None
+    temporary = _unique_sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        prefix, suffix = temporary_name(target.name)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=suffix)
-        os.close(handle)
-        temporary = Path(name)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o600 if private else 0o666 & ~_umask())
+        _sync(temporary)
         temporary.replace(target)
-        _sync_directory(target.parent)
+        _sync(target.parent)
     except OSError as error:
         raise ModelopsError(
             f"{target}: cannot write: {error.strerror or error}",
             hint="check free space and permissions",
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes, *, private: bool = False) -> None:
@@ -249,10 +268,11 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     text = read_text(path)
     try:
         data = yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or number
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        said = str(error) if isinstance(error, ValueError) else "not YAML"
+        problem = getattr(error, "problem", None) or said
         raise ConfigError(f"{path}:{where} {problem}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: should be a mapping of keys to values")
@@ -271,21 +291,20 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         ModelopsError: the disk is full or the folder cannot be written.
     """
     target = Path(path)
-    temporary: Path | None = None
+    temporary = _unique_sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        prefix, suffix = temporary_name(target.name)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix, suffix=suffix))
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        entries = (entry for entry in temporary.rglob("*") if entry.is_file() or entry.is_dir())
         with ThreadPoolExecutor(16) as pool:  # waiting together is 20 times faster for small files
-            list(pool.map(_sync_file, (file for file in temporary.rglob("*") if file.is_file())))
+            list(pool.map(_sync, (temporary, *entries)))
         old = target.parent / f".{target.name}{_OLD}"
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
-        _sync_directory(target.parent)
+        _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ModelopsError(
@@ -293,8 +312,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             hint="check free space and permissions",
         ) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def temporary_name(name: str) -> tuple[str, str]:
@@ -376,22 +394,6 @@ def safe_join(root: str | os.PathLike[str], relative: str) -> Path:
     return path
 
 
-def refuse_foreign(folder: str | os.PathLike[str], ours: re.Pattern[str]) -> None:
-    """Make sure that a folder that is to be replaced holds nothing but what `ours` names.
-
-    Raises:
-        UsageError: it holds something else, or there is a file of its name.
-    """
-    top = Path(folder)
-    entries = sorted(top.iterdir()) if top.is_dir() else [top] if top.exists() else []
-    for entry in entries:
-        if not ours.fullmatch(entry.name) or entry.is_dir():
-            raise UsageError(
-                f"{entry}: {top} would be replaced, and holds files that are not from here",
-                hint="choose an empty directory, so that nothing of yours is lost",
-            )
-
-
 def cache_directory(name: str) -> Path:
     """A folder for what can be made again: $MODELOPS_CACHE, or modelops below the user's caches.
 
@@ -428,19 +430,15 @@ def check_writable(directory: str | os.PathLike[str], *, need_bytes: int = 0) ->
         )
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _unique_sibling(target: Path) -> Path:
+    """A name for a temporary file or directory that will become `target`."""
+    prefix, suffix = temporary_name(target.name)
+    return target.parent / f"{prefix}{secrets.token_hex(6)}{suffix}"
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,15 +1,16 @@
-"""Locks of outputs: one process at a time writes to a folder or replaces a file."""
+"""Guards of outputs: one process at a time writes one, and files of others are not replaced."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from modelops.base.errors import InUseError, ModelopsError
+from modelops.base.errors import InUseError, ModelopsError, UsageError
 
 SUFFIX = ".modelops-lock"
 _POLL_S = 0.5
@@ -55,6 +56,22 @@ def output_lock(
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(handle)
+
+
+def refuse_foreign(folder: str | os.PathLike[str], ours: re.Pattern[str]) -> None:
+    """Make sure that a folder that is to be replaced holds nothing but what `ours` names.
+
+    Raises:
+        UsageError: it holds something else, or there is a file of its name.
+    """
+    top = Path(folder)
+    entries = sorted(top.iterdir()) if top.is_dir() else [top] if top.exists() else []
+    for entry in entries:
+        if not ours.fullmatch(entry.name) or entry.is_dir():
+            raise UsageError(
+                f"{entry}: {top} would be replaced, and holds files that are not from here",
+                hint="choose an empty directory, so that nothing of yours is lost",
+            )
 
 
 def _take(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import tarfile
@@ -26,14 +25,14 @@ from modelops.base.files import (
     atomic_directory,
     canonical_json,
     check_writable,
+    parse_json,
     read_text,
-    refuse_foreign,
     remove_leftovers,
     safe_join,
     sha256_file,
     write_text,
 )
-from modelops.base.locks import output_lock
+from modelops.base.locks import output_lock, refuse_foreign
 from modelops.base.seeding import derive_seed
 from modelops.data.images import decode_image, encode_png, resize_image
 from modelops.data.manifest import Manifest, Sample, read_manifest
@@ -247,19 +246,24 @@ class ShardDataset:
             ImageError: the stored image cannot be decoded.
             IntegrityError: a part of the sample is missing, or the tar changed meanwhile.
         """
-        name, _, _ = self._index[index]
-        record = json.loads(self._read(index, "json"))
+        name, shard, _ = self._index[index]
+        try:
+            record = parse_json(self._read_text(index, "json"), source=f"{name}.json")
+        except UsageError as error:
+            raise IntegrityError(f"{self.shards[shard]}: {error.message}") from error
+        if not isinstance(record, dict):
+            raise IntegrityError(f"{self.shards[shard]}: {name}.json: not a JSON object")
         return ShardSample(
             id=name,
             image=decode_image(self._read(index, "png"), f"{name}.png"),
-            caption=self._read(index, "txt").decode("utf-8"),
+            caption=self.caption(index),
             tags=tuple(record.get("tags", ())),
             group=record.get("group", ""),
         )
 
     def caption(self, index: int) -> str:
         """The caption at `index`, without decoding its image."""
-        return self._read(index, "txt").decode("utf-8")
+        return self._read_text(index, "txt")
 
     def captions(self) -> list[str]:
         """Return all captions, in index order."""
@@ -267,6 +271,13 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
+
+    def _read_text(self, index: int, part: str) -> str:
+        try:
+            return self._read(index, part).decode("utf-8")
+        except UnicodeDecodeError as error:
+            place = self.shards[self._index[index][1]]
+            raise IntegrityError(f"{place}: {self.ids[index]}.{part}: not UTF-8 text") from error
 
     def _read(self, index: int, part: str) -> bytes:
         _, shard, parts = self._index[index]

@@ -94,7 +94,7 @@ def read_stats(path: str | Path) -> list[dict[str, Any]]:
     for line in Path(path).read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)

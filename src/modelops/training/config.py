@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from modelops.base.errors import ConfigError
-from modelops.base.files import read_text, sha256_json
+from modelops.base.files import read_yaml, sha256_json
 from modelops.records.base import InputRef
 
 NORM_GROUPS = 32  # of diffusers' GroupNorm: every level's width is a multiple of it
@@ -333,15 +333,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file is not a valid config; one line that names the key.
     """
-    try:
-        data = yaml.load(read_text(path), Loader=_NoDuplicates)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{path}:{where} {problem}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: should have sections model, data and training")
+    data = read_yaml(path)
     for override in overrides:
         _apply(data, override)
     return parse_config(data, source=str(path))
@@ -414,24 +406,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
     section = data.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise ConfigError(f"{parts[0]}: should be a section of keys")
     section[parts[1]] = value
-
-
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML silently keeps the last of two equal keys; a config must not."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)

@@ -20,11 +20,10 @@ from modelops.base.extras import require_module
 from modelops.base.files import (
     atomic_directory,
     check_writable,
-    refuse_foreign,
     remove_leftovers,
     sha256_bytes,
 )
-from modelops.base.locks import output_lock
+from modelops.base.locks import output_lock, refuse_foreign
 from modelops.base.seeding import derive_seed
 from modelops.data.manifest import Sample, write_manifest
 
