@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from types import ModuleType
 
-from modelops.base.errors import MissingExtraError
+from modelops.base.errors import MissingExtraError, first_line
 
 # module -> the extra of this package that brings it
 EXTRA_OF_MODULE = {
@@ -24,6 +25,7 @@ EXTRA_OF_MODULE = {
     "tensorrt": "gpu",
     "wandb": "wandb",
 }
+_INSTALL = re.compile(r"pip3? install (-\S+ )*(?P<name>[\w.-]*\w)")
 
 
 def has_module(name: str) -> bool:
@@ -48,8 +50,32 @@ def require_module(name: str, *, needed_for: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        extra = EXTRA_OF_MODULE.get(name.split(".", maxsplit=1)[0])
-        command = f'pip install "modelops[{extra}]"' if extra else f"pip install {name}"
         raise MissingExtraError(
-            f"{needed_for} needs the package {name}, which is not installed", hint=command
+            f"{needed_for} needs the package {name}, which is not installed",
+            hint=_pip_command(name),
         ) from error
+
+
+def missing_package(error: Exception, *, needed_for: str) -> MissingExtraError:
+    """Return the error that names the package whose lack made another library raise.
+
+    Args:
+        error: its class, its name or its text says which package.
+        needed_for: what the user asked for, in a few words.
+    """
+    told = _INSTALL.search(str(error))
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    name = name or (told and told["name"])
+    if not name or has_module(name.split(".", maxsplit=1)[0]):  # there, but of another version
+        return MissingExtraError(
+            f"{needed_for}: {first_line(error)}",
+            hint="install the packages that it names, in the versions that it needs",
+        )
+    return MissingExtraError(
+        f"{needed_for} needs the package {name}, which is not installed", hint=_pip_command(name)
+    )
+
+
+def _pip_command(module: str) -> str:
+    extra = EXTRA_OF_MODULE.get(module.split(".", maxsplit=1)[0])
+    return f'pip install "modelops[{extra}]"' if extra else f"pip install {module}"

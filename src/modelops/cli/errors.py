@@ -13,7 +13,8 @@ import traceback
 
 import click
 
-from modelops.base.errors import ModelopsError
+from modelops.base.errors import ModelopsError, first_line
+from modelops.base.extras import missing_package
 
 
 def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
@@ -47,11 +48,13 @@ def _explain(error: BaseException) -> tuple[int, str, str, str | None]:
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         return 1, type(error).__name__, f"{name}{error.strerror or error}", None
+    if isinstance(error, ImportError):
+        return _explain(missing_package(error, needed_for="this command"))
     if isinstance(error, MemoryError):
         return 1, "MemoryError", "out of memory", "use a smaller batch or resolution"
     return (
         1,
         type(error).__name__,
-        f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        f"unexpected {type(error).__name__}: {first_line(error)}",
         "run the same command with --debug and report the traceback",
     )

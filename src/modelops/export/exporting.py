@@ -197,13 +197,10 @@ def carry_parts(source: ExportSource, root: Path) -> None:
     for name, part in pipeline.components.items():
         if part is None or isinstance(part, torch.nn.Module) or name in OMITTED:
             continue
-        if source.directory is not None and (source.directory / name).is_dir():
+        if (source.directory / name).is_dir():
             shutil.copytree(source.directory / name, root / name)
         else:
             part.save_pretrained(root / name)
-    if source.directory is None:
-        pipeline.save_config(root)
-        return
     for name in ("model_index.json", "pipeline.py"):
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, root / name)
@@ -230,8 +227,6 @@ def source_inputs(
 ) -> dict[str, InputRef]:
     """Return the inputs that an artifact was made from."""
     inputs = {"checkpoint": InputRef(path=portable_path(checkpoint), sha256=source.sha256)}
-    if source.directory is None:
-        inputs["checkpoint"] = InputRef(path=str(checkpoint), sha256=source.sha256)
     if lora is not None:
         inputs["lora"] = InputRef(path=portable_path(lora.path), sha256=sha256_path(lora.path))
     return inputs

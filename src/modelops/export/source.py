@@ -14,6 +14,7 @@ from modelops.export.artifact.directory import is_artifact, read_signature
 from modelops.export.components import Component, FlatModule
 from modelops.export.lora import Lora, apply_lora
 from modelops.export.onnx.writer import check_weights
+from modelops.models.hub import pipeline_directory
 from modelops.models.pipelines.arguments import native_size
 from modelops.models.sources import TRAINING_STATE, load_with_digest
 from modelops.records.export import ArtifactRecord, ExportedComponent
@@ -26,15 +27,15 @@ class ExportSource:
     Attributes:
         pipeline: float32, in evaluation mode, on the CPU.
         sha256: digest of the checkpoint without its training state (and of the LoRA).
-        bytes_total: size of the checkpoint without its training state; of the weights for a hub id.
-        directory: path of the checkpoint; None for a hub id.
+        bytes_total: size of the checkpoint without its training state.
+        directory: path of the checkpoint; of its snapshot in the cache for a hub id.
         size: height and width in pixels that it is exported and compared at.
     """
 
     pipeline: Any
     sha256: str
     bytes_total: int
-    directory: Path | None
+    directory: Path
     size: tuple[int | None, int | None]
 
 
@@ -48,19 +49,14 @@ def load_source(
             pipeline that takes none.
         ExportError: the checkpoint cannot be loaded, or weights are missing or not finite.
     """
-    directory = Path(checkpoint)
-    local = directory.exists()
-    if local and not directory.is_dir():
-        raise UsageError(f"{checkpoint}: not a directory", hint="name a checkpoint's directory")
-    if not local and (str(checkpoint).count("/") != 1 or str(checkpoint).startswith((".", "/"))):
-        raise UsageError(f"{checkpoint}: no such directory", hint="name a checkpoint's directory")
-    if local and is_artifact(directory):
+    directory = pipeline_directory(checkpoint)
+    if is_artifact(directory):
         raise UsageError(
             f"{checkpoint}: an exported artifact, not a checkpoint",
             hint="name the checkpoint it was made from",
         )
     try:
-        pipeline, digest = load_with_digest(checkpoint)
+        pipeline, digest = load_with_digest(directory)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         reason = first_line(error)
         if "meta tensor" in reason:  # diffusers leaves what its files lack on no device
@@ -84,11 +80,8 @@ def load_source(
         raise UsageError(
             f"{type(pipeline).__name__} makes images of one size only", hint="leave --size out"
         )
-    if digest is not None:
-        files = tree_files(directory, exclude=[TRAINING_STATE]).values()
-        total = sum(path.stat().st_size for path in files)
-    else:
-        digest, total = _weights_digest(pipeline)
+    files = tree_files(directory, exclude=[TRAINING_STATE]).values()
+    total = sum(path.stat().st_size for path in files)
     if lora is not None:
         parts = {"checkpoint": digest, "lora": _digest_of(lora.path), "fused": lora.fused}
         digest = sha256_json({**parts, "scale": lora.scale})
@@ -96,7 +89,7 @@ def load_source(
         pipeline=pipeline,
         sha256=digest,
         bytes_total=total,
-        directory=directory if local else None,
+        directory=directory,
         size=size or native_size(pipeline),
     )
 
@@ -140,19 +133,3 @@ def both_sides(size: tuple[int | None, int | None]) -> tuple[int, int] | None:
 
 def _digest_of(path: Path) -> str:
     return sha256_file(path) if path.is_file() else sha256_tree(path)
-
-
-def _weights_digest(pipeline: Any) -> tuple[str, int]:
-    """Return digest and bytes of all weights of a pipeline that has no directory."""
-    from modelops.base.files import sha256_bytes
-
-    digests: dict[str, str] = {}
-    total = 0
-    for name, module in pipeline.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for key, value in module.state_dict().items():
-            data = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
-            digests[f"{name}.{key}"] = sha256_bytes(data)
-            total += len(data)
-    return sha256_json(digests), total

@@ -13,30 +13,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import IntegrityError, MissingWeightsError
+from modelops.base.errors import IntegrityError, MissingWeightsError, first_line
 from modelops.base.files import read_json, sha256_file, sha256_json
+from modelops.models.hub import not_given, parse_hub_id
 
 Image = npt.NDArray[np.uint8]
+_NEEDED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository; the latter are words
 
 
 def fetch_directory(target: str, *, revision: str | None = None) -> Path:
     """Return the directory of a network: the path itself, or a hub repository's snapshot.
 
+    Args:
+        target: a path, or a hub id, with or without an owner.
+        revision: of the hub's repository; or as NAME@REVISION.
+
     Raises:
+        UsageError: a file, or neither a path here nor a hub id.
         MissingWeightsError: the network is neither here nor available from the hub.
     """
     if Path(target).is_dir():
         return Path(target)
+    repository, named = parse_hub_id(target)
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(target, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(repository, revision=revision or named, allow_patterns=_NEEDED)
+        )
     except Exception as error:  # the hub's client raises many kinds, of three libraries
-        raise MissingWeightsError(
-            f"{target}: not in the local Hugging Face cache, and the hub did not give it",
-            hint="give a local directory, or check the id and the network",
-        ) from error
+        raise not_given(target) from error
 
 
 def directory_digests(directory: Path, extractor: Path | None = None) -> dict[str, str]:
@@ -64,6 +70,20 @@ def directory_digests(directory: Path, extractor: Path | None = None) -> dict[st
     }
 
 
+def load_part(kind: Any, directory: Path, **options: Any) -> Any:
+    """`from_pretrained` of a class of diffusers or transformers, of a folder's own files alone.
+
+    Code that lies in the folder is never run, nor is the user asked to run it, as transformers does
+    on a terminal.
+
+    Raises:
+        Exception: any of what the libraries raise.
+    """
+    if kind.__module__.split(".")[0] == "transformers":
+        options["trust_remote_code"] = False
+    return kind.from_pretrained(directory, local_files_only=True, **options)
+
+
 def load_whole(kind: Any, directory: Path) -> Any:
     """A model in float32, ready to run.
 
@@ -72,12 +92,9 @@ def load_whole(kind: Any, directory: Path) -> Any:
     """
     _quiet()
     try:
-        model, loading = kind.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        model, loading = load_part(kind, directory, use_safetensors=True, output_loading_info=True)
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise IntegrityError(f"{directory}: cannot be loaded: {first}") from error
+        raise IntegrityError(f"{directory}: cannot be loaded: {first_line(error)}") from error
     faults = {key: loading.get(key) for key in ("missing_keys", "mismatched_keys", "error_msgs")}
     for key, found in faults.items():
         if found:
@@ -99,10 +116,11 @@ def load_processor(directory: Path) -> Any:
 
     _quiet()
     try:
-        return AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+        return load_part(AutoImageProcessor, directory)
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise IntegrityError(f"{directory}: its preprocessing cannot be loaded: {first}") from error
+        raise IntegrityError(
+            f"{directory}: its preprocessing cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def images_to_inputs(processor: Any, batch: Sequence[Image]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from modelops.base.errors import ImageError, MissingWeightsError, ModelopsError, UsageError
-from modelops.base.files import read_text, sha256_bytes, sha256_file
+from modelops.base.errors import ImageError, ModelopsError, UsageError
+from modelops.base.files import sha256_bytes, sha256_file
 from modelops.base.private import private_copy
 from modelops.models.devices import open_device
+from modelops.models.hub import pipeline_directory
 from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
+from modelops.models.pipelines.load import load_diffusers, load_pixel_flow
 from modelops.models.request import Image, ImageRequest
 from modelops.records.evaluation import SourceInfo
 
@@ -32,6 +33,7 @@ EARLIER_PIPELINES = (
     "043d034e64a95f04a70cee52702aed0c4fff566f9808ff9af9257fe6ac1d6646",
     "e9be8dfef7a4adafb1f05946f72b50c28d12420367370dbc1f88409ed29cdb95",
 )
+_log = logging.getLogger(__name__)
 TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of its digest
 
 
@@ -193,29 +195,28 @@ def load_with_digest(
     dtype: torch.dtype = torch.float32,
     sha256: str | None = None,
     store: Path | None = None,
-) -> tuple[Any, str | None]:
+) -> tuple[Any, str]:
     """Load a diffusers directory (or hub id) as a pipeline: (it, digest of what was loaded).
 
-    A directory is loaded from a private copy, and the digest is the copy's: later changes of the
-    directory change neither. Its custom code is never run. If it has exactly the bytes of this
+    It is loaded from a private copy, and the digest is the copy's: later changes of the directory
+    change neither. Its custom code is never run. If it has exactly the bytes of this
     package's pipeline, or of an earlier release of it, this package's pipeline is run.
 
     Args:
-        path: a directory with model_index.json, or a hub id, whose digest is None.
+        path: a directory with model_index.json, or a hub id; see `hub.pipeline_directory`.
         device: of torch.
         dtype: of the weights.
         sha256: digest that a directory must have, without its training state.
         store: see `private_copy`.
 
     Raises:
-        UsageError: there is no such device, the directory is not diffusers', or it has custom code
-            that is not modelops'.
+        UsageError: there is no such device or directory, it is not diffusers', or it has custom
+            code that is not modelops'.
         IntegrityError: the digest is another, or there is a symbolic link.
         MissingWeightsError: a hub id is neither cached nor available.
+        MissingExtraError: a package that a part needs is not installed.
     """
-    where, directory = open_device(device), Path(path)
-    if not directory.exists():
-        return _load_diffusers(path, dtype).to(where), None
+    where, directory = open_device(device), pipeline_directory(path)
     if not (directory / "model_index.json").is_file():
         raise UsageError(
             f"{path}: not a diffusers checkpoint (no model_index.json)",
@@ -223,9 +224,13 @@ def load_with_digest(
         )
     copying = private_copy(directory, exclude=[TRAINING_STATE], sha256=sha256, store=store)
     with copying as copy:
-        load = _load_pixel_flow if _is_own(copy.path) else _load_diffusers
+        load = load_pixel_flow if _is_own(copy.path) else load_diffusers
         pipeline = load(copy.path, dtype).to(where)
-        pipeline.register_to_config(_name_or_path=str(path))
+        pipeline.register_to_config(_name_or_path=str(directory))
+        if variant := pipeline.config.get("_variant"):
+            _log.warning(
+                "%s: its weights are taken from the variant %s; there are no others", path, variant
+            )
         copy.keep_for(pipeline)
         return pipeline, copy.sha256
 
@@ -247,61 +252,6 @@ def _is_own(directory: Path) -> bool:
     return True
 
 
-def _load_diffusers(path: str | Path, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    logging.set_verbosity_error()  # the error is reported once, below
-    try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if not Path(path).exists():
-            raise MissingWeightsError(
-                f"{path}: not in the local Hugging Face cache, and the hub did not give it",
-                hint="give a local diffusers directory, or check the id and the network",
-            ) from error
-        raise UsageError(
-            f"{path}: cannot be loaded as a diffusers pipeline: {str(error).splitlines()[0]}",
-            hint="give a complete diffusers directory",
-        ) from error
-
-
-def _load_pixel_flow(directory: Path, dtype: torch.dtype) -> Any:
-    """This package's pipeline around a directory's components.
-
-    diffusers itself would run the directory's pipeline.py, from one folder that all processes of a
-    user share and that a read-only home does not have.
-    """
-    import diffusers
-    import transformers
-
-    from modelops.models.pipeline import PixelFlowPipeline
-
-    try:
-        index = json.loads(read_text(directory / "model_index.json"))
-        libraries = {"diffusers": diffusers, "transformers": transformers}
-        parts: dict[str, Any] = {}
-        for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
-            library, class_name = index.pop(name)
-            kind = getattr(libraries[library], class_name)
-            wanted = {} if name in ("tokenizer", "scheduler") else {"dtype": dtype}
-            parts[name] = kind.from_pretrained(directory / name, local_files_only=True, **wanted)
-        options = {name: value for name, value in index.items() if not name.startswith("_")}
-        pipeline = PixelFlowPipeline(**parts, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"{directory}: cannot be loaded as a checkpoint: {said}",
-            hint="give a complete checkpoint directory",
-        ) from error
-    pipeline.unet.eval()
-    pipeline.text_encoder.eval()
-    return pipeline
-
-
 def open_checkpoint(
     path: str | Path,
     *,
@@ -315,8 +265,13 @@ def open_checkpoint(
     pipeline, digest = load_with_digest(
         path, device=device, dtype=dtype, sha256=sha256, store=store
     )
+    details = {}
+    if variant := pipeline.config.get("_variant"):
+        details["variant"] = variant
+    if not Path(path).exists():
+        details["revision"] = Path(pipeline.config["_name_or_path"]).name
     info = SourceInfo(
-        kind="checkpoint", uri=str(path), sha256=digest,
+        kind="checkpoint", uri=str(path), sha256=digest, details=details,
         runtime=f"torch-{device}", precision=str(dtype).removeprefix("torch."),
     )  # fmt: skip
     return PipelineSource(pipeline, info, batch_size=batch_size)

@@ -51,8 +51,6 @@ def open_source(
             f"{uri}: neither a diffusers checkpoint, an artifact, nor a folder of images",
             hint="name a directory such as runs/pilot/checkpoints/step-1000",
         )
-    if not path.exists() and (uri.count("/") != 1 or uri.startswith((".", "/", "~"))):
-        raise UsageError(f"{uri}: no such directory", hint="name a checkpoint or artifact")
     from modelops.models.sources import open_checkpoint
 
     return open_checkpoint(uri, device=device, batch_size=batch_size, sha256=sha256, store=shared)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from modelops.base.errors import UsageError
+from modelops.base.errors import UsageError, first_line
+from modelops.base.extras import missing_package
 from modelops.base.files import read_json
 from modelops.base.private import PrivateCopy, private_copy
 from modelops.base.trust import require_trust
@@ -25,6 +26,7 @@ from modelops.export.runtimes.modules import ExportedControl, ExportedModule, Pa
 from modelops.export.runtimes.open import open_graph
 from modelops.models.pipelines.signatures import Method
 from modelops.models.pipelines.watch import OMITTED
+from modelops.models.pretrained import load_part
 from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
 from modelops.records.export import ArtifactRecord
@@ -232,10 +234,15 @@ def _pipeline_class(index: dict[str, Any]) -> Any:
 def _load_part(folder: Path, library: str, class_name: str) -> Any:
     """Load a tokenizer, scheduler or image processor."""
     if folder.name.startswith("tokenizer") and library == "transformers":
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        class_name = "AutoTokenizer"
     part = library_class(library, class_name)
     if not hasattr(part, "from_pretrained"):
         raise UsageError(f"{folder}: {class_name} cannot be loaded")
-    return part.from_pretrained(folder, local_files_only=True)
+    try:
+        return load_part(part, folder)
+    except ImportError as error:
+        raise missing_package(error, needed_for=f"{folder}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder}: cannot be loaded: {first_line(error)}", hint="export it again"
+        ) from error
