@@ -55,7 +55,23 @@ def test_a_body_says_what_it_is(client: TestClient) -> None:
     assert client.post(IMAGES, json={"prompt": "red heart"}).status_code == 503
 
 
-@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "X-Forwarded-Host", "X-Real-IP"])
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_what_a_page_of_another_site_embeds_is_refused(client: TestClient, site: str) -> None:
+    """A browser sends no Origin with an image or a script, but says that it is of another site."""
+    embedded = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
+    answer = client.get("/openapi.json", headers=embedded)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "cross_origin_request")
+    link = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
+    assert client.get("/", headers=link).status_code == 200
+    own = {"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}
+    assert client.get(MODELS, headers=own).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["X-Forwarded-For", "Forwarded", "X-Forwarded-Host", "X-Real-IP", "X-Forwarded-Proto", "Via",
+     "CF-Connecting-IP", "True-Client-IP", "X-Client-IP"],
+)  # fmt: skip
 def test_nothing_comes_in_through_a_proxy(client: TestClient, name: str) -> None:
     answer = client.get(MODELS, headers={name: "10.0.0.7"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "api_keys_not_configured")

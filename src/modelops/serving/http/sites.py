@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 ORIGINS_VARIABLE = "MODELOPS_ALLOWED_ORIGINS"  # comma-separated, as https://studio.example
 OPEN_PATHS = ("/healthz", "/readyz", "/livez")  # a probe of the platform names the node as it likes
 _LOCAL = re.compile(r"(127\.[0-9.]+|localhost|\[::1\])(:[0-9]+)?", re.IGNORECASE)
-_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip")
+_FORWARDED = frozenset({  # besides X-Forwarded-...
+    b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip", b"true-client-ip",
+    b"cf-connecting-ip", b"fastly-client-ip", b"x-original-forwarded-for",
+    b"x-envoy-external-address",
+})  # fmt: skip
 
 
 def allowed_origins(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -45,6 +49,9 @@ def allowed_origins(environment: Mapping[str, str] = os.environ) -> list[str]:
                 hint="such as https://studio.example",
             )
     return [origin for origin in listed if origin]
+
+
+_FOREIGN_PAGE = ApiError(403, "cross_origin_request", "this server answers no page of another site")
 
 
 class SiteRules:
@@ -68,7 +75,7 @@ class SiteRules:
 
 def _refusal(headers: Mapping[bytes, bytes], origins: list[str]) -> ApiError | None:
     host = headers.get(b"host", b"").decode("latin-1")
-    if any(name in headers for name in _FORWARDED):
+    if any(name in _FORWARDED or name.startswith(b"x-forwarded") for name in headers):
         return ApiError(
             403, "api_keys_not_configured",
             "this server has no API keys and answers no request that came through a proxy",
@@ -82,7 +89,10 @@ def _refusal(headers: Mapping[bytes, bytes], origins: list[str]) -> ApiError | N
     if origin is not None:
         said = origin.decode("latin-1")
         if urlsplit(said).netloc != host and said not in origins:
-            return ApiError(
-                403, "cross_origin_request", "this server answers no page of another site"
-            )
+            return _FOREIGN_PAGE
+    elif (
+        headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+        and headers.get(b"sec-fetch-mode") != b"navigate"  # a link that leads here is fine
+    ):
+        return _FOREIGN_PAGE
     return None
