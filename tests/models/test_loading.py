@@ -22,6 +22,7 @@ from modelops.export.source import load_source
 from modelops.models.encoders import load_text_encoder, minilm_directory
 from modelops.models.hub import parse_hub_id
 from modelops.models.pipelines.load import find_variant
+from modelops.models.pretrained import no_code_offered
 from modelops.models.request import ImageRequest
 from modelops.models.sources import load_checkpoint, open_checkpoint
 
@@ -239,3 +240,17 @@ def test_code_of_a_text_encoder_is_neither_run_nor_offered(
     with contextlib.suppress(MissingWeightsError):
         load_text_encoder(encoder)
     assert not (encoder / "was_run").exists()
+
+
+def test_code_of_an_open_clip_directory_is_neither_run_nor_offered(
+    sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from open_clip.tokenizer import HFTokenizer
+
+    monkeypatch.setattr("builtins.input", lambda *_: sys.exit("asked on the terminal"))
+    folder = sd / "tokenizer"
+    (folder / "tokenizer.json").unlink()
+    hostile(folder, "AutoTokenizer")
+    with pytest.raises(ValueError, match="custom code"), no_code_offered():
+        HFTokenizer(str(folder))
+    assert not (folder / "was_run").exists()

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from modelops.base.errors import MissingWeightsError
 from modelops.base.files import sha256_file, sha256_tree
 from modelops.models.devices import full_float32, open_device
+from modelops.models.pretrained import no_code_offered
 
 Image = npt.NDArray[np.uint8]
 Embeddings = npt.NDArray[np.float32]
@@ -70,10 +71,11 @@ class ClipModel:
             raise MissingWeightsError(f"{weights}: no such file", hint="give open_clip weights")
         name = f"local-dir:{path}" if path.is_dir() else model_name
         try:
-            self.model, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, pretrained=None if path.is_dir() else str(path), require_pretrained=True,
-                **({} if path.is_dir() else _preprocessing(model_name)),
-            )  # fmt: skip
+            with no_code_offered():
+                self.model, _, self.preprocess = open_clip.create_model_and_transforms(
+                    name, pretrained=None if path.is_dir() else str(path), require_pretrained=True,
+                    **({} if path.is_dir() else _preprocessing(model_name)),
+                )  # fmt: skip
         except Exception as error:  # there is one for each way to be wrong
             why = (str(error) or type(error).__name__).splitlines()[0]
             if "weights_only" in why:  # torch's text, which advises to unpickle it
@@ -83,7 +85,8 @@ class ClipModel:
                 hint="name the architecture with --clip-model",
             ) from error
         try:
-            self.tokenizer = open_clip.get_tokenizer(name)
+            with no_code_offered():
+                self.tokenizer = open_clip.get_tokenizer(name)
         except (RuntimeError, ValueError, OSError) as error:
             raise MissingWeightsError(
                 f"{name}: its tokenizer is not on this machine",

@@ -41,6 +41,7 @@ from modelops.models.encoders import (
     load_text_encoder,
     minilm_directory,
 )
+from modelops.models.pretrained import no_code_offered
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS = "open_clip_model.safetensors"
@@ -259,10 +260,11 @@ def load_lit(directory: str | Path) -> LitModel:
     document = read_json(root / CONFIG)
     try:
         text_cfg = {**document["model_cfg"]["text_cfg"], "hf_model_name": str(root)}
-        model = open_clip.create_model(f"local-dir:{root}", text_cfg={
-            **text_cfg, "hf_model_pretrained": False,
-        })  # fmt: skip
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{root}")
+        with no_code_offered():
+            model = open_clip.create_model(f"local-dir:{root}", text_cfg={
+                **text_cfg, "hf_model_pretrained": False,
+            })  # fmt: skip
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{root}")
     except (KeyError, RuntimeError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IntegrityError(f"{root}: open_clip cannot load it: {reason}") from error

@@ -6,7 +6,8 @@ refused: the libraries would fill it with random numbers and go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,22 @@ def load_part(kind: Any, directory: Path, **options: Any) -> Any:
     if kind.__module__.split(".")[0] == "transformers":
         options["trust_remote_code"] = False
     return kind.from_pretrained(directory, local_files_only=True, **options)
+
+
+@contextlib.contextmanager
+def no_code_offered() -> Iterator[None]:
+    """Let what loads through transformers refuse a folder's code, not ask on the terminal to run it.
+
+    For libraries that do not pass `trust_remote_code` on, such as open_clip.
+    """
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for an answer
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def load_whole(kind: Any, directory: Path) -> Any:

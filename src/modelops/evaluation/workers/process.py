@@ -8,6 +8,7 @@ line of JSON for each image made, and one for each share read.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import sys
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 
 def main() -> int:
     """Do the tasks on standard input; return the exit code."""
+    logging.disable(logging.WARNING)  # the evaluation's own process has said them
     # Libraries print to standard error; only answers go to standard output.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
