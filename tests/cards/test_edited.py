@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -19,6 +20,7 @@ from modelops.cards.sources import read_sources, sources_path, split_notes, writ
 from modelops.cli.main import main
 from modelops.records.read import read_record
 from modelops.records.release import Criterion, ReleaseRecord, Verdict
+from mutations import some_mutations
 from project_records import write_project
 
 
@@ -142,6 +144,24 @@ def test_an_edited_card_is_found(
     assert all(check_card(card) for card in find_cards(cards))
     assert main(["card", "check", str(cards)]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_changed_number_and_source_is_found(root: Path) -> None:
+    card = root / "cards/model_card.md"
+    text, sources = card.read_text("utf-8"), json.loads(sources_path(card).read_text("utf-8"))
+    numbers = list(re.finditer(r"\d+", text))
+    drawn = np.random.default_rng(0).choice(len(numbers), 12, replace=False)
+    for found in [numbers[0], numbers[-1], *(numbers[place] for place in drawn)]:
+        other = f"{9 - int(found[0][0])}{found[0][1:]}"
+        card.write_text(f"{text[: found.start()]}{other}{text[found.end() :]}", "utf-8")
+        assert check_card(card), f"{text[found.start() - 60 : found.end()]} -> {other}"
+    card.write_text(text, "utf-8")
+    assert check_card(card) == []
+    before = read_sources(card)
+    for mutation in some_mutations(sources, 40):
+        mutation.write(sources_path(card), sources)
+        # A field that is left out means its default, and may have been just that.
+        assert check_card(card) or read_sources(card) == before, mutation
 
 
 def test_what_was_edited_is_named(root: Path) -> None:
