@@ -87,7 +87,7 @@ def load_part(kind: Any, directory: Path, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def no_code_offered() -> Iterator[None]:
-    """Let what loads through transformers refuse a folder's code, not ask on the terminal to run it.
+    """Make what loads through transformers refuse a folder's code, not ask whether to run it.
 
     For libraries that do not pass `trust_remote_code` on, such as open_clip.
     """
