@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -285,3 +286,22 @@ def test_weights_that_are_all_zero_do_not_work(
         save_file(zero, whole / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(SafetyFilterError, match="do not depend on the image"):
             require_working(opened(whole))
+
+
+def test_files_that_are_overwritten_later_change_no_verdict(
+    classifier: Path, safety_checker: Path, tmp_path: Path, drawings: Drawings
+) -> None:
+    for source, kind in (
+        (classifier, TransformersFilter),
+        (safety_checker, DiffusersSafetyCheckerFilter),
+    ):
+        folder = Path(shutil.copytree(source, tmp_path / source.name))
+        opened = kind(folder)  # type: ignore[operator]
+        before, about = opened.check(drawings), opened.info
+        for path in folder.rglob("*.safetensors"):
+            with path.open("r+b") as handle:
+                handle.seek(path.stat().st_size // 4)
+                handle.write(b"\x11" * (path.stat().st_size // 2))
+            assert opened.check(drawings) == before and opened.info == about
+            os.truncate(path, 64)  # a mapped page that is gone ends the process
+        assert opened.check(drawings) == before

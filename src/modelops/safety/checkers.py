@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import UsageError
+from modelops.base.errors import MissingWeightsError, UsageError
 from modelops.base.files import read_json
+from modelops.base.private import private_copy
 from modelops.models.pretrained import (
     directory_digests,
     images_to_inputs,
@@ -59,9 +61,10 @@ class TransformersFilter:
 
         _check_threshold(threshold)
         self.threshold = threshold
-        self._files = directory_digests(directory)
-        self._processor = load_processor(directory)
-        self._model = load_whole(AutoModelForImageClassification, directory)
+        with _own_copy(directory) as copy:
+            self._files = directory_digests(copy)
+            self._processor = load_processor(copy)
+            self._model = load_whole(AutoModelForImageClassification, copy)
         config = self._model.config
         labels = [str(config.id2label[index]) for index in range(config.num_labels)]
         self.labels = tuple(labels)
@@ -129,9 +132,10 @@ class DiffusersSafetyCheckerFilter:
             directory = directory / "safety_checker"
         own = (directory / "preprocessor_config.json").is_file()
         extractor = directory if own else directory.parent / "feature_extractor"
-        self._files = directory_digests(directory, extractor)
-        self._processor = load_processor(extractor)
-        self._model = load_whole(StableDiffusionSafetyChecker, directory)
+        with _own_copy(directory) as copy:
+            self._files = directory_digests(copy, copy if own else extractor)
+            self._processor = load_processor(copy if own else extractor)
+            self._model = load_whole(StableDiffusionSafetyChecker, copy)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -232,6 +236,23 @@ def check_labels(directory: Path, chosen: Sequence[str]) -> None:
     found = read_json(config).get("id2label") if config.is_file() else None
     if isinstance(found, dict):
         unsafe_labels([str(label) for label in found.values()], chosen, where=str(directory))
+
+
+@contextlib.contextmanager
+def _own_copy(directory: Path) -> Iterator[Path]:
+    """Copy a network's files to where nobody changes them: its weights stay mapped to its files.
+
+    Raises:
+        IntegrityError, ModelopsError: see `private_copy`.
+    """
+    if not directory.is_dir():
+        raise MissingWeightsError(f"{directory}: no such directory")
+    others = [
+        entry.name for entry in directory.iterdir()
+        if entry.suffix not in (".json", ".safetensors")
+    ]  # fmt: skip
+    with private_copy(directory, exclude=others) as copy:
+        yield copy.path
 
 
 def _check_threshold(threshold: float) -> None:
