@@ -23,6 +23,7 @@ from modelops.safety.checkers import (
 )
 from modelops.safety.image import SafetyFilterError, checked_verdicts
 from modelops.safety.probe import require_working
+from modelops.safety.registry import open_image_filter
 from small_checkers import SIZE, save_classifier
 
 Drawings = list[np.ndarray]
@@ -305,3 +306,16 @@ def test_files_that_are_overwritten_later_change_no_verdict(
             assert opened.check(drawings) == before and opened.info == about
             os.truncate(path, 64)  # a mapped page that is gone ends the process
         assert opened.check(drawings) == before
+
+
+def test_workers_share_the_weights_of_a_filter(classifier: Path, tmp_path: Path) -> None:
+    def mapped() -> set[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line.split(None, 5)[5] for line in lines if str(tmp_path) in line}
+
+    name = f"transformers:{classifier}"
+    first, files = open_image_filter(name, store=tmp_path), mapped()
+    second = open_image_filter(name, store=tmp_path)
+    assert len(files) == 1 and mapped() == files and first.info == second.info
+    del first, second
+    assert not list(tmp_path.glob("modelops-model-*"))

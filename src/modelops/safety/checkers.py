@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import MissingWeightsError, UsageError
-from modelops.base.files import read_json
-from modelops.base.private import private_copy
+from modelops.base.files import read_json, sha256_tree
+from modelops.base.private import PrivateCopy, private_copy
 from modelops.models.pretrained import (
     directory_digests,
     images_to_inputs,
@@ -46,6 +46,7 @@ class TransformersFilter:
     Args:
         directory: config.json, preprocessor_config.json and model.safetensors.
         threshold: a score at or above it is blocked.
+        store: see `private_copy`.
         unsafe: the labels that are unsafe. Left out, each label must have a well-known name, such
             as "nsfw" and "normal".
 
@@ -55,16 +56,22 @@ class TransformersFilter:
     """
 
     def __init__(
-        self, directory: Path, *, threshold: float = 0.5, unsafe: Sequence[str] = ()
+        self,
+        directory: Path,
+        *,
+        threshold: float = 0.5,
+        unsafe: Sequence[str] = (),
+        store: Path | None = None,
     ) -> None:
         from transformers import AutoModelForImageClassification
 
         _check_threshold(threshold)
         self.threshold = threshold
-        with _own_copy(directory) as copy:
-            self._files = directory_digests(copy)
-            self._processor = load_processor(copy)
-            self._model = load_whole(AutoModelForImageClassification, copy)
+        with _own_copy(directory, store) as copy:
+            self._files = directory_digests(copy.path)
+            self._processor = load_processor(copy.path)
+            self._model = load_whole(AutoModelForImageClassification, copy.path)
+            copy.keep_for(self._model)
         config = self._model.config
         labels = [str(config.id2label[index]) for index in range(config.num_labels)]
         self.labels = tuple(labels)
@@ -121,7 +128,9 @@ class DiffusersSafetyCheckerFilter:
         MissingWeightsError, IntegrityError: it cannot be loaded whole.
     """
 
-    def __init__(self, directory: Path, *, threshold: float = 0.5) -> None:
+    def __init__(
+        self, directory: Path, *, threshold: float = 0.5, store: Path | None = None
+    ) -> None:
         from diffusers.pipelines.stable_diffusion.safety_checker import (
             StableDiffusionSafetyChecker,
         )
@@ -132,10 +141,12 @@ class DiffusersSafetyCheckerFilter:
             directory = directory / "safety_checker"
         own = (directory / "preprocessor_config.json").is_file()
         extractor = directory if own else directory.parent / "feature_extractor"
-        with _own_copy(directory) as copy:
-            self._files = directory_digests(copy, copy if own else extractor)
-            self._processor = load_processor(copy if own else extractor)
-            self._model = load_whole(StableDiffusionSafetyChecker, copy)
+        with _own_copy(directory, store) as copy:
+            extractor = copy.path if own else extractor
+            self._files = directory_digests(copy.path, extractor)
+            self._processor = load_processor(extractor)
+            self._model = load_whole(StableDiffusionSafetyChecker, copy.path)
+            copy.keep_for(self._model)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -239,8 +250,9 @@ def check_labels(directory: Path, chosen: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _own_copy(directory: Path) -> Iterator[Path]:
+def _own_copy(directory: Path, store: Path | None) -> Iterator[PrivateCopy]:
     """Copy a network's files to where nobody changes them: its weights stay mapped to its files.
+    Processes with one store share a copy.
 
     Raises:
         IntegrityError, ModelopsError: see `private_copy`.
@@ -251,8 +263,9 @@ def _own_copy(directory: Path) -> Iterator[Path]:
         entry.name for entry in directory.iterdir()
         if entry.suffix not in (".json", ".safetensors")
     ]  # fmt: skip
-    with private_copy(directory, exclude=others) as copy:
-        yield copy.path
+    digest = sha256_tree(directory, exclude=others) if store else None
+    with private_copy(directory, exclude=others, sha256=digest, store=store) as copy:
+        yield copy
 
 
 def _check_threshold(threshold: float) -> None:

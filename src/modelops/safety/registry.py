@@ -75,29 +75,31 @@ def parse_filter(text: str) -> FilterName:
     return FilterName(name, target, options)
 
 
-def _open_nsfw(name: FilterName, *, threshold: float) -> ImageFilter:
+def _open_nsfw(name: FilterName, *, threshold: float, store: Path | None = None) -> ImageFilter:
     from modelops.safety.image import OpenNsfwFilter
 
     return OpenNsfwFilter(threshold=threshold)
 
 
-def _transformers(name: FilterName, *, threshold: float) -> ImageFilter:
+def _transformers(name: FilterName, *, threshold: float, store: Path | None = None) -> ImageFilter:
     from modelops.models.pretrained import fetch_directory
     from modelops.safety.checkers import TransformersFilter
 
     directory = fetch_directory(name.target, revision=name.options.get("revision", (None,))[-1])
-    return TransformersFilter(directory, threshold=threshold, unsafe=name.options.get("unsafe", ()))
+    return TransformersFilter(
+        directory, threshold=threshold, unsafe=name.options.get("unsafe", ()), store=store
+    )
 
 
-def _diffusers(name: FilterName, *, threshold: float) -> ImageFilter:
+def _diffusers(name: FilterName, *, threshold: float, store: Path | None = None) -> ImageFilter:
     from modelops.models.pretrained import fetch_directory
     from modelops.safety.checkers import DiffusersSafetyCheckerFilter
 
     directory = fetch_directory(name.target, revision=name.options.get("revision", (None,))[-1])
-    return DiffusersSafetyCheckerFilter(directory, threshold=threshold)
+    return DiffusersSafetyCheckerFilter(directory, threshold=threshold, store=store)
 
 
-def _blocklist(name: FilterName, *, threshold: float) -> ImageFilter:
+def _blocklist(name: FilterName, *, threshold: float, store: Path | None = None) -> ImageFilter:
     from modelops.safety.blocklist import BlockListFilter, read_blocklist
 
     return BlockListFilter(read_blocklist(Path(name.target)), threshold=threshold)
@@ -203,18 +205,24 @@ def check_prompt_filter(text: str) -> FilterName:
     return _checked(text, _PROMPT_FILTERS, PROMPT_GROUP, "prompt")
 
 
-def open_image_filter(text: str, *, threshold: float = 0.5) -> ImageFilter:
+def open_image_filter(
+    text: str, *, threshold: float = 0.5, store: Path | None = None
+) -> ImageFilter:
     """Load an image filter by name.
 
     Args:
         threshold: a score at or above it is blocked; 0.5 is each filter's own.
+        store: folder of several processes, which then share the weights of modelops' own filters.
 
     Raises:
         UsageError: no such filter.
         ModelopsError: it cannot be loaded.
     """
     name = check_image_filter(text)
-    found: ImageFilter = _open(name, _IMAGE_FILTERS, IMAGE_GROUP, "image", threshold=threshold)
+    arguments: dict[str, Any] = {"threshold": threshold}
+    if name.name in _IMAGE_FILTERS:
+        arguments["store"] = store
+    found: ImageFilter = _open(name, _IMAGE_FILTERS, IMAGE_GROUP, "image", **arguments)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class NodeFilters:
     Args:
         settings: these name the filters.
         prompt, image: functions that load other filters in their place.
+        store: folder in which the workers of a node share a filter's weights.
 
     Raises:
         UsageError: the settings name a filter that does not exist or is not pinned.
@@ -40,6 +42,8 @@ class NodeFilters:
         settings: NodeSettings,
         prompt: Callable[[], Any] | None = None,
         image: Callable[[], Any] | None = None,
+        *,
+        store: Path | None = None,
     ) -> None:
         self.names = {
             "prompt": "custom" if prompt else parse_filter(settings.prompt_filter).name,
@@ -48,7 +52,7 @@ class NodeFilters:
             else check_image_filter(settings.image_filter, pinned=True).name,
         }
         prompt = prompt or prompt_filter_loader(settings.prompt_filter)
-        image = image or image_filter_loader(settings.image_filter)
+        image = image or image_filter_loader(settings.image_filter, store)
         self.prompt = FilterGuard("prompt", prompt, timeout_s=settings.filter_timeout_s)
         self.image = FilterGuard("image", image, timeout_s=settings.filter_timeout_s)
 

@@ -135,8 +135,9 @@ def prompt_filter_loader(name: str) -> Callable[[], Any]:
     return lambda: open_prompt_filter(name)
 
 
-def image_filter_loader(name: str) -> Callable[[], Any]:
-    """Return the function that opens an image filter; the name is sure to be known."""
+def image_filter_loader(name: str, store: Path | None = None) -> Callable[[], Any]:
+    """Return the function that opens an image filter; the name is sure to be known. Workers share
+    its weights in `store`."""
     from modelops.safety.registry import check_image_filter, open_image_filter
 
     def open_nsfw() -> Any:
@@ -146,4 +147,4 @@ def image_filter_loader(name: str) -> Callable[[], Any]:
 
     if check_image_filter(name).name == "open_nsfw":
         return open_nsfw
-    return lambda: open_image_filter(name)
+    return lambda: open_image_filter(name, store=store)

@@ -77,7 +77,9 @@ class InferenceNode:
         worker: Worker | None = None,
     ) -> None:
         self.settings = settings or NodeSettings()
-        self.filters = NodeFilters(self.settings, prompt_filter, image_filter)
+        self.filters = NodeFilters(
+            self.settings, prompt_filter, image_filter, store=worker.directory if worker else None
+        )
         self.prompt_guard, self.image_guard = self.filters.prompt, self.filters.image
         names = self.filters.names
         self.directory = Path(release_dir)
