@@ -102,8 +102,9 @@ def _take(
         except OSError:  # no locks on this file system
             return handle
         if _is_at(lock, handle):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: it is held all the same
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
             return handle
         os.close(handle)  # its holder removed it between the two calls
 

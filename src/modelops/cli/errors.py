@@ -27,10 +27,18 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
     if debug:
         traceback.print_exception(error)
     line = f"error: {message}" + (f"\n  try: {hint}" if hint else "")
-    print(line, file=sys.stderr)
+    print(_shown(line), file=sys.stderr)
     if as_json:
         print(json.dumps({"status": "failed", "error": kind, "message": message, "hint": hint}))
     return code
+
+
+def _shown(text: str) -> str:
+    """Escape what moves a terminal's cursor, or is no character: names and answers of others."""
+    return "".join(
+        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
+        for sign in text
+    )
 
 
 def _explain(error: BaseException) -> tuple[int, str, str, str | None]:

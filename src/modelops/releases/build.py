@@ -29,12 +29,14 @@ from modelops.base.errors import (
 from modelops.base.files import (
     atomic_directory,
     read_text,
+    remove_leftovers,
     safe_join,
     sha256_file,
     sha256_tree,
     tree_files,
     write_text,
 )
+from modelops.base.locks import output_lock
 from modelops.records.base import InputRef
 from modelops.records.export import ArtifactRecord, ReproductionCheck
 from modelops.records.read import read_any_record, read_record
@@ -79,7 +81,8 @@ def build_release(
     """Copy everything a release consists of into `out_dir` and write release.json.
 
     Args:
-        out_dir: replaced as a whole; a killed build leaves the old release or the new one.
+        out_dir: an empty folder, or a release and nothing else, which is replaced as a whole; a
+            killed build leaves the old release or the new one, and the next build clears up.
         model_dir: a checkpoint directory or an exported artifact.
         verdict: verdict.json of the gate.
         records: record files (JSON); a name that is taken gets its folder's name in front.
@@ -98,68 +101,83 @@ def build_release(
         GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
         IntegrityError: the verdict is about another model or another policy, or a symbolic link
             lies in the model.
-        UsageError: an input is missing or of another kind.
+        UsageError: an input is missing or of another kind, or `out_dir` holds other files.
+        InUseError: another process builds there.
+        ModelopsError: the disk is full or the folder cannot be written.
     """
     _check_label("name", name)
     _check_label("version", version)
     out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
     answer, model_sha256 = check_verdict(verdict_path, model, policy=policy, allow=allow)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not is_release(out))):
+    if out.resolve().is_relative_to(model.resolve()):
+        raise UsageError(f"{out}: lies in the model", hint="choose another directory")
+    if fallback is not None:
+        check_fallback(fallback, model)
+    reproduced = known_reproductions(model, model_sha256, preflights)
+    with output_lock(out):
+        remove_leftovers(out.parent)
+        _check_replaceable(out)
+        with atomic_directory(out) as folder:
+            _copy_tree(model, folder / MODEL_FOLDER, exclude=[_TRAINING_STATE])
+            _copy(verdict_path, folder / "verdict.json")
+            if policy is not None:
+                _copy(Path(policy), folder / "policy.yaml")
+            for path in map(Path, records):
+                read_any_record(path)
+                _copy(path, _free_name(folder / "records", path))
+            if fallback is not None:
+                _copy_tree(Path(fallback), folder / FALLBACK_FOLDER, exclude=())
+            for card in map(Path, cards):
+                for relative, source in _card_files(card).items():
+                    _copy(source, folder / "cards" / relative)
+            if notice.strip():
+                write_text(folder / "NOTICE", notice.strip() + "\n")
+            for relative, extra in (extra_files or {}).items():
+                target = safe_join(folder, relative)
+                if target.exists() or relative == RECORD_FILE:
+                    raise UsageError(f"{relative}: this name is taken in a release")
+                _copy(Path(extra), target)
+            record = ReleaseRecord(
+                name=name,
+                version=version,
+                model=MODEL_FOLDER,
+                model_sha256=model_sha256,
+                fallback=FALLBACK_FOLDER if fallback is not None else None,
+                fallback_sha256=None if fallback is None else sha256_tree(folder / FALLBACK_FOLDER),
+                reproduced=reproduced,
+                verdict_sha256=sha256_file(folder / "verdict.json"),
+                verdict_answer=answer.answer,
+                allowed_without_pass=answer.answer != "pass",
+                policy_sha256=answer.policy_sha256,
+                defaults=dict(defaults or {}),
+                inputs={
+                    "model": InputRef(path=model.name, sha256=model_sha256),
+                    "verdict": InputRef(path=verdict_path.name, sha256=sha256_file(verdict_path)),
+                },
+                files={
+                    relative: ReleaseFile(sha256=sha256_file(path), bytes=path.stat().st_size)
+                    for relative, path in tree_files(folder).items()
+                },
+                environment=current_environment(),
+            ).sealed()
+            copied = {
+                model: sha256_tree(folder / MODEL_FOLDER) == model_sha256,
+                verdict_path: read_record(folder / "verdict.json", Verdict) == answer,
+            }
+            for path, is_same in copied.items():
+                if not is_same:
+                    raise IntegrityError(f"{path}: changed while it was copied", hint="try again")
+            record.write(folder / RECORD_FILE)
+    return record
+
+
+def _check_replaceable(out: Path) -> None:
+    is_free = not out.exists() or (out.is_dir() and (is_release(out) or not any(out.iterdir())))
+    if out.is_symlink() or not is_free:
         raise UsageError(
             f"{out}: exists and is not a release, or holds other files",
             hint="choose another directory",
         )
-
-    if fallback is not None:
-        check_fallback(fallback, model)
-    reproduced = known_reproductions(model, model_sha256, preflights)
-    with atomic_directory(out) as folder:
-        _copy_tree(model, folder / MODEL_FOLDER, exclude=[_TRAINING_STATE])
-        _copy(verdict_path, folder / "verdict.json")
-        if policy is not None:
-            _copy(Path(policy), folder / "policy.yaml")
-        for path in map(Path, records):
-            read_any_record(path)
-            _copy(path, _free_name(folder / "records", path))
-        if fallback is not None:
-            _copy_tree(Path(fallback), folder / FALLBACK_FOLDER, exclude=())
-        for card in map(Path, cards):
-            for relative, source in _card_files(card).items():
-                _copy(source, folder / "cards" / relative)
-        if notice.strip():
-            write_text(folder / "NOTICE", notice.strip() + "\n")
-        for relative, extra in (extra_files or {}).items():
-            target = safe_join(folder, relative)
-            if target.exists() or relative == RECORD_FILE:
-                raise UsageError(f"{relative}: this name is taken in a release")
-            _copy(Path(extra), target)
-        record = ReleaseRecord(
-            name=name,
-            version=version,
-            model=MODEL_FOLDER,
-            model_sha256=model_sha256,
-            fallback=FALLBACK_FOLDER if fallback is not None else None,
-            fallback_sha256=None if fallback is None else sha256_tree(folder / FALLBACK_FOLDER),
-            reproduced=reproduced,
-            verdict_sha256=sha256_file(folder / "verdict.json"),
-            verdict_answer=answer.answer,
-            allowed_without_pass=answer.answer != "pass",
-            policy_sha256=answer.policy_sha256,
-            defaults=dict(defaults or {}),
-            inputs={
-                "model": InputRef(path=model.name, sha256=model_sha256),
-                "verdict": InputRef(path=verdict_path.name, sha256=sha256_file(verdict_path)),
-            },
-            files={
-                relative: ReleaseFile(sha256=sha256_file(path), bytes=path.stat().st_size)
-                for relative, path in tree_files(folder).items()
-            },
-            environment=current_environment(),
-        ).sealed()
-        if sha256_tree(folder / MODEL_FOLDER) != model_sha256:
-            raise IntegrityError(f"{model}: changed while it was copied", hint="try again")
-        record.write(folder / RECORD_FILE)
-    return record
 
 
 def known_reproductions(

@@ -75,8 +75,8 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
 
     Raises:
         UsageError: no release there, or a release.json that cannot be read.
-        IntegrityError: names the first missing, changed, additional or linked file, or says that
-            verdict and model do not belong together.
+        IntegrityError: names the first missing, changed, additional or linked file, pipe, empty or
+            unreadable folder, or says that verdict and model do not belong together.
     """
     root = Path(directory)
     if not (root / RECORD_FILE).is_file():
@@ -87,7 +87,7 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
     record = read_record(root / RECORD_FILE, ReleaseRecord)
     if record.status != "ok":
         raise IntegrityError(f"{root / RECORD_FILE}: its status is {record.status}", hint=_REBUILD)
-    present = tree_files(root)
+    present = tree_files(root, empty_folders=False)
     for relative, expected in sorted(record.files.items()):
         path = safe_join(root, relative)
         if relative not in present:
@@ -177,7 +177,7 @@ def is_release(directory: Path) -> bool:
     """Return whether a directory is a release and nothing else, so that it may be replaced."""
     try:
         record = read_record(directory / RECORD_FILE, ReleaseRecord)
-        return tree_files(directory).keys() <= {*record.files, RECORD_FILE}
+        return tree_files(directory, empty_folders=False).keys() <= {*record.files, RECORD_FILE}
     except ModelopsError:
         return False
 
