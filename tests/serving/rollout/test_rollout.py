@@ -255,6 +255,40 @@ def test_a_model_can_be_named(releases: Path) -> None:
         assert {version(ask(model)) for model in ("tiny", None) * 12} == {"0.1", "0.2"}
 
 
+@pytest.mark.slow
+def test_files_that_are_overwritten_change_neither_release(made: Path, tmp_path: Path) -> None:
+    """The stable one, a canary on trial, and the canary after its promotion."""
+    releases = Path(shutil.copytree(made, tmp_path / "releases"))
+    with live(releases) as node:
+
+        def drawn(model: str) -> list[int]:
+            body = {"prompt": "sun", "steps": 2, "seed": 3, "model": model}
+            status, answer = node.post("/v1/images/generations", body)
+            assert status == 200, answer
+            return pixels(answer).tolist()  # type: ignore[no-any-return]
+
+        def overwrite(name: str) -> None:
+            for path in (releases / name).rglob("*.safetensors"):
+                with path.open("r+b") as handle:
+                    handle.seek(path.stat().st_size // 4)
+                    handle.write(b"\x11" * (path.stat().st_size // 2))
+                os.truncate(path, path.stat().st_size // 3)
+
+        stable = drawn("tiny@0.1")
+        overwrite("stable")
+        node.rollout.start_canary("next", CanaryRules(share=0.5))
+        wait_until(lambda: node.rollout.canary is not None)
+        canary = drawn("tiny@0.2")
+        overwrite("next")
+        assert (drawn("tiny@0.1"), drawn("tiny@0.2")) == (stable, canary) and stable != canary
+        node.rollout.promote(force=True)
+        wait_until(lambda: not node.rollout.status()["draining"])
+        assert drawn("tiny@0.2") == canary and not node.rollout.stable.readiness()
+        node.rollout.start_canary("stable", CanaryRules(share=0.5))
+        wait_until(lambda: node.rollout.status()["loading"] is None)
+        assert "changed" in event(node.rollout.status(), "load_failed")["reason"]
+
+
 def streamed(node: Any, **more: Any) -> tuple[list[dict[str, Any]], int]:
     """(events, number of comments) of a stream."""
     body = {"prompt": "sun", "steps": 4, "stream": True, "partial_images": 1, **more}
