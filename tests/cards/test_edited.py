@@ -164,6 +164,15 @@ def test_every_changed_number_and_source_is_found(root: Path) -> None:
         assert check_card(card) or read_sources(card) == before, mutation
 
 
+def test_a_card_of_an_older_modelops_is_one_finding(root: Path) -> None:
+    card = root / "cards/model_card.md"
+    text = card.read_text("utf-8")
+    card.write_text(re.sub(r" Sources: sha256 [0-9a-f]{64} -->", " -->", text), "utf-8")
+    matching_digest(card)
+    (finding,) = check_card(card)
+    assert "carries no digest of its sources" in finding and "write it again" in finding
+
+
 def test_what_was_edited_is_named(root: Path) -> None:
     card = root / "cards/model_card.md"
     another_licence(card)

@@ -25,6 +25,10 @@ from modelops.cards.sources import (
 
 MOST_LINES = 20
 _MARKS = (NOTES_BEGIN, NOTES_END, "<!-- Written by modelops from")
+_NO_DIGEST = (
+    "carries no digest of its sources at its end: it was written by an older modelops, or edited; "
+    "write it again"
+)
 _AGAIN = "write it with `modelops card` and build the release again"
 
 
@@ -136,6 +140,8 @@ def _check(card: Path, text: str, sources: CardSources) -> list[str]:
             f"written by modelops {sources.modelops}, this is {__version__}: write it again"
         )
         return findings
+    if stated_digest(text) is None and not edited:
+        return [*findings, _NO_DIGEST]
     if stated_digest(text) != sources.digest:
         findings.append(f"{sources_path(card).name} is not the one that the card was written with")
     return findings + _line_findings(expected, text)
@@ -149,6 +155,8 @@ def _check_digests(card: Path, text: str, sources: CardSources) -> list[str]:
         return [error.message]
     if sha256_bytes(body.encode()) != sources.body_sha256:
         return ["edited outside the notes"]
+    if stated_digest(text) is None:
+        return [_NO_DIGEST]
     if stated_digest(text) != sources.digest:
         return [f"{sources_path(card).name} is not the one that the card was written with"]
     return _changed_pictures(sources, card.parent)

@@ -13,6 +13,7 @@ from modelops.cards.about import licence_words, parse_about
 from modelops.cards.artifacts import artifact_tables
 from modelops.cards.escape import markdown, number
 from modelops.cards.evaluated import (
+    UNSTATED,
     column,
     copying_lines,
     known_manifests,
@@ -123,6 +124,7 @@ def model_context(sources: CardSources, folder: Path) -> dict[str, Any]:
         "about": about,
         "licence": licence_words(about, "license"),
         "data_licence": licence_words(about, "dataset_license"),
+        "data_stated": about.dataset_id != UNSTATED,
         "train": train,
         "train_file": sources.inputs.get("train"),
         "training": training_rows(train) if train else [],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modelops.base.errors import UsageError
@@ -11,6 +11,7 @@ from modelops.base.files import check_writable, read_json, sha256_bytes, write_j
 from modelops.cards import statistics as stats
 from modelops.cards.about import About, licence_words, parse_about, read_about
 from modelops.cards.context import read_input
+from modelops.cards.evaluated import UNSTATED
 from modelops.cards.hub import dataset_front_matter
 from modelops.cards.licences import data_licences
 from modelops.cards.numbers import measurements_table
@@ -121,6 +122,9 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
     try:
         context = {
             "about": about,
+            "stated": about.dataset_id != UNSTATED,
+            "manifest": _name(sources, "manifest") or "manifest.parquet",
+            "shards": _name(sources, "shard_manifest"),
             "licence": licence_words(about, "dataset_license"),
             "licences": [] if licences == [about.dataset_license] else licences,
             "columns": COLUMNS,
@@ -147,6 +151,11 @@ def render_dataset_card(sources: CardSources, folder: Path) -> str:
         raise UsageError(f"{path}: {error}") from error
     text = dataset_front_matter(about, counted["samples"], licences)
     return text + render_template("dataset_card.md.j2", context)
+
+
+def _name(sources: CardSources, role: str) -> str:
+    """Return the name of a watched file, or an empty text without one."""
+    return PurePosixPath(sources.watched[role].path).name if role in sources.watched else ""
 
 
 def _counts(counted: dict[str, Any], path: Path) -> dict[str, int]:

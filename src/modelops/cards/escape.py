@@ -105,5 +105,5 @@ def seconds(value: float) -> str:
 
 
 def megabytes(value: int) -> str:
-    """`17.6 MB`"""
-    return f"{value / 1e6:.1f} MB"
+    """`17.6 MB`, or `3.4 kB` below a tenth of one."""
+    return f"{value / 1e6:.1f} MB" if value >= 100_000 else f"{value / 1e3:.1f} kB"

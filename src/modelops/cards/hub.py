@@ -105,7 +105,7 @@ def dataset_front_matter(about: About, count: int | None, licences: list[str]) -
     data = DatasetCardData(
         **_licence(licences, about.dataset_license_name, about.dataset_license_link),
         language=[one_line(tag) for tag in about.language],
-        pretty_name=one_line(about.dataset_name),
+        pretty_name=one_line(about.dataset_name) if about.dataset_id != UNSTATED else None,
         size_categories=[size] if size else None,
         task_categories=[TASK],
     )
