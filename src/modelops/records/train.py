@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from modelops.records.base import Record, RecordPart
+from modelops.records.base import Amount, Count, Record, RecordPart
 
 
 class CheckpointRef(RecordPart):
     """One checkpoint of a run; sha256 is the tree digest without `training_state/`."""
 
-    step: int
-    images_seen: int
+    step: Count
+    images_seen: Count
     path: str
     sha256: str
 
@@ -29,11 +29,11 @@ class CaptionLengths(RecordPart):
         longest: {sample id: tokens} of the longest captions that were cut.
     """
 
-    max_tokens: int
-    n: int
-    n_cut: int
-    n_made_equal: int
-    longest: dict[str, int] = {}
+    max_tokens: Count
+    n: Count
+    n_cut: Count
+    n_made_equal: Count
+    longest: dict[str, Count] = {}
 
     @property
     def warning(self) -> str:
@@ -54,32 +54,32 @@ class TrainRecord(Record):
 
     kind: Literal["train"] = "train"
     run_name: str
-    parameters: int
-    effective_batch: int
-    steps: int
-    images_seen: int
+    parameters: Count
+    effective_batch: Count
+    steps: Count
+    images_seen: Count
     final_train_loss: float | None = None
     final_validation_loss: float | None = None
     final_train_probe_loss: float | None = None  # of the same weights, on training images
-    overfitting_since_step: int | None = None
+    overfitting_since_step: Count | None = None
     loss_trend: Literal["down", "flat", "up", "unknown"] = "unknown"
-    training_seconds: float  # from planning to the last checkpoint, over all sessions
-    setup_seconds: float | None = None  # before that: data, captions, networks
-    time_limit_seconds: float | None = None
+    training_seconds: Amount  # from planning to the last checkpoint, over all sessions
+    setup_seconds: Amount | None = None  # before that: data, captions, networks
+    time_limit_seconds: Amount | None = None
     checkpoints: list[CheckpointRef] = []
     config_sha256: str
-    planned_steps: int | None = None
+    planned_steps: Count | None = None
     stop_reason: str = ""
-    sessions: int = 1
-    processes: int = 1
+    sessions: Count = 1
+    processes: Count = 1
     device: str = ""
     precision: str = ""
     precision_reason: str = ""
-    precision_images_per_second: dict[str, float | None] = {}  # of a few steps before the first
-    images_per_second: float | None = None
-    peak_memory_gb: float | None = None
-    n_train_images: int | None = None
-    n_validation_images: int | None = None
+    precision_images_per_second: dict[str, Amount | None] = {}  # of a few steps before the first
+    images_per_second: Amount | None = None
+    peak_memory_gb: Amount | None = None
+    n_train_images: Count | None = None
+    n_validation_images: Count | None = None
     quarantined: dict[str, str] = {}
     captions: CaptionLengths | None = None
     warnings: list[str] = []
