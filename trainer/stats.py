@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from modelops.base.errors import ModelopsError
 from modelops.base.extras import has_module
 from modelops.base.files import write_text
 from modelops.records.train import read_stats
@@ -42,7 +43,7 @@ class StatsWriter:
         self.path = run_dir / "stats.jsonl"
         kept = [row for row in read_stats(self.path) if row["step"] <= step] if step else []
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         self._board: Any = None
         self._wandb: Any = None
         if section.tensorboard:
@@ -55,28 +56,41 @@ class StatsWriter:
             self._wandb = _start_wandb(section.wandb_project, run_name, run_dir, config)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it has a `step` and numbers."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one row; it has a `step` and numbers.
+
+        Raises:
+            ModelopsError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise ModelopsError(
+                f"{self.path}: cannot write: {error.strerror or error}", hint="check free space"
+            ) from error
         numbers = {name: value for name, value in row.items() if name != "step"}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
+        for name, value in numbers.items():
+            self._track("_board", "add_scalar", name, value, row["step"])
+        self._track("_wandb", "log", numbers, step=row["step"])
 
     def picture(self, name: str, image: npt.NDArray[np.uint8], step: int) -> None:
         """Show an image [H, W, 3] uint8 in TensorBoard."""
-        if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
+        self._track("_board", "add_image", name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close everything."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._track("_board", "close")
+        self._track("_wandb", "finish")
+
+    def _track(self, tracker: str, method: str, *values: Any, **named: Any) -> None:
+        """Call a tracker that is in use; one that fails is left off from then on."""
+        if (found := getattr(self, tracker)) is None:
+            return
+        try:
+            getattr(found, method)(*values, **named)
+        except Exception as error:  # a tracker must not stop a run
+            setattr(self, tracker, None)
+            warn(f"{type(found).__name__} is left off from now on: {error}")
 
 
 def memory_gb(device: torch.device) -> float:

@@ -165,11 +165,9 @@ def atomic_path(path: str | os.PathLike[str], *, private: bool = False) -> Itera
         _sync(temporary)
         temporary.replace(target)
         _sync(target.parent)
-    except OSError as error:
-        raise ModelopsError(
-            f"{target}: cannot write: {error.strerror or error}",
-            hint="check free space and permissions",
-        ) from error
+    except Exception as error:
+        _raise_write_error(target, error)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -306,11 +304,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.rename(target)
         _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ModelopsError(
-            f"{target}: cannot write: {error.strerror or error}",
-            hint="check free space and permissions",
-        ) from error
+    except Exception as error:
+        _raise_write_error(target, error)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -334,9 +330,7 @@ def remove_leftovers(directory: str | os.PathLike[str]) -> int:
     """
     top = Path(directory)
     removed = 0
-    if not top.is_dir():
-        return 0
-    for entry in top.iterdir():
+    for entry in top.iterdir() if top.is_dir() else ():
         if entry.name.startswith(".") and entry.name.endswith(_OLD):
             target = top / entry.name[1 : -len(_OLD)]
             if target.exists():
@@ -428,6 +422,16 @@ def check_writable(directory: str | os.PathLike[str], *, need_bytes: int = 0) ->
             f"{path}: {free / 1e6:,.0f} MB free, {need_bytes / 1e6:,.0f} MB needed",
             hint="free some space or choose another directory",
         )
+
+
+def _raise_write_error(target: Path, error: Exception) -> None:
+    """Raise a known error if that is what one says: OSError, or safetensors' own for the same."""
+    ours = type(error).__module__.startswith("safetensors") and "I/O error" in str(error)
+    if isinstance(error, OSError) or ours:
+        raise ModelopsError(
+            f"{target}: cannot write: {getattr(error, 'strerror', None) or error}",
+            hint="check free space and permissions",
+        ) from error
 
 
 def _unique_sibling(target: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import ImageError, UsageError
-from modelops.base.files import atomic_path, read_json, sha256_json, write_json
+from modelops.base.files import read_json, sha256_json, write_bytes, write_json
 from modelops.base.pixels import pixels_sha256
 from modelops.data.images import decode_layers
 from modelops.data.manifest import Manifest, Sample
@@ -167,8 +168,9 @@ def _embed_chunk(manifest: Manifest, rows: list[Sample], encoder: Encoder, cache
     if black:
         on_black = encoder.encode(iter(black.values()))
     chunk = _Chunk(features, on_black, pixels, identities, list(black), faults)
-    with atomic_path(matrix_path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, np.concatenate([features, on_black]), allow_pickle=False)
+    buffer = io.BytesIO()  # numpy does not say why it cannot write to a file
+    np.save(buffer, np.concatenate([features, on_black]), allow_pickle=False)
+    write_bytes(matrix_path, buffer.getvalue())
     notes = {
         "pixels": pixels, "identities": identities, "not_opaque": chunk.not_opaque,
         "faults": {str(k): v for k, v in faults.items()},

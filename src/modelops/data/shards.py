@@ -23,6 +23,7 @@ import numpy.typing as npt
 from modelops.base.errors import ImageError, IntegrityError, UsageError
 from modelops.base.files import (
     atomic_directory,
+    atomic_path,
     canonical_json,
     check_writable,
     parse_json,
@@ -30,7 +31,6 @@ from modelops.base.files import (
     remove_leftovers,
     safe_join,
     sha256_file,
-    write_text,
 )
 from modelops.base.locks import output_lock, refuse_foreign
 from modelops.base.seeding import derive_seed
@@ -110,10 +110,11 @@ def write_shards(
     rows: list[Shard] = []
     faults: list[str] = []
     done = 0
+    target = root / "shard_manifest.csv"
     with output_lock(root, inside=True):
         remove_leftovers(root)
         refuse_foreign(root / "shards", _FILE)
-        with atomic_directory(root / "shards") as folder:
+        with atomic_path(target) as listing, atomic_directory(root / "shards") as folder:
             for split in SPLITS:
                 members = sorted(
                     (name for name, where in splits.items() if where == split),
@@ -144,16 +145,16 @@ def write_shards(
                     f"{'; '.join(faults[:NAMED])}{more}",
                     hint="put the files back, or correct the rows and run dedup and split again",
                 )
-        return _write_shard_manifest(root / "shard_manifest.csv", rows)
+            listing.write_text(_rows_to_csv(rows), "utf-8")
+    return target
 
 
-def _write_shard_manifest(path: Path, rows: list[Shard]) -> Path:
+def _rows_to_csv(rows: list[Shard]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(SHARD_COLUMNS)
     writer.writerows((row.path, row.split, row.samples, row.bytes, row.sha256) for row in rows)
-    write_text(path, text.getvalue())
-    return path
+    return text.getvalue()
 
 
 def read_shard_manifest(path: str | Path) -> list[Shard]:

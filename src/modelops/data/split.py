@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from modelops.base.environment import current_environment
 from modelops.base.errors import UsageError
-from modelops.base.files import atomic_path
+from modelops.base.files import atomic_path, sha256_file
 from modelops.base.seeding import numpy_generator
 from modelops.data.dedup import report_digest, require_same_manifest
 from modelops.data.embeddings import Encoder, Lite0Encoder, embed_manifest
@@ -82,32 +82,33 @@ def split_manifest(
     assigned = deal_units(units, fractions, seed=seed)
     where = np.array([assigned[unit] for unit in units.unit_of])
     out = Path(out_dir)
-    _write_splits(out / "splits.parquet", samples, where, units)
+    target = out / "splits.parquet"
     counts = {name: int((where == index).sum()) for index, name in enumerate(SPLITS)}
-    result = SplitReport(
-        counts=counts,
-        n_groups=len(units),
-        leakage=measure_leakage(
-            samples, unit_vectors, where, threshold=report.threshold, seed=seed
-        ),
-        fractions={name: round(counts[name] / len(samples), 4) for name in SPLITS},
-        group_counts={
-            name: sum(1 for split in assigned if split == index)
-            for index, name in enumerate(SPLITS)
-        },
-        strategy=units.describe(),
-        warnings=units.warnings(),
-        files={"splits": report_digest(out / "splits.parquet")},
-        inputs={
-            "manifest": InputRef(path=manifest.path.name, sha256=manifest.sha256),
-            "dedup": report_digest(dedup_path),
-        },
-        seeds={"split": seed},
-        environment=current_environment(),
-        started_at=started,
-        duration_s=round(time.perf_counter() - clock, 3),
-    )
-    result.write(out / "split.json")
+    leakage = measure_leakage(samples, unit_vectors, where, threshold=report.threshold, seed=seed)
+    with atomic_path(target) as temporary:
+        _write_splits(temporary, samples, where, units)
+        result = SplitReport(
+            counts=counts,
+            n_groups=len(units),
+            leakage=leakage,
+            fractions={name: round(counts[name] / len(samples), 4) for name in SPLITS},
+            group_counts={
+                name: sum(1 for split in assigned if split == index)
+                for index, name in enumerate(SPLITS)
+            },
+            strategy=units.describe(),
+            warnings=units.warnings(),
+            files={"splits": InputRef(path=target.name, sha256=sha256_file(temporary))},
+            inputs={
+                "manifest": InputRef(path=manifest.path.name, sha256=manifest.sha256),
+                "dedup": report_digest(dedup_path),
+            },
+            seeds={"split": seed},
+            environment=current_environment(),
+            started_at=started,
+            duration_s=round(time.perf_counter() - clock, 3),
+        )
+        result.write(out / "split.json")  # neither file is replaced if one cannot be written
     return result
 
 
@@ -199,8 +200,7 @@ def _write_splits(
             "group": [units.names[unit] for unit in units.unit_of],
         }
     )
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+    pq.write_table(table, path)
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:

@@ -139,6 +139,7 @@ def build_corpus(
     collected = release_date()
     source = f"openmoji {package.VERSION.removesuffix('.0')}"
     samples = []
+    target = root / "manifest.parquet"
     with output_lock(root, inside=True):
         remove_leftovers(root)
         refuse_foreign(root / "images", _FILE)
@@ -161,7 +162,8 @@ def build_corpus(
                 )
                 if on_progress:
                     on_progress(done, len(drawings))
-        return write_manifest(root / "manifest.parquet", samples)
+            write_manifest(target, samples)  # first, so that no images are left without one
+    return target
 
 
 def attribution() -> dict[str, str]:
