@@ -14,6 +14,7 @@ from modelops.base.errors import UsageError
 from modelops.base.files import sha256_bytes
 from modelops.models import sources
 from modelops.models.pipeline import PixelFlowPipeline
+from modelops.models.pipelines.signatures import Signature
 from modelops.models.request import ImageRequest
 from modelops.models.sources import (
     CPU_ROWS,
@@ -100,3 +101,52 @@ def test_an_image_is_diffusers_own_of_the_same_call(family: str) -> None:
     ).images[0]  # fmt: skip
     # A grey level where threads sum in another order; another call was 28 to 49 levels away.
     assert np.abs(made.astype(int) - np.rint(expected * 255)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "said"),
+    [
+        ("sd", 28, "divisible by 8"),
+        ("sd3", 104, "pos_embed_max_size"),
+        ("flux", 30, "28x28 where 30x30|28x28 pixels where 30x30"),
+    ],
+)
+def test_a_size_that_a_model_cannot_have_is_said_in_one_line(
+    family: str, side: int, said: str
+) -> None:
+    pipeline = tiny_pipelines.make(family)
+    source = PipelineSource(pipeline, SourceInfo(kind="checkpoint", uri=family, runtime="cpu"))
+    request = ImageRequest(prompt="red heart", seed=5, steps=1, height=side, width=side)
+    with pytest.raises(UsageError, match=said) as caught:
+        source.generate([request])
+    assert "\n" not in caught.value.message and f"{side}x{side}" in caught.value.message
+
+
+def test_the_size_that_was_asked_for_is_made_without_binning() -> None:
+    pipeline = tiny_pipelines.make("pixart")
+    source = PipelineSource(pipeline, SourceInfo(kind="checkpoint", uri="pixart", runtime="cpu"))
+    request = ImageRequest(prompt="red heart", seed=5, steps=1, height=48, width=32)
+    assert source.generate([request])[0].shape == (48, 32, 3)
+
+
+def test_an_exported_table_of_positions_has_an_end() -> None:
+    from modelops.export.runtimes.modules import ExportedModule
+
+    class Doubling:
+        device = "cpu"
+
+        def run_all(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [2 * feed["sample"]]
+
+    signature = Signature(
+        method="forward", parameters=["sample"], arguments={"sample": {"tensor": "sample"}},
+        output={"tensor": "output"}, inputs=["sample"], outputs=["output"], integers=[],
+        booleans=[], batch=["sample"],
+    )  # fmt: skip
+    network = ExportedModule(
+        {"forward": (Doubling(), signature)}, {"pos_embed_max_size": 24, "patch_size": 2},
+        class_name="SD3Transformer2DModel",
+    )  # fmt: skip
+    assert network(torch.ones(1, 4, 48, 8)).shape == (1, 4, 48, 8)
+    with pytest.raises(UsageError, match="25 patches on a side; SD3Transformer2DModel has 24"):
+        network(torch.ones(1, 4, 8, 50))

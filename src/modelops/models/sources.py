@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelops.base.errors import ImageError, ModelopsError, UsageError
+from modelops.base.errors import ImageError, ModelopsError, UsageError, first_line
+from modelops.base.extras import missing_package
 from modelops.base.files import sha256_bytes, sha256_file
 from modelops.base.private import private_copy
 from modelops.models.devices import open_device
@@ -177,8 +178,29 @@ class PipelineSource(ModelSource):
         arguments = pipeline_arguments(self._accepts, requests)
         # A sampler keeps its place and what it saw last: every call starts with one of its own.
         self.pipeline.scheduler = copy.deepcopy(self._scheduler)
-        pictures = np.asarray(self.pipeline(**arguments).images)
-        return list(floats_to_uint8(pictures))
+        first = requests[0]
+        try:
+            images = floats_to_uint8(np.asarray(self.pipeline(**arguments).images))
+        except ImportError as error:
+            raise missing_package(error, needed_for=type(self.pipeline).__name__) from error
+        except Exception as error:  # each runtime has its own for a size that a network cannot have
+            if (first.height, first.width) == (None, None) or isinstance(error, ModelopsError):
+                raise
+            if (first.height, first.width) == native_size(self.pipeline):
+                raise
+            raise UsageError(
+                f"{type(self.pipeline).__name__} makes no image of {first.width}x{first.height} "
+                f"pixels: {first_line(error)}",
+                hint="ask for a size that the model takes, or leave it out",
+            ) from error
+        height, width = images.shape[1:3]
+        if (first.height or height, first.width or width) != (height, width):
+            raise UsageError(
+                f"{type(self.pipeline).__name__} made an image of {width}x{height} pixels where "
+                f"{first.width}x{first.height} were asked for",
+                hint="ask for a size that the model takes, or leave it out",
+            )
+        return list(images)
 
 
 def load_checkpoint(

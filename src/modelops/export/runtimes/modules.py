@@ -90,6 +90,7 @@ class ExportedModule:
         given = dict(zip(signature.parameters, args, strict=False)) | kwargs
         wants_fields = bool(given.get("return_dict", True))
         tensors = signature.flatten(given)
+        self._check_positions(tensors)
         if self.device.type == "cpu":
             feed = {name: value.numpy() for name, value in tensors.items()}
             outputs = [torch.from_numpy(array) for array in graph.run_all(feed)]
@@ -98,6 +99,20 @@ class ExportedModule:
             placed = {name: value.to(self.device) for name, value in tensors.items()}
             outputs = on_device.run_device(placed)
         return signature.restore(outputs, return_dict=wants_fields)
+
+    def _check_positions(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse what the original class does: more patches than it has positions for.
+
+        A graph takes other rows of the table then, and makes an image.
+        """
+        limit, patch = self.config.get("pos_embed_max_size"), self.config.get("patch_size") or 1
+        images = [tensor for tensor in tensors.values() if tensor.ndim == 4] if limit else []
+        for side in (side for image in images for side in image.shape[-2:]):
+            if side // patch > limit:
+                raise UsageError(
+                    f"{side // patch} patches on a side; {self._origin[1]} has {limit} positions",
+                    hint="make a smaller image",
+                )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_origin" not in self.__dict__:

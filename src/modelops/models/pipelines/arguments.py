@@ -38,6 +38,7 @@ def pipeline_arguments(
         "width": first.width,
         "generator": [torch.Generator("cpu").manual_seed(r.seed) for r in requests],
         "output_type": "np",
+        "use_resolution_binning": False,  # PixArt's would make another size, and resize it
     }
     arguments = {
         name: value for name, value in wanted.items() if name in accepts and value is not None
