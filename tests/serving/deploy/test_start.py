@@ -56,6 +56,12 @@ def test_every_variable_that_the_package_names_is_known() -> None:
     ("MODELOPS_RECEIPTS_FAILURE", "maybe", "MODELOPS_RECEIPTS_FAILURE"),
     ("MODELOPS_IMAGE_FILTER", "none", "none"),
     ("MODELOPS_IMAGE_FILTER", "transformers:a/b", "it is not pinned"),
+    ("MODELOPS_RECEIPTS", "/dev/null/x", "/dev/null/x: receipts cannot be kept here"),
+    ("MODELOPS_DRIFT_LOG", "/dev/null/x", "/dev/null/x: drift log cannot be kept here"),
+    ("MODELOPS_QUARANTINE", "/dev/null/x", "/dev/null/x: no quarantine can be kept here"),
+    ("MODELOPS_LOG_FILE", "/dev/null/x", "MODELOPS_LOG_FILE=/dev/null/x"),
+    ("MODELOPS_LOG_FORMAT", "xml", "MODELOPS_LOG_FORMAT='xml': unknown"),
+    ("MODELOPS_LOG_PROMPTS", "maybe", "MODELOPS_LOG_PROMPTS='maybe': neither yes nor no"),
 ])  # fmt: skip
 def test_what_cannot_work_is_one_line(
     tiny_release: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str

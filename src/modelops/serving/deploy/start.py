@@ -21,6 +21,7 @@ from modelops.serving.http.limits import IMAGES_VARIABLE, REQUESTS_VARIABLE
 from modelops.serving.http.page import PAGE_VARIABLE
 from modelops.serving.http.sites import ORIGINS_VARIABLE, allowed_origins
 from modelops.serving.moderation.quarantine import check_quarantine
+from modelops.serving.moderation.store import make_private
 from modelops.serving.provenance.manifests import Marker
 from modelops.serving.provenance.signing import open_signing_key
 from modelops.serving.provenance.watermark import open_watermark
@@ -36,9 +37,16 @@ from modelops.serving.telemetry.logs import (
     KEEP_VARIABLE,
     MEGABYTES_VARIABLE,
     PROMPTS_VARIABLE,
+    check_logging,
 )
+from modelops.serving.telemetry.segments import SegmentLog
 from modelops.serving.telemetry.tracing import check_tracing
-from modelops.serving.workers import RUN_VARIABLE, WORKERS_VARIABLE, prepare_workers
+from modelops.serving.workers import (
+    RUN_VARIABLE,
+    WORKERS_VARIABLE,
+    prepare_workers,
+    worker_count,
+)
 
 _OTHERS = (
     DIGESTS_VARIABLE, FILE_VARIABLE, FORMAT_VARIABLE, IMAGES_VARIABLE, INSECURE_VARIABLE,
@@ -65,6 +73,8 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     if settings.releases and not Path(settings.releases).is_dir():
         raise UsageError(f"{RELEASES_VARIABLE}={settings.releases}: no such folder")
     check_quarantine(settings)
+    check_logging(environment)
+    _check_folders(settings)
     if settings.watermark_key:
         open_watermark(settings.watermark_key)
     root = release_from_environment()
@@ -83,6 +93,23 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     if (root / record.model / "artifact.json").is_file():
         log.info("preflight: %s", require_preflight(root, runtime=settings.runtime))
     prepare_workers()
+
+
+def _check_folders(settings: NodeSettings) -> None:
+    """Make the folders that a worker writes to, or say why that cannot be.
+
+    Raises:
+        ModelopsError: one cannot be written to, or its limit is too small.
+    """
+    for folder, megabytes, what in (
+        (settings.receipts, settings.receipts_mb, "receipts"),
+        (settings.drift_log, settings.drift_log_mb, "drift log"),
+    ):
+        if folder:
+            limit = megabytes * 1_000_000
+            SegmentLog(folder, prefix="", max_bytes=limit, what=what, writers=worker_count())
+    if settings.quarantine:
+        make_private(Path(settings.quarantine))
 
 
 def known_variables() -> set[str]:

@@ -251,6 +251,25 @@ def _number(
     return value
 
 
+def _format(environment: Mapping[str, str]) -> str:
+    kind = environment.get(FORMAT_VARIABLE, "auto").strip().lower()
+    if kind not in ("auto", "json", "text"):
+        raise UsageError(f"{FORMAT_VARIABLE}={kind!r}: unknown", hint="json, text or auto")
+    return kind
+
+
+def check_logging(environment: Mapping[str, str]) -> None:
+    """Check what `configure_logging` will read, and leave the process's logging as it is.
+
+    Raises:
+        UsageError: see there.
+    """
+    log_prompts(environment)
+    _format(environment)
+    if path := environment.get(FILE_VARIABLE, ""):
+        _open_file(path, environment).close()
+
+
 def configure_logging(
     environment: Mapping[str, str], *, on_lost: Callable[[int], Any] | None = None
 ) -> LineWriter:
@@ -263,10 +282,7 @@ def configure_logging(
     Raises:
         UsageError: a variable has an unknown value, or the file cannot be opened.
     """
-    prompts = log_prompts(environment)
-    kind = environment.get(FORMAT_VARIABLE, "auto").strip().lower()
-    if kind not in ("auto", "json", "text"):
-        raise UsageError(f"{FORMAT_VARIABLE}={kind!r}: unknown", hint="json, text or auto")
+    prompts, kind = log_prompts(environment), _format(environment)
     path = environment.get(FILE_VARIABLE, "")
     descriptor: int | RotatingFile = 2
     if path:
