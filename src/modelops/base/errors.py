@@ -21,23 +21,30 @@ ModelopsError                exit 1  a known failure
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class ModelopsError(Exception):
     """A failure that modelops understands.
 
     Args:
-        message: one line that names the file, row or option at fault.
+        message: one line that names the file, row or option at fault. Control characters in it,
+            which others' texts may hold, are made visible.
         hint: the way out, also one line; printed after the message.
     """
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        message = printable(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint and printable(hint)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -115,6 +122,15 @@ class GateUndecidedError(ModelopsError):
 
 class ImageBlockedError(EvaluationError):
     """A service's own safety filter refused the prompt or the image."""
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: escapes for control characters.
+
+    Line ends and tabs stay. The other controls (Unicode's Cc), separators of lines and paragraphs,
+    marks that turn the direction of writing and halves of surrogate pairs are written as in JSON.
+    """
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from modelops.cli.options import DIRECTORY, FILE, PATH, dry_run_option, seed_option
-from modelops.cli.output import emit, is_json, json_option, progress, say, table
+from modelops.cli.output import emit, is_json, json_option, progress, say, show, table
 
 if TYPE_CHECKING:
     from modelops.base.errors import ModelopsError
@@ -199,14 +199,14 @@ def score(
 
 def _print(record: AbTestRecord) -> None:
     for name, source in record.sources.items():
-        print(f"{name}: {source.uri}")
+        show(f"{name}: {source.uri}")
     table(
         ["B against A", "value", "95 % interval", "n", "method"],
         [[name, *_cells(measured)] for name, measured in record.metrics.items()],
     )
     test = record.sign_test
     if test:
-        print(
+        show(
             f"prompts: {test.prompts_b} for B, {test.prompts_a} for A, {test.prompts_even} even; "
             f"exact sign test p = {test.p_value:.3g}"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelops.cli.options import FILE, seed_option
-from modelops.cli.output import emit, is_json, json_option, progress, say, table
+from modelops.cli.output import emit, is_json, json_option, progress, say, show, table
 
 if TYPE_CHECKING:
     from modelops.records.comparison import ComparedMetric, ComparisonRecord
@@ -155,7 +155,7 @@ def _show(record: ComparisonRecord) -> None:
         f"{record.n_better} better, {record.n_worse} worse, {record.n_within_noise} within noise, "
         f"{record.n_not_comparable} not comparable"
     )
-    print(f"{record.answer}: {'; '.join([*record.reasons, counts])}")
+    show(f"{record.answer}: {'; '.join([*record.reasons, counts])}")
 
 
 def _cells(row: ComparedMetric) -> list[str]:

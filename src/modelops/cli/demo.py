@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from modelops.cli.options import PATH, dry_run_option
-from modelops.cli.output import emit, is_json, json_option, progress, table
+from modelops.cli.output import emit, is_json, json_option, progress, show, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -92,7 +92,7 @@ def demo(directory: Path, budget_name: str, force: tuple[str, ...], dry_run: boo
             title=f"{directory}: {len(results)} steps",
         )
         table(["measure", "value", "meaning"], rows, title="What the release is")
-        print(
+        show(
             f"Read   {directory / 'cards/model_card.md'}\n"
             f"Look   {directory / 'evaluations/final.html'}\n"
             f"Serve  modelops serve {directory / 'release'}"

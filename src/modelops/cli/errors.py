@@ -13,7 +13,7 @@ import traceback
 
 import click
 
-from modelops.base.errors import ModelopsError, first_line
+from modelops.base.errors import ModelopsError, first_line, printable
 from modelops.base.extras import missing_package
 
 
@@ -27,18 +27,10 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
     if debug:
         traceback.print_exception(error)
     line = f"error: {message}" + (f"\n  try: {hint}" if hint else "")
-    print(_shown(line), file=sys.stderr)
+    print(printable(line), file=sys.stderr)  # names and answers of others
     if as_json:
         print(json.dumps({"status": "failed", "error": kind, "message": message, "hint": hint}))
     return code
-
-
-def _shown(text: str) -> str:
-    """Escape what moves a terminal's cursor, or is no character: names and answers of others."""
-    return "".join(
-        sign if sign.isprintable() or sign == "\n" else sign.encode("unicode_escape").decode()
-        for sign in text
-    )
 
 
 def _explain(error: BaseException) -> tuple[int, str, str, str | None]:

@@ -9,7 +9,7 @@ import click
 
 from modelops.base.errors import GateFailedError, GateUndecidedError, UsageError
 from modelops.cli.options import EXISTING_DIRECTORY, EXISTING_FILE, FILE, PATH
-from modelops.cli.output import emit, is_json, json_option, say, table
+from modelops.cli.output import emit, is_json, json_option, say, show, table
 
 if TYPE_CHECKING:
     from modelops.monitoring.reference import Reference
@@ -130,17 +130,17 @@ def _print(record: MonitorRecord) -> None:
         "evaluation": "the release's evaluation",
         "none": "nothing: there is no reference",
     }[record.reference]
-    print(f"{record.release}, {record.window}: {record.n_images} images, {record.n_requests} "
+    show(f"{record.release}, {record.window}: {record.n_images} images, {record.n_requests} "
           f"requests, {record.n_prompts} prompts, against {against}")  # fmt: skip
     for reason, count in sorted(record.refused.items()):
-        print(f"left out: {count} rows {reason}")
+        show(f"left out: {count} rows {reason}")
     for warning in record.warnings:
-        print(f"note: {warning}")
+        show(f"note: {warning}")
     table(
         ["test", "n", "effect [low, high]", "margin", "p, corrected", "outcome", "because"],
         [_row(test) for test in record.tests],
     )
-    print(
+    show(
         f"false alarms: at most {record.alpha:.2g} of such windows without drift, and "
         f"{record.period_alpha:.2g} for any of the {record.windows} until the next evaluation"
     )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from modelops.base.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
@@ -49,15 +51,20 @@ def stderr_console() -> Console:
 
 def say(text: str) -> None:
     """A remark for a person, on stderr."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Print a line of a result on stdout; control characters of others' texts are made visible."""
+    print(printable(text))
 
 
 def emit(result: dict[str, Any], *, text: str | None = None) -> None:
     """Print a command's result on stdout: one JSON object, or `text` for a person."""
     if is_json():
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
+        show(json.dumps(result, ensure_ascii=False, allow_nan=False, default=str))
     elif text is not None:
-        print(text)
+        show(text)
 
 
 def table(
@@ -71,13 +78,15 @@ def table(
 
     view = Table(*columns, box=box.SIMPLE_HEAD)
     for row in rows:
-        view.add_row(*(Text(cell) for cell in row))  # plain: a name may hold square brackets
+        view.add_row(
+            *(Text(printable(cell)) for cell in row)
+        )  # plain: a name may hold square brackets
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000
         console.width = max(120, console.measure(view).maximum)
     if title is not None:  # Table's own would be broken to the table's width
-        console.print(Text(title, style="italic"), soft_wrap=True)
+        console.print(Text(printable(title), style="italic"), soft_wrap=True)
     console.print(view)
 
 
@@ -105,7 +114,7 @@ class Progress:
         if self._bar is None:
             say(text)
         else:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
+            self._bar.console.print(printable(text), markup=False, soft_wrap=True)
 
     def stage(self, name: str, number: int = 0, stages: int = 0) -> None:
         """Start stage `number` of `stages`, which has its own count and its own time left."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from modelops.cli.options import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE
-from modelops.cli.output import emit, is_json, json_option, say, table
+from modelops.cli.output import emit, is_json, json_option, say, show, table
 
 if TYPE_CHECKING:
     from modelops.serving.moderation.review import Evidence, Listed
@@ -193,7 +193,7 @@ def _show(listed: Listed, pictures: Path | None) -> None:
         f"  {said.decision} by {said.reviewer}, {said.decided}: {said.reason}"
         if said else "  not decided yet"
     )  # fmt: skip
-    print("\n".join([*lines, *(f"written: {path}" for path in written)]))
+    show("\n".join([*lines, *(f"written: {path}" for path in written)]))
 
 
 def _with_interval(evidence: Evidence) -> dict[str, Any]:
@@ -246,16 +246,16 @@ def _list(directory: Path, listed: list[Listed], evidence: list[dict[str, Any]])
     if is_json():
         return
     if not listed:
-        print(f"{directory}: nothing in the quarantine")
+        show(f"{directory}: nothing in the quarantine")
     else:
         table(
             ["id", "blocked", "by", "score", "prompt", "decision"],
             [_row(one) for one in listed],
         )
     for one in evidence:
-        print(one["text"])
+        show(one["text"])
         for level in one["at_thresholds"]:
-            print(
+            show(
                 f"  at {level['threshold']:g}: {level['upheld_still_blocked']} right and "
                 f"{level['overturned_still_blocked']} wrong blocks would stay"
             )
