@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from modelops.base.errors import ModelopsError, TrainingError
+from modelops.base.files import remove_leftovers
 from modelops.training.launch import read_run_spec
 
 from .batches import Batch
@@ -61,6 +62,7 @@ def train(config_path: Path, *, resume: bool) -> int:
         with signals.caught(say), contextlib.ExitStack() as stack:
             if is_main:
                 stack.enter_context(run_lock(run_dir))
+                remove_leftovers(run_dir)
             parts, progress, scaler = set_up(spec, run_dir, resume=resume)
             run = Run(parts, progress, started=started)
             fit_and_plan(run, scaler)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from modelops.base.environment import current_environment
 from modelops.base.errors import UsageError
-from modelops.base.files import sha256_file
+from modelops.base.files import remove_leftovers, sha256_file
 from modelops.data.calibration import calibrate_threshold
 from modelops.data.candidates import write_candidate_sheet
 from modelops.data.embeddings import Embeddings, Encoder, Lite0Encoder, embed_manifest
@@ -95,6 +95,7 @@ def deduplicate(
     near = _near_clusters(samples, _alike_on_black(linked, embedded, threshold), copies)
     components = connected_components(len(samples), _with_exact(linked, exact, samples))
     report_file = Path(report_path)
+    remove_leftovers(report_file.parent)
     sheet = write_candidate_sheet(
         manifest, samples, candidates, report_file.parent / CANDIDATE_SHEET, seed=seed
     )

@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import ImageError, UsageError
-from modelops.base.files import read_json, sha256_json, write_bytes, write_json
+from modelops.base.files import (
+    read_json,
+    remove_leftovers,
+    sha256_json,
+    write_bytes,
+    write_json,
+)
 from modelops.base.pixels import pixels_sha256
 from modelops.data.images import decode_layers
 from modelops.data.manifest import Manifest, Sample
@@ -115,6 +121,7 @@ def embed_manifest(
     """
     chosen = encoder or Lite0Encoder()
     cache = manifest.root / CACHE / f"{chosen.name}-{chosen.weights_sha256[:12]}"
+    remove_leftovers(cache)
     found = Embeddings([], np.zeros((0, chosen.dim), np.float32), [], [], {}, {})
     features: list[npt.NDArray[np.float32]] = []
     total = len(manifest.rows)

@@ -149,7 +149,7 @@ def _decode(
                     hint="scale the image down",
                 )
             if found == "TIFF":  # it would parse all metadata anew, and fail on what is odd there
-                picture.load_end = lambda: None  # type: ignore[attr-defined]
+                picture.load_end = lambda: None  # type: ignore[method-assign]
             picture.load()
             return _picture_to_pixels(_upright(picture))
     except UnidentifiedImageError as error:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from modelops.base.environment import current_environment
 from modelops.base.errors import UsageError
-from modelops.base.files import atomic_path, sha256_file
+from modelops.base.files import atomic_path, remove_leftovers, sha256_file
 from modelops.base.seeding import numpy_generator
 from modelops.data.dedup import report_digest, require_same_manifest
 from modelops.data.embeddings import Encoder, Lite0Encoder, embed_manifest
@@ -83,6 +83,7 @@ def split_manifest(
     where = np.array([assigned[unit] for unit in units.unit_of])
     out = Path(out_dir)
     target = out / "splits.parquet"
+    remove_leftovers(out)
     counts = {name: int((where == index).sum()) for index, name in enumerate(SPLITS)}
     leakage = measure_leakage(samples, unit_vectors, where, threshold=report.threshold, seed=seed)
     with atomic_path(target) as temporary:

@@ -1,14 +1,21 @@
-"""A full disk: one clear line, exit code 1, what was there stays, nothing half-written is left."""
+"""Full disks and killed processes: what was there stays, and nothing half-written is left.
+
+A full disk is one clear line and exit code 1.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import disks
-from modelops.base.files import sha256_tree
+from modelops.base.files import sha256_tree, temporary_name
 from modelops.cli.main import main
 from modelops.data.corpora.openmoji import build_corpus
 
@@ -55,3 +62,35 @@ def test_a_full_disk_while_embedding(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["data", "dedup", str(manifest)]) == 1
     assert ".npy: cannot write: File too large" in capsys.readouterr().err
     assert sha256_tree(tmp_path) == before
+
+
+_KILL_ITSELF = """
+import os, signal, sys
+from modelops.data.shards import write_shards
+def stop(done, total):
+    if done == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+write_shards(*sys.argv[1:], resolution=16, samples_per_shard=10, on_progress=stop)
+"""
+
+
+def test_a_killed_shard_run_leaves_the_old_shards_and_can_be_made_again(folder: Path) -> None:
+    before = sha256_tree(folder / "shards")
+    names = [str(folder / name) for name in ("manifest.parquet", "splits.parquet", "")]
+    killed = subprocess.run([sys.executable, "-c", _KILL_ITSELF, *names], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert sha256_tree(folder / "shards") == before
+    assert any(path.name.startswith(".shards.") for path in folder.iterdir())
+    shard = ["data", "shard", names[0], "--resolution", "32", "--samples-per-shard", "50"]
+    assert main(shard) == 0
+    assert sha256_tree(folder / "shards") == before
+    assert not [path for path in folder.rglob(".*") if "modelops" in path.name]
+
+
+def test_what_a_killed_split_left_is_cleared_away(folder: Path) -> None:
+    cache = next((folder / ".cache").rglob("*.npy")).parent
+    for place in (folder, cache):
+        prefix, suffix = temporary_name("x")
+        (place / f"{prefix.replace(str(os.getpid()), '4194305')}x{suffix}").write_text("half")
+    assert main(["data", "split", str(folder / "manifest.parquet")]) == 0
+    assert not [path for path in folder.rglob(".*") if "modelops" in path.name]
