@@ -293,7 +293,25 @@ def test_records_of_other_shards_do_not_belong(root: Path) -> None:
     smoke = json.loads((root / "data/smoke.json").read_text("utf-8"))
     smoke["inputs"]["shard_manifest"]["sha256"] = "0" * 64
     (root / "data/smoke.json").write_text(json.dumps(smoke), "utf-8")
-    assert "another shard_manifest than train" in line(verdict_of(root), "data loads").reason
+    assert "shards: not the same file as in train" in line(verdict_of(root), "data loads").reason
+    smoke["inputs"] = {}
+    (root / "data/smoke.json").write_text(json.dumps(smoke), "utf-8")
+    found = line(verdict_of(root), "data loads")
+    assert found.answer == "undecided"
+    assert "does not say which data it is about" in found.reason
+
+
+def test_a_split_by_another_dedup_report_does_not_belong(root: Path) -> None:
+    rules = yaml.safe_load((root / "policy.yaml").read_text("utf-8"))
+    asked = {"name": "leaks", "evidence": "split", "metric": "train_test", "at_most": 0.1}
+    rules["criteria"].append(asked)
+    (root / "policy.yaml").write_text(yaml.safe_dump(rules), "utf-8")
+    split = json.loads((root / "data/split.json").read_text("utf-8"))
+    for digest, answer in ((sha256_file(root / "data/dedup_report.json"), "pass"),
+                           ("0" * 64, "undecided")):  # fmt: skip
+        split["inputs"]["dedup"] = {"path": "dedup_report.json", "sha256": digest}
+        (root / "data/split.json").write_text(json.dumps(split), "utf-8")
+        assert line(verdict_of(root), "leaks").answer == answer
 
 
 def test_parity_that_failed_fails_and_none_at_all_is_undecided(root: Path) -> None:

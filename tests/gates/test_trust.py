@@ -81,6 +81,7 @@ def verdict(answer: Any, *answers: Any, **more: Any) -> dict[str, Any]:
         "kind": "verdict",
         "schema_version": 1,
         "status": "ok",
+        "started_at": "2026-01-02T03:04:05Z",
         "answer": answer,
         "policy_sha256": "0" * 64,
         "criteria": lines,
@@ -199,6 +200,7 @@ def test_evidence_that_is_none_is_refused(
     path = tmp_path / "e.json"
     record = {
         "kind": "evaluation", "schema_version": 1, "status": "ok",
+        "started_at": "2026-01-02T03:04:05Z",
         "source": {"kind": "folder", "uri": "images"},
     }  # fmt: skip
 
@@ -210,6 +212,19 @@ def test_evidence_that_is_none_is_refused(
     write({**RATE, **change})
     with pytest.raises(UsageError, match=message):
         read_record(path, EvaluationRecord)
+
+
+@pytest.mark.parametrize("field", ["status", "schema_version", "started_at"])
+def test_what_a_record_does_not_state_is_not_guessed(tmp_path: Path, field: str) -> None:
+    """A failed record without its status was `ok`, an old one without its date was of today."""
+    path = tmp_path / "v.json"
+    data = verdict("fail", "fail", status="failed")
+    path.write_text(json.dumps(data))
+    assert read_record(path, Verdict).status == "failed"
+    del data[field]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=f"{field}: missing"):
+        read_record(path, Verdict)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ ENVIRONMENT = Environment(
     modelops="0.1.0", python="3.11.9", platform="Linux x86_64", packages={"torch": "2.6.0"},
     commit="a" * 40, dirty=False, cpu="A CPU", cores=2, memory_gb=8.0,
 )  # fmt: skip
+MANIFEST = InputRef(path="data/manifest.csv", sha256=sha256_bytes(b"manifest"))
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8ffff"
     "3f0005fe02fea735812f0000000049454e44ae426082"
@@ -137,7 +138,7 @@ def train_record(**more: Any) -> TrainRecord:
             CheckpointRef(step=2000, images_seen=128_000, path="checkpoints/step-2000",
                           sha256=FINAL),
         ],
-        "inputs": {"shard_manifest": SHARDS}, "environment": ENVIRONMENT,
+        "inputs": {"shards": SHARDS}, "environment": ENVIRONMENT,
     }  # fmt: skip
     return TrainRecord(**{**values, **more})
 
@@ -156,10 +157,12 @@ def write_project(root: Path) -> Path:
             DuplicateCluster(keeper="1", members=["2"], kind="embedding", min_similarity=0.96,
                              reason="first by id")
         ],
+        inputs={"manifest": MANIFEST},
     ).write(root / "data/dedup_report.json")  # fmt: skip
     SplitReport(
         counts={"train": 3030, "val": 378, "test": 378}, n_groups=1800,
         leakage={"train_test": measured(0.0, 0.0, 0.0097, method="Clopper–Pearson", n=378)},
+        inputs={"manifest": MANIFEST},
     ).write(root / "data/split.json")  # fmt: skip
     SmokeReport(
         verdict="pass", n_samples=3786, n_shards=3, images_per_second=900.0,

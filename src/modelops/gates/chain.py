@@ -14,12 +14,17 @@ from modelops.gates.policy import Policy
 from modelops.metrics.protocol import protocol_differences
 from modelops.records.base import Measurement, Record
 from modelops.records.comparison import AbTestRecord, ComparisonRecord
+from modelops.records.data import DedupReport, SmokeReport, SplitReport
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
 from modelops.records.read import read_any_record
 from modelops.records.train import TrainRecord
 
-SHARED_INPUTS = ("manifest", "shard_manifest", "splits", "dedup")  # mean one file per project
+# Names of inputs that mean one file per project; a training record calls shard_manifest.csv shards.
+SHARED_INPUTS = {
+    "manifest": "manifest", "shard_manifest": "shards", "shards": "shards", "splits": "splits",
+    "dedup": "dedup",
+}  # fmt: skip
 TRAINING_STATE = "training_state"  # lies in a checkpoint, not part of its digest
 
 
@@ -117,7 +122,8 @@ def misfit(
     `run` must be of another checkpoint of the same run; a training record must list what the
     subject was made from; the second of a comparison and B of a blind test are measured like an
     evaluation; other artifacts must share the subject's checkpoint; records that name the same
-    manifest, shards, splits or dedup report must mean the same bytes.
+    manifest, shards, splits or dedup report must mean the same bytes; and records of the data must
+    name one of these.
     """
     record = evidence[name].record
     if record is None or subject.sha256 is None:
@@ -171,14 +177,27 @@ def _evaluation_misfit(
 
 
 def _shared_input_misfit(name: str, record: Record, evidence: dict[str, Evidence]) -> str | None:
+    own = _shared_inputs(record)
+    if isinstance(record, DedupReport | SplitReport | SmokeReport) and not own:
+        return "does not belong together: the record does not say which data it is about"
     for other in evidence.values():
         if other.record is None or other.name == name:
             continue
-        for key in SHARED_INPUTS:
-            mine, theirs = record.inputs.get(key), other.record.inputs.get(key)
-            if mine and theirs and mine.sha256 != theirs.sha256:
-                return f"does not belong together: another {key} than {other.name}"
+        theirs = _shared_inputs(other.record)
+        for key, digest in own.items():
+            if theirs.get(key, digest) != digest:
+                return f"does not belong together: {key}: not the same file as in {other.name}"
+        if isinstance(other.record, DedupReport) and own.get("dedup", other.sha256) != other.sha256:
+            return f"does not belong together: another dedup report than {other.name}"
     return None
+
+
+def _shared_inputs(record: Record) -> dict[str, str]:
+    return {
+        SHARED_INPUTS[key]: reference.sha256
+        for key, reference in record.inputs.items()
+        if key in SHARED_INPUTS
+    }
 
 
 def unlike(left: EvaluationRecord, right: EvaluationRecord, metric: str) -> list[str]:

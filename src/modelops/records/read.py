@@ -19,7 +19,12 @@ from modelops.records.release import PreflightRecord, ReleaseRecord, SignOff, Ve
 from modelops.records.train import TrainRecord
 
 RecordT = TypeVar("RecordT", bound=Record)
-STATED = ("schema_version", "status")  # no default stands for what a file does not say
+# No default stands for what a file does not say.
+STATED = ("schema_version", "status", "started_at")
+    "schema_version",
+    "status",
+    "started_at",
+)  # no default stands for what a file does not say
 
 RECORD_KINDS: dict[str, type[Record]] = {
     "dedup": DedupReport,
@@ -44,7 +49,7 @@ def read_record(path: str | Path, expected: type[RecordT]) -> RecordT:
 
     Raises:
         UsageError: the file is missing, not JSON, of another kind, or does not fit the schema; or
-            it does not say in which version it was written and how it ended.
+            it does not say in which version it was written, when, and how it ended.
     """
     text = read_text(path)
     data = parse_json(text, source=str(path))

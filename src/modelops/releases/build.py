@@ -108,6 +108,7 @@ def build_release(
     _check_label("name", name)
     _check_label("version", version)
     out, model, verdict_path = Path(out_dir), Path(model_dir), Path(verdict)
+    verdict_sha256 = sha256_file(verdict_path)
     answer, model_sha256 = check_verdict(verdict_path, model, policy=policy, allow=allow)
     if out.resolve().is_relative_to(model.resolve()):
         raise UsageError(f"{out}: lies in the model", hint="choose another directory")
@@ -145,14 +146,14 @@ def build_release(
                 fallback=FALLBACK_FOLDER if fallback is not None else None,
                 fallback_sha256=None if fallback is None else sha256_tree(folder / FALLBACK_FOLDER),
                 reproduced=reproduced,
-                verdict_sha256=sha256_file(folder / "verdict.json"),
+                verdict_sha256=verdict_sha256,
                 verdict_answer=answer.answer,
                 allowed_without_pass=answer.answer != "pass",
                 policy_sha256=answer.policy_sha256,
                 defaults=dict(defaults or {}),
                 inputs={
                     "model": InputRef(path=model.name, sha256=model_sha256),
-                    "verdict": InputRef(path=verdict_path.name, sha256=sha256_file(verdict_path)),
+                    "verdict": InputRef(path=verdict_path.name, sha256=verdict_sha256),
                 },
                 files={
                     relative: ReleaseFile(sha256=sha256_file(path), bytes=path.stat().st_size)
@@ -162,7 +163,7 @@ def build_release(
             ).sealed()
             copied = {
                 model: sha256_tree(folder / MODEL_FOLDER) == model_sha256,
-                verdict_path: read_record(folder / "verdict.json", Verdict) == answer,
+                verdict_path: sha256_file(folder / "verdict.json") == verdict_sha256,
             }
             for path, is_same in copied.items():
                 if not is_same:
