@@ -21,10 +21,6 @@ from modelops.records.train import TrainRecord
 RecordT = TypeVar("RecordT", bound=Record)
 # No default stands for what a file does not say.
 STATED = ("schema_version", "status", "started_at")
-    "schema_version",
-    "status",
-    "started_at",
-)  # no default stands for what a file does not say
 
 RECORD_KINDS: dict[str, type[Record]] = {
     "dedup": DedupReport,
