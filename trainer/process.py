@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from modelops.base.errors import TrainingError
+from modelops.base.locks import output_lock
 
 from .stats import event
 
-PATIENCE = 60  # half seconds
+WAIT_S = 30.0
 
 
 class Interrupted(Exception):  # noqa: N818  not an error
@@ -56,29 +54,16 @@ class Signals:
                 signal.signal(name, handler)
 
 
-class LockedError(TrainingError):
-    """Another process is at work on the run; its files are not touched."""
-
-
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold a run's lock; the kernel gives it back however this process ends.
 
     Raises:
-        LockedError: another process has it and does not end within half a minute.
+        InUseError: another process has it and does not end within half a minute.
     """
-    with (run_dir / ".lock").open("a") as lock:
-        for attempt in range(PATIENCE):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 0:
-                    event("note", text="waiting for another process of this run to end")
-                time.sleep(0.5)
-        else:
-            raise LockedError(
-                f"{run_dir}: another process is training this run",
-                hint="end it first, or begin another run with --run-name",
-            )
+
+    def say() -> None:
+        event("note", text="waiting for another process of this run to end")
+
+    with output_lock(run_dir, inside=True, wait_s=WAIT_S, on_wait=say):
         yield

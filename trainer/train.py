@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from modelops.base.errors import ModelopsError, TrainingError
+from modelops.base.errors import InUseError, ModelopsError, TrainingError
 from modelops.base.files import remove_leftovers
 from modelops.training.launch import read_run_spec
 
@@ -29,7 +29,7 @@ from .memory import is_out_of_memory
 from .parts import set_up
 from .plan import lr_factor, new_plan
 from .planning import correct_plan, first_plan, judge_time
-from .process import Interrupted, LockedError, Signals, run_lock
+from .process import Interrupted, Signals, run_lock
 from .record import write_record
 from .run import Run
 from .stats import event
@@ -72,7 +72,7 @@ def train(config_path: Path, *, resume: bool) -> int:
         step = run.progress.step if run else 0
         finish("failed", f"interrupted by {stop} at step {step}")
         return 128 + stop.signum
-    except LockedError:
+    except InUseError:
         raise
     except BaseException as error:
         message = error.message if isinstance(error, ModelopsError) else repr(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from modelops.base.files import sha256_tree
+from modelops.base.locks import output_lock
 from modelops.records.read import read_record
 from modelops.records.train import TrainRecord
 from runs import freeze, losses
@@ -300,12 +300,11 @@ def test_two_processes_of_one_run_do_not_meet(
 ) -> None:
     run_dir = tmp_path / "run"
     freeze(write_config(), run_dir)
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    with (run_dir / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr("modelops.trainer.process.WAIT_S", 0.0)
+    with output_lock(run_dir, inside=True):
         done = run_trainer(run_dir)
     assert done.code == 1
-    assert "another process is training this run" in done.err
+    assert f"{run_dir}: in use by process" in done.err
     assert not (run_dir / "train.json").exists()
 
 
