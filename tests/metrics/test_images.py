@@ -19,7 +19,7 @@ from modelops.evaluation.compare.agreement import compare_images, pair_images, p
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.open import open_source
-from modelops.metrics.images import Lpips, psnr, ssim
+from modelops.metrics.images import LPIPS_NETS, Lpips, psnr, ssim
 from modelops.records.comparison import ComparisonRecord
 from modelops.records.read import read_record
 
@@ -110,6 +110,28 @@ def test_lpips_is_the_packages_on_the_same_weights(pictures: list[Any], alexnet:
     assert made == pytest.approx(expected, abs=1e-5) and min(made) > 1e-4
     assert ours.distances(pictures[:1], pictures[:1]) == pytest.approx([0.0], abs=1e-7)
     assert len(ours.protocol["weights_sha256"]) == 64
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_images_that_are_too_small_for_lpips_are_told_by_their_size(
+    net: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("lpips")
+    import torch
+    from torchvision import models
+
+    bodies = {"alex": models.alexnet, "vgg": models.vgg16, "squeeze": models.squeezenet1_1}
+    layers = bodies[net](weights=None, num_classes=2).features.state_dict()
+    torch.save({f"features.{key}": value for key, value in layers.items()}, tmp_path / "w.pth")
+    ours, least = Lpips(tmp_path / "w.pth", net), LPIPS_NETS[net]
+    image = np.random.default_rng(0).integers(0, 256, (least, 40, 3), np.uint8)
+    assert np.isfinite(ours.distances([image], [255 - image])).all()
+    with pytest.raises(EvaluationError, match=f"one is 40x{least - 1}"):
+        ours.distances([image[1:]], [image[1:]])
+    tensor = torch.zeros(1, 3, least - 1, 40)
+    with pytest.raises(RuntimeError, match="too small"):  # the table is the network's own limit
+        ours.model(tensor, tensor)
 
 
 def test_other_weights_than_the_backbones_are_refused(alexnet: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from modelops.base.files import sha256_file
 
 Image = npt.NDArray[np.uint8]
 SSIM_WINDOW = 11  # pixels; Gaussian with sigma 1.5
-LPIPS_NETS = ("alex", "vgg", "squeeze")
+# Backbone, and the side in pixels from which its last layer has an output.
+LPIPS_NETS = {"alex": 31, "vgg": 16, "squeeze": 17}
 _LAYER = re.compile(r"net\.slice\d+\.(\d+\..+)")
 
 
@@ -85,6 +86,7 @@ class Lpips:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it calls torchvision by a deprecated argument
             self.model: Any = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        self._net = net
         _load_backbone(self.model, Path(weights), net)
         self.model.eval().requires_grad_(False)
         self.protocol: dict[str, Any] = {
@@ -93,12 +95,22 @@ class Lpips:
         }  # fmt: skip
 
     def distances(self, first: Sequence[Image], second: Sequence[Image]) -> npt.NDArray[np.float64]:
-        """LPIPS [N] of pairs of uint8 [H, W, 3]; each pair of one size; 0 for equal images."""
+        """LPIPS [N] of pairs of uint8 [H, W, 3]; each pair of one size; 0 for equal images.
+
+        Raises:
+            EvaluationError: the two of a pair differ in size, or are too small for the backbone.
+        """
         import torch
 
         results = []
         for one, other in zip(first, second, strict=True):
             _check_sizes(one, other)
+            height, width = one.shape[:2]
+            if min(height, width) < LPIPS_NETS[self._net]:
+                raise EvaluationError(
+                    f"LPIPS with {self._net} takes images of {LPIPS_NETS[self._net]} pixels a side "
+                    f"and more, and one is {width}x{height}"
+                )
             pair = torch.from_numpy(np.stack([one, other])).permute(0, 3, 1, 2).float()
             a, b = (pair / 127.5 - 1.0).split(1)
             with torch.no_grad():
