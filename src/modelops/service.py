@@ -20,7 +20,7 @@ from modelops.base.errors import ModelopsError
 from modelops.serving.http.app import create_app
 from modelops.serving.http.connections import limit_connections
 from modelops.serving.http.peers import Peers
-from modelops.serving.rollout.active_release import release_from_environment
+from modelops.serving.rollout.active_release import release_from_settings
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.logs import configure_logging
 from modelops.serving.telemetry.tracing import configure_tracing, flush_tracing
@@ -28,13 +28,11 @@ from modelops.serving.workers import (
     WorkerField,
     end_with_parent,
     this_worker,
-    worker_count,
 )
 
 try:
-    app = create_app()
-    WORKERS = worker_count()
     settings = NodeSettings.from_environment()
+    app = create_app(settings=settings)
     limits = limit_connections(settings.client_timeout_s, settings.max_connections)
 except ModelopsError as error:  # API keys that cannot be read, and the like
     raise SystemExit(f"error: {error}") from error
@@ -66,7 +64,7 @@ class HealthFromNode:
 @bentoml.service(
     name="modelops-image-generator",
     image=image,
-    workers=WORKERS,
+    workers=settings.workers,
     # The node's own deadline answers first, in OpenAI's shape; this one keeps a timer a request.
     traffic={"timeout": int(settings.deadline_s) + 60},
     tracing={"excluded_urls": ".*"},  # spans are the node's, see serving/telemetry/tracing.py
@@ -84,12 +82,12 @@ class ImageGenerator:
         end_with_parent()
         # After each step the engine's thread waits until another one lets go of the interpreter.
         sys.setswitchinterval(0.0005)
-        self.lines = configure_logging(os.environ)
-        self.worker = this_worker(bentoml.server_context.worker_index)
+        self.lines = configure_logging(settings)
+        self.worker = this_worker(bentoml.server_context.worker_index, settings)
         self.lines.addFilter(WorkerField(self.worker))
         configure_tracing(os.environ)
         self.rollout = open_rollout(
-            release_from_environment(),
+            release_from_settings(settings),
             settings,
             lambda path: InferenceNode(path, settings=settings, worker=self.worker),
             workers=self.worker.count,

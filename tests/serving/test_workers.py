@@ -24,9 +24,10 @@ from modelops.serving.http.keys import Caller
 from modelops.serving.http.limits import RateLimitError, RateLimits, SharedBuckets, Work
 from modelops.serving.http.peers import Peers, merge_expositions
 from modelops.serving.provenance.receipts import ReceiptLog
+from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.metrics import NodeMetrics
 from modelops.serving.telemetry.segments import LONGEST, SEGMENTS
-from modelops.serving.workers import Worker, prepare_workers, this_worker, worker_count
+from modelops.serving.workers import Worker, prepare_workers, this_worker
 from waiting import at_once
 
 
@@ -47,11 +48,11 @@ def ended(process: subprocess.Popen[str]) -> str:
 
 
 def test_the_number_of_workers() -> None:
-    assert worker_count({}) == worker_count({"MODELOPS_WORKERS": ""}) == 1
-    assert worker_count({"MODELOPS_WORKERS": "3"}) == 3
+    assert NodeSettings.from_environment({"MODELOPS_WORKERS": ""}).workers == 1
+    assert NodeSettings.from_environment({"MODELOPS_WORKERS": "3"}).workers == 3
     for bad in ("0", "-1", "65", "two", "1.5", "²"):
         with pytest.raises(UsageError, match="MODELOPS_WORKERS"):
-            worker_count({"MODELOPS_WORKERS": bad})
+            NodeSettings.from_environment({"MODELOPS_WORKERS": bad})
 
 
 def test_each_worker_takes_a_device_of_its_own(tmp_path: Path) -> None:
@@ -76,21 +77,22 @@ def test_the_cores_are_divided(tmp_path: Path) -> None:
 
 
 def test_a_worker_started_again_has_its_predecessors_number(tmp_path: Path) -> None:
-    environment = {"MODELOPS_WORKERS": "2", "MODELOPS_RUN_DIRECTORY": str(tmp_path)}
-    numbers = [this_worker(number, environment).index for number in (1, 2, 3, 4)]
+    settings = NodeSettings(workers=2, run_directory=str(tmp_path))
+    numbers = [this_worker(number, settings).index for number in (1, 2, 3, 4)]
     assert numbers == [1, 2, 1, 2]  # BentoML counts on while it replaces all of them
-    assert this_worker(1, {}) == this_worker(None, {}) == Worker()
+    assert this_worker(1, NodeSettings()) == this_worker(None, NodeSettings()) == Worker()
     with pytest.raises(ModelopsError, match="no directory in common"):
-        this_worker(1, {"MODELOPS_WORKERS": "2"})
+        this_worker(1, NodeSettings(workers=2))
 
 
 # --- the run directory --------------------------------------------------------------------------
 
 PREPARE = """
 import os, sys
+from modelops.serving.settings import NodeSettings
 from modelops.serving.workers import prepare_workers
 environment = dict(os.environ)
-directory = prepare_workers(environment)
+directory = prepare_workers(NodeSettings.from_environment(), environment)
 print(directory, oct(directory.stat().st_mode & 0o777), environment["OMP_NUM_THREADS"],
       environment["MODELOPS_RUN_DIRECTORY"] == str(directory), flush=True)
 (directory / "1.sock").touch()
@@ -128,7 +130,7 @@ def test_an_abandoned_one_goes_at_the_next_start(short_folder: Path) -> None:
 
 def test_one_worker_shares_nothing(tmp_path: Path) -> None:
     environment = {"MODELOPS_RUN_DIRECTORY": str(tmp_path), "BENTOML_CONTAINERIZED": "true"}
-    assert prepare_workers(environment) is None
+    assert prepare_workers(NodeSettings(), environment) is None
     assert environment == {"BENTOML_CONTAINERIZED": "true"}
 
 
@@ -390,8 +392,9 @@ WRITE = """
 import logging, os, sys
 from modelops.serving.telemetry.logs import configure_logging
 from modelops.serving.provenance.receipts import ReceiptLog
+from modelops.serving.settings import NodeSettings
 from modelops.serving.workers import Worker, WorkerField
-lines = configure_logging(os.environ)
+lines = configure_logging(NodeSettings.from_environment())
 lines.addFilter(WorkerField(Worker(index=int(sys.argv[2]), count=2)))
 receipts = ReceiptLog(sys.argv[1], max_bytes=10_000_000, writers=2)
 for number in range(400):

@@ -1,4 +1,4 @@
-"""The command reference, written from the commands' own help.
+"""The command reference, written from the commands' own help and the settings' own meaning.
 
 python -m modelops.cli.reference          writes REFERENCE.md
 python -m modelops.cli.reference --check  exits 1 if it is stale
@@ -13,6 +13,7 @@ import click
 
 from modelops.base.files import write_text
 from modelops.cli.main import cli
+from modelops.serving.settings import OF_COMMANDS, NodeSettings
 
 REFERENCE = Path(__file__).with_name("REFERENCE.md")
 
@@ -28,7 +29,23 @@ def render() -> str:
             command, info_name=" ".join(path), terminal_width=88, **cli.context_settings
         )
         sections.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
-    return "\n".join(sections)
+    return "\n".join([*sections, _settings()])
+
+
+def _settings() -> str:
+    """The section on environment variables."""
+    lines = [
+        "## Settings of a node\n",
+        "Environment variables that `modelops serve` and `bentoml serve` read; `modelops serve "
+        "settings` shows their values.\n",
+        "| variable | default | meaning |\n|---|---|---|",
+    ]
+    for row in NodeSettings().table():
+        default = f"`{row['default']}`" if row["default"] else ""
+        lines.append(f"| `{row['variable']}` | {default} | {row['about']} |")
+    lines += ["\n## Variables of commands and clients\n", "| variable | meaning |\n|---|---|"]
+    lines += [f"| `{name}` | {about} |" for name, about in OF_COMMANDS.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _walk(command: click.Command, path: list[str]) -> list[tuple[list[str], click.Command]]:

@@ -160,13 +160,11 @@ def run(
     from modelops.releases.verify import verify_release
     from modelops.serving.deploy.check import curl_line
     from modelops.serving.deploy.launch import check_address, run_server, serve_command
-    from modelops.serving.http.access import INSECURE_VARIABLE, check_open_address
-    from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
+    from modelops.serving.http.access import check_open_address
     from modelops.serving.provenance.manifests import Marker
     from modelops.serving.provenance.signing import open_signing_key
     from modelops.serving.rollout.active_release import release_to_serve
-    from modelops.serving.telemetry.logs import FILE_VARIABLE, FORMAT_VARIABLE, PROMPTS_VARIABLE
-    from modelops.serving.workers import WORKERS_VARIABLE, worker_count
+    from modelops.serving.settings import NodeSettings
 
     standing = release_to_serve(release)
     record = verify_release(standing)
@@ -176,34 +174,22 @@ def run(
     reached_at = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     url = f"http://[{reached_at}]:{port}" if ":" in reached_at else f"http://{reached_at}:{port}"
     command = serve_command(address, port)
-    environment = {}
-    for name, path in (
-        (KEYS_VARIABLE, keys),
-        ("MODELOPS_RECEIPTS", receipts),
-        ("MODELOPS_DRIFT_LOG", drift_log),
-        ("MODELOPS_RELEASES", releases),
-        ("MODELOPS_SIGNING_KEY", signing_key),
-        ("MODELOPS_SIGNING_CHAIN", signing_chain),
-        ("MODELOPS_WATERMARK_KEY", watermark_key),
-        ("MODELOPS_QUARANTINE", quarantine),
-    ):
-        if path is not None:
-            environment[name] = str(path.resolve())
-    if insecure:
-        environment[INSECURE_VARIABLE] = "1"
-    if workers is not None:
-        environment[WORKERS_VARIABLE] = str(workers)
-    everything = {**os.environ, **environment}
-    worker_count(everything)  # a wrong number is reported before anything starts
-    check_open_address(
-        address, everything, insecure=insecure or everything.get(INSECURE_VARIABLE) == "1"
-    )
-    if log_prompts:
-        environment[PROMPTS_VARIABLE] = "1"
-    if log_file is not None:
-        environment[FILE_VARIABLE] = str(log_file.resolve())
-    if log_format != "auto":
-        environment[FORMAT_VARIABLE] = log_format
+    folders = {
+        "api_keys_file": keys, "receipts": receipts, "drift_log": drift_log, "releases": releases,
+        "signing_key": signing_key, "signing_chain": signing_chain,
+        "watermark_key": watermark_key, "quarantine": quarantine, "log_file": log_file,
+    }  # fmt: skip
+    given = {
+        **{name: str(path.resolve()) for name, path in folders.items() if path is not None},
+        **({"workers": workers} if workers is not None else {}),
+        **({"insecure": True} if insecure else {}),
+        **({"log_prompts": True} if log_prompts else {}),
+        **({"log_format": log_format} if log_format != "auto" else {}),
+    }
+    environment = NodeSettings(**given).to_environment()
+    # All of them, so that a wrong one is reported before anything starts.
+    settings = NodeSettings.from_environment({**os.environ, **environment})
+    check_open_address(address, settings)
     if dry_run:
         shown = {"MODELOPS_RELEASE": str(release), **environment}
         words = [f"{name}={shlex.quote(value)}" for name, value in shown.items()]
@@ -213,9 +199,7 @@ def run(
             text=f"{' '.join(words)} {shlex.join(command)}",
         )  # fmt: skip
         return
-    signer = open_signing_key(
-        everything.get("MODELOPS_SIGNING_KEY"), everything.get("MODELOPS_SIGNING_CHAIN")
-    )
+    signer = open_signing_key(settings.signing_key, settings.signing_chain)
     Marker(signer, software=(record.name, record.version))  # which tries it
     if signer.development:
         say("signing with a DEVELOPMENT key: good for trying it, not for production")
@@ -226,6 +210,39 @@ def run(
     emit({"status": "stopped", "code": code})
     if code:
         raise click.exceptions.Exit(code)
+
+
+@serve.command()
+@json_option
+def settings() -> None:
+    """List the settings of a node: variable, value, default and meaning.
+
+    The values are those of this environment; `*` marks what it sets. An option of `modelops serve`
+    sets the variable of its name. A wrong value ends with exit code 2.
+
+    \b
+    Example:
+      MODELOPS_WORKERS=2 modelops serve settings
+    """
+    import os
+    import shutil
+    import textwrap
+
+    from modelops.serving.deploy.start import check_names
+    from modelops.serving.settings import NodeSettings
+
+    check_names(os.environ)
+    rows = NodeSettings.from_environment().table()
+    width = max(60, min(100, shutil.get_terminal_size().columns))
+    lines = []
+    for row in rows:
+        default = f" (default {row['default']})" if row["set"] and row["default"] else ""
+        mark = "*" if row["set"] else " "
+        lines.append(f"{mark} {row['variable']}={row['value']}{default}")
+        lines += textwrap.wrap(
+            str(row["about"]), width, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    emit({"settings": rows}, text="\n".join(lines))
 
 
 @serve.command()

@@ -21,17 +21,16 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.base.private import PrivateFolder
+from modelops.serving.settings import MAX_WORKERS, NodeSettings
 
-WORKERS_VARIABLE = "MODELOPS_WORKERS"
-RUN_VARIABLE = "MODELOPS_RUN_DIRECTORY"  # set here for the workers, not by an operator
-MAX_WORKERS = 64
+RUN_VARIABLE = "MODELOPS_RUN_DIRECTORY"
 _PREFIX = "modelops-run-"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _MAX_PATH = 103  # bytes of a Unix socket's path, with some to spare
@@ -94,19 +93,7 @@ class Worker:
         return f"cuda:{self.cuda_number(device, visible)}"
 
 
-def worker_count(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of workers in MODELOPS_WORKERS; 1 when it is not set.
-
-    Raises:
-        UsageError: not a whole number from 1 to 64.
-    """
-    text = environment.get(WORKERS_VARIABLE, "") or "1"
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_WORKERS):
-        raise UsageError(f"{WORKERS_VARIABLE}={text!r}: not a whole number from 1 to {MAX_WORKERS}")
-    return int(text)
-
-
-def this_worker(number: int | None, environment: Mapping[str, str] = os.environ) -> Worker:
+def this_worker(number: int | None, settings: NodeSettings) -> Worker:
     """Return the worker that this process is.
 
     Args:
@@ -116,13 +103,13 @@ def this_worker(number: int | None, environment: Mapping[str, str] = os.environ)
     Raises:
         ModelopsError: there are several workers, and their run directory is missing.
     """
-    count = worker_count(environment)
+    count = settings.workers
     if count == 1:
         return Worker()
-    directory = run_directory(environment)
+    directory = settings.shared_directory
     if directory is None or not directory.is_dir():
         raise ModelopsError(
-            f"{RUN_VARIABLE}={directory}: {count} workers have no directory in common",
+            f"MODELOPS_RUN_DIRECTORY={directory}: {count} workers have no directory in common",
             hint="start them with `modelops serve` or `bentoml serve`",
         )
     with contextlib.suppress(OSError):
@@ -137,13 +124,9 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def run_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the directory that the workers of a node share; None for a node of one."""
-    path = environment.get(RUN_VARIABLE, "")
-    return Path(path) if path and worker_count(environment) > 1 else None
-
-
-def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path | None:
+def prepare_workers(
+    settings: NodeSettings, environment: MutableMapping[str, str] = os.environ
+) -> Path | None:
     """Make the run directory of several workers, and their environment.
 
     Runs in the process that starts the workers, before they start. The directory (mode 0700) is
@@ -155,7 +138,7 @@ def prepare_workers(environment: MutableMapping[str, str] = os.environ) -> Path 
     Raises:
         ModelopsError: the directory cannot be made.
     """
-    count = worker_count(environment)
+    count = settings.workers
     environment.pop(RUN_VARIABLE, None)
     if count == 1:
         return None

@@ -30,6 +30,10 @@ from modelops.serving.http.keys import (
 from modelops.serving.settings import NodeSettings
 
 
+def from_list(digests: str) -> tuple[str, ...]:
+    return NodeSettings.from_environment({"MODELOPS_API_KEYS": digests}).api_keys
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "keys.json"
@@ -110,18 +114,18 @@ def test_a_file_that_breaks_lets_nobody_in_until_it_is_mended(
 
 def test_digests_in_the_environment_go_on_working() -> None:
     digests = [hashlib.sha256(key).hexdigest() for key in (b"one", b"two")]
-    ring = KeyRing.from_environment({"MODELOPS_API_KEYS": ",".join(digests)})
+    ring = KeyRing(digests=from_list(",".join(digests)))
     assert (name_of(ring, "one"), name_of(ring, "two"), name_of(ring, "six")) == (
         "key-1", "key-2", None,
     )  # fmt: skip
-    assert not KeyRing.from_environment({}).required
+    assert not KeyRing().required
     with pytest.raises(UsageError, match="MODELOPS_API_KEYS"):
-        KeyRing.from_environment({"MODELOPS_API_KEYS": "mo-pasted"})
+        from_list("mo-pasted")
 
 
 def test_the_digest_of_nothing_lets_nobody_in() -> None:
     """`printf %s "$KEY" | sha256sum` where KEY is not set."""
-    ring = KeyRing.from_environment({"MODELOPS_API_KEYS": hashlib.sha256(b"").hexdigest()})
+    ring = KeyRing(digests=from_list(hashlib.sha256(b"").hexdigest()))
     for header in ("", "Bearer", "Bearer ", "Bearer   "):
         with pytest.raises(UnknownKeyError):
             ring.identify(header)
@@ -187,18 +191,18 @@ def test_a_key_goes_into_a_file_that_only_its_owner_reads(
 def test_an_open_address_needs_keys(path: Path, host: str | None, loopback: bool) -> None:
     assert is_loopback(host) is loopback
     create_key(path, "alice")
-    closed, insecure = {"MODELOPS_API_KEYS_FILE": str(path)}, {"MODELOPS_INSECURE": "1"}
+    closed, insecure = NodeSettings(api_keys_file=str(path)), NodeSettings(insecure=True)
     if host is not None:
-        check_open_address(host, closed, insecure=False)
-        check_open_address(host, {}, insecure=True)
-    assert Access.from_environment(insecure).identify("", host).name == "anonymous"
+        check_open_address(host, closed)
+        check_open_address(host, insecure)
+    assert Access.from_settings(insecure).identify("", host).name == "anonymous"
     if loopback:
-        assert Access.from_environment({}).identify("", host).name == "anonymous"
+        assert Access.from_settings(NodeSettings()).identify("", host).name == "anonymous"
     else:
         with pytest.raises(UsageError, match="no API keys"):
-            check_open_address(host or "", {}, insecure=False)
+            check_open_address(host or "", NodeSettings())
         with pytest.raises(Exception, match="no API keys") as error:
-            Access.from_environment({}).identify("", host)
+            Access.from_settings(NodeSettings()).identify("", host)
         assert error.value.status == 403  # type: ignore[attr-defined]
 
 

@@ -166,11 +166,11 @@ def test_never_more_than_the_rate_and_the_wait_is_the_shortest(
 
 
 def test_rates_from_the_environment() -> None:
-    limits = RateLimits.from_environment({"MODELOPS_REQUESTS_PER_MINUTE": "1"})
+    limits = RateLimits.from_settings(NodeSettings(requests_per_minute=1))
     assert refused(limits, ALICE) is None and refused(limits, ALICE) is not None
     for bad in ("0", "-1", "1.5", "many", "²", "9999999"):
         with pytest.raises(UsageError, match="MODELOPS_IMAGES_PER_MINUTE"):
-            RateLimits.from_environment({"MODELOPS_IMAGES_PER_MINUTE": bad})
+            NodeSettings.from_environment({"MODELOPS_IMAGES_PER_MINUTE": bad})
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from PIL import Image
 from browsers import chromium, page_of
 from live_node import http
 from modelops.base.errors import UsageError
-from modelops.serving.http.page import build_page, page_from_environment
+from modelops.serving.http.page import build_page
 from modelops.serving.settings import NodeSettings
 from stage import Stage, cleared, staged
 from waiting import wait_until
@@ -83,7 +83,7 @@ def test_the_setting(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     with http(stage.node) as live, pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(live.url + "/", timeout=30)
     with pytest.raises(UsageError, match="MODELOPS_PAGE"):
-        page_from_environment({"MODELOPS_PAGE": "no"})
+        NodeSettings.from_environment({"MODELOPS_PAGE": "perhaps"})
 
 
 @pytest.fixture(scope="module")

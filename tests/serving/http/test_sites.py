@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from modelops.base.errors import UsageError
 from modelops.serving.http.app import create_app
 from modelops.serving.http.keys import KeyRing
-from modelops.serving.http.sites import allowed_origins
+from modelops.serving.settings import NodeSettings
 
 IMAGES, MODELS = "/v1/images/generations", "/v1/models"
 
@@ -108,4 +108,4 @@ def test_allowed_origins_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answer.headers["Access-Control-Allow-Origin"] == "https://studio.example"
     for bad in ("studio.example", "https://a.example/path", "ftp://a.example", "https://"):
         with pytest.raises(UsageError, match="is no origin"):
-            allowed_origins({"MODELOPS_ALLOWED_ORIGINS": bad})
+            NodeSettings.from_environment({"MODELOPS_ALLOWED_ORIGINS": bad})

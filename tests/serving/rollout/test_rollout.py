@@ -24,7 +24,7 @@ from modelops.cli.main import main
 from modelops.serving.http.keys import KeyRing, create_key, read_keys
 from modelops.serving.rollout.active_release import (
     read_active_release,
-    release_from_environment,
+    release_from_settings,
     release_to_serve,
 )
 from modelops.serving.rollout.client import exit_code, trial_exit_code
@@ -567,9 +567,10 @@ def test_what_was_promoted_stands_after_a_restart(releases: Path, tmp_path: Path
         {"MODELOPS_RELEASES": str(releases)},
         {"MODELOPS_RELEASES": str(releases), "MODELOPS_RELEASE": str(releases)},
     ):
-        assert release_from_environment(environment) == (releases / "next").resolve()
-    named = {"MODELOPS_RELEASES": str(releases), "MODELOPS_RELEASE": str(releases / "twin")}
-    assert release_from_environment(named) == releases / "twin"  # somebody wanted this one
+        settings = NodeSettings.from_environment(environment)
+        assert release_from_settings(settings) == (releases / "next").resolve()
+    named = NodeSettings(releases=str(releases), release=str(releases / "twin"))
+    assert release_from_settings(named) == releases / "twin"  # somebody wanted this one
     shutil.rmtree(releases / "next")
     with pytest.raises(UsageError, match="no release of this name"):
         release_to_serve(releases)
@@ -583,7 +584,7 @@ def test_what_was_promoted_stands_after_a_restart(releases: Path, tmp_path: Path
     shutil.copytree(releases / "twin", alone / "one")
     assert release_to_serve(alone) == (alone / "one").resolve()
     with pytest.raises(UsageError, match="MODELOPS_RELEASE is not set"):
-        release_from_environment({})
+        release_from_settings(NodeSettings())
 
 
 # --- races ----------------------------------------------------------------------------------------

@@ -375,7 +375,7 @@ def test_log_disk_is_full(lab: Lab) -> None:
     before = logger.handlers[:], logger.level, logger.propagate
     with lab.fault("ModelopsLogLinesLost"):
         lost = lab.near.metrics.log_lost
-        writer = configure_logging({"MODELOPS_LOG_FILE": "/dev/full"}, on_lost=lost.inc)
+        writer = configure_logging(NodeSettings(log_file="/dev/full"), on_lost=lost.inc)
         try:
             lab.until("ModelopsLogLinesLost")
         finally:

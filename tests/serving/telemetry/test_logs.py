@@ -25,6 +25,7 @@ from modelops.safety.prompt import WordListFilter
 from modelops.serving.deploy.launch import start_server
 from modelops.serving.http.app import create_app
 from modelops.serving.node.node import InferenceNode
+from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.logs import (
     PROMPTS,
     JsonLines,
@@ -42,7 +43,9 @@ SECRET = "a purple walrus on a bicycle"
 def logging_to(path: Path, **variables: str) -> Iterator[LineWriter]:
     logger = logging.getLogger("modelops")
     before = logger.handlers[:], logger.level, logger.propagate
-    writer = configure_logging({"MODELOPS_LOG_FILE": str(path), **variables})
+    writer = configure_logging(
+        NodeSettings.from_environment({"MODELOPS_LOG_FILE": str(path), **variables})
+    )
     try:
         yield writer
     finally:
@@ -223,7 +226,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         {"MODELOPS_LOG_FILE": str(tmp_path / "no" / "such" / "folder")},
     ):
         with pytest.raises(UsageError, match=next(iter(variables))):
-            configure_logging(variables)
+            configure_logging(NodeSettings.from_environment(variables))
 
 
 def test_lines_for_a_terminal() -> None:

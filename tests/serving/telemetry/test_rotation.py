@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from modelops.base.errors import UsageError
+from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.logs import LineWriter, configure_logging
 from modelops.serving.telemetry.rotation import RotatingFile
 
@@ -99,7 +100,7 @@ def test_the_server_log_is_bounded_by_default_and_by_the_environment(tmp_path: P
         "MODELOPS_LOG_FILE": str(tmp_path / "log"), "MODELOPS_LOG_MB": "0.02",
         "MODELOPS_LOG_KEEP": "1",
     }  # fmt: skip
-    writer = configure_logging(variables)
+    writer = configure_logging(NodeSettings.from_environment(variables))
     try:
         for number in range(500):
             logging.getLogger("modelops.serving").info("line %d", number)
@@ -122,7 +123,7 @@ def test_the_server_log_is_bounded_by_default_and_by_the_environment(tmp_path: P
 def test_bounds_that_make_no_sense_are_refused(tmp_path: Path, name: str, value: str) -> None:
     variables = {"MODELOPS_LOG_FILE": str(tmp_path / "log"), f"MODELOPS_LOG_{name}": value}
     with pytest.raises(UsageError, match=f"MODELOPS_LOG_{name}"):
-        configure_logging(variables)
+        configure_logging(NodeSettings.from_environment(variables))
 
 
 def test_a_pipe_is_never_rotated(tmp_path: Path) -> None:

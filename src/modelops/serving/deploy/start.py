@@ -14,47 +14,18 @@ from modelops.base.errors import UsageError
 from modelops.releases.verify import verify_release
 from modelops.safety.registry import check_image_filter, check_prompt_filter
 from modelops.serving.deploy.preflight import require_preflight
-from modelops.serving.http.access import INSECURE_VARIABLE
-from modelops.serving.http.keys import DIGESTS_VARIABLE
-from modelops.serving.http.keys import FILE_VARIABLE as KEYS_VARIABLE
-from modelops.serving.http.limits import IMAGES_VARIABLE, REQUESTS_VARIABLE
-from modelops.serving.http.page import PAGE_VARIABLE
-from modelops.serving.http.sites import ORIGINS_VARIABLE, allowed_origins
 from modelops.serving.moderation.quarantine import check_quarantine
 from modelops.serving.moderation.store import make_private
 from modelops.serving.provenance.manifests import Marker
 from modelops.serving.provenance.signing import open_signing_key
 from modelops.serving.provenance.watermark import open_watermark
-from modelops.serving.rollout.active_release import (
-    RELEASE_VARIABLE,
-    RELEASES_VARIABLE,
-    release_from_environment,
-)
-from modelops.serving.settings import NodeSettings
-from modelops.serving.telemetry.logs import (
-    FILE_VARIABLE,
-    FORMAT_VARIABLE,
-    KEEP_VARIABLE,
-    MEGABYTES_VARIABLE,
-    PROMPTS_VARIABLE,
-    check_logging,
-)
+from modelops.serving.rollout.active_release import release_from_settings
+from modelops.serving.settings import PREFIX, NodeSettings, known_variables
+from modelops.serving.telemetry.logs import check_logging
 from modelops.serving.telemetry.segments import SegmentLog
 from modelops.serving.telemetry.tracing import check_tracing
-from modelops.serving.workers import (
-    RUN_VARIABLE,
-    WORKERS_VARIABLE,
-    prepare_workers,
-    worker_count,
-)
+from modelops.serving.workers import prepare_workers
 
-_OTHERS = (
-    DIGESTS_VARIABLE, FILE_VARIABLE, FORMAT_VARIABLE, IMAGES_VARIABLE, INSECURE_VARIABLE,
-    KEEP_VARIABLE, KEYS_VARIABLE, MEGABYTES_VARIABLE, PAGE_VARIABLE, PROMPTS_VARIABLE,
-    RELEASES_VARIABLE, RELEASE_VARIABLE, REQUESTS_VARIABLE, RUN_VARIABLE, WORKERS_VARIABLE,
-    "MODELOPS_ADMIN_KEY", "MODELOPS_API_KEY", "MODELOPS_CACHE", "MODELOPS_DEBUG",
-    "MODELOPS_TRUST_CODE", ORIGINS_VARIABLE,
-)  # fmt: skip
 _ALIKE = 0.9
 log = logging.getLogger("modelops.serving")
 
@@ -69,15 +40,14 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     check_prompt_filter(settings.prompt_filter)
     check_image_filter(settings.image_filter, pinned=True)
     check_tracing(environment)
-    allowed_origins(environment)
     if settings.releases and not Path(settings.releases).is_dir():
-        raise UsageError(f"{RELEASES_VARIABLE}={settings.releases}: no such folder")
+        raise UsageError(f"MODELOPS_RELEASES={settings.releases}: no such folder")
     check_quarantine(settings)
-    check_logging(environment)
+    check_logging(settings)
     _check_folders(settings)
     if settings.watermark_key:
         open_watermark(settings.watermark_key)
-    root = release_from_environment()
+    root = release_from_settings(settings)
     record = verify_release(root)
     if (
         settings.device.partition(":")[0] == "cuda"
@@ -92,7 +62,7 @@ def check_the_start(settings: NodeSettings, environment: Mapping[str, str] = os.
     Marker(signer, software=(record.name, record.version))  # which tries it
     if (root / record.model / "artifact.json").is_file():
         log.info("preflight: %s", require_preflight(root, runtime=settings.runtime))
-    prepare_workers()
+    prepare_workers(settings)
 
 
 def _check_folders(settings: NodeSettings) -> None:
@@ -107,14 +77,9 @@ def _check_folders(settings: NodeSettings) -> None:
     ):
         if folder:
             limit = megabytes * 1_000_000
-            SegmentLog(folder, prefix="", max_bytes=limit, what=what, writers=worker_count())
+            SegmentLog(folder, prefix="", max_bytes=limit, what=what, writers=settings.workers)
     if settings.quarantine:
         make_private(Path(settings.quarantine))
-
-
-def known_variables() -> set[str]:
-    """Return every MODELOPS_ variable that modelops reads."""
-    return {*NodeSettings.variables(), *_OTHERS}
 
 
 def check_names(environment: Mapping[str, str]) -> None:
@@ -128,7 +93,7 @@ def check_names(environment: Mapping[str, str]) -> None:
     """
     known = known_variables()
     for name in sorted(environment):
-        if not name.startswith("MODELOPS_") or name in known:
+        if not name.startswith(PREFIX) or name in known:
             continue
         if meant := difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE):
             raise UsageError(f"{name}: no such setting", hint=f"{meant[0]} is one")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 
 from modelops.base.errors import UsageError
 from modelops.serving.api import ApiError
 from modelops.serving.http.keys import (
-    FILE_VARIABLE,
     Caller,
     KeyRing,
     KeysUnavailableError,
     UnknownKeyError,
 )
 from modelops.serving.http.limits import ImageRate, RateLimitError, RateLimits, Work
-
-INSECURE_VARIABLE = "MODELOPS_INSECURE"
+from modelops.serving.settings import NodeSettings
 
 
 class Access:
@@ -37,19 +34,16 @@ class Access:
         self.insecure = insecure
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Access:
-        """Read the environment; see keys.py, limits.py and MODELOPS_INSECURE.
+    def from_settings(cls, settings: NodeSettings) -> Access:
+        """Make the keys and limits that a node's settings describe.
 
         Raises:
-            UsageError: a variable has an invalid value.
+            UsageError: the file of keys cannot be read.
         """
-        insecure = environment.get(INSECURE_VARIABLE, "0")
-        if insecure not in ("0", "1"):
-            raise UsageError(f"{INSECURE_VARIABLE}={insecure!r}: must be 0 or 1")
         return cls(
-            KeyRing.from_environment(environment),
-            RateLimits.from_environment(environment),
-            insecure=insecure == "1",
+            KeyRing(digests=settings.api_keys, path=settings.api_keys_file or None),
+            RateLimits.from_settings(settings),
+            insecure=settings.insecure,
         )
 
     def identify(self, authorization: str, server_host: str | None) -> Caller:
@@ -67,7 +61,7 @@ class Access:
             raise ApiError(
                 403, "api_keys_not_configured",
                 "this server has no API keys and answers on its loopback address only; "
-                f"its operator can set {FILE_VARIABLE}, or {INSECURE_VARIABLE}=1",
+                "its operator can set MODELOPS_API_KEYS_FILE, or MODELOPS_INSECURE=1",
             )  # fmt: skip
         try:
             return self.keys.identify(authorization)
@@ -138,15 +132,14 @@ def is_loopback(host: str | None) -> bool:
     return (mapped or address).is_loopback
 
 
-def check_open_address(host: str, environment: Mapping[str, str], *, insecure: bool) -> None:
+def check_open_address(host: str, settings: NodeSettings) -> None:
     """Refuse to listen on an open address without keys.
 
     Raises:
-        UsageError: no keys, not loopback and not `insecure`; or `Access.from_environment` refuses
-            a variable, which is then reported before a server starts.
+        UsageError: no keys, not loopback and not `insecure`; or the file of keys cannot be read.
     """
-    access = Access.from_environment(environment)
-    if not (is_loopback(host) or insecure or access.keys.required):
+    access = Access.from_settings(settings)
+    if not (is_loopback(host) or settings.insecure or access.keys.required):
         raise UsageError(
             f"{host}: everybody who reaches this address could use the model: there are no API "
             "keys",

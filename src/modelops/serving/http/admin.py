@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from modelops.base.errors import UsageError
 from modelops.serving.api import ApiError
 from modelops.serving.http.answers import check_key, read_body
-from modelops.serving.http.keys import FILE_VARIABLE, Caller
+from modelops.serving.http.keys import Caller
 from modelops.serving.rollout.rollout import Rollout
 from modelops.serving.rollout.trial import CanaryRules
 from modelops.serving.telemetry.tracing import SCOPE_KEY
@@ -113,8 +113,9 @@ def _let_in(app: FastAPI, request: Request) -> tuple[Rollout, Caller]:
     if not app.state.access.keys.required:
         raise ApiError(
             403, "admin_key_required",
-            f"this server has no API keys, so nobody may administer it; its operator can set "
-            f"{FILE_VARIABLE} to a file with a key of `modelops serve key create NAME --admin`",
+            "this server has no API keys, so nobody may administer it; its operator can set "
+            "MODELOPS_API_KEYS_FILE to a file with a key of `modelops serve key create NAME "
+            "--admin`",
         )  # fmt: skip
     caller = check_key(app, request)
     if not caller.admin:

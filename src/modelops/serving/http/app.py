@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import logging
 import math
-import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +30,9 @@ from modelops.serving.http.openapi import (
 )
 from modelops.serving.http.page import add_page
 from modelops.serving.http.routing import AppState, RoutedStream, make_images, through_routes
-from modelops.serving.http.sites import SiteRules, allowed_origins
+from modelops.serving.http.sites import SiteRules
 from modelops.serving.http.streaming import MEDIA_TYPE as EVENTS
+from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.logs import PROMPTS
 from modelops.serving.telemetry.metrics import CONTENT_TYPE
 from modelops.serving.telemetry.tracing import SCOPE_KEY, RequestTrace
@@ -46,13 +46,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("modelops.serving")
 
 
-def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = None) -> FastAPI:
+def create_app(
+    node: InferenceNode | None = None,
+    *,
+    rollout: Rollout | None = None,
+    settings: NodeSettings | None = None,
+) -> FastAPI:
     """Make the FastAPI application of a node.
 
     Args:
         node: may also be set later as `app.state.node`; until then everything answers 503.
         rollout: in place of a single node; may also be set later as `app.state.rollout`.
+        settings: of the keys, limits, origins and page; otherwise those of the environment.
+
+    Raises:
+        UsageError: the environment or the file of keys cannot be used.
     """
+    settings = settings or NodeSettings.from_environment()
     app = FastAPI(
         title="modelops inference node",
         version=__version__,
@@ -64,10 +74,10 @@ def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = N
     app.state = AppState({"rollout": rollout})
     if node is not None:
         app.state.node = node
-    app.state.access = Access.from_environment(os.environ)
+    app.state.access = Access.from_settings(settings)
     app.state.preview_turns = asyncio.Semaphore(1)
     app.state.peers = None  # the other workers, where there are any
-    origins = allowed_origins()
+    origins = settings.allowed_origins
     app.add_middleware(SiteRules, application=app, origins=origins)
     if origins:
         app.add_middleware(
@@ -80,7 +90,7 @@ def create_app(node: InferenceNode | None = None, *, rollout: Rollout | None = N
     _add_images(app)
     _add_health(app)
     add_admin_routes(app)
-    add_page(app)
+    add_page(app, shown=settings.page)
 
     # Inside BentoML's router an unmatched path would get its answer, not ours.
     @app.api_route(

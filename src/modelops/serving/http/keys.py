@@ -15,10 +15,9 @@ import hashlib
 import hmac
 import logging
 import os
-import re
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,8 +37,6 @@ from modelops.base.files import atomic_path, read_text
 
 log = logging.getLogger("modelops.serving")
 
-DIGESTS_VARIABLE = "MODELOPS_API_KEYS"  # comma-separated hex sha256 of valid keys, without names
-FILE_VARIABLE = "MODELOPS_API_KEYS_FILE"
 PREFIX = "mo-"
 KEY_BYTES = 32
 
@@ -126,21 +123,6 @@ class KeyRing:
         if self._path is not None:
             self._read = _callers(read_keys(self._path))
             self._state = _state(self._path)
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> KeyRing:
-        """Make the ring that MODELOPS_API_KEYS and MODELOPS_API_KEYS_FILE describe.
-
-        Raises:
-            UsageError: one of them holds something else, such as a key itself.
-        """
-        listed = environment.get(DIGESTS_VARIABLE, "").replace(",", " ").split()
-        if not all(re.fullmatch(r"[0-9a-fA-F]{64}", digest) for digest in listed):
-            raise UsageError(
-                f"{DIGESTS_VARIABLE}: holds something that is no sha256 in hex",
-                hint="give the digests of the keys (sha256sum), separated by commas",
-            )
-        return cls(digests=tuple(listed), path=environment.get(FILE_VARIABLE) or None)
 
     @property
     def required(self) -> bool:

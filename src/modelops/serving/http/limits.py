@@ -19,22 +19,20 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from modelops.base.errors import ModelopsError, UsageError
+from modelops.base.errors import ModelopsError
 from modelops.serving.http.keys import Caller
-from modelops.serving.workers import run_directory
+from modelops.serving.settings import NodeSettings
 
 log = logging.getLogger("modelops.serving")
 
 T = TypeVar("T")
 
-REQUESTS_VARIABLE = "MODELOPS_REQUESTS_PER_MINUTE"
-IMAGES_VARIABLE = "MODELOPS_IMAGES_PER_MINUTE"
 MINUTE_S = 60.0
 MAX_CALLERS = 10_000
 _WHAT = ("requests", "images")
@@ -227,27 +225,13 @@ class RateLimits:
         self._store = store or OwnBuckets(clock)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> RateLimits:
-        """Read the default rates: MODELOPS_REQUESTS_PER_MINUTE and MODELOPS_IMAGES_PER_MINUTE.
-
-        Workers of one node share their buckets in its run directory.
-
-        Raises:
-            UsageError: not a whole number from 1 on.
-        """
-        shared = run_directory(environment)
-
-        def rate(name: str) -> int | None:
-            text = environment.get(name, "")
-            if not text:
-                return None
-            if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1_000_000):
-                raise UsageError(f"{name}={text!r}: not a whole number from 1 to 1000000")
-            return int(text)
-
+    def from_settings(cls, settings: NodeSettings) -> RateLimits:
+        """Make the limits that a node's settings say; its workers share their buckets in its run
+        directory."""
+        shared = settings.shared_directory
         return cls(
-            requests_per_minute=rate(REQUESTS_VARIABLE),
-            images_per_minute=rate(IMAGES_VARIABLE),
+            requests_per_minute=settings.requests_per_minute,
+            images_per_minute=settings.images_per_minute,
             store=SharedBuckets(shared / "limits") if shared else None,
         )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +17,6 @@ from importlib import resources
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 
-from modelops.base.errors import UsageError
 from modelops.base.seeding import MAX_SEED
 from modelops.serving.api import (
     MAX_GUIDANCE,
@@ -27,8 +25,6 @@ from modelops.serving.api import (
     MAX_STEPS,
     ApiError,
 )
-
-PAGE_VARIABLE = "MODELOPS_PAGE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +35,9 @@ class Page:
     headers: Mapping[str, str]
 
 
-def page_from_environment(environment: Mapping[str, str] = os.environ) -> Page | None:
-    """Return the page, or None where MODELOPS_PAGE is 0.
-
-    Raises:
-        UsageError: MODELOPS_PAGE is neither 0 nor 1.
-    """
-    wanted = environment.get(PAGE_VARIABLE, "1")
-    if wanted not in ("0", "1"):
-        raise UsageError(f"{PAGE_VARIABLE}={wanted!r}: must be 0 or 1")
-    return build_page() if wanted == "1" else None
-
-
-def add_page(app: FastAPI) -> None:
-    """Answer GET / with the page, unless the environment leaves it out.
-
-    Raises:
-        UsageError: see `page_from_environment`.
-    """
-    page = page_from_environment()
+def add_page(app: FastAPI, *, shown: bool = True) -> None:
+    """Answer GET / with the page, or 404 where it is not to be shown."""
+    page = build_page() if shown else None
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def try_it() -> Response:

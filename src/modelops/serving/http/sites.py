@@ -9,13 +9,11 @@ with keys needs no such rule.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from modelops.base.errors import UsageError
 from modelops.serving.api import ApiError
 from modelops.serving.http.access import is_loopback
 from modelops.serving.http.answers import error_response
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-ORIGINS_VARIABLE = "MODELOPS_ALLOWED_ORIGINS"  # comma-separated, as https://studio.example
 OPEN_PATHS = ("/healthz", "/readyz", "/livez")  # a probe of the platform names the node as it likes
 _LOCAL = re.compile(r"(127\.[0-9.]+|localhost|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 _FORWARDED = frozenset({  # besides X-Forwarded-...
@@ -32,32 +29,13 @@ _FORWARDED = frozenset({  # besides X-Forwarded-...
     b"cf-connecting-ip", b"fastly-client-ip", b"x-original-forwarded-for",
     b"x-envoy-external-address",
 })  # fmt: skip
-
-
-def allowed_origins(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the origins of browser clients on other sites that may use the node.
-
-    Raises:
-        UsageError: one that is no origin.
-    """
-    listed = [item.strip() for item in environment.get(ORIGINS_VARIABLE, "").split(",")]
-    for origin in filter(None, listed):
-        url = urlsplit(origin)
-        if url.scheme not in ("http", "https") or not url.netloc or url.path or url.query:
-            raise UsageError(
-                f"{ORIGINS_VARIABLE}: {origin!r} is no origin",
-                hint="such as https://studio.example",
-            )
-    return [origin for origin in listed if origin]
-
-
 _FOREIGN_PAGE = ApiError(403, "cross_origin_request", "this server answers no page of another site")
 
 
 class SiteRules:
     """ASGI middleware that refuses what a foreign page may have sent to a node without keys."""
 
-    def __init__(self, app: ASGIApp, *, application: FastAPI, origins: list[str]) -> None:
+    def __init__(self, app: ASGIApp, *, application: FastAPI, origins: tuple[str, ...]) -> None:
         self.app, self.application, self.origins = app, application, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +51,7 @@ class SiteRules:
         await self.app(scope, receive, send)
 
 
-def _refusal(headers: Mapping[bytes, bytes], origins: list[str]) -> ApiError | None:
+def _refusal(headers: Mapping[bytes, bytes], origins: tuple[str, ...]) -> ApiError | None:
     host = headers.get(b"host", b"").decode("latin-1")
     if any(name in _FORWARDED or name.startswith(b"x-forwarded") for name in headers):
         return ApiError(

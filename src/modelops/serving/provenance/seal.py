@@ -30,7 +30,6 @@ from modelops.serving.provenance.receipts import (
 )
 from modelops.serving.provenance.signing import open_signing_key
 from modelops.serving.provenance.watermark import METHOD, Watermark, open_watermark
-from modelops.serving.workers import worker_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +88,7 @@ class Sealer:
             ReceiptLog(
                 settings.receipts,
                 max_bytes=settings.receipts_mb * 1_000_000,
-                writers=worker_count(),
+                writers=settings.workers,
                 registry=registry,
             )
             if settings.receipts

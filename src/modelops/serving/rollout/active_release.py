@@ -10,8 +10,6 @@ links that lead out are refused.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from modelops.base.errors import IntegrityError, UsageError
 from modelops.base.files import read_text, safe_join, sha256_file, write_text
 from modelops.releases.verify import RECORD_FILE
+from modelops.serving.settings import NodeSettings
 
-RELEASE_VARIABLE = "MODELOPS_RELEASE"
-RELEASES_VARIABLE = "MODELOPS_RELEASES"
 STATE_FILE = "serving.json"
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -117,16 +114,14 @@ def release_to_serve(path: str | Path) -> Path:
     )
 
 
-def release_from_environment(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the release in MODELOPS_RELEASE, else the active one of MODELOPS_RELEASES.
+def release_from_settings(settings: NodeSettings) -> Path:
+    """Return the settings' release, else the active one of their folder of releases.
 
     Raises:
         UsageError: neither is set, or see `release_to_serve`.
         IntegrityError: see `release_to_serve`.
     """
-    path = environment.get(RELEASE_VARIABLE) or environment.get(RELEASES_VARIABLE)
+    path = settings.release or settings.releases
     if not path:
-        raise UsageError(
-            f"{RELEASE_VARIABLE} is not set", hint="export it, or use `modelops serve`"
-        )
+        raise UsageError("MODELOPS_RELEASE is not set", hint="export it, or use `modelops serve`")
     return release_to_serve(path)

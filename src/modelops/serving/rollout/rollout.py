@@ -15,7 +15,6 @@ Framework-free; `modelops.serving.http.routing` and `admin` put HTTP around it.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from modelops.releases.verify import RECORD_FILE
 from modelops.serving.api import ApiError, ImagesRequest
 from modelops.serving.provenance.receipts import utc_now
 from modelops.serving.rollout.active_release import (
-    RELEASE_VARIABLE,
     ActiveRelease,
     release_below,
     write_active_release,
@@ -369,6 +367,6 @@ def open_rollout(
         raise UsageError(f"MODELOPS_RELEASES={folder}: no such folder")
     many = f"this node has {workers} workers, and a swap reaches one of them only; replace the node"
     off = many if folder is not None and workers > 1 else None
-    named = Path(os.environ.get(RELEASE_VARIABLE) or folder or release)
+    named = Path(settings.release or folder or release)
     pinned = (named / RECORD_FILE).is_file()
     return Rollout(open_node(release), releases=folder, off=off, pinned=pinned, open_node=open_node)

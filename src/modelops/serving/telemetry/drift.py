@@ -35,7 +35,6 @@ from modelops.monitoring.scripts import script_shares
 from modelops.releases.verify import released_evaluations
 from modelops.serving.telemetry.outage import EVERY_S, Outage
 from modelops.serving.telemetry.segments import SegmentLog, result_counter
-from modelops.serving.workers import worker_count
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -261,7 +260,7 @@ def open_drift_log(
     )  # fmt: skip
     segments = SegmentLog(
         settings.drift_log, prefix=PREFIX, max_bytes=settings.drift_log_mb * 1_000_000,
-        what="drift log", writers=worker_count(), counter=counter,
+        what="drift log", writers=settings.workers, counter=counter,
     )  # fmt: skip
     return DriftLog(
         segments=segments,

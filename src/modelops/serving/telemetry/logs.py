@@ -15,22 +15,17 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import UsageError
+from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.rotation import RotatingFile
 
-PROMPTS_VARIABLE = "MODELOPS_LOG_PROMPTS"
-FILE_VARIABLE = "MODELOPS_LOG_FILE"
-FORMAT_VARIABLE = "MODELOPS_LOG_FORMAT"
-MEGABYTES_VARIABLE = "MODELOPS_LOG_MB"
-KEEP_VARIABLE = "MODELOPS_LOG_KEEP"
+LOG_MB = 100.0  # where nothing else is said
 MAX_WAITING = 10_000  # lines; about 5 MB
-_YES = ("1", "true", "yes")
-_NO = ("", "0", "false", "no")
 
 
 class JsonLines(logging.Formatter):
@@ -205,88 +200,48 @@ def redact(text: str, prompts: list[str]) -> str:
     return text
 
 
-def log_prompts(environment: Mapping[str, str]) -> bool:
-    """Return whether prompts are to be logged.
-
-    Raises:
-        UsageError: the variable says neither yes nor no.
-    """
-    value = environment.get(PROMPTS_VARIABLE, "").strip().lower()
-    if value not in _YES + _NO:
-        raise UsageError(f"{PROMPTS_VARIABLE}={value!r}: neither yes nor no", hint="use 1 or 0")
-    return value in _YES
-
-
-def _open_file(path: str, environment: Mapping[str, str]) -> RotatingFile:
-    megabytes = _number(environment, MEGABYTES_VARIABLE, 100.0, 0, 1e6)
-    keep = _number(environment, KEEP_VARIABLE, 4, 1, 1000)
-    if keep != int(keep):
-        raise UsageError(f"{KEEP_VARIABLE}={environment[KEEP_VARIABLE]!r}: not a whole number")
+def _open_file(settings: NodeSettings) -> RotatingFile:
+    path, keep = settings.log_file, settings.log_keep
     # Where only an operator's own logrotate may rename files, a default must not stop the server.
     own = os.access(Path(path).parent, os.W_OK | os.X_OK)
-    if not own and megabytes and MEGABYTES_VARIABLE in environment:
+    if not own and settings.log_mb:
         raise UsageError(
-            f"{FILE_VARIABLE}={path}: cannot be rotated, its folder is not writable",
-            hint=f"{MEGABYTES_VARIABLE}=0, and rotate it from outside",
+            f"MODELOPS_LOG_FILE={path}: cannot be rotated, its folder is not writable",
+            hint="MODELOPS_LOG_MB=0, and rotate it from outside",
         )
+    megabytes = LOG_MB if settings.log_mb is None else settings.log_mb
     limit = int(megabytes * 1e6 / (keep + 1)) if own else 0
     if 0 < limit < 4096:
-        raise UsageError(f"{MEGABYTES_VARIABLE}={megabytes:g}: too little for {keep + 1:g} files")
+        raise UsageError(f"MODELOPS_LOG_MB={megabytes:g}: too little for {keep + 1} files")
     try:
-        return RotatingFile(path, max_bytes=limit, keep=int(keep))
+        return RotatingFile(path, max_bytes=limit, keep=keep)
     except OSError as error:
-        raise UsageError(f"{FILE_VARIABLE}={path}: {error.strerror or error}") from error
+        raise UsageError(f"MODELOPS_LOG_FILE={path}: {error.strerror or error}") from error
 
 
-def _number(
-    environment: Mapping[str, str], name: str, default: float, least: float, most: float
-) -> float:
-    text = environment.get(name, "")
-    try:
-        value = float(text) if text else default
-    except ValueError as error:
-        raise UsageError(f"{name}={text!r}: not a number") from error
-    if not least <= value <= most:  # NaN too
-        raise UsageError(f"{name}={text!r}: out of range", hint=f"{least:g} to {most:g}")
-    return value
-
-
-def _format(environment: Mapping[str, str]) -> str:
-    kind = environment.get(FORMAT_VARIABLE, "auto").strip().lower()
-    if kind not in ("auto", "json", "text"):
-        raise UsageError(f"{FORMAT_VARIABLE}={kind!r}: unknown", hint="json, text or auto")
-    return kind
-
-
-def check_logging(environment: Mapping[str, str]) -> None:
-    """Check what `configure_logging` will read, and leave the process's logging as it is.
+def check_logging(settings: NodeSettings) -> None:
+    """Check that the log file can be opened, and leave the process's logging as it is.
 
     Raises:
-        UsageError: see there.
+        UsageError: see `configure_logging`.
     """
-    log_prompts(environment)
-    _format(environment)
-    if path := environment.get(FILE_VARIABLE, ""):
-        _open_file(path, environment).close()
+    if settings.log_file:
+        _open_file(settings).close()
 
 
 def configure_logging(
-    environment: Mapping[str, str], *, on_lost: Callable[[int], Any] | None = None
+    settings: NodeSettings, *, on_lost: Callable[[int], Any] | None = None
 ) -> LineWriter:
-    """Send modelops' log records to stderr or MODELOPS_LOG_FILE, as JSON or for a terminal.
+    """Send modelops' log records to stderr or to the settings' log file, as JSON or text.
 
-    MODELOPS_LOG_FORMAT is `json`, `text` or `auto` (text on a terminal). A file is rotated so that
-    it and MODELOPS_LOG_KEEP older ones (4) take MODELOPS_LOG_MB megabytes (100) at most, see
+    A file is rotated so that it and its older ones take `log_mb` megabytes at most, see
     RotatingFile; 0 rotates nothing. Replaces an earlier configuration.
 
     Raises:
-        UsageError: a variable has an unknown value, or the file cannot be opened.
+        UsageError: the file cannot be opened or rotated.
     """
-    prompts, kind = log_prompts(environment), _format(environment)
-    path = environment.get(FILE_VARIABLE, "")
-    descriptor: int | RotatingFile = 2
-    if path:
-        descriptor = _open_file(path, environment)
+    kind, prompts, path = settings.log_format, settings.log_prompts, settings.log_file
+    descriptor: int | RotatingFile = _open_file(settings) if path else 2
     if kind == "auto":
         kind = "text" if not path and sys.stderr.isatty() else "json"
     lines = PlainLines if kind == "text" else JsonLines
