@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import rfc8785
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -171,7 +170,7 @@ def verify_receipt(receipt: Any, key: VerifyingKey) -> Receipt:
         )
     try:
         key.verify(PAYLOAD_TYPE, signed_bytes(receipt), checked.signature.value)
-    except IntegrityError as error:
+    except (IntegrityError, ValueError) as error:  # a number, say, that has no canonical form
         raise IntegrityError("the receipt was changed: its signature does not match") from error
     for name in TEXTS:
         text = getattr(checked.request, name)
@@ -198,41 +197,9 @@ def canonical_bytes(value: Any) -> bytes:
     """Write JSON in the form of RFC 8785, so that readers in other languages get the same bytes.
 
     Raises:
-        ValueError: NaN, infinity or text that is no Unicode.
+        ValueError: NaN, infinity, an integer beyond 2^53 or text that is no Unicode.
     """
-    return _canonical(value).encode()
-
-
-def _canonical(value: Any) -> str:
-    if isinstance(value, dict):
-        items = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be"))
-        return "{" + ",".join(f"{_canonical(k)}:{_canonical(v)}" for k, v in items) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_canonical, value)) + "]"
-    if isinstance(value, float):
-        return _ecmascript_number(value)
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _ecmascript_number(value: float) -> str:
-    """Format a number as ECMAScript's Number::toString does, as RFC 8785 requires."""
-    if not math.isfinite(value):
-        raise ValueError("NaN and infinity have no JSON form")
-    if value == 0:
-        return "0"
-    sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
-    assert isinstance(exponent, int)
-    text, point = "".join(map(str, digits)), len(digits) + exponent
-    if len(text) <= point <= 21:
-        number = text + "0" * (point - len(text))
-    elif 0 < point <= 21:
-        number = f"{text[:point]}.{text[point:]}"
-    elif -6 < point <= 0:
-        number = "0." + "0" * -point + text
-    else:
-        fraction = f".{text[1:]}" if len(text) > 1 else ""
-        number = f"{text[0]}{fraction}e{point - 1:+d}"
-    return ("-" if sign else "") + number
+    return rfc8785.dumps(value)
 
 
 def read_receipt(path: str | Path, *, receipt_id: str | None = None) -> Any:
