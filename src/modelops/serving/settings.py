@@ -106,8 +106,8 @@ class NodeSettings(BaseModel):
     requests_per_minute: Rate | None = None
     """Requests per minute of each caller, unless its key says otherwise."""
     images_per_minute: Rate | None = None
-    """Images per minute of each caller, unless its key says otherwise; one of more or fewer steps than
-    the release makes by default counts more or less."""
+    """Images per minute of each caller, unless its key says otherwise; one of more or fewer steps
+    than the release makes by default counts more or less."""
     page: bool = True
     """Answer / with a page on which the node can be tried."""
 

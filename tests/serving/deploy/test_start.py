@@ -85,7 +85,7 @@ def test_what_cannot_work_is_one_line(
     ("expired", "signingCredential"),
 ])  # fmt: skip
 def test_a_chain_that_verifies_no_image_is_refused(
-    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str,
+    tiny_release: Path, tmp_path: Path, fault: str, said: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     key, chain = write_chain(tmp_path, fault)
@@ -101,9 +101,7 @@ def test_a_chain_that_verifies_no_image_is_refused(
     assert said in error
 
 
-def test_a_chain_of_three_starts(
-    tiny_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chain_of_three_starts(tiny_release: Path, tmp_path: Path) -> None:
     key, chain = write_chain(tmp_path)
     check_the_start(
         NodeSettings(release=str(tiny_release), signing_key=str(key), signing_chain=str(chain))
