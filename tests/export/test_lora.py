@@ -126,6 +126,32 @@ def test_kohyas_names_are_a_lora_too(tmp_path: Path) -> None:
     assert shift(image("sd", Lora(tmp_path)), image("sd")) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("ranks", "alphas"),
+    [((4, 2, 2), (1, 2, 2)), ((2, 2, 2), (1, None, None)), ((8, 2, 4), (None, None, None))],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_layer_has_its_own_alpha(
+    ranks: tuple[int, ...], alphas: tuple[float | None, ...], fused: bool, tmp_path: Path
+) -> None:
+    tensors, expected = {}, {}
+    for name, rank, alpha in zip("qkv", ranks, alphas, strict=True):
+        layer = f"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_{name}"
+        key = f"lora_unet_{layer.replace('.', '_')}"
+        down, up = torch.randn(rank, 32), torch.randn(32, rank)
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+        expected[layer] = up @ down * ((rank if alpha is None else alpha) / rank)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    pipeline, plain = tiny_pipelines.make("sd"), tiny_pipelines.make("sd")
+    apply_lora(pipeline, Lora(tmp_path, fused=fused, scale=0.5))
+    rows = torch.randn(3, 32)
+    for layer, change in expected.items():
+        before, after = (p.unet.get_submodule(layer)(rows) for p in (plain, pipeline))
+        assert torch.allclose(after - before, 0.5 * rows @ change.T, atol=1e-4)
+
+
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
     pipeline = tiny_pipelines.make("sd")
     torch.save(pair(UNET), tmp_path / "lora.bin")

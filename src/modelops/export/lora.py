@@ -67,6 +67,7 @@ def apply_lora(pipeline: Any, lora: Lora) -> None:
         named = read[0] if isinstance(read, tuple) else read
         pipeline.load_lora_weights(str(path.parent), **where)
         _check_applied(pipeline, path, raw, named)
+        _set_scales(pipeline, raw)
         if lora.fused:
             pipeline.fuse_lora(components=_with_lora(pipeline), lora_scale=lora.scale)
             pipeline.unload_lora_weights()
@@ -180,6 +181,29 @@ def _check_applied(
     lacking = [key for key, value in layers if value.is_meta or present[_content(value)]]
     if lacking:
         raise UsageError(f"{path}: lacks {len(lacking)} weights, the first {lacking[0]}")
+
+
+def _set_scales(pipeline: Any, raw: Mapping[str, torch.Tensor]) -> None:
+    """Give every layer the factor alpha / rank that a file with alphas means for it.
+
+    diffusers takes the commonest alpha for all layers whose own it cannot tell: with ranks that
+    differ, or layers without an alpha (whose factor is 1), some came out doubled or halved.
+    """
+    if not any(key.endswith(".alpha") for key in raw):
+        return
+    factors: dict[Any, float] = {}
+    for key, value in raw.items():
+        layer, _, what = key.rpartition(".lora")
+        if what in ("_down.weight", ".down.weight", "_A.weight"):
+            alpha = raw.get(f"{layer}.alpha")
+            factors[_content(value)] = 1.0 if alpha is None else float(alpha) / value.shape[0]
+    for module in pipeline.components.values():
+        for layer in module.modules() if isinstance(module, torch.nn.Module) else ():
+            for name, down in getattr(layer, "lora_A", {}).items():
+                factor = factors.get(_content(down.weight))
+                if factor is not None:
+                    layer.lora_alpha[name] = factor * layer.r[name]
+                    layer.scaling[name] = factor
 
 
 def _is_weight(key: str, value: torch.Tensor) -> bool:

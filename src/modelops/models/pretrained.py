@@ -40,7 +40,7 @@ def fetch_directory(target: str, *, revision: str | None = None) -> Path:
 
     try:
         return Path(
-            snapshot_download(repository, revision=revision or named, allow_patterns=_NEEDED)
+            snapshot_download(repository, revision=revision or named, allow_patterns=list(_NEEDED))
         )
     except Exception as error:  # the hub's client raises many kinds, of three libraries
         raise not_given(target) from error
