@@ -198,12 +198,13 @@ def _set_scales(pipeline: Any, raw: Mapping[str, torch.Tensor]) -> None:
             alpha = raw.get(f"{layer}.alpha")
             factors[_content(value)] = 1.0 if alpha is None else float(alpha) / value.shape[0]
     for module in pipeline.components.values():
-        for layer in module.modules() if isinstance(module, torch.nn.Module) else ():
-            for name, down in getattr(layer, "lora_A", {}).items():
+        parts: list[Any] = list(module.modules()) if isinstance(module, torch.nn.Module) else []
+        for part in parts:
+            for name, down in getattr(part, "lora_A", {}).items():
                 factor = factors.get(_content(down.weight))
                 if factor is not None:
-                    layer.lora_alpha[name] = factor * layer.r[name]
-                    layer.scaling[name] = factor
+                    part.lora_alpha[name] = factor * part.r[name]
+                    part.scaling[name] = factor
 
 
 def _is_weight(key: str, value: torch.Tensor) -> bool:
