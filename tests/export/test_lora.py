@@ -174,3 +174,15 @@ def test_options_without_a_lora_are_refused(
     line = ["export", "sd", "--to", "onnx", "--out", str(tmp_path / "out"), "--lora-scale", "0.5"]
     assert main(line) == 2
     assert "give --lora too" in capsys.readouterr().err
+
+
+def test_a_second_lora_is_not_dropped_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        save_file({}, tmp_path / f"{name}.safetensors")
+    line = ["export", "sd", "--to", "onnx", "--out", str(tmp_path / "out")]
+    line += ["--lora", str(tmp_path / "one.safetensors")]
+    line += ["--lora", str(tmp_path / "two.safetensors")]
+    assert main(line) == 2
+    assert "2 were given, and one is taken" in capsys.readouterr().err

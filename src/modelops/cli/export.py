@@ -38,6 +38,15 @@ _SCOPES = {
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+def _only_one(
+    _ctx: click.Context, _option: click.Parameter, values: tuple[Path, ...]
+) -> Path | None:
+    """Refuse an option that is there twice: the last would count alone."""
+    if len(values) > 1:
+        raise click.BadParameter(f"{len(values)} were given, and one is taken; merge them first")
+    return values[0] if values else None
+
+
 def _size(
     ctx: click.Context, parameter: click.Parameter, value: str | None
 ) -> tuple[int, int] | None:
@@ -92,6 +101,8 @@ def _size(
     "--lora",
     "lora_path",
     type=PATH,
+    multiple=True,
+    callback=_only_one,
     help="For onnx and torchscript: LoRA weights to include.",
 )
 @click.option(
