@@ -58,8 +58,8 @@ FLOORS = {
         "evaluate",
     ),
     "data": (
-        "images", "manifest", "neighbours", "rates", "candidates", "check", "corpora", "embeddings",
-        "units", "calibration", "dedup", "split", "shards", "stats", "smoke",
+        "folders", "images", "manifest", "neighbours", "rates", "candidates", "check", "corpora",
+        "embeddings", "units", "calibration", "dedup", "split", "shards", "stats", "smoke",
     ),
 }  # fmt: skip
 

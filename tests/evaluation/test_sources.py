@@ -22,6 +22,7 @@ from modelops.base.errors import (
     UsageError,
 )
 from modelops.base.seeding import image_seed
+from modelops.data.folders import natural_key
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.prompts import (
     choose_prompts,
@@ -32,7 +33,7 @@ from modelops.evaluation.prompts import (
 )
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.endpoint import EndpointSource
-from modelops.evaluation.sources.folder import FolderSource, natural_key
+from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.sources.open import open_source
 from modelops.models.request import ImageRequest
 

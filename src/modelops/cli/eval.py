@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.option("--manifest", type=FILE, metavar="FILE", help="Manifest of the real images.")
 @click.option("--splits", type=FILE, metavar="FILE", help="Splits of the real images.")
+@click.option("--reference", type=PATH, metavar="DIR|NPZ",
+              help="Real images in place of a manifest: a folder of them, or an .npz file with mu "
+              "and sigma of their Inception features, as pytorch-fid writes it.")  # fmt: skip
 @click.option(
     "--split",
     default="test",

@@ -25,7 +25,7 @@ from modelops.data.images import decode_layers
 from modelops.data.manifest import Manifest, Sample
 
 CHUNK = 256  # samples
-CACHE = Path(".cache/embeddings")  # below the manifest's folder
+CACHE = "embeddings"  # below the manifest's cache
 OnProgress = Callable[[int, int], None]  # (done, total)
 Image = npt.NDArray[np.uint8]
 
@@ -120,7 +120,7 @@ def embed_manifest(
         on_progress: called with (done, total).
     """
     chosen = encoder or Lite0Encoder()
-    cache = manifest.root / CACHE / f"{chosen.name}-{chosen.weights_sha256[:12]}"
+    cache = manifest.cache / CACHE / f"{chosen.name}-{chosen.weights_sha256[:12]}"
     remove_leftovers(cache)
     found = Embeddings([], np.zeros((0, chosen.dim), np.float32), [], [], {}, {})
     features: list[npt.NDArray[np.float32]] = []

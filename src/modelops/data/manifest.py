@@ -67,6 +67,7 @@ class Manifest:
         sha256: digest of the file.
         rows: the usable samples, in file order.
         quarantined: {id: reason} of the others.
+        caches: folder for what is kept about the images; None keeps it in .cache beside them.
     """
 
     path: Path
@@ -74,6 +75,12 @@ class Manifest:
     sha256: str
     rows: list[Sample]
     quarantined: dict[str, str]
+    caches: Path | None = None
+
+    @property
+    def cache(self) -> Path:
+        """Folder of embeddings, features and verdicts that are kept for the next time."""
+        return self.caches or self.root / ".cache"
 
     def image_path(self, sample: Sample) -> Path:
         """Return the path of a sample's image."""

@@ -25,12 +25,13 @@ from modelops.evaluation.prompts import (
     read_lines,
     read_prompts,
 )
-from modelops.evaluation.reference import RealPictures, open_reference
+from modelops.evaluation.reference import RealPictures, open_folder_reference, open_reference
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workbench import Workbench
 from modelops.evaluation.workers.tasks import Workers
 from modelops.metrics.features import write_arrays
+from modelops.metrics.known import KnownStatistics, read_statistics
 from modelops.models.request import ImageRequest
 from modelops.models.sources import ModelSource
 from modelops.records.base import InputRef
@@ -114,6 +115,7 @@ def _evaluate(
     """Fill the record; return the problems that make it `failed`."""
     workdir = out.with_suffix("")
     reference, training = _real_pictures(settings, record)
+    known = _known_statistics(settings, record)
     prompts, plan = _plan(settings, reference, source)
     request = _request(source, settings)
     sampling = Sampling(
@@ -140,7 +142,8 @@ def _evaluate(
         settings=settings, record=record, workdir=workdir, prompts=prompts, samples=samples,
         # Not the scheduler: it belongs to the source, as its runtime and precision do.
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
-        reference=reference, training=training, on_progress=on_progress, workers=workers,
+        reference=reference, training=training, known=known,
+        on_progress=on_progress, workers=workers,
         source_files=source.files, has_prompts=(
             source.n_images is None or source.prompts is not None
             or settings.prompts_file is not None
@@ -169,17 +172,31 @@ def _evaluate(
 def _real_pictures(
     settings: EvaluationSettings, record: EvaluationRecord
 ) -> tuple[RealPictures | None, RealPictures | None]:
+    if settings.reference is not None and not settings.has_statistics:
+        pictures = open_folder_reference(settings.reference)
+        record.reference = InputRef(path=str(settings.reference), sha256=pictures.digest)
+        return pictures, None
     if settings.manifest is None or settings.splits is None:
         return None, None
     for name, path in (("manifest", settings.manifest), ("splits", settings.splits)):
         record.inputs[name] = InputRef(path=str(path), sha256=sha256_file(path))
     wanted = tuple(dict.fromkeys((settings.split, settings.train_split)))
     found = open_reference(settings.manifest, settings.splits, wanted)
-    reference, training = found[settings.split], found[settings.train_split]
+    reference, training = found[settings.split], found.get(settings.train_split)
     record.reference = InputRef(
         path=f"{settings.manifest}#{settings.split}", sha256=reference.digest
     )
     return reference, training
+
+
+def _known_statistics(
+    settings: EvaluationSettings, record: EvaluationRecord
+) -> KnownStatistics | None:
+    if settings.reference is None or not settings.has_statistics:
+        return None
+    known = read_statistics(settings.reference)
+    record.reference = InputRef(path=str(settings.reference), sha256=known.sha256)
+    return known
 
 
 def _unusable_pictures(bench: Workbench) -> list[str]:

@@ -1,4 +1,4 @@
-"""Real images that samples are compared with: held-out and training features of a manifest."""
+"""Real images that samples are compared with: splits of a manifest, or a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import UsageError
-from modelops.base.files import sha256_json
+from modelops.base.files import cache_directory, sha256_file, sha256_json
 from modelops.data.embeddings import embed_manifest
+from modelops.data.folders import images_of
 from modelops.data.images import read_image
 from modelops.data.manifest import Manifest, Sample, read_manifest
 from modelops.data.split import read_splits
@@ -19,7 +20,7 @@ from modelops.metrics.feature_files import FeatureCache
 from modelops.metrics.features import Extractor
 
 Features = npt.NDArray[np.float32]
-CACHE = Path(".cache/reference")  # below the manifest's folder
+CACHE = "reference"  # below the manifest's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class RealPictures:
 
     @property
     def captions(self) -> list[str]:
+        """Caption of each image; empty texts where nobody has written any."""
         return [sample.caption for sample in self.samples]
 
     def read(self, index: int) -> npt.NDArray[np.uint8]:
@@ -63,7 +65,7 @@ class RealPictures:
     @property
     def cache_dir(self) -> Path:
         """Folder of these images' features, kept for other evaluations against them."""
-        return self.manifest.path.parent / CACHE
+        return self.manifest.cache / CACHE
 
     def features_of(
         self,
@@ -86,6 +88,8 @@ def open_reference(
 ) -> dict[str, RealPictures]:
     """Open {split: its real images}. Features come from the dedup cache.
 
+    A split that is wanted after the first may be missing where all images are in the first.
+
     Raises:
         UsageError: a wanted split has fewer than two images.
     """
@@ -94,7 +98,8 @@ def open_reference(
     embedded = embed_manifest(manifest, on_progress=on_progress)
     faults = {**manifest.quarantined, **embedded.faults}
     found = {}
-    for split in wanted:
+    alone = set(splits.values()) == {wanted[0]}
+    for split in wanted[:1] if alone else wanted:
         rows = [i for i, s in enumerate(embedded.samples) if splits.get(s.id) == split]
         if len(rows) < 2:
             raise UsageError(
@@ -107,6 +112,38 @@ def open_reference(
             {name: why for name, why in faults.items() if splits.get(name) == split},
         )  # fmt: skip
     return found
+
+
+def open_folder_reference(
+    folder: Path, *, on_progress: Callable[[int, int], None] | None = None
+) -> RealPictures:
+    """Open a folder of real images, which has no splits, and captions only where
+    `modelops sample` made it.
+
+    Nothing is written into it: features are kept in modelops' own cache.
+
+    Raises:
+        UsageError: images in subfolders too, or fewer than two usable ones.
+    """
+    files, prompts = images_of(folder)
+    rows = [
+        Sample(
+            id=path.name, filepath=path.name, caption=caption, license="", source="",
+            sha256=sha256_file(path), date_collected="",
+        )
+        for path, caption in zip(files, prompts or [""] * len(files), strict=True)
+    ]  # fmt: skip
+    digest = sha256_json([[row.filepath, row.sha256] for row in rows])
+    manifest = Manifest(folder, folder, digest, rows, {}, caches=cache_directory("images"))
+    embedded = embed_manifest(manifest, on_progress=on_progress)
+    if len(embedded.samples) < 2:
+        raise UsageError(
+            f"{folder}: {len(embedded.samples)} usable images to compare with",
+            hint="name a folder of real images",
+        )
+    return RealPictures(
+        manifest, embedded.samples, embedded.features, embedded.pixels, embedded.faults
+    )
 
 
 def shared_pictures(first: RealPictures, second: RealPictures) -> npt.NDArray[np.bool_]:

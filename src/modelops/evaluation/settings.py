@@ -20,6 +20,8 @@ class EvaluationSettings:
     Attributes:
         manifest, splits: the images and their splits; without them no distance to real images
             is measured.
+        reference: in place of a manifest, a folder of real images, or an .npz file with the mean
+            and covariance of their Inception features.
         split: the reference images, and the prompts when there is no prompts_file.
         train_split: the training images, which samples must not copy.
         prompts_file: UTF-8, one prompt a line, in place of the split's captions.
@@ -66,6 +68,7 @@ class EvaluationSettings:
 
     manifest: Path | None = None
     splits: Path | None = None
+    reference: Path | None = None
     split: str = "test"
     train_split: str = "train"
     prompts_file: Path | None = None
@@ -108,6 +111,18 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if (self.manifest is None) != (self.splits is None):
             raise UsageError("a manifest and its splits belong together", hint="give both")
+        if self.reference is not None and self.manifest is not None:
+            raise UsageError(
+                "a reference and a manifest: the real images come from one of them",
+                hint="leave one out; with a reference, prompts come from --prompts",
+            )
+        if self.manifest is None and (self.split, self.train_split) != ("test", "train"):
+            raise UsageError("a split without a manifest has no effect", hint="give the manifest")
+        if self.has_statistics and self.inception_weights is None:
+            raise UsageError(
+                f"{self.reference}: statistics of Inception features, and no Inception weights",
+                hint="give --inception-weights",
+            )
         self._check_safety()
         for name, allowed in (("fid_mode", FID_MODES), ("extractor_dtype", EXTRACTOR_DTYPES)):
             if getattr(self, name) not in allowed:
@@ -119,6 +134,11 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name} is {value}; it must be at least {low}")
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the reference is a file of statistics, not images."""
+        return self.reference is not None and self.reference.suffix.lower() == ".npz"
 
     def _check_safety(self) -> None:
         """Check that filters are known and their files are there, before any image is made."""

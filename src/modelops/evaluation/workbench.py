@@ -36,6 +36,7 @@ from modelops.metrics.feature_files import (
 from modelops.metrics.features import Extractor, Lite0Extractor, cached_features, features_key
 from modelops.metrics.frechet import Statistics, frechet_interval
 from modelops.metrics.intervals import Interval
+from modelops.metrics.known import KnownStatistics
 from modelops.metrics.protocol import protocol_id
 from modelops.metrics.streaming import cached_statistics, streamed_frechet_interval
 from modelops.records.base import Measurement
@@ -55,6 +56,7 @@ class Workbench:
         workdir: folder beside the record: samples, cache, pages.
         sampling: the part of every protocol that says how images were sampled.
         reference, training: real held-out and training images; None without a manifest.
+        known: statistics of real images, in place of them.
         per_image: one value for each image that was made, in the order of `samples.made`.
         problems: reasons why the record is `failed`.
         pages: further files for the record, by name.
@@ -72,6 +74,7 @@ class Workbench:
     sampling: Mapping[str, Any]
     reference: RealPictures | None
     training: RealPictures | None
+    known: KnownStatistics | None = None
     per_image: dict[str, list[Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     pages: dict[str, Path] = field(default_factory=dict)
@@ -259,8 +262,10 @@ class Workbench:
         Raises:
             EvaluationError: there are none, or too few images to compare with them.
         """
+        if self.known is not None:
+            raise EvaluationError("the reference is statistics alone, without its images")
         if self.reference is None:
-            raise EvaluationError("no manifest of real images was given")
+            raise EvaluationError("no real images were given")
         if self.n < 4:
             raise EvaluationError(f"{self.n} images are too few")
         return self.reference

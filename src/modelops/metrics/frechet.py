@@ -9,6 +9,7 @@ covariances singular (there `sqrtm` is not).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,14 +118,21 @@ def frechet_interval(
         halves, quarters = _divided(x, y, *orders)
         halved.append(float(((halves[:, 0] - halves[:, 1]) ** 2).mean() / 2))
         quartered.append(float(quarters.var(ddof=1)) if len(quarters) else np.nan)
-    half = float(np.mean(halved))
-    second_order = float(np.clip((np.mean(quartered) - 2 * half) / 8, 0.0, half / 4))
-    if np.isnan(second_order):  # too few images for quarters: the jackknife's rule
-        second_order = 0.0
     return normal_interval(
-        _distance(x, y), half / 2 - second_order / 2, freedom=3 * rounds, confidence=confidence,
+        _distance(x, y), parts_variance(halved, quartered),
+        freedom=3 * rounds, confidence=confidence,
         method=f"{3 * rounds} random halvings of both sets, with a second-order term from quarters",
     )  # fmt: skip
+
+
+def parts_variance(halved: Sequence[float], quartered: Sequence[float]) -> float:
+    """Return the variance at full size from those of halves and quarters, see `frechet_interval`.
+
+    Where quarters are NaN, there were too few images for them: the jackknife's rule.
+    """
+    half = float(np.mean(halved))
+    second_order = float(np.clip((np.mean(quartered) - 2 * half) / 8, 0.0, half / 4))
+    return half / 2 - (0.0 if np.isnan(second_order) else second_order / 2)
 
 
 def _divided(x: Floats, y: Floats, order_x: Ints, order_y: Ints) -> tuple[Floats, Floats]:
@@ -149,6 +157,30 @@ def _divided(x: Floats, y: Floats, order_x: Ints, order_y: Ints) -> tuple[Floats
     if smallest < 2:
         return found, np.zeros(0)
     return found, np.array([_distance(x[i], y[j]) for i, j in parts])
+
+
+def distance_to(mean: Floats, factor: Floats) -> Callable[[Floats], float]:
+    """Return the function from features [N, D] to their Fréchet distance to a fixed Gaussian.
+
+    Args:
+        mean: of the Gaussian, [D].
+        factor: [R, D], factor^T factor being its covariance.
+    """
+    from scipy.linalg import eigvalsh, svdvals
+
+    fixed = float((factor**2).sum())
+
+    def distance(part: Floats) -> float:
+        centred = (part - part.mean(axis=0)) / np.sqrt(len(part) - DDOF)
+        product = centred @ factor.T
+        if len(product) <= len(factor):
+            trace = float(svdvals(product, check_finite=False).sum())
+        else:
+            values = eigvalsh(product.T @ product, check_finite=False, overwrite_a=True)
+            trace = float(np.sqrt(np.clip(values, 0.0, None)).sum())
+        return _assemble(part.mean(axis=0) - mean, float((centred**2).sum()), fixed, trace)
+
+    return distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,24 +253,9 @@ def _extrapolate(
     x: Floats, y: Floats, splits: int
 ) -> tuple[float, float, tuple[tuple[int, float], ...]]:
     """(intercept, slope, points) of the least-squares line of the distance over 1 / images."""
-    from scipy.linalg import eigvalsh, svdvals
-
     mean, m = y.mean(axis=0), len(y)
-    factor = (y - mean) / np.sqrt(m - DDOF)  # [r, D] with factor^T factor the covariance
-    trace_y = float((factor**2).sum())
-    if m > y.shape[1]:
-        factor = _rows(factor.T @ factor)
-
-    def distance(part: Floats) -> float:
-        centred = (part - part.mean(axis=0)) / np.sqrt(len(part) - DDOF)
-        product = centred @ factor.T
-        if len(product) <= len(factor):
-            trace = float(svdvals(product, check_finite=False).sum())
-        else:
-            values = eigvalsh(product.T @ product, check_finite=False, overwrite_a=True)
-            trace = float(np.sqrt(np.clip(values, 0.0, None)).sum())
-        return _assemble(part.mean(axis=0) - mean, float((centred**2).sum()), trace_y, trace)
-
+    factor = (y - mean) / np.sqrt(m - DDOF)
+    distance = distance_to(mean, covariance_rows(factor.T @ factor) if m > y.shape[1] else factor)
     inverse, distances, points = [], [], []
     for count in range(1, splits + 1):
         parts = np.array_split(x, count)
@@ -288,9 +305,9 @@ def _distance(x: Floats, y: Floats) -> float:
     centred_y = (y - y.mean(axis=0)) / np.sqrt(m - DDOF)
     trace_x, trace_y = (centred_x**2).sum(), (centred_y**2).sum()
     if n > dimension:  # a factor of the large set's covariance stands in for its features
-        centred_x = _rows(centred_x.T @ centred_x)
+        centred_x = covariance_rows(centred_x.T @ centred_x)
     elif m > dimension:
-        centred_y = _rows(centred_y.T @ centred_y)
+        centred_y = covariance_rows(centred_y.T @ centred_y)
     trace = float(svdvals(centred_x @ centred_y.T, check_finite=False).sum())
     return _assemble(x.mean(axis=0) - y.mean(axis=0), trace_x, trace_y, trace)
 
@@ -368,7 +385,7 @@ def _root(covariance: Floats) -> Floats:
     return root
 
 
-def _rows(covariance: Floats) -> Floats:
+def covariance_rows(covariance: Floats) -> Floats:
     """R [D, D] with R^T R the covariance."""
     from scipy.linalg import LinAlgError, cholesky
 

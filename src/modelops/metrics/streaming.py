@@ -24,6 +24,7 @@ from modelops.metrics.frechet import (
     frechet_distance,
     frechet_interval,
     merge_statistics,
+    parts_variance,
 )
 from modelops.metrics.intervals import Interval, jackknife_interval, normal_interval
 from modelops.metrics.protocol import protocol_id
@@ -272,13 +273,10 @@ def streamed_frechet_interval(
         if min(len(x), len(y)) >= 8:
             quarters = [_part_distance(*pair) for pair in zip(*cut, strict=True)]
             quartered.append(float(np.var(quarters, ddof=1)))
-    half = float(np.mean(halved))
-    second_order = 0.0
-    if quartered:
-        second_order = float(np.clip((np.mean(quartered) - 2 * half) / 8, 0.0, half / 4))
     value = _part_distance(stream_statistics(x), known or stream_statistics(y))
     return normal_interval(
-        value, half / 2 - second_order / 2, freedom=3 * rounds, confidence=confidence,
+        value, parts_variance(halved, quartered or [np.nan]),
+        freedom=3 * rounds, confidence=confidence,
         method=f"{3 * rounds} random halvings of both sets, with a second-order term from quarters",
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
@@ -19,6 +20,8 @@ from modelops.evaluation.measures import fid
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.sources.open import open_source
+from modelops.metrics.frechet import features_to_statistics
+from modelops.metrics.inception import InceptionExtractor
 
 
 def test_the_reference_pictures_have_no_distance_to_themselves(corpus: Any, tmp_path: Path) -> None:
@@ -48,11 +51,29 @@ def test_the_reference_pictures_have_no_distance_to_themselves(corpus: Any, tmp_
     assert any("none of the published files" in text for text in metrics["fid"].warnings)
     assert any("singular" in text for text in metrics["fid"].warnings)
 
+    # And none to their own statistics, in a file as pytorch-fid writes it.
+    made = features_to_statistics(
+        InceptionExtractor(weights, mode="legacy_tensorflow").images_to_features(
+            read_image(path) for path in FolderSource(own).files
+        )
+    )
+    np.savez(tmp_path / "known.npz", mu=made.mean, sigma=made.covariance)
+    settings = EvaluationSettings(
+        reference=tmp_path / "known.npz", inception_weights=weights, fid_mode="legacy_tensorflow",
+        resamples=20, safety="none", jackknife_groups=3,
+    )  # fmt: skip
+    record = evaluate(open_source(str(own)), settings, out_path=tmp_path / "known.json")
+    found = record.metrics["fid"]
+    assert found.value == pytest.approx(0, abs=1e-6)
+    assert any("does not say how its images were resized" in text for text in found.warnings)
+    assert "statistics alone" in (record.metrics["kid"].not_measured or "")
+    assert "statistics alone" in (record.metrics["frechet_distance_lite0"].not_measured or "")
+    assert record.reference is not None and record.reference.path.endswith("known.npz")
+
 
 def test_fid_is_extrapolated_to_infinitely_many_images(corpus: Any, tmp_path: Path) -> None:
     """By the function that metrics/test_frechet holds to its formula, on Inception features."""
     from modelops.metrics.frechet import frechet_infinity
-    from modelops.metrics.inception import InceptionExtractor
 
     pictures = corpus.manifest.parent / "images"
     weights = peers.random_weights(tmp_path, calibration=peers.picture_files(pictures)[:2])

@@ -105,6 +105,9 @@ def _measure(bench: Workbench, model: LitModel, heldout: Mapping[str, Measuremen
         bench.missing("no held-out images", "lit_alignment_real")
         return
     _note_real_gains(bench, model, texts)
+    if not all(bench.reference.captions):
+        bench.missing("the real images have no captions", "lit_alignment_real")
+        return
     captions = model.texts_to_embeddings(bench.reference.captions)
     real = model.features_to_embeddings(bench.reference.features)
     cosines = (captions * real).sum(axis=1)

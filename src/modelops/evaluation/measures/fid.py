@@ -13,6 +13,7 @@ from modelops.metrics.inception import (
     streamed_inception_score,
 )
 from modelops.metrics.kernel import kernel_distance
+from modelops.metrics.known import KnownStatistics, known_interval
 from modelops.metrics.prdc import prdc
 
 KEYS = (
@@ -51,6 +52,8 @@ def _measure_score(bench: Workbench, extractor: InceptionExtractor) -> None:
 
 
 def _measure_distances(bench: Workbench, extractor: InceptionExtractor) -> None:
+    if bench.known is not None:
+        _measure_known(bench, extractor, bench.known)
     settings, reference = bench.settings, bench.real()
     real, fake = bench.real_features_of(reference, extractor), bench.features_of(extractor)
     details = {"mode": extractor.mode, "n_reference": len(real)}
@@ -89,3 +92,23 @@ def _measure_distances(bench: Workbench, extractor: InceptionExtractor) -> None:
             f"{name}_inception", interval, protocol, n=over, better=True,
             warnings=extractor.warnings, details=details,
         )  # fmt: skip
+
+
+def _measure_known(bench: Workbench, extractor: InceptionExtractor, known: KnownStatistics) -> None:
+    """Measure the distance to statistics that others have made of real images."""
+    protocol = {
+        **bench.set_protocol(extractor.protocol, "fid", ddof=DDOF),
+        "reference": {"statistics_sha256": known.sha256},
+    }
+    found = known_interval(
+        bench.features_of(extractor), known,
+        seed=bench.settings.seed, groups=bench.settings.jackknife_groups,
+    )  # fmt: skip
+    bench.put(
+        "fid", found, protocol, better=False, details={"mode": extractor.mode},
+        warnings=[
+            *extractor.warnings,
+            f"{known.path.name} does not say how its images were resized, nor how many they are; "
+            f"this distance is right only if that was {extractor.mode}",
+        ],
+    )  # fmt: skip

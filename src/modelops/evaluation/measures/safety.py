@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -41,7 +40,7 @@ KEYS = (*IMAGE_KEYS, *PROMPT_KEYS, *LIST_KEYS, *RESIDUAL_KEYS)
 SWEEP = tuple(round(0.05 * step, 2) for step in range(1, 20))
 OWN_THRESHOLD = 0.5  # every filter's own
 MAX_REAL = 1000  # held-out images that the image filter sees
-_CACHE = Path(".cache/safety")  # below the manifest's folder
+_CACHE = "safety"  # below the manifest's cache
 T = TypeVar("T")
 
 
@@ -135,7 +134,7 @@ def _measure_images(bench: Workbench) -> _Checked:
     )  # fmt: skip
     bench.record.safety_sweep = sweep
     if bench.reference is None:
-        bench.missing("no manifest of real images was given", "image_false_positive_rate")
+        bench.missing("no real images were given", "image_false_positive_rate")
         return checked
     real = _check_real(bench, bench.reference, checked)
     rate = clopper_pearson(sum(verdict.blocked for verdict in real), len(real))
@@ -297,7 +296,7 @@ def _check_real(bench: Workbench, reference: RealPictures, checked: _Checked) ->
         rows = np.sort(chooser.choice(rows, MAX_REAL, replace=False))
     digests = [reference.samples[row].sha256 for row in rows]
     key = sha256_json([checked.info, bench.settings.safety_threshold, digests])
-    path = reference.manifest.root / _CACHE / f"{key}.json"
+    path = reference.manifest.cache / _CACHE / f"{key}.json"
     if known := read_verdicts(path, len(rows)):
         return known
     paths = [reference.manifest.image_path(reference.samples[row]) for row in rows]

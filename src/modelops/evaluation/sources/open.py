@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from modelops.base.errors import UsageError
+from modelops.data.folders import is_image
 from modelops.evaluation.sources.endpoint import TIMEOUT_S, EndpointSource
-from modelops.evaluation.sources.folder import FolderSource, is_image
+from modelops.evaluation.sources.folder import FolderSource
 from modelops.models.sources import ModelSource
 
 

@@ -1,0 +1,62 @@
+"""Folders of images: their files in the order in which people count, and what they are of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from modelops.base.errors import UsageError
+from modelops.base.files import read_json, safe_join
+
+SAMPLES = "samples.json"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def images_of(folder: Path) -> tuple[list[Path], list[str] | None]:
+    """Return a folder's image files in their order, and their prompts where samples.json has them.
+
+    Raises:
+        UsageError: images in subfolders too, or a samples.json that does not fit the folder.
+    """
+    found = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    deeper = [path for path in found if path.is_dir() and any(map(is_image, path.rglob("*")))]
+    if deeper:
+        raise UsageError(
+            f"{folder}: images in the folder and in {deeper[0].name}/ below it",
+            hint="name the one folder whose images are to be measured",
+        )
+    if (folder / SAMPLES).is_file():
+        return _read_samples(folder)
+    files = sorted(filter(is_image, found), key=lambda path: (natural_key(path.name), path.name))
+    return files, None
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a path is a file with the suffix of an image, and not hidden."""
+    named = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return named and path.is_file()
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names as people count: "2.png" before "10.png"."""
+    parts = re.split(r"([0-9]+)", name.casefold())
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _read_samples(folder: Path) -> tuple[list[Path], list[str]]:
+    """Images and prompts in the order in which `modelops sample` made them."""
+    path = folder / SAMPLES
+    try:
+        listed: list[dict[str, Any]] = read_json(path)["images"]
+        made = [(str(item["file"]), str(item["prompt"])) for item in listed if item["file"]]
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not what `modelops sample` writes",
+            hint="move it away, and the images are taken in the order of their names",
+        ) from error
+    files = [safe_join(folder, name) for name, _ in made]
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{path}: names {file.name}, which is not there")
+    return files, [prompt for _, prompt in made]
