@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from modelops.base.errors import EvaluationError, IntegrityError, MissingWeightsError, UsageError
 from modelops.base.files import sha256_file
+from modelops.cli.main import cli
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures import clip, dinov2, diversity, fid
 from modelops.evaluation.per_image import read_per_image
@@ -273,3 +275,24 @@ def test_a_missing_or_damaged_alignment_model_is_named(corpus: Any, tmp_path: Pa
     (tmp_path / "lit" / "open_clip_model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(IntegrityError, match="cannot load"):
         load_lit(tmp_path / "lit")
+
+
+def test_prompts_that_the_model_cuts_are_counted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    long = [f"{'a red heart beside ' * 12} number {k}" for k in range(3)]
+    source = open_source(str(tiny_checkpoint))
+    assert source.cut(["sun", *long]) == long
+    (tmp_path / "prompts.txt").write_text("\n".join(["sun", *long]))
+    settings = EvaluationSettings(
+        prompts_file=tmp_path / "prompts.txt", steps=1, resamples=20, safety="none"
+    )
+    record = evaluate(source, settings, out_path=tmp_path / "eval.json")
+    said = "3 of 4 prompts are longer than the model reads, and are cut"
+    warned = [name for name, metric in record.metrics.items() if said in metric.warnings]
+    assert "failed_image_rate" in warned
+
+    result = CliRunner().invoke(
+        cli, ["sample", str(tiny_checkpoint), "--prompt", long[0], "--prompt", "sun",
+              "--steps", "1", "--out", str(tmp_path / "out"), "--json"],
+    )  # fmt: skip
+    assert json.loads(result.stdout)["cut"] == long[:1]
+    assert "longer than the model reads" in result.stderr

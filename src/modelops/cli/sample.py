@@ -103,13 +103,17 @@ def sample(
     from modelops.evaluation.sources.open import open_source
 
     opened = open_source(source, batch_size=batch_size, device=device, runtime=runtime)
+    cut = opened.cut(texts)
+    for prompt in cut:
+        say(f"cut: {prompt[:60]!r}...: longer than the model reads")
     with progress("Sampling") as report:
         result = sample_images(
             opened, texts, out, seed=seed, per_prompt=per_prompt, steps=steps,
             guidance=guidance, size=size, columns=columns, on_progress=report,
         )  # fmt: skip
     failed = sum(image["file"] is None for image in result["images"])
-    emit({"status": "ok", "out": str(out), "failed": failed, "unusable": unusable, **result},
+    emit({"status": "ok", "out": str(out), "failed": failed, "unusable": unusable, "cut": cut,
+          **result},
          text=f"{len(result['images']) - failed} images and grid.png in {out}"
          + (f"; {failed} failed, see samples.json" if failed else ""))  # fmt: skip
     return 0

@@ -144,7 +144,7 @@ def _evaluate(
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
         reference=reference, training=training, known=known,
         on_progress=on_progress, workers=workers,
-        source_files=source.files, has_prompts=(
+        source_files=source.files, n_cut=len(source.cut(prompts.prompts)), has_prompts=(
             source.n_images is None or source.prompts is not None
             or settings.prompts_file is not None
         ),

@@ -63,6 +63,7 @@ class Workbench:
         on_progress: called with (done, total) while images are processed one by one.
         workers: other processes that read images too.
         source_files: files of a folder that is measured, by place in the plan.
+        n_cut: number of prompts that the source is known not to read to their ends.
         has_prompts: whether somebody said what the images are of.
     """
 
@@ -81,6 +82,7 @@ class Workbench:
     on_progress: Callable[[int, int], None] | None = None
     workers: Workers | None = None
     source_files: Sequence[Path] = ()
+    n_cut: int = 0
     has_prompts: bool = True
     _openings: dict[str, dict[str, Any]] = field(default_factory=dict)
     _lite0: Lite0Extractor | None = None
@@ -316,14 +318,7 @@ class Workbench:
         """Add one measurement under its protocol, with the problems of its inputs."""
         identity = protocol_id(protocol)
         self.record.protocols[identity] = dict(protocol)
-        failed = len(self.samples.failures)
-        notes = []
-        if failed and "sampling" in protocol:
-            notes.append(f"{failed} of {len(self.samples.plan)} images failed")
-        if protocol.get("reference"):
-            notes += self.reference_notes()
-        if interval.method.startswith("constant"):
-            notes.append("all values are equal, so the interval has no width and says nothing")
+        notes = _notes(self, interval, protocol)
         self.record.metrics[key] = Measurement(
             value=interval.value, low=interval.low, high=interval.high, method=interval.method,
             n=self.n if n is None else n, unit=unit, higher_is_better=better, protocol=identity,
@@ -345,3 +340,19 @@ class Workbench:
             measure(self)
         except EvaluationError as error:
             self.missing(error.message, *(key for key in keys if key not in self.record.metrics))
+
+
+def _notes(bench: Workbench, interval: Interval, protocol: Mapping[str, Any]) -> list[str]:
+    """Remarks on a measurement's inputs: failed images, cut prompts, unusable real images."""
+    notes = []
+    if "sampling" in protocol:
+        failed, of = len(bench.samples.failures), len(bench.samples.plan)
+        notes += [f"{failed} of {of} images failed"] if failed else []
+        cut, of = bench.n_cut, len(bench.prompts)
+        if cut:
+            notes.append(f"{cut} of {of} prompts are longer than the model reads, and are cut")
+    if protocol.get("reference"):
+        notes += bench.reference_notes()
+    if interval.method.startswith("constant"):
+        notes.append("all values are equal, so the interval has no width and says nothing")
+    return notes

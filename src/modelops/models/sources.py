@@ -26,6 +26,7 @@ from modelops.models.devices import open_device
 from modelops.models.hub import pipeline_directory
 from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
 from modelops.models.pipelines.load import load_diffusers, load_pixel_flow
+from modelops.models.pipelines.tokens import PromptReader
 from modelops.models.request import Image, ImageRequest
 from modelops.records.evaluation import SourceInfo
 
@@ -96,6 +97,10 @@ class ModelSource(ABC):
         """Return the number of requests like this one, near `batch_size`, that waste no call."""
         return self.batch_size
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts that are known not to be read to their ends."""
+        return []
+
     def close(self) -> None:  # noqa: B027 (most sources hold nothing)
         """Let go of connections."""
 
@@ -159,6 +164,10 @@ class PipelineSource(ModelSource):
     def whole_calls(self, request: ImageRequest) -> int:
         rows = self.rows_per_call(request)
         return -(-self.batch_size // rows) * rows
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        reader = PromptReader(self.pipeline)
+        return [prompt for prompt in prompts if reader.is_cut(prompt)]
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
         images: list[Image] = []

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import inspect
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,15 +27,13 @@ from modelops.export.runtimes.modules import ExportedModule
 from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
 from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_call
 from modelops.models.pipelines.signatures import parameters_of
+from modelops.models.pipelines.tokens import PromptReader
 from modelops.models.request import ImageRequest
 from modelops.serving.engine.jobs import Job
 
 _DENOISERS = ("transformer", "unet")
-_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _TEXTS = 64  # answers of text encoders that are kept; each may be megabytes
-_NO_LIMIT = 100_000  # a tokenizer that states more has none
-_LONG = 512  # tokens where nothing states a limit
 
 
 @dataclass(slots=True)
@@ -101,8 +98,8 @@ class PipelineModel:
             raise UsageError("the pipeline belongs to another engine", hint="close that one first")
         self._accepts = inspect.signature(pipeline.__call__).parameters
         self.height, self.width = _size(pipeline, self._denoiser)
-        self._tokenizer, self.max_tokens = _longest_tokenizer(pipeline, self._accepts)
-        self._tokenizer_lock = threading.Lock()
+        self._reader = PromptReader(pipeline)
+        self.max_tokens = self._reader.max_tokens
         self._scheduler = copy.deepcopy(pipeline.scheduler)
         self._parameters = _parameters(self._denoiser)
         self._rows: dict[bool, int] = {}  # of a call, with guidance and without, once it was seen
@@ -164,11 +161,7 @@ class PipelineModel:
         return self._rows.get(guided, both)
 
     def count_tokens(self, text: str) -> int:
-        if self._tokenizer is None:
-            return 0
-        with self._tokenizer_lock:
-            encoded = self._tokenizer(text, padding=False, truncation=False, verbose=False)
-        return len(encoded["input_ids"])
+        return self._reader.count(text)
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -335,19 +328,3 @@ def _size(pipeline: Any, denoiser: Any) -> tuple[int, int]:
         sample = denoiser.config["sample_size"]
         height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
     return int(height), int(width)
-
-
-def _longest_tokenizer(pipeline: Any, accepts: Any) -> tuple[Any, int]:
-    """Return (a copy of the tokenizer that reads the most of a prompt, its number of tokens)."""
-    stated = accepts["max_sequence_length"].default if "max_sequence_length" in accepts else None
-    best, most = None, 0
-    for name in _TOKENIZERS:
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is None:
-            continue
-        limit = int(getattr(tokenizer, "model_max_length", _LONG))
-        if limit > _NO_LIMIT:
-            limit = stated if isinstance(stated, int) else _LONG
-        if limit > most:
-            best, most = tokenizer, limit
-    return copy.deepcopy(best), most

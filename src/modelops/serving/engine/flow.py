@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.models.pipelines.arguments import floats_to_uint8
+from modelops.models.pipelines.tokens import PromptReader
 from modelops.models.request import ImageRequest
 from modelops.serving.engine.batch_profile import widths
 from modelops.serving.engine.jobs import Job
@@ -132,12 +132,12 @@ class FlowModel:
     def __init__(self, pipeline: Any, *, text_cache: int = _TEXTS) -> None:
         self.pipeline = pipeline
         self.height = self.width = int(pipeline.resolution)
-        self.max_tokens = int(pipeline.config["max_text_tokens"])
+        self._reader = PromptReader(pipeline)
+        self.max_tokens = self._reader.max_tokens
         self._device = pipeline._execution_device
         self._dtype = pipeline.unet.dtype
         self._texts: OrderedDict[str, Text] = OrderedDict()
         self.text_cache = text_cache
-        self._tokenizer_lock = threading.Lock()  # fast tokenizers keep padding as mutable state
         self._stepper = Stepper(pipeline.scheduler, self._device, self._dtype)
         self._inputs: OrderedDict[tuple[int, ...], NetworkInputs] = OrderedDict()
 
@@ -165,9 +165,7 @@ class FlowModel:
         return 1 if request.guidance == 1.0 else 2
 
     def count_tokens(self, text: str) -> int:
-        with self._tokenizer_lock:
-            encoded = self.pipeline.tokenizer(text, padding=False, truncation=False, verbose=False)
-        return len(encoded["input_ids"])
+        return self._reader.count(text)
 
     def prepare(self, max_rows: int) -> None:
         self._encode([""])
@@ -193,8 +191,7 @@ class FlowModel:
     def _encode(self, wanted: list[str]) -> dict[str, Text]:
         missing = [text for text in dict.fromkeys(wanted) if text not in self._texts]
         if missing:
-            with self._tokenizer_lock:
-                pooled, tokens, mask = self.pipeline.encode_prompt(missing)
+            pooled, tokens, mask = self.pipeline.encode_prompt(missing)
             for index, text in enumerate(missing):
                 one = slice(index, index + 1)
                 self._texts[text] = (

@@ -1,0 +1,53 @@
+"""Number of tokens that a pipeline reads of a prompt; what is longer, it cuts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from typing import Any
+
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_NO_LIMIT = 100_000  # a tokenizer that states more has none
+_LONG = 512  # tokens where nothing states a limit
+
+
+class PromptReader:
+    """The tokenizer of a pipeline that reads the most of a prompt. Thread-safe.
+
+    Attributes:
+        max_tokens: longest prompt that is read to its end, in tokens; 0 without a tokenizer.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        accepts = inspect.signature(pipeline.__call__).parameters
+        stated = (
+            accepts["max_sequence_length"].default if "max_sequence_length" in accepts else None
+        )
+        best, self.max_tokens = None, 0
+        for name in _TOKENIZERS:
+            tokenizer = getattr(pipeline, name, None)
+            if tokenizer is None:
+                continue
+            limit = int(getattr(tokenizer, "model_max_length", _LONG))
+            if limit > _NO_LIMIT:
+                limit = stated if isinstance(stated, int) else _LONG
+            if limit > self.max_tokens:
+                best, self.max_tokens = tokenizer, limit
+        own = pipeline.config.get("max_text_tokens")  # modelops' own pipeline
+        if best is not None and own is not None:
+            self.max_tokens = int(own)
+        self._tokenizer = copy.deepcopy(best)
+        self._lock = threading.Lock()  # fast tokenizers keep padding as mutable state
+
+    def count(self, text: str) -> int:
+        """Return the number of a text's tokens, with those that mark its ends."""
+        if self._tokenizer is None:
+            return 0
+        with self._lock:
+            encoded = self._tokenizer(text, padding=False, truncation=False, verbose=False)
+        return len(encoded["input_ids"])
+
+    def is_cut(self, text: str) -> bool:
+        """Return whether the pipeline does not read a text to its end."""
+        return self.count(text) > self.max_tokens
