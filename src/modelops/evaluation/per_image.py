@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import EvaluationError
-from modelops.base.files import sha256_file
+from modelops.base.files import read_json, sha256_file
 from modelops.records.evaluation import EvaluationRecord
 
 
@@ -23,5 +22,5 @@ def read_per_image(record_path: str | Path, record: EvaluationRecord) -> list[di
         raise EvaluationError(f"{record_path}: its per-image values are not there")
     if sha256_file(path) != entry.sha256:
         raise EvaluationError(f"{path}: differs from the digest in {record_path}")
-    rows: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+    rows: list[dict[str, Any]] = read_json(path)
     return rows

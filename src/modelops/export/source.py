@@ -45,9 +45,9 @@ def load_source(
     """Load a checkpoint to export.
 
     Raises:
-        UsageError: neither a directory with a checkpoint nor an available hub id, or a size for a
-            pipeline that takes none.
-        ExportError: the checkpoint cannot be loaded, or weights are missing or not finite.
+        UsageError: neither a directory with a checkpoint nor an available hub id, weights are
+            missing, or a size for a pipeline that takes none.
+        ExportError: the checkpoint cannot be loaded, or weights are not finite.
     """
     directory = pipeline_directory(checkpoint)
     if is_artifact(directory):
@@ -58,11 +58,8 @@ def load_source(
     try:
         pipeline, digest = load_with_digest(directory)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        reason = first_line(error)
-        if "meta tensor" in reason:  # diffusers leaves what its files lack on no device
-            reason = "a network has weights that its files lack"
         raise ExportError(
-            f"{checkpoint}: cannot be loaded: {reason}",
+            f"{checkpoint}: cannot be loaded: {first_line(error)}",
             hint="is the checkpoint complete?",
         ) from error
     if lora is not None:

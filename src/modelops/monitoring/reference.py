@@ -8,7 +8,6 @@ and scripts of their prompts. `modelops release build` puts them into the releas
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from modelops.base.environment import current_environment
 from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError, UsageError
-from modelops.base.files import atomic_path, safe_join, sha256_file
+from modelops.base.files import atomic_path, read_json, safe_join, sha256_file
 from modelops.base.seeding import numpy_generator
 from modelops.monitoring.extractors import features_protocol
 from modelops.monitoring.rows import shares_to_vector
@@ -99,7 +98,7 @@ def build_reference(evaluation_path: str | Path, folder: str | Path) -> DriftRef
     if evaluation.status != "ok" or evaluation.sampling is None or not evaluation.source.sha256:
         raise EvaluationError(f"{path}: did not end well, or does not name its model")
     protocol = features_protocol(evaluation)
-    rows = json.loads(_named_file(path, evaluation, "per_image").read_text("utf-8"))
+    rows = read_json(_named_file(path, evaluation, "per_image"))
     features = _features(_named_file(path, evaluation, "features"), int(protocol["dim"]))
     made = [row for row in rows if row.get("failure") is None]
     if len(made) != len(features):

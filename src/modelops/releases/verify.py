@@ -158,7 +158,7 @@ def released_evaluations(
             if json.loads(path.read_text("utf-8")).get("kind") != "evaluation":
                 continue
             evaluation = read_record(path, EvaluationRecord)
-        except (AttributeError, OSError, ValueError, ModelopsError):
+        except (AttributeError, OSError, ValueError, RecursionError, ModelopsError):
             continue
         if evaluation.status == "ok" and evaluation.source.sha256 == record.model_sha256:
             found[relative] = evaluation

@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -511,7 +510,7 @@ def test_a_hung_network_turns_livez_red_and_leaves_no_client_waiting(
     settings = NodeSettings(profile_s=0, stalled_s=0.5, deadline_s=30)
     node = InferenceNode(tiny_release, settings=settings)
     node.start()
-    node.settings = replace(settings, deadline_s=0.5)
+    node.settings = settings.model_copy(update={"deadline_s": 0.5})
     monkeypatch.setattr(answers, "ENGINE_GRACE_S", 0.5)
     monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.5)
     go_on = threading.Event()
@@ -525,7 +524,7 @@ def test_a_hung_network_turns_livez_red_and_leaves_no_client_waiting(
     with http(node) as live:
         for extra in ({}, {"stream": True}):
             if extra:
-                node.settings = replace(node.settings, stalled_s=60.0)
+                node.settings = node.settings.model_copy(update={"stalled_s": 60.0})
             body = sun(**extra)
             status, headers, answer = live.raw(
                 HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -535,7 +534,7 @@ def test_a_hung_network_turns_livez_red_and_leaves_no_client_waiting(
             else:
                 assert (status, json.loads(answer)["error"]["code"]) == (503, "deadline_exceeded")
                 assert int(headers["retry-after"]) >= 1
-        node.settings = replace(node.settings, stalled_s=0.5)
+        node.settings = node.settings.model_copy(update={"stalled_s": 0.5})
         livez = b"GET /livez HTTP/1.1\r\nHost: 127.1\r\n\r\n"
         assert live.raw(livez)[0] == 503
         ready = live.raw(livez.replace(b"livez", b"readyz"))

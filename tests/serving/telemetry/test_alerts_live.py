@@ -395,7 +395,9 @@ def test_engine_stands_still(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         go_on.wait(PATIENCE_S)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(lab.near, "settings", replace(lab.near.settings, stalled_s=1.0))
+    monkeypatch.setattr(
+        lab.near, "settings", lab.near.settings.model_copy(update={"stalled_s": 1.0})
+    )
     with lab.fault("ModelopsEngineStopped"):
         pipeline.predict_velocity = hang
         try:

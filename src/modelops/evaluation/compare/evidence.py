@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError, IntegrityError
-from modelops.base.files import sha256_file, sha256_json
+from modelops.base.files import read_json, sha256_file, sha256_json
 from modelops.evaluation.reference import RealPictures, open_reference
 from modelops.metrics.protocol import protocol_id
 from modelops.models.encoders import LITE0_NAME
@@ -51,7 +50,7 @@ class Evidence:
             IntegrityError: they are other than the record's digest says.
         """
         if self._rows is None:
-            self._rows = json.loads(self._file("per_image", "per-image values").read_text("utf-8"))
+            self._rows = read_json(self._file("per_image", "per-image values"))
         assert self._rows is not None
         return self._rows
 

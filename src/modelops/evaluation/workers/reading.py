@@ -243,7 +243,7 @@ def read_verdicts(path: Path, n: int | None = None) -> list[ImageVerdict] | None
             ImageVerdict(score_to_verdict(float(score), 0.5).score, bool(blocked))
             for score, blocked in json.loads(path.read_text("utf-8"))
         ]
-    except (OSError, ValueError, TypeError, SafetyFilterError):
+    except (OSError, ValueError, TypeError, RecursionError, SafetyFilterError):
         return None
     return found if n is None or len(found) == n else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from modelops.base.errors import UsageError, first_line
 from modelops.base.extras import missing_package
-from modelops.base.files import read_json, read_text
+from modelops.base.files import read_json
 from modelops.models.pretrained import load_part
 
 _WEIGHTS = re.compile(
@@ -116,7 +115,7 @@ def load_pixel_flow(directory: Path, dtype: torch.dtype) -> Any:
 
     variant = find_variant(directory)
     try:
-        index = json.loads(read_text(directory / "model_index.json"))
+        index = read_json(directory / "model_index.json")
         libraries = {"diffusers": diffusers, "transformers": transformers}
         parts: dict[str, Any] = {}
         for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
@@ -177,6 +176,7 @@ def _require_whole(folder: Path, missing: Iterable[str]) -> None:
     lacking = sorted(key for key in missing if not any(head in key for head in _UNUSED_HEADS))
     if lacking:
         raise UsageError(
-            f"{folder}: {len(lacking)} weights are missing, the first {lacking[0]}",
+            f"{folder}: its files lack {lacking[0]}"
+            + (f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""),
             hint="copy the whole network again",
         )

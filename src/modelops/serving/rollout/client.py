@@ -15,6 +15,7 @@ from typing import Any
 from modelops.base.errors import GateFailedError, GateUndecidedError, ServingError, UsageError
 
 POLL_S = 1.0
+_MOST = 10_000_000  # bytes of an answer
 _CODES = {
     "load_failed": ServingError.exit_code,
     "rolled_back_worse": GateFailedError.exit_code,
@@ -90,21 +91,21 @@ class SwapClient:
         )
         try:
             with self._opener.open(request, timeout=self._timeout_s) as answer:
-                found: dict[str, Any] = json.loads(answer.read())
+                found: dict[str, Any] = json.loads(answer.read(_MOST))
                 return found
         except urllib.error.HTTPError as error:
             raise _refused(self.url, error) from error
         except (OSError, http.client.HTTPException) as error:
             raise ServingError(f"{self.url}: no answer ({error})", hint="is it running?") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServingError(f"{self.url}: not an answer of a modelops node") from error
 
 
 def _refused(url: str, error: urllib.error.HTTPError) -> Exception:
     try:
-        said = json.loads(error.read())["error"]
+        said = json.loads(error.read(_MOST))["error"]
         code, message = str(said["code"]), str(said["message"])
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):
         return ServingError(f"{url}: answered {error.code}", hint="is it a modelops node?")
     if code == "canary_worse":
         return GateFailedError(f"{url}: {message}")
