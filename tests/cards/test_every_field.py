@@ -138,7 +138,7 @@ def full_records() -> dict[str, Record]:
             error_by_noise=[{"sigma_low": 0.1, "sigma_high": 0.2, "rms": 0.03, "max": 0.04,
                              "n": 4.0}],
             pipeline="Flow", size=[32, 48], omitted=["safety_checker"], lora={"scale": 0.8},
-            conversion={"kept": 1}, execution={"onnxruntime": 2},
+            conversion={"kept": 1}, execution={"onnxruntime": {"int8_layers": 2}},
             files={"x": InputRef(path="x", sha256=DIGEST)},
             reproduced=[ReproductionCheck(
                 processor="AVX2", runtime="onnxruntime", precision="float32", error=0.01,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from modelops.base.errors import IntegrityError, UsageError
 from modelops.base.files import atomic_directory, check_writable
@@ -46,7 +47,7 @@ from modelops.export.tensorrt.profiles import (
     parse_limits,
 )
 from modelops.records.base import InputRef
-from modelops.records.export import ArtifactRecord, ExportedComponent
+from modelops.records.export import ArtifactRecord, Execution, ExportedComponent
 
 DEFAULT_PROFILES = ("batch=1:2:16",)  # guidance doubles the rows of an image
 
@@ -153,7 +154,7 @@ def export_tensorrt(
     with atomic_directory(out_dir) as root:
         shutil.copytree(folder, root, dirs_exist_ok=True)
         (root / RECORD).unlink()
-        layers = {}
+        layers: dict[str, Execution] = {}
         for item in origin.components:
             path = root / item.file
             stages.begin(f"building {item.name}")
@@ -161,7 +162,7 @@ def export_tensorrt(
                 path, path.with_name(ENGINE), ranges[item.name], flags, device=device,
                 timing_cache=timing_cache, on_progress=partial(_tell, stages, item.name),
             )  # fmt: skip
-            layers[item.name] = fingerprint.layers
+            layers[item.name] = cast("Execution", fingerprint.layers)
         components = [
             component_from(source.pipeline, root / item.name, item) for item in origin.components
         ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt, model_validator
+from typing_extensions import TypedDict  # typing's own has no pydantic support before 3.12
 
 from modelops.records.base import Amount, Count, InputRef, Measurement, Record, RecordPart
 
@@ -88,6 +89,26 @@ class ReproductionCheck(RecordPart):
         return "" if self.fault else f"off by {self.error:.3g} (bound {self.bound:.3g})"
 
 
+class LoraUse(TypedDict, total=False):
+    """Use of `inputs["lora"]`: whether it was added to the weights, and at which scale."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    fused: StrictBool
+    scale: StrictInt | StrictFloat
+
+
+class Execution(TypedDict, total=False):
+    """Precision that a runtime was seen to run a graph's nodes in."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    layers: dict[str, Count]
+    int8_layers: Count
+    layers_total: Count
+    float_layers: list[str]
+    rest: str  # precision of the layers that are not INT8
+    quantised_but_float: list[str]
+
+
 class ArtifactRecord(Record):
     """artifact.json: a checkpoint exported for a runtime."""
 
@@ -105,8 +126,9 @@ class ArtifactRecord(Record):
     pipeline: str = ""  # class of the diffusers pipeline
     size: list[int] = []  # height and width in pixels it was exported and compared at
     omitted: list[str] = []  # parts of the checkpoint that the artifact leaves out
-    lora: dict[str, Any] = {}  # how `inputs["lora"]` went in: fused, scale
+    lora: LoraUse = {}
     conversion: dict[str, Any] = {}  # half precision: what stays in float32, and why
-    execution: dict[str, Any] = {}  # which precision each runtime was seen to run the nodes in
+    # By runtime; TensorRT by component, torch-export with the reason why one was not captured.
+    execution: dict[str, Execution | dict[str, Execution] | dict[str, str]] = {}
     files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it
     reproduced: list[ReproductionCheck] = []  # where an INT8 artifact gives the same numbers

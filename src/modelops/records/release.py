@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from typing_extensions import TypedDict  # typing's own has no pydantic support before 3.12
 
 from modelops.base.files import sha256_json
 from modelops.records.base import Answer, Count, InputRef, Record, RecordPart
@@ -89,6 +90,52 @@ class ReleaseFile(RecordPart):
     bytes: Count
 
 
+Number = StrictInt | StrictFloat
+
+
+class Golden(TypedDict, total=False):
+    """Golden image of a release: from what it is made, where it lies and what its pixels are."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    prompt: str
+    seed: StrictInt
+    steps: StrictInt | None
+    guidance: Number | None
+    file: str
+    fallback_file: str  # that of the release's fallback
+    pixels_sha256: str
+
+
+class Differences(TypedDict):
+    """Images made in batches beside the same ones made otherwise; in grey levels of 255."""
+
+    identical: Count
+    max_difference: Count
+    mean_difference: Number
+
+
+class BatchInvariance(TypedDict):
+    """Difference that batches make to a release's images, beside the same image alone (`company`)
+    and from the pipeline that was evaluated (`offline`)."""
+
+    runtime: str
+    precision: str
+    pictures: Count
+    widest_rows: Count
+    company: Differences
+    offline: Differences
+
+
+class ReleaseDefaults(TypedDict, total=False):
+    """Default sampling of a release's model, and its proofs about serving it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    steps: Annotated[StrictInt, Field(ge=1, le=1000)] | None
+    guidance: Annotated[Number, Field(ge=0, le=20)] | None
+    golden: Golden | None
+    company: BatchInvariance | None
+
+
 class ReleaseRecord(Record):
     """release.json: everything a release consists of, by digest."""
 
@@ -104,23 +151,9 @@ class ReleaseRecord(Record):
     verdict_answer: Answer = "pass"
     allowed_without_pass: bool = False
     policy_sha256: str | None = None
-    defaults: dict[str, Any] = {}
+    defaults: ReleaseDefaults = {}
     files: dict[str, ReleaseFile]
     seal: str = ""  # sha256 of all other fields; see `sealed`
-
-    @field_validator("defaults")
-    @classmethod
-    def _defaults_can_be_served(cls, defaults: dict[str, Any]) -> dict[str, Any]:
-        for key, kinds, low, high in (("steps", int, 1, 1000), ("guidance", int | float, 0, 20)):
-            value = defaults.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                raise ValueError(f"{key}: should be a number from {low} to {high}, not {value!r}")
-        for key in ("golden", "company"):
-            if not isinstance(defaults.get(key) or {}, dict):
-                raise ValueError(f"{key}: should be a mapping")
-        return defaults
 
     def sealed(self) -> ReleaseRecord:
         """Return this record with its seal, by which an edit of it is found."""

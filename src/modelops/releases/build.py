@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 from modelops.base.environment import current_environment
@@ -43,6 +43,7 @@ from modelops.records.read import read_any_record, read_record
 from modelops.records.release import (
     LABEL,
     PreflightRecord,
+    ReleaseDefaults,
     ReleaseFile,
     ReleaseRecord,
     Verdict,
@@ -150,7 +151,7 @@ def build_release(
                 verdict_answer=answer.answer,
                 allowed_without_pass=answer.answer != "pass",
                 policy_sha256=answer.policy_sha256,
-                defaults=dict(defaults or {}),
+                defaults=cast("ReleaseDefaults", dict(defaults or {})),
                 inputs={
                     "model": InputRef(path=model.name, sha256=model_sha256),
                     "verdict": InputRef(path=verdict_path.name, sha256=verdict_sha256),

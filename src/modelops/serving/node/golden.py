@@ -22,6 +22,7 @@ from modelops.base.pixels import pixels_sha256
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
+from modelops.records.release import ReleaseDefaults
 from modelops.serving.engine.jobs import EngineImage
 
 log = logging.getLogger("modelops.serving")
@@ -150,7 +151,7 @@ def make_golden(
     }
 
 
-def golden_request(defaults: dict[str, Any]) -> ImageRequest:
+def golden_request(defaults: ReleaseDefaults) -> ImageRequest:
     """Return the golden request of a release, or the default one."""
     golden = defaults.get("golden") or {}
     return ImageRequest(
@@ -164,7 +165,7 @@ def golden_request(defaults: dict[str, Any]) -> ImageRequest:
 def check_golden(
     pixels: npt.NDArray[np.uint8],
     release_dir: Path,
-    defaults: dict[str, Any],
+    defaults: ReleaseDefaults,
     *,
     fallback: bool = False,
 ) -> GoldenCheck:
@@ -177,10 +178,11 @@ def check_golden(
     digest = pixels_sha256(pixels)
     if int(pixels.max()) == int(pixels.min()):
         raise ServingError("the golden image is one flat colour")
-    golden, key = defaults.get("golden") or {}, "fallback_file" if fallback else "file"
-    if key not in golden:
+    golden = defaults.get("golden") or {}
+    name = golden.get("fallback_file") if fallback else golden.get("file")
+    if name is None:
         return GoldenCheck(pixels_sha256=digest)
-    path = safe_join(release_dir, str(golden[key]))
+    path = safe_join(release_dir, name)
     try:
         with Image.open(path) as picture:
             expected = np.asarray(picture.convert("RGB"))

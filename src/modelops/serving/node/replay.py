@@ -7,7 +7,7 @@ is checked first: a receipt with a wrong one is not replayed.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from PIL import Image
 
 from modelops.base.errors import IntegrityError, UsageError
 from modelops.base.files import sha256_bytes, sha256_file
+from modelops.records.release import ReleaseDefaults
 from modelops.releases.verify import RECORD_FILE, verify_release
 from modelops.serving.provenance.manifests import picture_format, read_mark
 from modelops.serving.provenance.receipts import Receipt, read_receipt, text_digest, verify_receipt
@@ -264,11 +265,12 @@ def replay_recipe(
     )
 
 
-def stated_difference(defaults: Mapping[str, Any]) -> int:
+def stated_difference(defaults: ReleaseDefaults) -> int:
     """Return the grey levels (of 255) by which a release says images made in batches may differ."""
-    company = defaults.get("company") or {}
-    return max(int((company.get(beside) or {}).get("max_difference", 0))
-               for beside in ("company", "offline"))  # fmt: skip
+    stated = defaults.get("company")
+    if not stated:
+        return 0
+    return max(stated[beside]["max_difference"] for beside in ("company", "offline"))
 
 
 def _make(
