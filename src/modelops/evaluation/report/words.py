@@ -24,12 +24,12 @@ METRICS: dict[str, Words] = {
         "**Not FID**: FID uses other features, and no published FID compares with it.",
     ),
     "frechet_distance_lite0_floor": Words(
-        "Floor of that distance", "quality",
-        "The same distance between real training images and real held-out images at the same "
-        "n: what a perfect generator would score here.",
+        "Fréchet distance (Lite0) of training images", "quality",
+        "Its floor: the same distance between real training images and real held-out ones at the "
+        "same n: what a perfect generator would score here.",
     ),
     "frechet_distance_infinity_lite0": Words(
-        "The same, extrapolated to infinite n", "quality",
+        "Fréchet distance (Lite0) at infinite n", "quality",
         "What the Fréchet distance tends to as the number of images grows: its bias in n taken "
         "off.",
     ),
@@ -39,7 +39,8 @@ METRICS: dict[str, Words] = {
         "Lower is better. Not KID, which uses Inception's features.",
     ),
     "kernel_distance_lite0_floor": Words(
-        "Floor of that distance", "quality", "The same for real training images."
+        "Kernel distance (Lite0) of training images", "quality",
+        "Its floor: the same distance for real training images.",
     ),
     "precision_lite0": Words(
         "Precision", "quality",
@@ -143,7 +144,7 @@ METRICS: dict[str, Words] = {
         "Median over generated images, in feature space. Small means copies.",
     ),
     "nearest_train_distance_heldout": Words(
-        "The same of real held-out images", "memorization",
+        "Distance of real held-out images to theirs", "memorization",
         "The same for real images that were not trained on: the base rate to compare with.",
     ),
     "nearest_train_distance_gap": Words(
