@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_where_it_was(
     second = Thumbnails()
     resumed = embed_manifest(manifest, second)
     assert second.encoded == len(manifest.rows) - 48
-    damaged = next((tmp_path / CACHE).rglob("*.npy"))
+    damaged = next((tmp_path / ".cache" / CACHE).rglob("*.npy"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     third = Thumbnails()
     again = embed_manifest(manifest, third)

@@ -198,7 +198,7 @@ def test_diversity_and_clip_scores_of_replicates(drawn: Any, folder: Any, tmp_pa
     mean = np.mean([r["clip_score_torchmetrics"] for r in rows])
     assert record.metrics["clip_score_torchmetrics"].value == pytest.approx(max(0.0, mean))
     assert record.metrics["clip_retrieval_top5"].value == 1.0
-    assert "no manifest" in (record.metrics["cmmd"].not_measured or "")
+    assert "no real images" in (record.metrics["cmmd"].not_measured or "")
     real = run("real.json", n=7, manifest=Path(drawn[0]), splits=Path(drawn[1]))
     assert "ViT-L/14-336" in (real.metrics["cmmd"].not_measured or "")
     for key in ("gaussian_mmd_clip", "frechet_distance_clip"):
