@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,3 +71,15 @@ def test_what_is_not_whole_is_refused(weights: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(IntegrityError, match="missing keys"):
         Dinov2Extractor(tmp_path)
+
+
+def test_files_that_are_overwritten_later_change_no_feature(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights, tmp_path / "own")
+    extractor = Dinov2Extractor(tmp_path / "own")
+    before = extractor.images_to_features(pictures())
+    path = tmp_path / "own" / "model.safetensors"
+    with path.open("r+b") as stream:  # in place, as rsync --inplace writes
+        stream.seek(path.stat().st_size // 2)
+        stream.write(bytes(1000))
+    assert (extractor.images_to_features(pictures()) == before).all()
+    assert Dinov2Extractor(tmp_path / "own").protocol != extractor.protocol

@@ -20,6 +20,7 @@ from modelops.models.pretrained import (
     images_to_inputs,
     load_processor,
     load_whole,
+    own_copy,
 )
 
 Image = npt.NDArray[np.uint8]
@@ -46,10 +47,12 @@ class Dinov2Extractor:
             raise MissingWeightsError(
                 f"{directory}: no such directory", hint="give a snapshot of facebook/dinov2-large"
             )
-        digests = directory_digests(directory)
-        self._processor = load_processor(directory)
         self._device = open_device(device)
-        self._model = load_whole(Dinov2Model, directory).requires_grad_(False).to(self._device)
+        with own_copy(Path(directory)) as copy:
+            digests = directory_digests(copy.path)
+            self._processor = load_processor(copy.path)
+            model = load_whole(Dinov2Model, copy.path)
+        self._model = model.requires_grad_(False).to(self._device)
         self.batch_size = batch_size
         self.protocol: dict[str, Any] = {
             "extractor": "transformers Dinov2Model", **digests, "layer": "class token, normalised "

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import IntegrityError, MissingWeightsError, first_line
-from modelops.base.files import read_json, sha256_file, sha256_json
+from modelops.base.files import read_json, sha256_file, sha256_json, sha256_tree
+from modelops.base.private import PrivateCopy, private_copy
 from modelops.models.hub import not_given, parse_hub_id
 
 Image = npt.NDArray[np.uint8]
@@ -99,6 +100,25 @@ def no_code_offered() -> Iterator[None]:
         yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+@contextlib.contextmanager
+def own_copy(directory: Path, store: Path | None = None) -> Iterator[PrivateCopy]:
+    """Copy a network's files to where nobody changes them: its weights stay mapped to its files.
+    Processes with one store share a copy.
+
+    Raises:
+        IntegrityError, ModelopsError: see `private_copy`.
+    """
+    if not directory.is_dir():
+        raise MissingWeightsError(f"{directory}: no such directory")
+    others = [
+        entry.name for entry in directory.iterdir()
+        if entry.suffix not in (".json", ".safetensors")
+    ]  # fmt: skip
+    digest = sha256_tree(directory, exclude=others) if store else None
+    with private_copy(directory, exclude=others, sha256=digest, store=store) as copy:
+        yield copy
 
 
 def load_whole(kind: Any, directory: Path) -> Any:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from modelops.base.errors import MissingWeightsError, UsageError
-from modelops.base.files import read_json, sha256_tree
-from modelops.base.private import PrivateCopy, private_copy
+from modelops.base.errors import UsageError
+from modelops.base.files import read_json
 from modelops.models.pretrained import (
     directory_digests,
     images_to_inputs,
     load_processor,
     load_whole,
+    own_copy,
 )
 from modelops.safety.image import (
     Image,
@@ -67,7 +66,7 @@ class TransformersFilter:
 
         _check_threshold(threshold)
         self.threshold = threshold
-        with _own_copy(directory, store) as copy:
+        with own_copy(directory, store) as copy:
             self._files = directory_digests(copy.path)
             self._processor = load_processor(copy.path)
             self._model = load_whole(AutoModelForImageClassification, copy.path)
@@ -141,7 +140,7 @@ class DiffusersSafetyCheckerFilter:
             directory = directory / "safety_checker"
         own = (directory / "preprocessor_config.json").is_file()
         extractor = directory if own else directory.parent / "feature_extractor"
-        with _own_copy(directory, store) as copy:
+        with own_copy(directory, store) as copy:
             extractor = copy.path if own else extractor
             self._files = directory_digests(copy.path, extractor)
             self._processor = load_processor(extractor)
@@ -247,25 +246,6 @@ def check_labels(directory: Path, chosen: Sequence[str]) -> None:
     found = read_json(config).get("id2label") if config.is_file() else None
     if isinstance(found, dict):
         unsafe_labels([str(label) for label in found.values()], chosen, where=str(directory))
-
-
-@contextlib.contextmanager
-def _own_copy(directory: Path, store: Path | None) -> Iterator[PrivateCopy]:
-    """Copy a network's files to where nobody changes them: its weights stay mapped to its files.
-    Processes with one store share a copy.
-
-    Raises:
-        IntegrityError, ModelopsError: see `private_copy`.
-    """
-    if not directory.is_dir():
-        raise MissingWeightsError(f"{directory}: no such directory")
-    others = [
-        entry.name for entry in directory.iterdir()
-        if entry.suffix not in (".json", ".safetensors")
-    ]  # fmt: skip
-    digest = sha256_tree(directory, exclude=others) if store else None
-    with private_copy(directory, exclude=others, sha256=digest, store=store) as copy:
-        yield copy
 
 
 def _check_threshold(threshold: float) -> None:
