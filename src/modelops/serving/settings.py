@@ -254,4 +254,4 @@ def _refusal(error: ValidationError) -> UsageError:
     for kind, words in _TYPES.items():
         if first["type"].startswith(kind.__name__):
             why = f"is not {words}"
-    return UsageError(f"{variable(name)}{shown}: {why}")
+    return UsageError(f"{variable(name)}{shown} {why}")

@@ -55,7 +55,7 @@ def test_every_variable_that_the_package_names_is_known() -> None:
     ("MODELOPS_RELEASE", "/nowhere", "/nowhere: not a release"),
     ("OTEL_TRACES_EXPORTER", "pigeon", "unknown exporter"),
     ("MODELOPS_MAX_ROW", "4", "MODELOPS_MAX_ROW: no such setting"),
-    ("MODELOPS_CLIENT_TIMEOUT_S", "soon", "MODELOPS_CLIENT_TIMEOUT_S='soon': is not a number"),
+    ("MODELOPS_CLIENT_TIMEOUT_S", "soon", "MODELOPS_CLIENT_TIMEOUT_S='soon' is not a number"),
     ("MODELOPS_RECEIPTS_FAILURE", "maybe", "MODELOPS_RECEIPTS_FAILURE"),
     ("MODELOPS_IMAGE_FILTER", "none", "none"),
     ("MODELOPS_IMAGE_FILTER", "transformers:a/b", "it is not pinned"),
@@ -63,8 +63,8 @@ def test_every_variable_that_the_package_names_is_known() -> None:
     ("MODELOPS_DRIFT_LOG", "/dev/null/x", "/dev/null/x: drift log cannot be kept here"),
     ("MODELOPS_QUARANTINE", "/dev/null/x", "/dev/null/x: no quarantine can be kept here"),
     ("MODELOPS_LOG_FILE", "/dev/null/x", "MODELOPS_LOG_FILE=/dev/null/x"),
-    ("MODELOPS_LOG_FORMAT", "xml", "MODELOPS_LOG_FORMAT='xml': should be"),
-    ("MODELOPS_LOG_PROMPTS", "maybe", "MODELOPS_LOG_PROMPTS='maybe': is not 0 or 1"),
+    ("MODELOPS_LOG_FORMAT", "xml", "MODELOPS_LOG_FORMAT='xml' should be"),
+    ("MODELOPS_LOG_PROMPTS", "maybe", "MODELOPS_LOG_PROMPTS='maybe' is not 0 or 1"),
 ])  # fmt: skip
 def test_what_cannot_work_is_one_line(
     tiny_release: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
