@@ -290,3 +290,29 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
     both = [read_prompts(tmp_path / name) for name in ("with.txt", "without.txt")]
     assert both[0] == both[1]
     assert both[0].prompts == ("red heart", "sun")
+
+
+def test_images_are_paired_with_the_lines_that_their_names_say(tmp_path: Path) -> None:
+    """Names as `modelops sample -n 2` gives them, without its samples.json."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (tmp_path / "prompts.txt").write_text("red heart\ngreen dog\nblue house\n")
+    for prompt in range(3):
+        for k in range(2):
+            (folder / f"{prompt:04d}-{k}.png").write_bytes(png((60 * prompt, 90 * k, 9)))
+    settings = EvaluationSettings(
+        prompts_file=tmp_path / "prompts.txt", safety="none", resamples=20
+    )
+    record = evaluate(open_source(str(folder)), settings, out_path=tmp_path / "e.json")
+    rows = json.loads((tmp_path / record.files["per_image"].path).read_text())
+    assert [row["prompt"] for row in rows] == [
+        "red heart", "red heart", "green dog", "green dog", "blue house", "blue house"
+    ]  # fmt: skip
+    (folder / "0003-0.png").write_bytes(png((1, 2, 3)))
+    with pytest.raises(UsageError, match="an image is named for line 3"):
+        evaluate(open_source(str(folder)), settings, out_path=tmp_path / "e.json")
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"{number}.png")
+    (folder / "6.png").unlink()
+    with pytest.raises(UsageError, match="6 images for the 3 lines"):
+        evaluate(open_source(str(folder)), settings, out_path=tmp_path / "e.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,9 @@ def test_a_failing_verdict_cannot_be_signed_under_any_name(tmp_path: Path, name:
     sign_off(tmp_path / "charter.md", name="Ada", role="approver")
 
 
-def test_a_second_signer_of_a_role_never_replaces_the_first(tmp_path: Path) -> None:
+def test_a_second_signer_of_a_role_never_replaces_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     charter = tmp_path / "charter.md"
     charter.write_text("scope: small")
     written = sign_off(charter, name="Ada", role="owner")
@@ -163,6 +166,42 @@ def test_a_second_signer_of_a_role_never_replaces_the_first(tmp_path: Path) -> N
     sign_off(charter, name="Bob", role="owner")  # the first one has lapsed
     states = {state.role: (state.name, state.state) for state in check_sign_offs(charter)}
     assert states == {"owner": ("Bob", "valid"), "reviewer": ("Bob", "lapsed")}
+    assert main(["sign-off", str(charter), "--name", "Cy", "--role", "reviewer"]) == 0
+    assert "replaces that of Bob" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda text: text.encode("utf-16"),
+    lambda text: (text + " and more").encode(),
+    lambda text: f"[{text}]".encode(),
+    lambda text: text.replace('"verdict"', '"Verdict"', 1).encode(),
+    lambda text: text.replace('"kind"', '"kind": "card", "kind"', 1).encode(),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["verdict.json", "verdict.txt"])
+def test_a_verdict_that_cannot_be_read_is_not_signed(
+    tmp_path: Path, spoil: Callable[[str], bytes], name: str
+) -> None:
+    verdict = {"kind": "verdict", "answer": "fail", "policy_sha256": "a" * 64}
+    (tmp_path / name).write_bytes(spoil(json.dumps(verdict)))
+    with pytest.raises(UsageError):
+        sign_off(tmp_path / name, name="Ada", role="owner")
+
+
+@pytest.mark.parametrize(("bound", "value", "more"), [
+    ("≤ 0.5", 9.0, {}), ("> 0.1 (low end)", 0.2, {"low": 0.05, "high": 0.3}),
+    ("≤ 0.5 (worst end)", 0.4, {"low": 0.3, "high": 0.6}), ("= down", "up", {}), ("= 0", 3.0, {}),
+])  # fmt: skip
+def test_a_criterion_passes_within_its_bound_only(
+    bound: str, value: float | str, more: dict[str, float]
+) -> None:
+    parts = {"name": "x", "evidence": "e", "metric": "m", "reason": "so"}
+    with pytest.raises(ValueError, match="is said to pass"):
+        Criterion(**parts, bound=bound, value=value, answer="pass", **more)
+    assert Criterion(**parts, bound=bound, value=value, answer="fail", **more).value == value
+    for right, low, high in ((0.05, 0.01, 0.1), (0.5, 0.4, 0.5)):
+        Criterion(**parts, bound="≤ 0.5 (high end)", value=right, answer="pass", low=low, high=high)
+    Criterion(**parts, bound="≤ 0.5 × early", value=9.0, answer="pass")
+    Criterion(**parts, bound="= 0", value=0.0, answer="pass")
 
 
 @pytest.mark.parametrize("status", ["refused", "failed"])
@@ -246,3 +285,24 @@ def test_json_that_nobody_should_write_is_one_line(
         read_record(path, EvaluationRecord)
     assert main(["report", str(path)]) == 2
     assert capsys.readouterr().err.count("Traceback") == 0
+
+
+def test_true_is_not_one_in_a_policy_either(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    (record,) = [path for path in tmp_path.rglob("*.json") if '"evaluation"' in path.read_text()][:1]
+    policy = {
+        "version": 1, "subject": "final",
+        "evidence": {"final": str(record.relative_to(tmp_path))},
+        "criteria": [
+            {"name": name, "evidence": "final", "field": "n_failed_images", "equals": wanted}
+            for name, wanted in (("number", 0), ("word", False))
+        ],
+    }
+    (tmp_path / "p.yaml").write_text(json.dumps(policy))
+    verdict = decide(tmp_path / "p.yaml", root=tmp_path, out_path=tmp_path / "v.json")
+    assert [line.answer for line in verdict.criteria] == ["pass", "fail"]
+    policy["criteria"] = [{"name": "x", "evidence": "final", "metric": "m", "at_most": 1,
+                           "min_n": True}]  # fmt: skip
+    (tmp_path / "p.yaml").write_text(json.dumps(policy))
+    with pytest.raises(UsageError, match="min_n"):
+        decide(tmp_path / "p.yaml", root=tmp_path, out_path=tmp_path / "v.json")

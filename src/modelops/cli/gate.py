@@ -104,8 +104,14 @@ def sign_off(
     if not name or not role:
         raise UsageError("a sign-off needs --name and --role", hint="modelops sign-off --help")
     extra = {"statement": statement} if statement else {}
+    earlier = signoff.check_sign_offs(path) if path.is_file() else []
+    before = {state.path: state for state in earlier}
     written = signoff.sign_off(path, name=name, role=role, **extra)
-    emit({"status": "ok", "path": str(written)}, text=f"signed: {written}")
+    replaced = before.get(written)
+    if replaced:
+        say(f"replaces that of {replaced.name} of {replaced.date}, which was {replaced.state}")
+    emit({"status": "ok", "path": str(written), "replaced": replaced and replaced.name},
+         text=f"signed: {written}")  # fmt: skip
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ def images_of(folder: Path) -> tuple[list[Path], list[str] | None]:
         return _read_samples(folder)
     files = sorted(filter(is_image, found), key=lambda path: (natural_key(path.name), path.name))
     return files, None
+
+
+def prompt_numbers(files: Sequence[Path]) -> list[int] | None:
+    """Return the number of each file's prompt, from names as `modelops sample -n` gives them
+    (0003-1.png is image 1 of prompt 3); None if any is named otherwise."""
+    found = [re.fullmatch(r"([0-9]{1,9})-[0-9]{1,9}", path.stem) for path in files]
+    return [int(each[1]) for each in found if each] if files and all(found) else None
 
 
 def is_image(path: Path) -> bool:

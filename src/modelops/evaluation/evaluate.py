@@ -224,12 +224,15 @@ def _plan(
             read_prompts(settings.prompts_file)  # there is one that can be used
             lines = read_lines(settings.prompts_file)
             least = len(lines)  # an image is missing where there is a line and no file
-            fits = source.n_images <= least or source.n_images % least == 0
-            if source.prompts is None and n is None and not fits:
+            if source.prompts is None and source.numbers is not None:
+                lines = _numbered(lines, source, settings.prompts_file)
+                least = len(lines)
+            elif source.prompts is None and n is None and source.n_images > least:
                 raise UsageError(
                     f"{source.info.uri}: {source.n_images} images for the {least} lines of "
                     f"{settings.prompts_file}",
-                    hint="give one line for each image, in the natural order of the file names",
+                    hint="give one line for each image, in the natural order of the file names, or "
+                    "name them as LINE-NUMBER.png, from 0: 0003-1.png is image 1 of the line 3",
                 )
         if source.prompts is not None:  # whoever made the images has said of what
             unknown = set(source.prompts) - set(lines)
@@ -249,6 +252,18 @@ def _plan(
         found = clean_prompts([s.caption for s in samples], ids=[s.id for s in samples])
     chosen = choose_prompts(found, n, seed=seed)
     return chosen, plan_images(chosen, n=n, replicates=settings.replicates, seed=seed)
+
+
+def _numbered(lines: list[str], source: ModelSource, path: Path) -> list[str]:
+    """Return the line of each image by the number in its name, then the lines without an image."""
+    assert source.numbers is not None
+    if max(source.numbers) >= len(lines):
+        raise UsageError(
+            f"{source.info.uri}: an image is named for line {max(source.numbers)} of {path}, which "
+            f"has the lines 0 to {len(lines) - 1}"
+        )
+    rest = [line for number, line in enumerate(lines) if number not in set(source.numbers)]
+    return [lines[number] for number in source.numbers] + rest
 
 
 def _request(source: ModelSource, settings: EvaluationSettings) -> ImageRequest:

@@ -175,7 +175,7 @@ def _field(criterion: PolicyCriterion, name: str, record: Record, shown: str) ->
     if criterion.comparison is None:
         if not isinstance(value, str | int | float | bool):
             return _undecided(f"{name} is not a plain value", shown)
-        same = type(value) is type(criterion.equals) or not isinstance(value, bool)
+        same = isinstance(value, bool) is isinstance(criterion.equals, bool)  # True is not 1
         met = same and value == criterion.equals
         reasons = getattr(record, "reasons", [])
         reason = "as asked" if met else "; ".join([f"{name} is {value}", *reasons])

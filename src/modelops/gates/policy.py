@@ -109,7 +109,7 @@ class PolicyCriterion(_Section):
     below: Bound | None = None
     above: Bound | None = None
     use: Literal["value", "low", "high", "worst"] = "value"
-    min_n: int = Field(0, ge=0)
+    min_n: int = Field(0, ge=0, strict=True)
     field: str | None = None
     equals: str | int | float | bool | None = None
     parity: Literal["all"] | list[str] | None = None

@@ -10,12 +10,14 @@ from typing import Literal
 
 from modelops.base.environment import current_environment
 from modelops.base.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
-from modelops.base.files import read_json, sha256_file
+from modelops.base.files import sha256_file
 from modelops.records.base import InputRef
 from modelops.records.read import read_record
 from modelops.records.release import SignOff, Verdict
 
 MARK = ".signoff-"
+_OBJECT = re.compile(rb"[^\x21-\x7e]*[\[{]")  # after a byte-order mark, perhaps
+_VERDICT = re.compile(rb"[\"']kind[\"']\s*:\s*[\"']verdict[\"']", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +87,10 @@ def _slug(role: str) -> str:
 
 
 def _refuse_without_pass(target: Path) -> None:
-    try:
-        data = read_json(target)
-    except UsageError:
-        return  # a charter, a card: whatever its name, no record
-    if not isinstance(data, dict) or data.get("kind") != "verdict":
-        return
+    # Also one that is no record any more, in UTF-16 or with text after it: whatever its name.
+    text = target.read_bytes().replace(b"\0", b"")
+    if not _VERDICT.search(text) or not _OBJECT.match(text):
+        return  # a charter, a card
     verdict = read_record(target, Verdict)
     answer = verdict.answer
     if verdict.status != "ok":

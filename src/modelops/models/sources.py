@@ -48,6 +48,7 @@ class ModelSource(ABC):
         batch_size: requests that one call of `generate` takes well.
         n_images: number of images that are there already; None where they are made.
         files, prompts: of these images; prompts are None where nothing says them.
+        numbers: line of the prompt of each of them, where their names say it.
         runs_here: whether the networks run in this process, on torch's threads or a device.
     """
 
@@ -57,6 +58,7 @@ class ModelSource(ABC):
     n_images: int | None = None
     files: Sequence[Path] = ()
     prompts: list[str] | None = None
+    numbers: list[int] | None = None
     runs_here = False
 
     @property

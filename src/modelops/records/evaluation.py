@@ -157,7 +157,8 @@ class EvaluationRecord(Record):
 
     @model_validator(mode="after")
     def _values_are_possible(self) -> Self:
-        for name, measured in self.metrics.items():
+        parts = [(one.metric, part) for one in self.slices for part in (one.inside, one.rest)]
+        for name, measured in [*self.metrics.items(), *parts]:
             if measured.low is None or measured.high is None:
                 continue
             words, shown = name.split("_"), f"{name}: [{measured.low}, {measured.high}]"

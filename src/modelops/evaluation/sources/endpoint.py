@@ -25,8 +25,8 @@ TIMEOUT_S = 120.0  # for the answer to one request
 
 TIMEOUTS = 2  # of one image: a service that hung twice will hang again
 
-# Bytes of an answer: an image of 64 megapixels in base64, and what says why there is none.
-MAX_IMAGE, MAX_TEXT = 400_000_000, 8_000_000
+# Bytes of an answer beside its image, of an image of unknown size, and of a text.
+MORE, MAX_IMAGE, MAX_TEXT = 4_000_000, 64_000_000, 8_000_000
 # What an image can be asked for without; a service may refuse fields that it does not know.
 DISPENSABLE = ("response_format", "output_format", "seed")
 _SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif"}
@@ -177,9 +177,9 @@ class EndpointSource(ModelSource):
             body["negative_prompt"] = request.negative_prompt
         if self.model is not None:
             body["model"] = self.model
-        return self._decode(self._post(body), request)
+        return self._decode(self._post(body, _most_bytes(request)), request)
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, body: dict[str, Any], limit: int) -> dict[str, Any]:
         import httpx
 
         last, timeouts, attempt = "", 0, 0
@@ -188,7 +188,7 @@ class EndpointSource(ModelSource):
             asked = {name: value for name, value in body.items() if name not in self._left_out}
             attempt += 1
             try:
-                answer = self._client.post(f"{self.base}{ENDPOINT}", asked, limit=MAX_IMAGE)
+                answer = self._client.post(f"{self.base}{ENDPOINT}", asked, limit=limit)
             except httpx.TimeoutException:
                 last, timeouts = f"timed out after {self.timeout_s:g} s", timeouts + 1
                 if timeouts == TIMEOUTS:
@@ -211,7 +211,7 @@ class EndpointSource(ModelSource):
                 wait = min(_retry_after(answer, wait), self.max_wait_s)
             if attempt < self.attempts:
                 time.sleep(wait)
-        raise EvaluationError(f"{self.base}: no image: {last}", hint=self._way_out(last))
+        raise EvaluationError(f"{self.base}: no image: {last}{self._way_out(last)}")
 
     def _leave_out(self, answer: Answer, asked: dict[str, Any]) -> bool:
         """Leave a field out from now on if the service refused it, and images can do without."""
@@ -227,10 +227,10 @@ class EndpointSource(ModelSource):
                     _log.warning("%s: takes no seed; another run makes other images", self.base)
         return bool(refused)
 
-    def _way_out(self, last: str) -> str | None:
+    def _way_out(self, last: str) -> str:
         if re.search(r"\bmodel\b", last) and self.model is None and self._known:
-            return f"add #model=NAME to the URL, one of {', '.join(self._known)}"
-        return None
+            return f"; add #model=NAME to the URL, one of {', '.join(self._known)}"
+        return ""
 
     def _decode(self, answer: dict[str, Any], request: ImageRequest) -> Image:
         from modelops.data.images import decode_image
@@ -283,6 +283,13 @@ class EndpointSource(ModelSource):
         if answer.status != 200:
             raise EvaluationError(f"{url[:200]}: HTTP {answer.status}")
         return answer.body
+
+
+def _most_bytes(request: ImageRequest) -> int:
+    """Return the size of the largest answer to expect: pixels as they are, in base64, and text."""
+    if not (request.width and request.height):
+        return MAX_IMAGE
+    return request.width * request.height * 4 * 4 // 3 + MORE
 
 
 def _release_of(entry: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelops.base.errors import EvaluationError
-from modelops.data.folders import images_of
+from modelops.data.folders import images_of, prompt_numbers
 from modelops.models.request import Image, ImageRequest
 from modelops.models.sources import ModelSource
 from modelops.records.evaluation import SourceInfo
@@ -37,6 +37,8 @@ class FolderSource(ModelSource):
         self.files, self.prompts = images_of(folder)
         others = sum(not path.name.startswith(".") for path in folder.iterdir()) - len(self.files)
         self.n_images = len(self.files)
+        if self.prompts is None:
+            self.numbers = prompt_numbers(self.files)
         digest = sha256_json({file.name: sha256_file(file) for file in self.files})
         self.info = SourceInfo(
             kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",
