@@ -169,9 +169,10 @@ def evaluate(
 ) -> int:
     """Measure SOURCE and write an evaluation record.
 
-    SOURCE is a checkpoint directory or hub id, an artifact directory, the URL of a running service,
-    or a folder of images. A killed run continues where it was. Exits 1 if the record is
-    `failed`: more images failed than --max-failures, or the safety filter is broken.
+    SOURCE is a checkpoint directory or hub id (OWNER/NAME@REVISION), an artifact directory, the URL
+    of a running service (with #model=NAME where it has several), or a folder of images. A killed
+    run continues where it was. Exits 1 if the record is `failed`: more images failed than
+    --max-failures, or the safety filter is broken.
 
     \b
     Examples:
