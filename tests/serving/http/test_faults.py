@@ -337,8 +337,9 @@ def handles() -> int:
 
 
 def threads() -> int:
-    """Threads, but for asyncio's pool, which is bounded and grows when it likes."""
-    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
+    """Threads, but for asyncio's and AnyIO's pools, which are bounded and grow when they like."""
+    pools = ("asyncio_", "AnyIO worker")
+    return sum(not thread.name.startswith(pools) for thread in threading.enumerate())
 
 
 def test_two_hundred_hang_ups_at_every_stage_leak_nothing(
