@@ -17,6 +17,7 @@ if "prometheus_client" not in sys.modules:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 from modelops.base.errors import ModelopsError
+from modelops.base.private import close_copies
 from modelops.serving.http.app import create_app
 from modelops.serving.http.connections import limit_connections
 from modelops.serving.http.peers import Peers
@@ -137,6 +138,7 @@ class ImageGenerator:
         self.rollout.close()
         if app.state.peers is not None:
             app.state.peers.close()
+        close_copies()
         flush_tracing()
         self.lines.flush()
 

@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.base.files import sha256_file, sha256_json, tree_files
@@ -100,6 +101,15 @@ def remove_abandoned(prefix: str, parent: Path) -> None:
                 PrivateFolder(path).close()
 
 
+_kept: list[weakref.finalize[..., Any]] = []  # copies of models that are in use
+
+
+def close_copies() -> None:
+    """Let go of every copy that is kept for a model; for a process that a signal will end."""
+    while _kept:
+        _kept.pop()()
+
+
 class PrivateCopy:
     """Private copy of a directory.
 
@@ -126,7 +136,7 @@ class PrivateCopy:
 
     def keep_for(self, owner: object) -> None:
         """Keep the copy until `owner` is collected, for other processes of its store."""
-        weakref.finalize(owner, PrivateFolder(self._folder.path).close)
+        _kept.append(weakref.finalize(owner, PrivateFolder(self._folder.path).close))
 
     def close(self) -> None:
         """Let go of the copy; what is mapped from it stays."""

@@ -264,7 +264,8 @@ def load_with_digest(
             _log.warning(
                 "%s: its weights are taken from the variant %s; there are no others", path, variant
             )
-        copy.keep_for(pipeline)
+        if store is not None:  # for its other processes; here the files are open
+            copy.keep_for(pipeline)
         return pipeline, copy.sha256
 
 

@@ -70,7 +70,8 @@ class TransformersFilter:
             self._files = directory_digests(copy.path)
             self._processor = load_processor(copy.path)
             self._model = load_whole(AutoModelForImageClassification, copy.path)
-            copy.keep_for(self._model)
+            if store is not None:
+                copy.keep_for(self._model)
         config = self._model.config
         labels = [str(config.id2label[index]) for index in range(config.num_labels)]
         self.labels = tuple(labels)
@@ -145,7 +146,8 @@ class DiffusersSafetyCheckerFilter:
             self._files = directory_digests(copy.path, extractor)
             self._processor = load_processor(extractor)
             self._model = load_whole(StableDiffusionSafetyChecker, copy.path)
-            copy.keep_for(self._model)
+            if store is not None:
+                copy.keep_for(self._model)
 
     @property
     def info(self) -> dict[str, Any]:

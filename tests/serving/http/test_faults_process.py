@@ -311,7 +311,6 @@ def test_a_full_disk_is_answered_as_the_setting_says(
         "MODELOPS_RECEIPTS": str(small_disk / "receipts"),
         "MODELOPS_RECEIPTS_FAILURE": setting,
         "MODELOPS_LOG_FILE": str(small_disk / "node.log"),
-        "TMPDIR": str(small_disk),
     }
     with start_server(tiny_release, environment=environment) as server:
         assert ask(server.url) == "whole"
