@@ -136,6 +136,7 @@ class PrivateCopy:
 
     def keep_for(self, owner: object) -> None:
         """Keep the copy until `owner` is collected, for other processes of its store."""
+        _kept[:] = [one for one in _kept if one.alive]
         _kept.append(weakref.finalize(owner, PrivateFolder(self._folder.path).close))
 
     def close(self) -> None:
