@@ -1,0 +1,1 @@
+"""Tiny pipelines with random weights of the families people use, for the table of pipelines."""
