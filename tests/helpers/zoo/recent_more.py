@@ -54,7 +54,7 @@ def flux2_vae(blocks: int = 4) -> Any:
 
 
 def hidream(scheduler: Any) -> Any:
-    """HiDream, which draws 128 x 128 latents' area whatever is asked; patches of 4 keep it quick."""
+    """HiDream, which draws 128 x 128 latents whatever is asked; patches of 4 keep it quick."""
     from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -296,8 +296,14 @@ def qwen_image_21() -> Any:
     )  # fmt: skip
 
 
-def dreamlite() -> Any:
-    from diffusers import AutoencoderTiny, DreamLitePipeline, DreamLiteUNetModel
+def dreamlite(mobile: bool) -> Any:
+    """DreamLite, which takes one prompt a call; the mobile one has four steps and no guidance."""
+    from diffusers import (
+        AutoencoderTiny,
+        DreamLiteMobilePipeline,
+        DreamLitePipeline,
+        DreamLiteUNetModel,
+    )
 
     unet = DreamLiteUNetModel(
         sample_size=16, in_channels=4, out_channels=4, block_out_channels=(16, 32),
@@ -312,12 +318,22 @@ def dreamlite() -> Any:
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4,
     )  # fmt: skip
+    vae.decoder.layers[-1].bias.data.fill_(0.5)  # else most of a picture is black
     return alive(
-        DreamLitePipeline(
+        (DreamLiteMobilePipeline if mobile else DreamLitePipeline)(
             text_encoder=qwen3_vl(head=True), tokenizer=chat_tokenizer(),
             processor=vl_processor(), vae=vae, unet=unet, scheduler=flow(shift=3.0),
-        )
+        ),
+        gain=3.0,
     )  # fmt: skip
+
+
+def dreamlite_base() -> Any:
+    return dreamlite(False)
+
+
+def dreamlite_mobile() -> Any:
+    return dreamlite(True)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -332,5 +348,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("Bria FIBO 2", bria_fibo2),
     Family("Nucleus-Image", nucleus),
     Family("QwenImage 2.1", qwen_image_21, (64, 64), (96, 64)),
-    Family("DreamLite", dreamlite),
+    Family("DreamLite", dreamlite_base),
+    Family("DreamLite (mobile)", dreamlite_mobile),
 )
