@@ -25,6 +25,7 @@ CHAT = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
+UNSET = ("pad_token", "experts.gate_up_proj", "experts.down_proj")  # weights that nobody fills
 FLUX_SHIFT: dict[str, Any] = {
     "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
     "max_image_seq_len": 4096, "shift": 3.0,
@@ -162,7 +163,7 @@ def alive(pipeline: Any, gain: float = 2.0) -> Any:
             component.eval().requires_grad_(False)
             if role in ("transformer", "unet"):
                 for name, value in component.named_parameters():
-                    if name.endswith("pad_token") or not (value.ndim < 2 or value.any()):
+                    if name.endswith(UNSET) or not (value.ndim < 2 or value.any()):
                         torch.nn.init.normal_(value, std=0.1)
                     if value.ndim > 1:
                         value.mul_(gain)
