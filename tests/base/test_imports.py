@@ -35,7 +35,7 @@ ALLOWED = {
     },
     "service": {"base", "serving"},
     "trainer": {"base", "records", "models", "data", "metrics", "evaluation", "training"},
-    "doctor": {"base", "models"},
+    "doctor": {"base", "models", "export", "serving"},
     "demo": {
         "base", "records", "models", "training", "data", "metrics", "safety", "export",
         "evaluation", "monitoring", "gates", "cards", "releases", "serving",

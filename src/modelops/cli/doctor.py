@@ -8,8 +8,11 @@ from modelops.cli.output import emit, is_json, json_option, table
 
 
 @click.command()
+@click.option("--pipeline", metavar="PATH",
+              help="Checkpoint directory or hub id to watch at work, in place of this machine: its "
+              "networks, what its call takes, and what can be done with it.")  # fmt: skip
 @json_option
-def doctor() -> int:
+def doctor(pipeline: str | None) -> int:
     """Say what this machine can do, and what to do about what it cannot.
 
     Exits 1 if something that is installed does not work.
@@ -17,11 +20,17 @@ def doctor() -> int:
     \b
     Example:
       modelops doctor
+      modelops doctor --pipeline runs/pilot/checkpoints/step-1000
       modelops doctor --json | jq '.findings[] | select(.state == "problem")'
     """
-    from modelops.doctor import examine
+    if pipeline is None:
+        from modelops.doctor.machine import examine
 
-    findings = examine()
+        findings = examine()
+    else:
+        from modelops.doctor.pipeline import examine_pipeline
+
+        findings = list(examine_pipeline(pipeline))
     problems = [finding for finding in findings if finding.state == "problem"]
     emit(
         {"status": "failed" if problems else "ok", "findings": [f.as_dict() for f in findings]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def _evaluate(
     known = _known_statistics(settings, record)
     prompts, plan = _plan(settings, reference, source)
     request = _request(source, settings)
+    for prompt in prompts.prompts:
+        source.check(replace(request, prompt=prompt))
     sampling = Sampling(
         seed=settings.seed, scheduler=source.scheduler_name, steps=request.steps or 0,
         guidance=request.guidance or 0.0, height=request.height or 0, width=request.width or 0,

@@ -48,6 +48,8 @@ def sample_images(
         for prompt in prompts
         for replicate in range(per_prompt)
     ]  # fmt: skip
+    for request in requests:
+        source.check(request)
     images: list[Image | None] = []
     entries: list[dict[str, Any]] = []
     chunk = source.batch_size

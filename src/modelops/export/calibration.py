@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from modelops.base.errors import ExportError, UsageError
 from modelops.base.files import sha256_bytes, sha256_json
@@ -15,18 +15,19 @@ from modelops.base.seeding import image_seed, numpy_generator
 from modelops.export.components import Component
 from modelops.export.graphs.graph import Array
 from modelops.models.pipelines.signatures import TIMESTEP_NAMES, Method
+from modelops.models.pipelines.traits import LONG_PROMPT, Traits, find_traits
 from modelops.models.pipelines.watch import (
-    ONE_GUIDED_PROMPT,
     CaughtCall,
-    Probe,
     call_pipeline,
     catching,
+    stopping_before_decoder,
 )
+from modelops.models.request import ImageRequest
 from modelops.models.sources import CPU_ROWS, SMALL
 
 DEFAULT_PROMPTS = (
-    "red heart", "grinning face", "waving hand", "house with garden", "flag: Japan", "dog face",
-    "green apple", "sun behind cloud", "bicycle", "musical note", "fish", "alarm clock",
+    "red heart", "grinning face", LONG_PROMPT, "waving hand", "house with garden", "flag: Japan",
+    "dog face", "green apple", "sun behind cloud", "bicycle", "musical note", "fish", "alarm clock",
 )  # fmt: skip
 Progress = Callable[[int, int], None]
 Feed = dict[str, Array]
@@ -83,6 +84,7 @@ def collect_rows(
     steps: int = 16,
     rows: int = 128,
     size: tuple[int | None, int | None] = (None, None),
+    traits: Traits | None = None,
     on_progress: Progress | None = None,
 ) -> TrajectoryRows:
     """Sample every prompt once and keep an equal number of rows of every timestep.
@@ -99,6 +101,7 @@ def collect_rows(
         steps: network evaluations of a trajectory.
         rows: number of rows to keep in all.
         size: height and width in pixels; the pipeline's own when None.
+        traits: of the pipeline; measured when not given.
 
     Raises:
         UsageError: no prompts, an empty prompt, or no steps or rows.
@@ -107,25 +110,26 @@ def collect_rows(
     texts = check_prompts(prompts)
     if steps < 1 or rows < 1:
         raise UsageError(f"steps and rows must be positive, got {steps} and {rows}")
-    halves: dict[float, tuple[list[Feed], list[Feed]]] = {}  # timestep -> rows of either half
-    shared: Feed = {}
-    chunk_size = rows_at_once(pipeline, *size)
+    traits = traits or find_traits(pipeline)
+    chunk_size = rows_at_once(traits, *size)
     chunks = [texts[start : start + chunk_size] for start in range(0, len(texts), chunk_size)]
+    feeds: list[Feed] = []
     for done, chunk in enumerate(chunks):
-        feeds = catch_feeds(
-            pipeline, [denoiser], chunk, [image_seed(seed, t) for t in chunk], steps, size
-        )[denoiser.name]
-        for feed in feeds:
-            _check_shared(denoiser, feed, shared)
-            rowed = {name: feed[name] for name in denoiser.rows_in}
-            level = float(np.max(feed[_timestep_of(denoiser)]))
-            count = len(next(iter(rowed.values())))
-            middle = (count + 1) // 2
-            both = halves.setdefault(level, ([], []))
-            both[0].append({name: array[:middle] for name, array in rowed.items()})
-            both[1].append({name: array[middle:] for name, array in rowed.items()})
+        seeds = [image_seed(seed, text) for text in chunk]
+        feeds += catch_feeds(pipeline, traits, [denoiser], chunk, seeds, steps, size)[denoiser.name]
         if on_progress:
             on_progress(done + 1, len(chunks))
+    halves: dict[float, tuple[list[Feed], list[Feed]]] = {}  # timestep -> rows of either half
+    shared: Feed = {}
+    for feed in _of_one_shape(feeds, denoiser):
+        _check_shared(denoiser, feed, shared)
+        rowed = {name: feed[name] for name in denoiser.rows_in}
+        level = float(np.max(feed[_timestep_of(denoiser)]))
+        count = len(next(iter(rowed.values())))
+        middle = (count + 1) // 2
+        both = halves.setdefault(level, ([], []))
+        both[0].append({name: array[:middle] for name, array in rowed.items()})
+        both[1].append({name: array[middle:] for name, array in rowed.items()})
     generator = numpy_generator(seed, purpose)
     wanted = max(1, rows // len(halves) // 2)
     kept: list[Feed] = []
@@ -160,6 +164,7 @@ def collect_rows(
 
 def catch_feeds(
     pipeline: Any,
+    traits: Traits,
     components: Sequence[Component],
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -177,23 +182,57 @@ def catch_feeds(
             feeds[component.name].append({n: t.numpy() for n, t in tensors.items()})
 
     height, width = size
-    with catching(pipeline, keep, only=[component.attribute for component in components]):
-        call_pipeline(
-            pipeline,
-            Probe(batch=len(prompts), height=height, width=width),
-            steps=steps,
-            prompt=list(prompts),
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="np" if any(c.role == "decoder" for c in components) else "latent",
-        )
+    requests = [
+        ImageRequest(prompt=prompt, seed=seed, steps=steps, height=height, width=width)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    decodes = any(component.role == "decoder" for component in components)
+    stopping = nullcontext() if decodes else stopping_before_decoder(pipeline)
+    with catching(pipeline, keep, only=[one.attribute for one in components]), stopping:
+        call_pipeline(pipeline, traits, requests)
     return feeds
 
 
-def rows_at_once(pipeline: Any, height: int | None, width: int | None) -> int:
+def rows_at_once(traits: Traits, height: int | None, width: int | None) -> int:
     """Return the images of one call: many small ones, or one that fills the machine alone."""
-    if type(pipeline).__name__ in ONE_GUIDED_PROMPT:
+    if traits.sharing != "any":
         return 1
     return CPU_ROWS if (height or 0) * (width or 0) <= SMALL else 1
+
+
+def parity_prompts(traits: Traits, prompts: Sequence[str], count: int) -> list[str]:
+    """Return so many prompts that the pipeline takes, a long one among them."""
+    if traits.is_of_classes:
+        return list(prompts[:count])
+    return [LONG_PROMPT, *(text for text in prompts if text != LONG_PROMPT)][:count]
+
+
+def own_prompts(traits: Traits, prompts: Sequence[str]) -> list[str]:
+    """Return prompts to export with: those given, or classes in place of the default ones.
+
+    Raises:
+        UsageError: a prompt is no class of a pipeline that makes images of classes, there are none,
+            or one is blank.
+    """
+    if not traits.is_of_classes:
+        return check_prompts(prompts)
+    if tuple(prompts) == DEFAULT_PROMPTS:
+        classes = traits.form.n_classes
+        return [str(number * classes // 8) for number in range(min(8, classes))]
+    for text in prompts:
+        traits.form.class_number(text)
+    return check_prompts(prompts)
+
+
+def _of_one_shape(feeds: Sequence[Feed], component: Component) -> list[Feed]:
+    """Return the feeds of the commonest shapes: prompts may be padded to the longest of a call."""
+    rowed = set(component.rows_in)
+    shapes = [
+        tuple((name, array.shape[name in rowed :]) for name, array in feed.items())
+        for feed in feeds
+    ]
+    commonest = max(shapes, key=shapes.count)
+    return [feed for feed, shape in zip(feeds, shapes, strict=True) if shape == commonest]
 
 
 def _check_shared(component: Component, feed: Feed, shared: Feed) -> None:

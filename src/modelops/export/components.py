@@ -7,9 +7,8 @@ inputs, and the axes that changed between the calls become its dynamic axes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,9 @@ from modelops.models.pipelines.signatures import (
     rebuild,
     template_of,
 )
+from modelops.models.pipelines.traits import Traits, find_traits
 from modelops.models.pipelines.watch import (
+    NOT_CALLABLE,
     CaughtCall,
     Key,
     Probe,
@@ -97,6 +98,7 @@ def find_components(
     pipeline: Any,
     *,
     size: tuple[int, int] | None = None,
+    traits: Traits | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Component]:
     """Call a pipeline a few times and describe every network that worked.
@@ -105,6 +107,7 @@ def find_components(
         pipeline: a diffusers pipeline in torch, float32, in evaluation mode.
         size: height and width in pixels of the calls; the pipeline's own when not given. Where a
             network's size cannot vary it is the only one that the graphs will take.
+        traits: of the pipeline; measured when not given.
         on_progress: called with (calls done, calls).
 
     Raises:
@@ -112,23 +115,22 @@ def find_components(
         ExportError: the pipeline needs an argument that cannot be guessed, or cannot be called.
     """
     height, width = size or native_size(pipeline)
-    tokens = _token_limit(pipeline)
-    base = Probe(height=height, width=width, tokens=tokens)
-    calls = first_call(pipeline, base)
+    traits = traits or find_traits(pipeline)
+    base = Probe(height=height, width=width, tokens=_token_limit(traits))
+    calls = first_call(pipeline, traits, base)
     axes: dict[Key, tuple[Axes, Axes]] = {}
-    variations: list[tuple[str, list[Probe]]] = [
-        ("batch", [Probe(batch=3, height=height, width=width, tokens=tokens)])
-    ]
+    variations: list[tuple[str, list[Probe]]] = [("batch", [replace(base, batch=3)])]
     if height and width:
-        heights, widths = ([size * n // 4 for n in (3, 2, 5, 6, 8)] for size in (height, width))
         variations += [
-            ("height", [Probe(height=size, width=width, tokens=tokens) for size in heights]),
-            ("width", [Probe(height=height, width=size, tokens=tokens) for size in widths]),
+            ("height", [replace(base, height=height * n // 4) for n in _QUARTERS]),
+            ("width", [replace(base, width=width * n // 4) for n in _QUARTERS]),
         ]
-    if tokens:
-        variations.append(("tokens", [Probe(height=height, width=width, tokens=tokens // 2)]))
+    if base.tokens:
+        variations.append(("tokens", [replace(base, tokens=base.tokens // 2)]))
+    if traits.form.subject == "prompt":
+        variations.append(("tokens", [replace(base, long=True)]))
     for done, (axis, probes) in enumerate(variations):
-        varied = first_that_works(pipeline, probes)
+        varied = first_that_works(pipeline, traits, probes)
         if varied is not None:
             for key, caught in calls.items():
                 if key in varied:
@@ -151,12 +153,13 @@ def find_components(
     return sorted(components, key=lambda item: (_ORDER.index(item.role), item.name))
 
 
+_QUARTERS = (3, 2, 5, 6, 8)  # of the height or width, tried in this order
 _ORDER: tuple[Role, ...] = ("denoiser", "control", "text_encoder", "encoder", "decoder")
 
 
-def _token_limit(pipeline: Any) -> int | None:
-    parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
-    return int(parameter.default) if parameter and isinstance(parameter.default, int) else None
+def _token_limit(traits: Traits) -> int | None:
+    stated = traits.form.default("max_sequence_length")
+    return stated if isinstance(stated, int) else None
 
 
 def _note_axes(
@@ -170,7 +173,8 @@ def _note_axes(
             if first != second:
                 axes = known.setdefault(name, {})
                 # Packed latents grow with height and with width: one axis of both.
-                axes[index] = f"{axes[index]}_{axis}" if index in axes else axis
+                known_as = axes.get(index, axis)
+                axes[index] = known_as if axis in known_as.split("_") else f"{known_as}_{axis}"
 
 
 def _describe(
@@ -254,8 +258,11 @@ def _encoders(
         call = CaughtCall(
             {parameters_of(type(module).encode)[0]: {"tensor": "picture"}}, {"picture": picture}
         )
-        with torch.no_grad():
-            call.output = template_of(module.encode(picture), "output", call.outputs)
+        try:
+            with torch.no_grad():
+                call.output = template_of(module.encode(picture), "output", call.outputs)
+        except NOT_CALLABLE:
+            continue  # one that takes something else than images; the pipeline never called it
         inputs: Axes = {"picture": {0: "batch", 2: "height", 3: "width"}}
         outputs: Axes = {name: {0: "batch", 2: "height", 3: "width"} for name in call.outputs}
         found.append(_describe(pipeline, component.attribute, "encode", [call], inputs, outputs))

@@ -20,6 +20,7 @@ from modelops.export.calibration import (
     TrajectoryRows,
     catch_feeds,
     collect_rows,
+    parity_prompts,
     rows_at_once,
 )
 from modelops.export.components import Component
@@ -99,17 +100,18 @@ def catch_calls(
     source: ExportSource, components: Sequence[Component], prompts: Sequence[str]
 ) -> Calls:
     """Call the pipeline with the prompts of parity and keep the inputs of every network."""
-    texts = list(prompts[: rows_at_once(source.pipeline, *source.size)])
+    chosen = parity_prompts(source.traits, prompts, 8)
+    texts = chosen[: rows_at_once(source.traits, *source.size)]
     feeds = catch_feeds(
-        source.pipeline, [c for c in components if c.role != "denoiser"], texts,
+        source.pipeline, source.traits, [c for c in components if c.role != "denoiser"], texts,
         [image_seed(PARITY_SEED, text) for text in texts], 4, source.size,
     )  # fmt: skip
     calls = Calls(feeds={}, rows={})
     for component in components:
         if component.role == "denoiser":
             rows = collect_rows(
-                source.pipeline, component, prompts=prompts[:8], seed=PARITY_SEED, purpose="parity",
-                steps=8, rows=32, size=source.size,
+                source.pipeline, component, prompts=chosen, seed=PARITY_SEED, purpose="parity",
+                steps=8, rows=32, size=source.size, traits=source.traits,
             )  # fmt: skip
             calls.rows[component.name] = rows
             calls.feeds[component.name] = rows.batches(min(8, len(rows)))
@@ -145,8 +147,9 @@ def prove(
     carry_probe(root / name, denoiser, graphs[name], rows)
     stages.begin("comparing images")
     checks += image_parity(
-        source.pipeline, assemble(root, graphs), name=f"images/{graphs[name].runtime}",
-        prompts=prompts[:4], seed=PARITY_SEED, bounds=bounds, size=source.size,
+        source.pipeline, assemble(root, graphs), traits=source.traits,
+        name=f"images/{graphs[name].runtime}", prompts=parity_prompts(source.traits, prompts, 4),
+        seed=PARITY_SEED, bounds=bounds, size=source.size,
     )  # fmt: skip
     return checks, errors
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from modelops.base.errors import ExportError
 from modelops.base.extras import has_module
@@ -20,7 +19,9 @@ from modelops.export.pictures import check_pictures
 from modelops.export.runtimes.probe import relative_errors
 from modelops.metrics.images import SSIM_WINDOW, ssim
 from modelops.models.pipelines.arguments import floats_to_uint8
-from modelops.models.pipelines.watch import Probe, call_pipeline
+from modelops.models.pipelines.traits import Traits, images_of
+from modelops.models.pipelines.watch import call_pipeline
+from modelops.models.request import ImageRequest
 from modelops.records.export import ParityCheck
 
 PARITY_BATCHES = (1, 2, 8)
@@ -77,17 +78,11 @@ def component_parity(
     rows_in = component.rows_in
     checks: list[ParityCheck] = []
     # A pipeline may call a network with texts of several lengths; calls of one length are pooled.
-    feeds = [feed for feed in feeds if _shapes(feed, rows_in) == _shapes(feeds[0], rows_in)]
-    pooled = {name: np.concatenate([feed[name] for feed in feeds]) for name in rows_in}
-    total = len(pooled[rows_in[0]]) if rows_in else 0
+    groups: dict[str, list[Feed]] = {}
+    for feed in feeds:
+        groups.setdefault(repr(_shapes(feed, rows_in)), []).append(feed)
     for size in batches if rows_in else (0,):
-        if rows_in:
-            picks = np.linspace(0, total - 1, num=max(8, size)).astype(int)
-            stride = len(picks) // size
-            chosen = [picks[start::stride][:size] for start in range(stride)]
-            calls = [feeds[0] | {name: pooled[name][rows] for name in rows_in} for rows in chosen]
-        else:
-            calls = list(feeds[:8])
+        calls = [call for group in groups.values() for call in _calls_of(group, rows_in, size)]
         references, outputs = [component.run(c) for c in calls], [graph.run_all(c) for c in calls]
         label = f"{component.name}/batch{size}/{graph.runtime}"
         named = list(zip(*references, strict=True)), list(zip(*outputs, strict=True))
@@ -95,6 +90,18 @@ def component_parity(
         # Of many outputs (a text encoder's layers, say) the one that is furthest off is reported.
         checks += [max(same, key=_value) for same in zip(*found, strict=True)]
     return checks
+
+
+def _calls_of(feeds: Sequence[Feed], rows_in: Sequence[str], size: int) -> list[Feed]:
+    """Return calls of `size` rows, drawn across all feeds; the feeds if they have no rows."""
+    if not rows_in:
+        return list(feeds[:8])
+    pooled = {name: np.concatenate([feed[name] for feed in feeds]) for name in rows_in}
+    total = len(pooled[rows_in[0]])
+    picks = np.linspace(0, total - 1, num=max(8, size)).astype(int)
+    stride = len(picks) // size
+    chosen = [picks[start::stride][:size] for start in range(stride)]
+    return [feeds[0] | {name: pooled[name][rows] for name in rows_in} for rows in chosen]
 
 
 def _shapes(feed: Feed, rows_in: Sequence[str]) -> list[tuple[int, ...]]:
@@ -137,6 +144,7 @@ def image_parity(
     reference: Any,
     exported: Any,
     *,
+    traits: Traits,
     name: str,
     prompts: Sequence[str],
     seed: int,
@@ -150,11 +158,16 @@ def image_parity(
     cosine distance of a pair's Lite0 features, left out if that extractor is not installed. It is a
     substitute for LPIPS, whose weights need a download; `evaluation.compare.agreement` measures it.
 
+    Args:
+        reference, exported: the pipelines.
+        traits: of the reference; the same call is made of both.
+
     Raises:
         ExportError: an exported image is black, of one colour or not finite, and its source is not.
     """
     first, second = (
-        sample_images(p, prompts, seed=seed, steps=steps, size=size) for p in (reference, exported)
+        sample_images(pipeline, traits, prompts, seed=seed, steps=steps, size=size)
+        for pipeline in (reference, exported)
     )
     return compare_images(first, second, name=name, bounds=bounds)
 
@@ -204,20 +217,26 @@ def _feature_distances(first: Array, second: Array) -> Array:
 
 
 def sample_images(
-    pipeline: Any, prompts: Sequence[str], *, seed: int, steps: int, size: Size = (None, None)
+    pipeline: Any,
+    traits: Traits,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    size: Size = (None, None),
 ) -> Array:
     """Sample images float32 [N, H, W, 3] in [0, 1], one a prompt, with the default guidance."""
     images = []
     height, width = size
-    rows = rows_at_once(pipeline, height, width)
+    rows = rows_at_once(traits, height, width)
     for start in range(0, len(prompts), rows):
-        chunk = list(prompts[start : start + rows])
-        probe = Probe(batch=len(chunk), height=height, width=width)
-        made = call_pipeline(
-            pipeline, probe, steps=steps, prompt=chunk,
-            generator=[torch.Generator("cpu").manual_seed(image_seed(seed, t)) for t in chunk],
-        )  # fmt: skip
-        images.append(np.asarray(made.images))
+        requests = [
+            ImageRequest(
+                prompt=text, seed=image_seed(seed, text), steps=steps, height=height, width=width
+            )
+            for text in prompts[start : start + rows]
+        ]
+        images.append(images_of(call_pipeline(pipeline, traits, requests)))
     return np.concatenate(images)
 
 

@@ -16,6 +16,7 @@ from modelops.export.lora import Lora, apply_lora
 from modelops.export.onnx.writer import check_weights
 from modelops.models.hub import pipeline_directory
 from modelops.models.pipelines.arguments import native_size
+from modelops.models.pipelines.traits import Traits, find_traits
 from modelops.models.sources import TRAINING_STATE, load_with_digest
 from modelops.records.export import ArtifactRecord, ExportedComponent
 
@@ -30,6 +31,7 @@ class ExportSource:
         bytes_total: size of the checkpoint without its training state.
         directory: path of the checkpoint; of its snapshot in the cache for a hub id.
         size: height and width in pixels that it is exported and compared at.
+        traits: of the pipeline.
     """
 
     pipeline: Any
@@ -37,6 +39,7 @@ class ExportSource:
     bytes_total: int
     directory: Path
     size: tuple[int | None, int | None]
+    traits: Traits
 
 
 def load_source(
@@ -88,6 +91,7 @@ def load_source(
         bytes_total=total,
         directory=directory,
         size=size or native_size(pipeline),
+        traits=find_traits(pipeline),
     )
 
 

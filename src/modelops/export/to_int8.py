@@ -19,7 +19,7 @@ from modelops.export.artifact.directory import (
     portable_path,
     verify_artifact,
 )
-from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
+from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts, own_prompts
 from modelops.export.exporting import OnProgress, OnStage, Stages, about_files, about_source
 from modelops.export.int8.accept import require_budget, require_faster
 from modelops.export.int8.job import Int8Job
@@ -74,7 +74,7 @@ def export_int8(
             measured until then is kept in a record, see `refused_record`.
         ModelopsError: not enough disk, here or among the temporary files.
     """
-    texts = check_prompts(prompts)
+    check_prompts(prompts)
     options = options or Int8Options()
     stages = Stages(8, on_stage=on_stage, on_progress=on_progress)
     started, clock = datetime.now(UTC), time.monotonic()
@@ -88,6 +88,7 @@ def export_int8(
     lora = lora_of(fp32)
     stages.begin("loading")
     source = load_source(checkpoint, size=both_sides(size_of(fp32)), lora=lora)
+    texts = own_prompts(source.traits, prompts)
     if fp32.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(
             f"{onnx_dir}: was not exported from {checkpoint}", hint="export it to onnx again"

@@ -20,6 +20,7 @@ from modelops.export.artifact.directory import (
 from modelops.export.calibration import (
     DEFAULT_PROMPTS,
     check_prompts,
+    own_prompts,
 )
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import (
@@ -94,7 +95,7 @@ def export_onnx(
         raise UsageError(f"opset must be 18 to {MAX_OPSET}, got {opset}")
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}", hint=f"one of {', '.join(PRECISIONS)}")
-    texts = check_prompts(prompts)
+    check_prompts(prompts)
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
     runtime = _runtime_for(precision)
@@ -102,9 +103,13 @@ def export_onnx(
     stages = Stages(total, on_stage=on_stage, on_progress=on_progress)
     stages.begin("watching the pipeline")
     source = load_source(checkpoint, size=size, lora=lora)
+    texts = own_prompts(source.traits, prompts)
     check_writable(Path(out_dir).parent, need_bytes=2 * source.bytes_total)
     components = find_components(
-        source.pipeline, size=both_sides(source.size), on_progress=stages.count
+        source.pipeline,
+        size=both_sides(source.size),
+        traits=source.traits,
+        on_progress=stages.count,
     )
     with atomic_directory(out_dir) as root:
         wide = root if precision == "float32" else root / ".float32"

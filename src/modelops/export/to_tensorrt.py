@@ -22,7 +22,7 @@ from modelops.export.artifact.directory import (
     portable_path,
     verify_artifact,
 )
-from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
+from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts, own_prompts
 from modelops.export.exporting import (
     PARITY_SEED,
     OnProgress,
@@ -129,7 +129,7 @@ def export_tensorrt(
         ExportError: no GPU, a node that TensorRT does not take, no INT8 in an INT8 engine, or
             engines that are not equal to their source.
     """
-    texts = check_prompts(prompts)
+    check_prompts(prompts)
     flags = flags or EngineFlags()
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
@@ -146,6 +146,7 @@ def export_tensorrt(
     stages.begin("loading")
     lora = lora_of(origin)
     source = load_source(checkpoint, size=both_sides(size_of(origin)), lora=lora)
+    texts = own_prompts(source.traits, prompts)
     if origin.inputs["checkpoint"].sha256 != source.sha256:
         raise IntegrityError(
             f"{onnx_dir}: was not exported from {checkpoint}", hint="export it to onnx again"

@@ -15,7 +15,7 @@ from pathlib import Path
 from modelops.base.errors import ExportError
 from modelops.base.files import atomic_directory, check_writable, sha256_file, write_json
 from modelops.export.artifact.directory import RECORD, SIGNATURE, check_destination
-from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts
+from modelops.export.calibration import DEFAULT_PROMPTS, check_prompts, own_prompts
 from modelops.export.components import Component, find_components
 from modelops.export.exporting import (
     PARITY_SEED,
@@ -60,15 +60,19 @@ def export_torchscript(
     A network that torch.export cannot capture has no model.pt2; `execution` in the record holds the
     reason.
     """
-    texts = check_prompts(prompts)
+    check_prompts(prompts)
     started, clock = datetime.now(UTC), time.monotonic()
     check_destination(out_dir, overwrite=overwrite)
     stages = Stages(5, on_stage=on_stage, on_progress=on_progress)
     stages.begin("watching the pipeline")
     source = load_source(checkpoint, size=size, lora=lora)
+    texts = own_prompts(source.traits, prompts)
     check_writable(Path(out_dir).parent, need_bytes=3 * source.bytes_total)
     components = find_components(
-        source.pipeline, size=both_sides(source.size), on_progress=stages.count
+        source.pipeline,
+        size=both_sides(source.size),
+        traits=source.traits,
+        on_progress=stages.count,
     )
     with atomic_directory(out_dir) as root:
         axes: dict[str, list[str]] = {}

@@ -7,11 +7,11 @@ evaluation serves all of them. Where a source is opened from a path or URL:
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from modelops.base.files import sha256_bytes, sha256_file
 from modelops.base.private import private_copy
 from modelops.models.devices import open_device
 from modelops.models.hub import pipeline_directory
-from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
+from modelops.models.pipelines.arguments import floats_to_uint8, native_size
 from modelops.models.pipelines.load import load_diffusers, load_pixel_flow
+from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
+from modelops.models.pipelines.traits import Traits, find_traits, images_of
 from modelops.models.request import Image, ImageRequest
 from modelops.records.evaluation import SourceInfo
 
@@ -95,6 +97,13 @@ class ModelSource(ABC):
         except ModelopsError as error:
             return error
 
+    def check(self, request: ImageRequest) -> None:  # noqa: B027 (most find out when they are asked)
+        """Refuse a request that the source cannot fulfil, before any image is made.
+
+        Raises:
+            UsageError: something that has no effect, or that no image can be made of.
+        """
+
     def whole_calls(self, request: ImageRequest) -> int:
         """Return the number of requests like this one, near `batch_size`, that waste no call."""
         return self.batch_size
@@ -135,21 +144,32 @@ class PipelineSource(ModelSource):
         self.pipeline = pipeline
         self.batch_size = batch_size
         self.info = info
-        self._scheduler = copy.deepcopy(pipeline.scheduler)
-        self._accepts = frozenset(inspect.signature(pipeline.__call__).parameters)
+        self._samplers = Samplers(pipeline)
         pipeline.set_progress_bar_config(disable=True)
-
         self.scheduler_name = type(pipeline.scheduler).__name__
+
+    @cached_property
+    def traits(self) -> Traits:
+        """Traits of the pipeline, measured once; the record says which images share a call."""
+        found = find_traits(self.pipeline)
+        self.info.details["prompts_per_call"] = found.sharing
+        return found
+
+    @cached_property
+    def _reader(self) -> PromptReader:
+        return PromptReader(self.pipeline)
 
     @property
     def defaults(self) -> ImageRequest:
-        config = self.pipeline.config
-        height, width = native_size(self.pipeline)
+        height, width = self.traits.fixed_size or native_size(self.pipeline)
+        steps = self.traits.form.default("num_inference_steps")
         return ImageRequest(
-            prompt="", seed=0,
-            steps=config.get("default_steps"), guidance=config.get("default_guidance"),
+            prompt="", seed=0, steps=steps, guidance=self.traits.default_guidance,
             height=height, width=width,
         )  # fmt: skip
+
+    def check(self, request: ImageRequest) -> None:
+        self.traits.check(request)
 
     def rows_per_call(self, request: ImageRequest) -> int:
         """Images of every call of the pipeline.
@@ -168,30 +188,45 @@ class PipelineSource(ModelSource):
         return -(-self.batch_size // rows) * rows
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
-        reader = PromptReader(self.pipeline)
-        return [prompt for prompt in prompts if reader.is_cut(prompt)]
+        return [prompt for prompt in prompts if self._reader.is_cut(prompt)]
 
     def generate(self, requests: Sequence[ImageRequest]) -> list[Image]:
-        images: list[Image] = []
-        if not requests:
-            return images
-        rows = self.rows_per_call(requests[0])
-        for start in range(0, len(requests), rows):
-            chunk = list(requests[start : start + rows])
-            if len({(r.steps, r.guidance, r.height, r.width) for r in chunk}) > 1:
-                raise UsageError("requests of one call must share steps, guidance and size")
-            real = len(chunk)
-            chunk += [chunk[-1]] * (rows - real)
-            images.extend(self._call(chunk)[:real])
-        return images
+        if len({(r.steps, r.guidance, r.height, r.width) for r in requests}) > 1:
+            raise UsageError("requests of one call must share steps, guidance and size")
+        images: dict[int, Image] = {}
+        for places in self._groups(requests):
+            real = [requests[place] for place in places]
+            rows = 1 if self.traits.sharing == "one" else self.rows_per_call(real[0])
+            for start in range(0, len(real), rows):
+                chunk = real[start : start + rows]
+                filled = chunk + [chunk[-1]] * (rows - len(chunk))
+                images.update(zip(places[start:], self._call(filled)[: len(chunk)], strict=False))
+        return [images[place] for place in range(len(requests))]
+
+    def _groups(self, requests: Sequence[ImageRequest]) -> list[list[int]]:
+        """Return the places of requests that may share calls."""
+        groups: dict[Any, list[int]] = {}
+        for place, request in enumerate(requests):
+            self.traits.check(request)
+            key: Any = None
+            if self.traits.sharing == "same length":
+                texts = request.prompt, request.negative_prompt
+                key = [self._reader.lengths(text) for text in texts]
+            # A pipeline takes negative prompts for all images of a call or for none.
+            groups.setdefault(repr((key, not request.negative_prompt)), []).append(place)
+        return list(groups.values())
 
     def _call(self, requests: list[ImageRequest]) -> list[Image]:
-        arguments = pipeline_arguments(self._accepts, requests)
-        # A sampler keeps its place and what it saw last: every call starts with one of its own.
-        self.pipeline.scheduler = copy.deepcopy(self._scheduler)
+        arguments = self.traits.arguments(requests)
+        noise = GlobalNoise(requests[0].seed) if self.traits.global_noise else None
         first = requests[0]
         try:
-            images = floats_to_uint8(np.asarray(self.pipeline(**arguments).images))
+            with (
+                torch.no_grad(),
+                self._samplers.using(self._samplers.fresh()),
+                noise or nullcontext(),
+            ):
+                images = floats_to_uint8(images_of(self.pipeline(**arguments)))
         except ImportError as error:
             raise missing_package(error, needed_for=type(self.pipeline).__name__) from error
         except Exception as error:  # each runtime has its own for a size that a network cannot have

@@ -22,6 +22,7 @@ class Family:
         other: another size that it takes; None where it has one size only.
         kind: what a call must be given: a prompt, a class, nothing, or a prompt and an image.
         needs: a package that it needs beyond the project's.
+        guided: whether other guidance makes another image.
     """
 
     name: str
@@ -30,10 +31,14 @@ class Family:
     other: tuple[int, int] | None = (48, 32)
     kind: Kind = "text"
     needs: str = ""
+    guided: bool = True
 
     def make(self) -> Any:
         """Make the pipeline, the same one every time, without a progress bar."""
         torch.manual_seed(0)
         pipeline = self.build()
         pipeline.set_progress_bar_config(disable=True)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.eval()  # transformers makes networks with dropout at work
         return pipeline

@@ -51,6 +51,11 @@ class GraphAxes:
                 raise UsageError(f"{name}: has {len(shape)} axes, the graph's has {len(axes)}")
             for axis, size in zip(axes, shape, strict=True):
                 if not isinstance(axis, str):
+                    if size != axis:
+                        raise UsageError(
+                            f"{name} has the shape {list(shape)}, and the graph was exported for "
+                            f"{list(axes)}"
+                        )
                     continue
                 step = self.multiples.get(axis, 1)
                 if size % step:

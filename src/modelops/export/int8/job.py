@@ -13,7 +13,7 @@ from modelops.base.files import sha256_path, write_bytes
 from modelops.base.processor import this_processor
 from modelops.export.artifact.directory import GRAPH, ORT_CPU_GRAPH, denoiser_of, graph_file
 from modelops.export.artifact.open import assemble
-from modelops.export.calibration import TrajectoryRows, collect_rows
+from modelops.export.calibration import TrajectoryRows, collect_rows, parity_prompts
 from modelops.export.components import Component
 from modelops.export.exporting import OnProgress, carry_parts, carry_probe
 from modelops.export.graphs.graph import Graph, RuntimeName, available_runtimes
@@ -122,10 +122,14 @@ class Int8Job:
         options = self.options
 
         def rows(seed: int, purpose: str, steps: int, count: int) -> TrajectoryRows:
-            texts = self.prompts if purpose == "calibration" else self.prompts[:8]
+            texts = (
+                self.prompts
+                if purpose == "calibration"
+                else parity_prompts(self.source.traits, self.prompts, 8)
+            )
             return collect_rows(
                 self.source.pipeline, self.denoiser, prompts=texts, seed=seed, purpose=purpose,
-                steps=steps, rows=count, size=self.source.size,
+                steps=steps, rows=count, size=self.source.size, traits=self.source.traits,
             )  # fmt: skip
 
         on_progress(0, 3)
@@ -314,6 +318,9 @@ class Int8Job:
             "reproduced": self.reproduced, "speed": self.speed,
         }  # fmt: skip
 
+    def _parity_prompts(self, count: int) -> list[str]:
+        return parity_prompts(self.source.traits, self.prompts, count)
+
     def _images(self, runtime: RuntimeName) -> list[ParityCheck]:
         graphs = {
             item.name: open_graph(self.root / item.file, runtime)
@@ -322,8 +329,9 @@ class Int8Job:
         }
         graphs[self.denoiser.name] = self.graph(runtime)
         return image_parity(
-            self.source.pipeline, assemble(self.root, graphs), name=f"images/{runtime}",
-            prompts=self.prompts[:_N_PARITY_IMAGES], seed=self.seed + 2, bounds=BOUNDS["int8"],
+            self.source.pipeline, assemble(self.root, graphs), traits=self.source.traits,
+            name=f"images/{runtime}", prompts=self._parity_prompts(_N_PARITY_IMAGES),
+            seed=self.seed + 2, bounds=BOUNDS["int8"],
             steps=PARITY_STEPS, size=self.source.size,
         )  # fmt: skip
 

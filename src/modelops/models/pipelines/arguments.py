@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,57 +10,73 @@ import numpy.typing as npt
 import torch
 
 from modelops.base.errors import UsageError
+from modelops.models.pipelines.form import CallForm, denoiser_of, read_form
 from modelops.models.request import ImageRequest
 
 
 def pipeline_arguments(
-    accepts: Collection[str], requests: Sequence[ImageRequest]
+    form: CallForm, requests: Sequence[ImageRequest], guidance: str = "guidance_scale"
 ) -> dict[str, Any]:
     """Return a diffusers pipeline's arguments for these images, its `.images` [N, H, W, 3].
 
-    Fields that a request leaves open or that the pipeline does not take are left out.
+    A field that a request leaves open, and what the pipeline does not take, is left out, so that
+    the call is the pipeline's own.
 
     Args:
-        accepts: names of the arguments of the pipeline's call.
+        form: of the pipeline's call.
         requests: N that agree in steps, guidance, height and width.
+        guidance: name of the argument that is the guidance scale; see `traits`.
+
+    Raises:
+        UsageError: a prompt is no class of a pipeline that makes images of classes.
     """
     first = requests[0]
     wanted: dict[str, Any] = {
-        "prompt": [request.prompt for request in requests],
-        # None and "" differ: SDXL and others take zeros for none, not the encoding of "".
-        "negative_prompt": [request.negative_prompt for request in requests]
-        if any(request.negative_prompt for request in requests)
-        else None,
         "num_inference_steps": first.steps,
-        "guidance_scale": first.guidance,
+        guidance: first.guidance,
         "height": first.height,
         "width": first.width,
         "generator": [torch.Generator("cpu").manual_seed(r.seed) for r in requests],
         "output_type": "np",
-        "use_resolution_binning": False,  # PixArt's would make another size, and resize it
     }
-    arguments = {
-        name: value for name, value in wanted.items() if name in accepts and value is not None
-    }
-    if "prompt" not in accepts and "batch_size" in accepts:  # unconditional
-        arguments["batch_size"] = len(requests)
-    return arguments
+    if form.subject == "prompt":
+        wanted["prompt"] = [request.prompt for request in requests]
+        if any(request.negative_prompt for request in requests):
+            # None and "" differ: SDXL and others take zeros for none, not the encoding of "".
+            wanted["negative_prompt"] = [request.negative_prompt for request in requests]
+    else:
+        wanted["batch_size"] = len(requests)
+        if form.subject == "class":
+            wanted["class_labels"] = [form.class_number(request.prompt) for request in requests]
+    if first.height or first.width:
+        wanted["use_resolution_binning"] = False  # it would draw another size, and resize it
+    return {n: value for n, value in wanted.items() if form.takes(n) and value is not None}
 
 
 def native_size(pipeline: Any) -> tuple[int | None, int | None]:
-    """Return a pipeline's default height and width in pixels; None if it has none."""
-    if "height" not in inspect.signature(pipeline.__call__).parameters:
+    """Return height and width in pixels of a call that states none; None where none can be stated.
+
+    They are the call's own defaults, else those that the parts' configurations give.
+    """
+    form = read_form(pipeline)
+    if not form.takes("height"):
         return None, None
+    stated = form.default("height"), form.default("width")
+    if all(isinstance(side, int) for side in stated):
+        return stated
     if hasattr(pipeline, "resolution"):
         return int(pipeline.resolution), int(pipeline.resolution)
     if hasattr(pipeline, "get_default_resolution"):  # PRX, whose sample_size may be pixels
         side = int(pipeline.get_default_resolution())
         return side, side
-    scale = int(getattr(pipeline, "vae_scale_factor", 1))
-    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    scale = int(
+        getattr(pipeline, "vae_scale_factor", None)
+        or getattr(pipeline, "movq_scale_factor", None)
+        or 1
+    )
     sample = getattr(pipeline, "default_sample_size", None)
     if sample is None:
-        sample = getattr(getattr(denoiser, "config", None), "sample_size", None)
+        sample = getattr(getattr(denoiser_of(pipeline), "config", None), "sample_size", None)
     if sample is None:
         return 256, 256
     height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]

@@ -70,9 +70,15 @@ def read_call(
     returns_dict = bool(given.pop(RETURN_DICT, True)) if RETURN_DICT in parameters else None
     tensors: dict[str, torch.Tensor] = {}
     arguments = {name: template_of(value, name, tensors) for name, value in given.items()}
+    listed = next(iter(given.values()), None)
     sample = next((value for value in tensors.values() if value.ndim >= 3), None)
     if sample is None:
         raise ValueError("the network is called without a batch")
+    if _is_list_of_rows(listed):  # each row may have a size of its own: such calls stay apart
+        names, key = frozenset(tensors), ("alone", object())
+        return Call(
+            len(listed or ()), arguments, tensors, dict.fromkeys(names, ""), returns_dict, key
+        )
     rows = len(sample)
     for name in TIMESTEP_NAMES:
         if name in given:  # one number for all rows, or a row each: always a row each
@@ -90,6 +96,15 @@ def read_call(
     )
     key = (repr(sorted(arguments.items())), shapes, tuple(shared.items()))
     return Call(rows, arguments, tensors, shared, returns_dict, key)
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    """Return whether an argument is a list of images, which Z-Image's network takes."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, torch.Tensor) and item.ndim >= 3 for item in value)
+    )
 
 
 def content_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -147,6 +162,8 @@ def answers(calls: Sequence[Call], output: Any, rows: int) -> list[Any]:
     tensors: dict[str, torch.Tensor] = {}
     template = template_of(output, "output", tensors)
     found, start = [], 0
+    if len(calls) == 1 and not calls[0].tensors.keys() - calls[0].shared.keys():
+        rows = 0  # every tensor is this call's
     for call in calls:
         own = {
             name: value[start : start + call.rows] if value.ndim and len(value) == rows else value

@@ -25,27 +25,34 @@ class PromptReader:
             accepts["max_sequence_length"].default if "max_sequence_length" in accepts else None
         )
         best, self.max_tokens = None, 0
+        self._all: list[Any] = []
         for name in _TOKENIZERS:
             tokenizer = getattr(pipeline, name, None)
             if tokenizer is None:
                 continue
+            self._all.append(copy.deepcopy(tokenizer))
             limit = int(getattr(tokenizer, "model_max_length", _LONG))
             if limit > _NO_LIMIT:
                 limit = stated if isinstance(stated, int) else _LONG
             if limit > self.max_tokens:
-                best, self.max_tokens = tokenizer, limit
+                best, self.max_tokens = self._all[-1], limit
         own = pipeline.config.get("max_text_tokens")  # modelops' own pipeline
         if best is not None and own is not None:
             self.max_tokens = int(own)
-        self._tokenizer = copy.deepcopy(best)
+        self._tokenizer = best
         self._lock = threading.Lock()  # fast tokenizers keep padding as mutable state
 
     def count(self, text: str) -> int:
         """Return the number of a text's tokens, with those that mark its ends."""
-        if self._tokenizer is None:
-            return 0
+        return 0 if self._tokenizer is None else self._count(self._tokenizer, text)
+
+    def lengths(self, text: str) -> tuple[int, ...]:
+        """Return the number of a text's tokens by each tokenizer."""
+        return tuple(self._count(tokenizer, text) for tokenizer in self._all)
+
+    def _count(self, tokenizer: Any, text: str) -> int:
         with self._lock:
-            encoded = self._tokenizer(text, padding=False, truncation=False, verbose=False)
+            encoded = tokenizer(text, padding=False, truncation=False, verbose=False)
         return len(encoded["input_ids"])
 
     def is_cut(self, text: str) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +11,15 @@ import torch
 
 from modelops.base.errors import ExportError, UsageError
 from modelops.models.pipelines.signatures import Method, parameters_of, template_of
+from modelops.models.pipelines.state import GlobalNoise, Samplers
+from modelops.models.pipelines.traits import LONG_PROMPT, Traits
+from modelops.models.request import GUIDANCE_OFF, ImageRequest
 
 OMITTED = ("safety_checker", "image_encoder")  # modelops' own filters stand in for the first
-# With guidance diffusers 0.42 gives their transformer two timesteps whatever the number of prompts.
-ONE_GUIDED_PROMPT = ("PRXPipeline", "PRXPixelPipeline")
-_PROMPTS = ("a red heart", "two words more than that", "dog", "a house with a garden and the sun")
+_PROMPTS = ("red heart", "two words more than that", "dog", "a house with a garden and the sun")
 _STEPS = 2
 # What a pipeline raises of a size that it cannot have, or of parts that do not fit together.
-_NOT_CALLABLE = (ValueError, RuntimeError, AssertionError, IndexError, TypeError)
+NOT_CALLABLE = (ValueError, RuntimeError, AssertionError, IndexError, TypeError)
 _WHOLE: tuple[Method, ...] = ("forward",)
 _HALVES: tuple[Method, ...] = ("decode", "encode")
 
@@ -47,23 +47,47 @@ CaughtCalls = dict[Key, list[CaughtCall]]
 
 @dataclass(frozen=True)
 class Probe:
-    """Settings of one call of the pipeline; None keeps the pipeline's own."""
+    """Settings of one call of the pipeline; None keeps the pipeline's own.
+
+    Attributes:
+        batch: number of images.
+        height, width: in pixels.
+        tokens: `max_sequence_length`, where the call has it.
+        long: whether one of the prompts is beyond the first step of padding.
+    """
 
     batch: int = 2
     height: int | None = None
     width: int | None = None
     tokens: int | None = None
+    long: bool = False
+
+    def requests(self, traits: Traits, *, steps: int = _STEPS) -> list[ImageRequest]:
+        """Return the requests of the call."""
+        prompts = [LONG_PROMPT, *_PROMPTS] if self.long else _PROMPTS
+        return [
+            ImageRequest(
+                prompt=str(index) if traits.is_of_classes else prompts[index % len(prompts)],
+                seed=index, steps=steps, height=self.height, width=self.width,
+            )
+            for index in range(self.batch)
+        ]  # fmt: skip
 
 
-def watch(pipeline: Any, probe: Probe, **changes: Any) -> CaughtCalls:
+def watch(pipeline: Any, traits: Traits, probe: Probe, *, steps: int = _STEPS) -> CaughtCalls:
     """Call a pipeline and catch every call of its networks, in the order of their first call."""
     calls: CaughtCalls = {}
 
     def on_call(attribute: str, method: Method, call: CaughtCall) -> None:
         calls.setdefault((attribute, method), []).append(call)
 
+    changes: dict[str, Any] = {}
+    if probe.tokens and traits.form.takes("max_sequence_length"):
+        changes["max_sequence_length"] = probe.tokens
+    if probe.batch > 1 and not traits.takes_many and traits.guidance:
+        changes[traits.guidance] = GUIDANCE_OFF  # the networks are called alike
     with catching(pipeline, on_call):
-        call_pipeline(pipeline, probe, **changes)
+        call_pipeline(pipeline, traits, probe.requests(traits, steps=steps), **changes)
     return calls
 
 
@@ -122,55 +146,55 @@ def _recorder(
     return recorded
 
 
-def call_pipeline(pipeline: Any, probe: Probe, *, steps: int = _STEPS, **changes: Any) -> Any:
-    """Call any text-to-image or unconditional pipeline once, without arguments it does not take.
+def call_pipeline(
+    pipeline: Any, traits: Traits, requests: Sequence[ImageRequest], **changes: Any
+) -> Any:
+    """Call a pipeline as `PipelineSource` does, with an input image made up if it wants one.
 
-    Raises:
-        ExportError: the pipeline needs an argument that cannot be guessed.
+    Args:
+        pipeline: in torch or in another runtime.
+        traits: of the pipeline.
+        requests: of images that may share a call.
+        changes: arguments in place of those.
     """
-    parameters = inspect.signature(pipeline.__call__).parameters
-    prompts = [_PROMPTS[index % len(_PROMPTS)] for index in range(probe.batch)]
-    generators = [torch.Generator("cpu").manual_seed(index) for index in range(probe.batch)]
-    wanted: dict[str, Any] = {
-        "prompt": prompts,
-        "height": probe.height,
-        "width": probe.width,
-        "max_sequence_length": probe.tokens,
-        "num_inference_steps": steps,
-        "generator": generators,
-        "output_type": "np",
-        "use_resolution_binning": False,  # would change the size that is asked for
-        "clean_caption": False,
-        **changes,
-    }
-    if "prompt" not in parameters:
-        wanted["batch_size"] = probe.batch
-    if probe.batch > 1 and type(pipeline).__name__ in ONE_GUIDED_PROMPT:
-        wanted["guidance_scale"] = 1.0  # off: the networks are called alike
-    required = [
-        n for n, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD
-    ]
-    for name in required:
-        if name in ("image", "control_image"):
-            shape = (probe.batch, 3, probe.height or 0, probe.width or 0)
-            wanted[name] = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        elif name == "class_labels":
-            wanted[name] = list(range(probe.batch))
-    given = {n: v for n, v in wanted.items() if n in parameters and v is not None}
-    # A ControlNet pipeline's image has a default of None, and no call works without it.
-    if "controlnet_conditioning_scale" in parameters and "image" in parameters:
-        shape = (probe.batch, 3, probe.height or 0, probe.width or 0)
-        given["image"] = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    missing = [name for name in required if name not in given]
-    if missing:
-        raise ExportError(
-            f"{type(pipeline).__name__} wants {', '.join(missing)}, which export cannot make up"
-        )
+    given = traits.arguments(requests)
+    if traits.wants_image:
+        shape = (len(requests), 3, requests[0].height or 0, requests[0].width or 0)
+        given |= traits.made_up_images(shape)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(**given)
+    noise = GlobalNoise(requests[0].seed) if traits.global_noise else nullcontext()
+    samplers = Samplers(pipeline)
+    with torch.no_grad(), samplers.using(samplers.fresh()), noise:
+        return pipeline(**given | changes)
 
 
-def first_call(pipeline: Any, probe: Probe) -> CaughtCalls:
+class _DecoderReachedError(Exception):
+    """A pipeline is about to decode."""
+
+
+@contextmanager
+def stopping_before_decoder(pipeline: Any) -> Iterator[None]:
+    """End the block where the pipeline would decode its latents."""
+
+    def stop(*_args: Any, **_kwargs: Any) -> Any:
+        raise _DecoderReachedError
+
+    parts = [part for part in pipeline.components.values() if hasattr(part, "decode")]
+    decoders = [part for part in parts if isinstance(part, torch.nn.Module)]
+    hidden = [vars(part).get("decode") for part in decoders]
+    for part in decoders:
+        object.__setattr__(part, "decode", stop)
+    try:
+        with suppress(_DecoderReachedError):
+            yield
+    finally:
+        for part, own in zip(decoders, hidden, strict=True):
+            object.__delattr__(part, "decode")
+            if own is not None:
+                object.__setattr__(part, "decode", own)
+
+
+def first_call(pipeline: Any, traits: Traits, probe: Probe) -> CaughtCalls:
     """Call `watch`, and give the pipeline's error in one line.
 
     Raises:
@@ -178,8 +202,8 @@ def first_call(pipeline: Any, probe: Probe) -> CaughtCalls:
         ExportError: the pipeline cannot be called.
     """
     try:
-        return watch(pipeline, probe)
-    except _NOT_CALLABLE as error:
+        return watch(pipeline, traits, probe)
+    except NOT_CALLABLE as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         name = type(pipeline).__name__
@@ -194,11 +218,11 @@ def first_call(pipeline: Any, probe: Probe) -> CaughtCalls:
         ) from error
 
 
-def first_that_works(pipeline: Any, probes: Sequence[Probe]) -> CaughtCalls | None:
+def first_that_works(pipeline: Any, traits: Traits, probes: Sequence[Probe]) -> CaughtCalls | None:
     """`watch` with the first of some probes that the pipeline takes; None if it takes none."""
     for probe in probes:
         try:
-            return watch(pipeline, probe, steps=1)
-        except _NOT_CALLABLE:
+            return watch(pipeline, traits, probe, steps=1)
+        except NOT_CALLABLE:
             continue  # a size that this network cannot have
     return None

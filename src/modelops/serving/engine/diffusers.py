@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,14 +22,16 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.export.runtimes.modules import ExportedModule
-from modelops.models.pipelines.arguments import floats_to_uint8, native_size, pipeline_arguments
+from modelops.models.pipelines.arguments import floats_to_uint8, native_size
+from modelops.models.pipelines.form import DENOISERS, denoiser_of
 from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_call
 from modelops.models.pipelines.signatures import parameters_of
+from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
-from modelops.models.request import ImageRequest
+from modelops.models.pipelines.traits import find_traits, images_of
+from modelops.models.request import GUIDANCE_OFF, ImageRequest
 from modelops.serving.engine.jobs import Job
 
-_DENOISERS = ("transformer", "unet")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _TEXTS = 64  # answers of text encoders that are kept; each may be megabytes
 
@@ -42,12 +42,16 @@ class PipelineTrack:
 
     Attributes:
         routine: coroutine in which the pipeline runs; switching to it continues the pipeline.
+        samplers: state of its samplers.
+        noise: state of the global generators, where its pipeline draws from them.
         call: the denoiser call that it waits for; None when only decoding is left.
         known: shared tensors of earlier calls, with their digests.
     """
 
     job: Job | None
     routine: Any
+    samplers: list[dict[str, Any]]
+    noise: GlobalNoise | None = None
     call: Call | None = None
     known: dict[str, tuple[torch.Tensor, str]] = field(default_factory=dict)
     picture: npt.NDArray[np.uint8] | None = None
@@ -83,24 +87,23 @@ class PipelineModel:
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
-        self._denoiser = next(
-            (part for name in _DENOISERS if (part := getattr(pipeline, name, None)) is not None),
-            None,
-        )
+        self._denoiser = denoiser_of(pipeline)
         if self._denoiser is None:
             raise UsageError(
                 f"{type(pipeline).__name__} has no denoiser that requests could share",
-                hint=f"a pipeline with a {' or a '.join(_DENOISERS)} can be served",
+                hint=f"a pipeline with a {' or a '.join(DENOISERS)} can be served",
             )
         if isinstance(
             getattr(vars(self._denoiser).get("forward"), "__self__", None), PipelineModel
         ):
             raise UsageError("the pipeline belongs to another engine", hint="close that one first")
-        self._accepts = inspect.signature(pipeline.__call__).parameters
-        self.height, self.width = _size(pipeline, self._denoiser)
+        self._traits = find_traits(pipeline)
+        if self._traits.wants_image:
+            raise UsageError(f"{type(pipeline).__name__} wants an image, which no request carries")
+        self.height, self.width = self._size()
         self._reader = PromptReader(pipeline)
         self.max_tokens = self._reader.max_tokens
-        self._scheduler = copy.deepcopy(pipeline.scheduler)
+        self._samplers = Samplers(pipeline)
         self._parameters = _parameters(self._denoiser)
         self._rows: dict[bool, int] = {}  # of a call, with guidance and without, once it was seen
         self._tracks: dict[Any, PipelineTrack] = {}  # by routine
@@ -121,22 +124,13 @@ class PipelineModel:
     # --- what a request may ask for -----------------------------------------------------------
 
     def fill(self, request: ImageRequest) -> ImageRequest:
-        steps = request.steps or self._default("num_inference_steps")
+        steps = request.steps or self._traits.form.default("num_inference_steps")
         if steps is None or steps < 1:
             raise UsageError(f"steps must be at least 1, got {steps}")
-        guidance = request.guidance
-        if "guidance_scale" not in self._accepts:
-            if guidance not in (None, 1.0):
-                raise UsageError("this model takes no guidance")
-            guidance = 1.0
-        elif guidance is None:
-            guidance = self._default("guidance_scale")
-        if guidance is None or not math.isfinite(guidance):
-            raise UsageError("guidance must be a finite number")
-        if request.negative_prompt and "negative_prompt" not in self._accepts:
-            raise UsageError("this model takes no negative prompt")
+        self._traits.check(request)
+        guidance = self._traits.guidance_of(request)
         filled = replace(
-            request, steps=int(steps), guidance=float(guidance),
+            request, steps=int(steps), guidance=GUIDANCE_OFF if guidance is None else guidance,
             height=request.height or self.height, width=request.width or self.width,
         )  # fmt: skip
         assert filled.height and filled.width
@@ -148,16 +142,14 @@ class PipelineModel:
             )
         return filled
 
-    def _default(self, name: str) -> Any:
-        stated = self.pipeline.config.get(f"default_{name.removeprefix('num_inference_')}")
-        if stated is not None or name not in self._accepts:
-            return stated
-        default = self._accepts[name].default
-        return None if default is inspect.Parameter.empty else default
+    def _size(self) -> tuple[int, int]:
+        height, width = self._traits.fixed_size or native_size(self.pipeline)
+        assert height and width
+        return height, width
 
     def rows_of(self, request: ImageRequest) -> int:
         guided = _is_guided(request)
-        both = 2 if guided and "negative_prompt" in self._accepts else 1
+        both = 2 if guided and self._traits.negative else 1
         return self._rows.get(guided, both)
 
     def count_tokens(self, text: str) -> int:
@@ -166,7 +158,7 @@ class PipelineModel:
     # --- steps --------------------------------------------------------------------------------
 
     def prepare(self, max_rows: int) -> None:
-        usual = self.fill(ImageRequest(prompt="", seed=0))
+        usual = self.fill(ImageRequest(prompt=self._traits.any_prompt, seed=0))
         for request in (replace(usual, guidance=1.0), usual):
             track = self._started(request, None)
             self._example = track.call
@@ -198,13 +190,12 @@ class PipelineModel:
 
         def run() -> None:
             with torch.no_grad():
-                images = pipeline(**pipeline_arguments(self._accepts, [request])).images
-            track.picture = floats_to_uint8(np.asarray(images))[0]
+                output = pipeline(**self._traits.arguments([request]))
+            track.picture = floats_to_uint8(images_of(output))[0]
 
-        pipeline = copy.copy(self.pipeline)
-        # A sampler keeps its place and what it saw last, so each request has one of its own.
-        pipeline.scheduler = copy.deepcopy(self._scheduler)
-        track = PipelineTrack(job, greenlet.greenlet(run))
+        pipeline = copy.copy(self.pipeline)  # a call leaves its guidance and more in attributes
+        noise = GlobalNoise(request.seed) if self._traits.global_noise else None
+        track = PipelineTrack(job, greenlet.greenlet(run), self._samplers.fresh(), noise)
         self._tracks[track.routine] = track
         self._go_on(track)
         if track.call is None:
@@ -234,7 +225,8 @@ class PipelineModel:
         """Run a track's pipeline until it waits again, or is done."""
         track.call = None
         try:
-            track.routine.switch(*(() if answer is None else (answer,)))
+            with self._samplers.using(track.samplers), track.noise or contextlib.nullcontext():
+                track.routine.switch(*(() if answer is None else (answer,)))
         finally:
             if track.routine.dead:
                 self._tracks.pop(track.routine, None)
@@ -320,11 +312,3 @@ def _parameters(denoiser: Any) -> list[str]:
 
 def _is_guided(request: ImageRequest) -> bool:
     return request.guidance is not None and request.guidance > 1.0
-
-
-def _size(pipeline: Any, denoiser: Any) -> tuple[int, int]:
-    height, width = native_size(pipeline)
-    if height is None or width is None:  # unconditional: in pixels
-        sample = denoiser.config["sample_size"]
-        height, width = (sample, sample) if isinstance(sample, int) else tuple(sample)[-2:]
-    return int(height), int(width)

@@ -1,0 +1,344 @@
+"""Traits of a pipeline that no configuration states, measured by a few quick calls of it.
+
+Which argument is the guidance scale, whether a negative prompt changes anything, which prompts may
+share a call without changing each other's images, and whether noise comes from elsewhere than the
+generators of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modelops.base.errors import ModelopsError, UsageError, first_line
+from modelops.base.extras import missing_package
+from modelops.models.pipelines.arguments import native_size, pipeline_arguments
+from modelops.models.pipelines.form import CallForm, denoiser_of, read_form
+from modelops.models.pipelines.state import GlobalNoise, Samplers, watching_global_noise
+from modelops.models.pipelines.tokens import PromptReader
+from modelops.models.request import GUIDANCE_OFF, ImageRequest
+
+Sharing = Literal["any", "same length", "one"]
+_CLASS, _PROMPT, _NEGATIVE = "0", "red heart", "a dark house with a flag"
+_LIKE_IT = ("blue flag", "two dogs", "green sun", "a dog")  # one of them has as many tokens
+# Past the first step of padding (8 or 16 tokens) and short of every limit (77).
+LONG_PROMPT = (
+    "a house with a garden and the sun of the flag and a dog with a cat and a face of the red sun"
+)
+_STEPS = 2
+_STEPS_FROM_IMAGE = 8  # of which pipelines make a share, 0.3 and more
+_FRACTIONS = (4, 2, 1)  # of the native size, tried in this order: these calls need not be pretty
+_STEEP = 7.0  # a guidance scale
+# Of images in [0, 1]: what other shapes of the same numbers round to is below the first; an effect
+# on another image of the call is above the second.
+_ROUNDING, _SAME = 1e-4, 1e-3
+_ROUNDING_HALF, _SAME_HALF = 1e-2, 2e-2
+_HALVES = (torch.float16, torch.bfloat16)
+_FAILURES = Exception  # each runtime has its own for what a network cannot do
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Traits of a pipeline.
+
+    Attributes:
+        form: of its call.
+        guidance: name of the argument that is the guidance scale; "" if none has an effect.
+        guided_by_negative: whether that scale has an effect beside a negative prompt alone.
+        negative: whether a negative prompt has an effect.
+        sharing: which prompts may share a call: "any", those of the "same length" in tokens, or
+            "one" image a call.
+        reason: of `sharing`, in words; "" for "any".
+        takes_many: whether a call with guidance takes several prompts.
+        global_noise: whether noise is drawn from global generators, which are seeded then.
+        wants_image: whether no call works without an input image.
+        fixed_size: height and width in pixels of every image; None where a call can state them.
+        quick_size: height and width of a small image that the pipeline takes; None where a call
+            cannot state them.
+    """
+
+    form: CallForm
+    guidance: str = ""
+    guided_by_negative: bool = False
+    negative: bool = False
+    sharing: Sharing = "any"
+    reason: str = ""
+    takes_many: bool = True
+    global_noise: bool = False
+    wants_image: bool = False
+    fixed_size: tuple[int, int] | None = None
+    quick_size: tuple[int, int] | None = None
+
+    def check(self, request: ImageRequest) -> None:
+        """Refuse what would have no effect, and a prompt that is no class.
+
+        Raises:
+            UsageError: guidance, a negative prompt or a size without an effect; no such class.
+        """
+        name = self.form.pipeline
+        if self.is_of_classes:
+            self.form.class_number(request.prompt)
+        if self.wants_image:
+            raise UsageError(
+                f"{name} changes an image that it is given, and makes none of a prompt alone"
+            )
+        if request.negative_prompt and not self.negative:
+            raise UsageError(f"a negative prompt has no effect on images of {name}")
+        guided = (self.guidance_of(request) or GUIDANCE_OFF) > GUIDANCE_OFF
+        if request.negative_prompt and self.guided_by_negative and not guided:
+            raise UsageError(
+                f"a negative prompt has no effect on images of {name} without guidance",
+                hint="give a guidance scale above 1",
+            )
+        if request.guidance not in (None, GUIDANCE_OFF, self.default_guidance):
+            if not self.guidance:
+                raise UsageError(f"guidance has no effect on images of {name}", hint="leave it out")
+            if self.guided_by_negative and not request.negative_prompt:
+                raise UsageError(
+                    f"guidance has no effect on images of {name} without a negative prompt",
+                    hint="leave it out",
+                )
+        asked = request.height or request.width
+        if asked and self.fixed_size not in (None, (request.height, request.width)):
+            height, width = self.fixed_size or (0, 0)
+            raise UsageError(
+                f"{name} makes images of {width}x{height} pixels only", hint="leave the size out"
+            )
+
+    @property
+    def default_guidance(self) -> float | None:
+        """Guidance scale of a call that states nothing; None where it is off or has no effect."""
+        return self.guidance_of(ImageRequest(prompt="", seed=0))
+
+    def guidance_of(self, request: ImageRequest) -> float | None:
+        """Return the guidance scale that an image is made with; None where it has no effect."""
+        if not self.guidance or (self.guided_by_negative and not request.negative_prompt):
+            return None
+        if request.guidance is not None:
+            return request.guidance
+        value = self.form.default(self.guidance)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    @property
+    def is_of_classes(self) -> bool:
+        """Whether a prompt is the name or number of a class."""
+        return self.form.subject == "class"
+
+    @property
+    def any_prompt(self) -> str:
+        """A prompt that the pipeline takes."""
+        return _CLASS if self.is_of_classes else _PROMPT
+
+    def made_up_images(self, shape: tuple[int, int, int, int]) -> dict[str, torch.Tensor]:
+        """Return arguments for a pipeline that wants images: noise [N, 3, H, W] in [0, 1]."""
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        given = {"image": images, "control_image": images, "mask_image": images[:, :1].round()}
+        return {name: value for name, value in given.items() if self.form.takes(name)}
+
+    def arguments(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
+        """Return the arguments of a call for these images; see `pipeline_arguments`."""
+        negative = any(request.negative_prompt for request in requests)
+        name = "" if self.guided_by_negative and not negative else self.guidance
+        return pipeline_arguments(self.form, requests, name)
+
+
+def find_traits(pipeline: Any) -> Traits:
+    """Call a pipeline a few times with two steps, and compare the images.
+
+    The calls are small where the pipeline takes a small size.
+
+    Raises:
+        UsageError: it cannot be called.
+        MissingExtraError: a package that it needs is not installed.
+    """
+    return _Observer(pipeline).traits()
+
+
+class _Observer:
+    """Caller of a pipeline that compares what changes its images."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.form = read_form(pipeline)
+        self._samplers = Samplers(pipeline)
+        half = getattr(denoiser_of(pipeline), "dtype", torch.float32) in _HALVES
+        self._rounding, self._same = (_ROUNDING_HALF, _SAME_HALF) if half else (_ROUNDING, _SAME)
+        pipeline.set_progress_bar_config(disable=True)
+
+    def traits(self) -> Traits:
+        first = self._first()
+        if first is None:
+            return Traits(self.form, sharing="one", wants_image=True)
+        pair = [first, replace(first, seed=2)]
+        size = (first.height, first.width) if first.height and first.width else None
+        found = Traits(self.form, quick_size=size)
+        if not self.form.takes("height"):
+            height, width = self._image([first]).shape[:2]
+            found = replace(found, fixed_size=(height, width))
+        try:
+            with watching_global_noise() as drawn:
+                alone = self._image(pair)
+            many = True
+        except _FAILURES as error:
+            with watching_global_noise() as drawn:
+                alone = self._image(pair[:1])
+            many, reason = False, f"its call takes one prompt ({first_line(error)})"
+        if not many:
+            found = replace(found, sharing="one", reason=reason, takes_many=False)
+            pair = pair[:1]
+        if drawn[0]:
+            reason = "its noise comes from a global generator"
+            found = replace(found, sharing="one", reason=reason, global_noise=True)
+        elif many and self.form.subject == "prompt":
+            sharing, reason = self._sharing(pair, alone)
+            found = replace(found, sharing=sharing, reason=reason)
+        return self._guided(found, pair, alone)
+
+    def _first(self) -> ImageRequest | None:
+        """Return a request that works, small if the pipeline lets it; None if it wants an image.
+
+        Raises:
+            UsageError: none does.
+        """
+        given = {"prompt", "class_labels", *Traits(self.form).made_up_images((1, 3, 1, 1))}
+        lacking = [name for name in self.form.required if name not in given]
+        if lacking:
+            raise UsageError(
+                f"{self.form.pipeline} wants {' and '.join(lacking)}, which no request carries",
+                hint="give the whole pipeline that it is a part of",
+            )
+        prompt = Traits(self.form).any_prompt
+        height, width = native_size(self.pipeline)
+        request = ImageRequest(prompt=prompt, seed=1, steps=_STEPS)
+        sizes = [(height // n, width // n) for n in _FRACTIONS] if height and width else []
+        problem: Exception | None = None
+        for size in [*sizes, (None, None)]:
+            request = replace(request, height=size[0], width=size[1])
+            try:
+                self._image([request])
+                return request
+            except ImportError as error:
+                raise missing_package(error, needed_for=self.form.pipeline) from error
+            except _FAILURES as error:
+                problem = error
+        if self.form.takes("image") and self._works_with_an_image(request, height, width):
+            return None
+        assert problem is not None
+        if isinstance(problem, ModelopsError):
+            raise problem
+        raise UsageError(
+            f"{self.form.pipeline} cannot be called with a prompt alone: {first_line(problem)}",
+            hint="run with --debug for the pipeline's own report",
+        ) from problem
+
+    def _works_with_an_image(
+        self, request: ImageRequest, height: int | None, width: int | None
+    ) -> bool:
+        given = Traits(self.form).made_up_images((1, 3, height or 256, width or 256))
+        try:
+            self._image([replace(request, steps=_STEPS_FROM_IMAGE)], **given)
+        except _FAILURES:
+            return False
+        return True
+
+    def _image(self, requests: Sequence[ImageRequest], **more: Any) -> npt.NDArray[Any]:
+        """Return the first image of a call, float [H, W, 3]."""
+        arguments = pipeline_arguments(self.form, requests, "") | more
+        with torch.no_grad(), self._samplers.using(self._samplers.fresh()):
+            return images_of(self.pipeline(**arguments))[0]
+
+    def _sharing(self, pair: list[ImageRequest], alone: npt.NDArray[Any]) -> tuple[Sharing, str]:
+        reader = PromptReader(self.pipeline)
+
+        def beside(prompt: str) -> bool:
+            """Return whether the first image stays the same beside that prompt's."""
+            try:
+                found = self._image([pair[0], replace(pair[1], prompt=prompt)])
+            except _FAILURES:
+                return False
+            return _distance(found, alone) <= self._same
+
+        if beside(LONG_PROMPT):
+            return "any", ""
+        length = reader.lengths(_PROMPT)
+        alike = next((text for text in _LIKE_IT if reader.lengths(text) == length), _LIKE_IT[0])
+        if beside(alike):
+            return "same length", "it pads prompts to the longest of a call"
+        return "one", "an image depends on the other prompts of its call"
+
+    def _guided(self, found: Traits, pair: list[ImageRequest], alone: npt.NDArray[Any]) -> Traits:
+        """Add what guidance and a negative prompt do."""
+        seeded = found.global_noise
+
+        def changes(base: npt.NDArray[Any], requests: list[ImageRequest], **more: Any) -> bool:
+            try:
+                return _distance(self._seeded(requests, seeded, **more), base) > self._rounding
+            except _FAILURES:
+                return False
+
+        if seeded:
+            alone = self._seeded(pair, seeded)
+        name = next((n for n in self.form.guidance if changes(alone, pair, **self._other(n))), "")
+        if not (self.form.takes("negative_prompt") and self.form.subject == "prompt"):
+            return replace(found, guidance=name)
+        negative = [replace(one, negative_prompt=_NEGATIVE) for one in pair]
+        try:
+            base = self._seeded(negative, seeded)
+        except _FAILURES as error:
+            if len(pair) == 1:
+                return replace(found, guidance=name)
+            reason = f"its call takes one negative prompt ({first_line(error)})"
+            found = replace(found, sharing="one", reason=reason)
+            return self._guided(found, pair[:1], self._seeded(pair[:1], seeded))
+        if name:
+            guided = {name: max(self.form.default(name) or 0.0, _STEEP)}
+            works = changes(self._seeded(pair, seeded, **guided), negative, **guided)
+            return replace(found, guidance=name, negative=works)
+        name = next(
+            (n for n in self.form.guidance if changes(base, negative, **self._other(n))), ""
+        )
+        works = bool(name) or changes(alone, negative)
+        return replace(found, guidance=name, guided_by_negative=bool(name), negative=works)
+
+    def _seeded(
+        self, requests: Sequence[ImageRequest], seeded: bool, **more: Any
+    ) -> npt.NDArray[Any]:
+        if not seeded:
+            return self._image(requests, **more)
+        with GlobalNoise(requests[0].seed):
+            return self._image(requests, **more)
+
+    def _other(self, name: str) -> dict[str, float]:
+        """Return a scale that is not the call's own."""
+        default = self.form.default(name)
+        on = isinstance(default, (int, float)) and default > GUIDANCE_OFF
+        return {name: GUIDANCE_OFF if on else _STEEP}
+
+
+def images_of(output: Any) -> npt.NDArray[Any]:
+    """Return the images [N, H, W, 3] in [0, 1] of a pipeline's answer.
+
+    Raises:
+        UsageError: it holds none.
+    """
+    images = getattr(output, "images", None)
+    if images is None:
+        fields = ", ".join(output) if isinstance(output, dict) else type(output).__name__
+        raise UsageError(f"the pipeline makes no images: its answer has {fields}")
+    found = np.asarray(images)
+    if found.ndim != 4 or found.shape[-1] not in (1, 3):
+        raise UsageError(
+            f"the pipeline's images have the shape {list(found.shape)}, not [N, H, W, 3]"
+        )
+    return np.repeat(found, 3, axis=-1) if found.shape[-1] == 1 else found
+
+
+def _distance(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> float:
+    if first.shape != second.shape:
+        return 1.0
+    return float(np.abs(first.astype(np.float64) - second.astype(np.float64)).max())
