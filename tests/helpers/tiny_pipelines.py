@@ -315,6 +315,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def make(family: str) -> Any:
-    """A tiny pipeline of a family, the same one every time."""
+    """A tiny pipeline of a family, the same one every time, without dropout."""
     torch.manual_seed(0)
-    return FAMILIES[family]()
+    pipeline = FAMILIES[family]()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline

@@ -230,13 +230,18 @@ class PipelineSource(ModelSource):
         except ImportError as error:
             raise missing_package(error, needed_for=type(self.pipeline).__name__) from error
         except Exception as error:  # each runtime has its own for a size that a network cannot have
-            if (first.height, first.width) == (None, None) or isinstance(error, ModelopsError):
+            size = first.height, first.width
+            usual = size in ((None, None), native_size(self.pipeline), self.traits.fixed_size)
+            if isinstance(error, ModelopsError) or (usual and not isinstance(error, ValueError)):
                 raise
-            if (first.height, first.width) == native_size(self.pipeline):
-                raise
+            name, reason = type(self.pipeline).__name__, first_line(error)
+            if usual:
+                raise UsageError(
+                    f"{name} does not make this image: {reason}",
+                    hint="run with --debug for the pipeline's own report",
+                ) from error
             raise UsageError(
-                f"{type(self.pipeline).__name__} makes no image of {first.width}x{first.height} "
-                f"pixels: {first_line(error)}",
+                f"{name} makes no image of {first.width}x{first.height} pixels: {reason}",
                 hint="ask for a size that the model takes, or leave it out",
             ) from error
         height, width = images.shape[1:3]

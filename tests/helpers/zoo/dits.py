@@ -203,7 +203,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("Hunyuan-DiT", hunyuan_dit, size=(768, 1024), other=(1024, 768)),
     Family("DiT", dit, size=None, other=None, kind="class"),
     Family("Sana", sana, size=(512, 512), other=(384, 640)),
-    Family("Sana Sprint", sana_sprint, size=(1024, 1024), other=(832, 1216)),
+    Family("Sana Sprint", sana_sprint, size=(1024, 1024), other=(832, 1216), steps=(2, 2)),
     Family("PRX", prx, size=(256, 256), other=(192, 320)),
     Family("Lumina-Next", lumina_next, size=(64, 64), other=(96, 64)),
     Family("Lumina 2", lumina2, size=(64, 64), other=(96, 64)),

@@ -23,6 +23,8 @@ class Family:
         kind: what a call must be given: a prompt, a class, nothing, or a prompt and an image.
         needs: a package that it needs beyond the project's.
         guided: whether other guidance makes another image.
+        steps: two numbers of steps that it takes.
+        refused: what modelops says of it, where it makes no image of a prompt alone.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Family:
     kind: Kind = "text"
     needs: str = ""
     guided: bool = True
+    steps: tuple[int, int] = (3, 5)
+    refused: str = ""
 
     def make(self) -> Any:
         """Make the pipeline, the same one every time, without a progress bar."""

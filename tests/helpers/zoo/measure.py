@@ -24,9 +24,7 @@ from modelops.serving.engine.engine import StepEngine
 from zoo.family import Family
 
 SHORT, MIDDLE = "red heart", "a green house"
-LONG = (
-    "a dog with a face and the flag of a house and a cat and a red sun with a blue heart of a sun"
-)
+LONG = "a dog with a face and the flag of a house and a cat and a red sun with a blue heart of suns"
 CLASSES = {SHORT: "1", MIDDLE: "2", LONG: "3"}
 EXPORT_PROMPTS = (SHORT, "dog", "house of the sun", "green flag")
 
@@ -75,7 +73,12 @@ class Bench:
     def request(self, prompt: str, **fields: Any) -> ImageRequest:
         text = CLASSES[prompt] if self.family.kind == "class" else prompt
         size = self.family.size or (None, None)
-        fields = {"seed": 7, "steps": 3, "height": size[0], "width": size[1]} | fields
+        fields = {
+            "seed": 7,
+            "steps": self.family.steps[0],
+            "height": size[0],
+            "width": size[1],
+        } | fields
         return ImageRequest(prompt=text, **fields)
 
     def own(self, request: ImageRequest) -> Image:
@@ -118,7 +121,7 @@ class Bench:
         return self.worst(requests, open_checkpoint(self.checkpoint).generate(requests))
 
     def served(self) -> int:
-        requests = [self.request(SHORT), self.request(LONG, seed=8, steps=5)]
+        requests = [self.request(SHORT), self.request(LONG, seed=8, steps=self.family.steps[1])]
         engine = StepEngine(load_checkpoint(self.checkpoint), profile_s=0)
         try:
             jobs = engine.submit(requests)
@@ -138,8 +141,8 @@ class Bench:
         guided = self.family.guided
         size = self.family.other or (None, None)
         requests = [
-            self.request(LONG, steps=3),
-            self.request(SHORT, steps=5, height=size[0], width=size[1]),
+            self.request(LONG),
+            self.request(SHORT, steps=self.family.steps[1], height=size[0], width=size[1]),
             *([self.request(MIDDLE, guidance=1.0), self.request(MIDDLE, guidance=6.0)] * guided),
         ]
         return self.worst(requests, [each(source, request) for request in requests])

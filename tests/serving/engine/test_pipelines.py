@@ -179,7 +179,9 @@ def test_texts_are_encoded_once(start: Callable[..., StepEngine]) -> None:
         return plain(*args, **kwargs)
 
     pipeline.text_encoder_2.forward = forward
-    images = together(start(pipeline, max_rows=8), requests)
+    engine = start(pipeline, max_rows=8)
+    encoded.clear()  # the engine has watched the pipeline
+    images = together(engine, requests)
     assert max(difference(a.pixels, b) for a, b in zip(images, expected, strict=True)) <= 1
     assert len(encoded) == 2  # "a" and "b": for no negative prompt SDXL takes zeros
 
@@ -191,16 +193,16 @@ def test_who_leaves_takes_no_more_steps_and_disturbs_nobody(
     stays, leaves = (ImageRequest(prompt="a", seed=seed, steps=6, guidance=2.0) for seed in (1, 2))
     (expected,) = offline(pipeline, [stays])
     gate, evaluations = threading.Semaphore(0), []
-    plain = pipeline.unet.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        gate.acquire()
-        evaluations.append(len(args[0]) if args else len(kwargs["sample"]))
-        return plain(*args, **kwargs)
-
-    pipeline.unet.forward = forward
     wasted: list[tuple[int, str]] = []
     engine = start(pipeline, max_rows=8, on_wasted=lambda *what: wasted.append(what))
+    plain = engine.model._evaluate
+
+    def evaluate(**kwargs: Any) -> Any:
+        gate.acquire()
+        evaluations.append(len(kwargs["sample"]))
+        return plain(**kwargs)
+
+    engine.model._evaluate = evaluate
     jobs = engine.submit([stays, leaves])
     gate.release()
     for _ in range(2000):
@@ -269,14 +271,14 @@ def test_closing_leaves_the_pipeline_as_it_was() -> None:
 def test_made_in_batches_as_wide_as_then() -> None:
     pipeline = make_pipeline("sd")
     widths: list[int] = []
-    plain = pipeline.unet.forward
-
-    def forward(sample: Any, *args: Any, **kwargs: Any) -> Any:
-        widths.append(len(sample))
-        return plain(sample, *args, **kwargs)
-
-    pipeline.unet.forward = forward
     engine = StepEngine(pipeline)
+    plain = engine.model._evaluate
+
+    def evaluate(**kwargs: Any) -> Any:
+        widths.append(len(kwargs["sample"]))
+        return plain(**kwargs)
+
+    engine.model._evaluate = evaluate
     request = ImageRequest(prompt="a", seed=1, steps=3, guidance=2.0)
     (alone,) = together(engine, [request])
     with engine.model.widened([6, 4, 2]):

@@ -75,10 +75,8 @@ def read_call(
     if sample is None:
         raise ValueError("the network is called without a batch")
     if _is_list_of_rows(listed):  # each row may have a size of its own: such calls stay apart
-        names, key = frozenset(tensors), ("alone", object())
-        return Call(
-            len(listed or ()), arguments, tensors, dict.fromkeys(names, ""), returns_dict, key
-        )
+        no_rows = dict.fromkeys(tensors, "")
+        return Call(len(listed or ()), arguments, tensors, no_rows, returns_dict, (object(),))
     rows = len(sample)
     for name in TIMESTEP_NAMES:
         if name in given:  # one number for all rows, or a row each: always a row each

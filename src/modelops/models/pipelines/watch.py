@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ def _recorder(
 ) -> Callable[..., Any]:
     parameters = parameters_of(original)
 
+    @functools.wraps(original)  # `generate` of a language model reads its signature
     def recorded(*args: Any, **kwargs: Any) -> Any:
         answer = original(*args, **kwargs)
         given = dict(zip(parameters, args, strict=False)) | kwargs

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import greenlet
@@ -33,6 +33,7 @@ from modelops.models.request import GUIDANCE_OFF, ImageRequest
 from modelops.serving.engine.jobs import Job
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_MARK = "of_an_engine"  # of methods in place of the pipeline's own
 _TEXTS = 64  # answers of text encoders that are kept; each may be megabytes
 
 
@@ -93,9 +94,7 @@ class PipelineModel:
                 f"{type(pipeline).__name__} has no denoiser that requests could share",
                 hint=f"a pipeline with a {' or a '.join(DENOISERS)} can be served",
             )
-        if isinstance(
-            getattr(vars(self._denoiser).get("forward"), "__self__", None), PipelineModel
-        ):
+        if hasattr(vars(self._denoiser).get("forward"), _MARK):
             raise UsageError("the pipeline belongs to another engine", hint="close that one first")
         self._traits = find_traits(pipeline)
         if self._traits.wants_image:
@@ -114,7 +113,7 @@ class PipelineModel:
         self._texts: OrderedDict[tuple[str, str], Any] = OrderedDict()
         for name in _TEXT_ENCODERS:
             if (part := getattr(pipeline, name, None)) is not None:
-                meet = partial(self._meet_text, name, part.forward)
+                meet = functools.partial(self._meet_text, name, part.forward)
                 self._undo.append(_replace(part, "forward", meet))
         decoder = getattr(pipeline, "vae", None)
         if decoder is not None:
@@ -292,7 +291,13 @@ class PipelineModel:
 def _replace(part: Any, name: str, instead: Callable[..., Any]) -> Callable[[], None]:
     """Set a method of one object; return a function that restores the old one."""
     hidden = vars(part).get(name)
-    object.__setattr__(part, name, instead)
+
+    @functools.wraps(getattr(part, name))  # `generate` of a language model reads its signature
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return instead(*args, **kwargs)
+
+    setattr(replaced, _MARK, True)
+    object.__setattr__(part, name, replaced)
 
     def undo() -> None:
         object.__delattr__(part, name)
