@@ -105,8 +105,9 @@ class Bench:
         torch.manual_seed(request.seed)
         np.random.seed(request.seed)
         given = {k: v for k, v in wanted.items() if k in accepts and v is not None}
-        images = np.asarray(pipeline(**given).images)
-        return np.rint(np.clip(images[0], 0, 1) * 255).astype(np.uint8)
+        output = pipeline(**given)
+        images = np.asarray(output.images if hasattr(output, "images") else output.image)
+        return np.rint(np.clip(images[0, ..., :3], 0, 1) * 255).astype(np.uint8)
 
     def worst(self, requests: Sequence[ImageRequest], images: Sequence[Image]) -> int:
         pairs = zip(requests, images, strict=True)

@@ -327,7 +327,7 @@ def longcat_image() -> Any:
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family("QwenImage", qwen_image),
+    Family("QwenImage", qwen_image, guided=False),
     Family("Z-Image", z_image_base, (64, 64), (96, 64)),
     Family("Z-Image (Turbo)", z_image_turbo, (64, 64), (96, 64)),
     Family("Chroma", chroma),

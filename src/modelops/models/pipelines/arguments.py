@@ -28,6 +28,7 @@ def pipeline_arguments(
         guidance: name of the argument that is the guidance scale; see `traits`.
 
     Raises:
+        ValueError: several requests for a pipeline that takes no lists.
         UsageError: a prompt is no class of a pipeline that makes images of classes.
     """
     first = requests[0]
@@ -48,6 +49,10 @@ def pipeline_arguments(
         wanted["batch_size"] = len(requests)
         if form.subject == "class":
             wanted["class_labels"] = [form.class_number(request.prompt) for request in requests]
+    if form.bare_prompt:
+        for name in ("prompt", "negative_prompt", "generator"):
+            if name in wanted:
+                (wanted[name],) = wanted[name]
     if first.height or first.width:
         wanted["use_resolution_binning"] = False  # it would draw another size, and resize it
     return {n: value for n, value in wanted.items() if form.takes(n) and value is not None}

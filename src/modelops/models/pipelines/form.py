@@ -32,6 +32,7 @@ class CallForm:
         classes: class name to number.
         n_classes: number of classes; 0 where it makes none.
         guidance: names of arguments that may be the guidance scale, the likeliest first.
+        bare_prompt: whether a prompt is given as it is, for the call takes no lists.
     """
 
     pipeline: str
@@ -40,6 +41,7 @@ class CallForm:
     classes: Mapping[str, int]
     n_classes: int
     guidance: tuple[str, ...]
+    bare_prompt: bool = False
 
     def takes(self, name: str) -> bool:
         """Return whether the call has an argument of this name."""

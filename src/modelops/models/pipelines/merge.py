@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from modelops.base.errors import ExportError
 from modelops.models.pipelines.signatures import (
     TIMESTEP_NAMES,
     Fields,
@@ -37,6 +38,8 @@ class Call:
         returns_dict: whether an answer with fields is expected, or a tuple; None if the network
             has no such choice.
         key: calls of the same key can be made as one.
+        raw: arguments by position and name of a call that cannot be taken apart, and so is made as
+            it is; None for the others.
     """
 
     rows: int
@@ -45,6 +48,24 @@ class Call:
     shared: dict[str, str]
     returns_dict: bool | None
     key: tuple[Any, ...]
+    raw: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+
+def read_any_call(
+    parameters: Sequence[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: dict[str, tuple[torch.Tensor, str]],
+    rowed: Mapping[str, bool],
+) -> Call:
+    """Take a call apart as `read_call` does, or keep it whole if it holds something else than
+    tensors and plain values, such as a cache of keys and values that the call fills."""
+    try:
+        return read_call(parameters, args, kwargs, known, rowed)
+    except (ExportError, ValueError):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        rows = max((len(value) for value in tensors if value.ndim), default=1)
+        return Call(rows, {}, {}, {}, None, (object(),), raw=(args, kwargs))
 
 
 def read_call(
@@ -52,6 +73,7 @@ def read_call(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     known: dict[str, tuple[torch.Tensor, str]] | None = None,
+    rowed: Mapping[str, bool] | None = None,
 ) -> Call:
     """Take a call apart.
 
@@ -59,6 +81,8 @@ def read_call(
         parameters: names of the network's arguments, in the order of positions.
         args, kwargs: what it is called with.
         known: shared tensors of this request's earlier calls with their digests; added to.
+        rowed: whether a tensor has rows, for those of which that is known; any other has them if it
+            is as long as the call has rows.
 
     Raises:
         ExportError: an argument is neither a tensor nor a plain value.
@@ -86,7 +110,7 @@ def read_call(
     shared = {
         name: _digest(name, value, {} if known is None else known)
         for name, value in tensors.items()
-        if value.ndim == 0 or len(value) != rows
+        if value.ndim == 0 or len(value) != rows or not (rowed or {}).get(name, True)
     }
     shapes = tuple(
         (name, value.dtype, value.shape if name in shared else value.shape[1:])

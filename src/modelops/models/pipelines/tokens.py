@@ -7,7 +7,6 @@ import inspect
 import threading
 from typing import Any
 
-_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _NO_LIMIT = 100_000  # a tokenizer that states more has none
 _LONG = 512  # tokens where nothing states a limit
 
@@ -26,9 +25,9 @@ class PromptReader:
         )
         best, self.max_tokens = None, 0
         self._all: list[Any] = []
-        for name in _TOKENIZERS:
-            tokenizer = getattr(pipeline, name, None)
-            if tokenizer is None:
+        for part in pipeline.components.values():
+            tokenizer = getattr(part, "tokenizer", part)  # of a processor of images and text
+            if not hasattr(tokenizer, "model_max_length"):
                 continue
             self._all.append(copy.deepcopy(tokenizer))
             limit = int(getattr(tokenizer, "model_max_length", _LONG))

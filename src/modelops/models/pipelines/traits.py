@@ -24,7 +24,8 @@ from modelops.models.pipelines.tokens import PromptReader
 from modelops.models.request import GUIDANCE_OFF, ImageRequest
 
 Sharing = Literal["any", "same length", "one"]
-_CLASS, _PROMPT, _NEGATIVE = "0", "red heart", "a dark house with a flag"
+_CLASS, _OTHER_CLASS = "0", "1"
+_PROMPT, _NEGATIVE = "red heart", "a dark house with a flag"
 _LIKE_IT = ("blue flag", "two dogs", "green sun", "a dog")  # one of them has as many tokens
 # Past the first step of padding (8 or 16 tokens) and short of every limit (77).
 LONG_PROMPT = (
@@ -134,6 +135,11 @@ class Traits:
         """A prompt that the pipeline takes."""
         return _CLASS if self.is_of_classes else _PROMPT
 
+    @property
+    def other_prompt(self) -> str:
+        """A longer prompt that the pipeline takes."""
+        return _OTHER_CLASS if self.is_of_classes else LONG_PROMPT
+
     def made_up_images(self, shape: tuple[int, int, int, int]) -> dict[str, torch.Tensor]:
         """Return arguments for a pipeline that wants images: noise [N, 3, H, W] in [0, 1]."""
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -194,8 +200,8 @@ class _Observer:
         if drawn[0]:
             reason = "its noise comes from a global generator"
             found = replace(found, sharing="one", reason=reason, global_noise=True)
-        elif many and self.form.subject == "prompt":
-            sharing, reason = self._sharing(pair, alone)
+        elif many:
+            sharing, reason = self._sharing(pair)
             found = replace(found, sharing=sharing, reason=reason)
         return self._guided(found, pair, alone)
 
@@ -219,13 +225,16 @@ class _Observer:
         problem: Exception | None = None
         for size in [*sizes, (None, None)]:
             request = replace(request, height=size[0], width=size[1])
-            try:
-                self._image([request])
-                return request
-            except ImportError as error:
-                raise missing_package(error, needed_for=self.form.pipeline) from error
-            except _FAILURES as error:
-                problem = error
+            for bare in (False, True) if self.form.subject == "prompt" else (False,):
+                self.form = replace(self.form, bare_prompt=bare)
+                try:
+                    self._image([request])
+                    return request
+                except ImportError as error:
+                    raise missing_package(error, needed_for=self.form.pipeline) from error
+                except _FAILURES as error:
+                    problem = problem if bare else error
+        self.form = replace(self.form, bare_prompt=False)
         if self.form.takes("image") and self._works_with_an_image(request, height, width):
             return None
         assert problem is not None
@@ -248,26 +257,47 @@ class _Observer:
 
     def _image(self, requests: Sequence[ImageRequest], **more: Any) -> npt.NDArray[Any]:
         """Return the first image of a call, float [H, W, 3]."""
+        return self._images(requests, **more)[0]
+
+    def _images(self, requests: Sequence[ImageRequest], **more: Any) -> npt.NDArray[Any]:
+        """Return the images of a call, float [N, H, W, 3]."""
         arguments = pipeline_arguments(self.form, requests, "") | more
         with torch.no_grad(), self._samplers.using(self._samplers.fresh()):
-            return images_of(self.pipeline(**arguments))[0]
+            return images_of(self.pipeline(**arguments))
 
-    def _sharing(self, pair: list[ImageRequest], alone: npt.NDArray[Any]) -> tuple[Sharing, str]:
+    def _sharing(self, pair: list[ImageRequest]) -> tuple[Sharing, str]:
+        """Return which prompts may share a call, and why not any.
+
+        Each of two images is compared with the same one in a call of its own, and beside other
+        prompts in the same place of a call.
+        """
         reader = PromptReader(self.pipeline)
+        first, second = pair
+        alone = [self._images([one])[0] for one in pair]
 
-        def beside(prompt: str) -> bool:
-            """Return whether the first image stays the same beside that prompt's."""
+        def keeps(*requests: ImageRequest) -> bool:
+            """Return whether the images of the pair in a call are those of the pair alone."""
             try:
-                found = self._image([pair[0], replace(pair[1], prompt=prompt)])
+                images = self._images(requests)
             except _FAILURES:
                 return False
-            return _distance(found, alone) <= self._same
+            return all(
+                _distance(images[requests.index(one)], own) <= self._same
+                for one, own in zip(pair, alone, strict=True)
+                if one in requests
+            )
 
-        if beside(LONG_PROMPT):
+        def beside(prompt: str) -> bool:
+            other = replace(second, prompt=prompt, seed=3)
+            return keeps(first, other) and keeps(other, second)
+
+        if not keeps(first, second):
+            return "one", "an image depends on the others in its call"
+        if self.form.subject != "prompt" or beside(LONG_PROMPT):
             return "any", ""
         length = reader.lengths(_PROMPT)
         alike = next((text for text in _LIKE_IT if reader.lengths(text) == length), _LIKE_IT[0])
-        if beside(alike):
+        if length and beside(alike):
             return "same length", "it pads prompts to the longest of a call"
         return "one", "an image depends on the other prompts of its call"
 
@@ -326,16 +356,18 @@ def images_of(output: Any) -> npt.NDArray[Any]:
     Raises:
         UsageError: it holds none.
     """
-    images = getattr(output, "images", None)
+    images = getattr(output, "images", getattr(output, "image", None))
     if images is None:
         fields = ", ".join(output) if isinstance(output, dict) else type(output).__name__
         raise UsageError(f"the pipeline makes no images: its answer has {fields}")
     found = np.asarray(images)
-    if found.ndim != 4 or found.shape[-1] not in (1, 3):
+    if found.ndim != 4 or found.shape[-1] not in (1, 3, 4):
         raise UsageError(
             f"the pipeline's images have the shape {list(found.shape)}, not [N, H, W, 3]"
         )
-    return np.repeat(found, 3, axis=-1) if found.shape[-1] == 1 else found
+    if found.shape[-1] == 1:
+        return np.repeat(found, 3, axis=-1)
+    return found[..., :3]  # a fourth channel is opacity
 
 
 def _distance(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> float:

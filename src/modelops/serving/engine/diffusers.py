@@ -24,16 +24,18 @@ from modelops.base.errors import UsageError
 from modelops.export.runtimes.modules import ExportedModule
 from modelops.models.pipelines.arguments import floats_to_uint8, native_size
 from modelops.models.pipelines.form import DENOISERS, denoiser_of
-from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_call
+from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_any_call
 from modelops.models.pipelines.signatures import parameters_of
 from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
 from modelops.models.pipelines.traits import find_traits, images_of
+from modelops.models.pipelines.watch import tensors_with_rows
 from modelops.models.request import GUIDANCE_OFF, ImageRequest
 from modelops.serving.engine.jobs import Job
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _MARK = "of_an_engine"  # of methods in place of the pipeline's own
+_ROUNDING = 0.02  # of the norm of an answer; in half precision batches round by a tenth of that
 _TEXTS = 64  # answers of text encoders that are kept; each may be megabytes
 
 
@@ -104,6 +106,7 @@ class PipelineModel:
         self.max_tokens = self._reader.max_tokens
         self._samplers = Samplers(pipeline)
         self._parameters = _parameters(self._denoiser)
+        self._rowed = tensors_with_rows(pipeline, self._traits)
         self._rows: dict[bool, int] = {}  # of a call, with guidance and without, once it was seen
         self._tracks: dict[Any, PipelineTrack] = {}  # by routine
         self._example: Call | None = None
@@ -119,6 +122,34 @@ class PipelineModel:
         if decoder is not None:
             self._decode = decoder.decode
             self._undo.append(_replace(decoder, "decode", self._meet_decoder))
+        self._shares = True
+        self._shares = self._rows_are_independent()
+
+    def _rows_are_independent(self) -> bool:
+        """Return whether two requests get the same answers from a shared evaluation as alone."""
+        height, width = self._traits.quick_size or (None, None)
+        prompts = (self._traits.any_prompt, self._traits.other_prompt)
+        tracks = []
+        try:
+            for seed, prompt in enumerate(prompts):
+                request = ImageRequest(
+                    prompt=prompt, seed=seed, steps=2, height=height, width=width
+                )
+                tracks.append(self._started(request, None))
+            calls = [track.call for track in tracks if track.call is not None]
+            if len({call.key for call in calls}) > 1 or calls[0].raw is not None:
+                return True  # they do not share one
+            rows = sum(call.rows for call in calls)
+            with torch.no_grad():
+                shared = answers(calls, self._evaluate(**merged(calls, rows)), rows)
+                alone = [
+                    answers([call], self._evaluate(**merged([call])), call.rows)[0]
+                    for call in calls
+                ]
+        finally:
+            for track in tracks:
+                self.drop(track)
+        return all(_close(one, other) for one, other in zip(shared, alone, strict=True))
 
     # --- what a request may ask for -----------------------------------------------------------
 
@@ -165,6 +196,8 @@ class PipelineModel:
 
     def evaluate(self, rows: int) -> None:
         assert self._example is not None
+        if self._example.raw is not None:
+            raise UsageError("the denoiser's calls cannot be repeated")
         with torch.no_grad():
             self._evaluate(**merged([self._example], rows))
         if self._device.type == "cuda":  # pragma: no cover - no GPU here
@@ -210,9 +243,13 @@ class PipelineModel:
         if self._widths is not None:
             rows = max(rows, next(self._widths, 0))
         with torch.no_grad():
-            output = self._evaluate(**merged(calls, rows))
+            if calls[0].raw is not None:
+                args, kwargs = calls[0].raw
+                found = [self._evaluate(*args, **kwargs)]
+            else:
+                found = answers(calls, self._evaluate(**merged(calls, rows)), rows)
         problems: list[Exception | None] = []
-        for track, answer in zip(tracks, answers(calls, output, rows), strict=True):
+        for track, answer in zip(tracks, found, strict=True):
             try:
                 self._go_on(track, answer)
                 problems.append(None)
@@ -235,7 +272,8 @@ class PipelineModel:
         track = self._tracks.get(greenlet.getcurrent())
         if track is None:
             return self._evaluate(*args, **kwargs)
-        track.call = read_call(self._parameters, args, kwargs, track.known)
+        call = read_any_call(self._parameters, args, kwargs, track.known, self._rowed)
+        track.call = call if self._shares else replace(call, key=(object(),))
         return track.routine.parent.switch()
 
     def _meet_text(self, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -317,3 +355,11 @@ def _parameters(denoiser: Any) -> list[str]:
 
 def _is_guided(request: ImageRequest) -> bool:
     return request.guidance is not None and request.guidance > 1.0
+
+
+def _close(first: Any, second: Any) -> bool:
+    """Return whether two answers are the same but for rounding, by their first tensor."""
+    one, other = (answer[0].float() for answer in (first, second))
+    if one.shape != other.shape:
+        return False
+    return bool((one - other).norm() <= _ROUNDING * other.norm())
