@@ -13,7 +13,6 @@ Ratios of images per second over "one by one"; median of the rounds with the lea
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from modelops.base.environment import current_environment
 from modelops.base.seeding import numpy_generator
 from modelops.models.pipelines.arguments import pipeline_arguments
+from modelops.models.pipelines.form import read_form
 from modelops.models.request import ImageRequest
 from modelops.serving.engine import engine as engine_module
 from modelops.serving.engine.diffusers import PipelineModel
@@ -90,9 +90,9 @@ def make_requests(count: int) -> list[ImageRequest]:
 def one_by_one(pipeline: Any, requests: Sequence[ImageRequest]) -> Pictures:
     """The pipeline's own call for each request."""
     pipeline.set_progress_bar_config(disable=True)
-    accepts = inspect.signature(pipeline.__call__).parameters
+    form = read_form(pipeline)
     began = time.perf_counter()
-    images = [pipeline(**pipeline_arguments(accepts, [one])).images[0] for one in requests]
+    images = [pipeline(**pipeline_arguments(form, [one])).images[0] for one in requests]
     TOOK.append(time.perf_counter() - began)
     return [np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8) for image in images]
 

@@ -14,7 +14,6 @@ import numpy as np
 from modelops.base.errors import ModelopsError
 from modelops.doctor.machine import Finding
 from modelops.export.components import Component, find_components
-from modelops.models.pipelines.arguments import native_size
 from modelops.models.pipelines.traits import Traits
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource, open_checkpoint
@@ -76,7 +75,7 @@ def _call(traits: Traits, pipeline: Any) -> Iterator[Finding]:
         effect = "has an effect" if traits.negative else "has no effect"
         if form.subject == "prompt":
             yield line("negative prompt", effect)
-    height, width = traits.fixed_size or native_size(pipeline)
+    height, width = traits.native_size
     only = "only" if traits.fixed_size else "by default"
     yield line("size", f"{width}x{height} {only}" if height and width else "that of its image")
     sharing = {

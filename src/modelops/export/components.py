@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 
 from modelops.base.errors import ExportError
-from modelops.models.pipelines.arguments import native_size
 from modelops.models.pipelines.signatures import (
     TIMESTEP_NAMES,
     Example,
@@ -114,8 +113,8 @@ def find_components(
         UsageError: the pipeline does not take this size.
         ExportError: the pipeline needs an argument that cannot be guessed, or cannot be called.
     """
-    height, width = size or native_size(pipeline)
     traits = traits or find_traits(pipeline)
+    height, width = size or traits.own_size
     base = Probe(height=height, width=width, tokens=_token_limit(traits))
     calls = first_call(pipeline, traits, base)
     axes: dict[Key, tuple[Axes, Axes]] = {}

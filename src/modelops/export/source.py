@@ -15,7 +15,6 @@ from modelops.export.components import Component, FlatModule
 from modelops.export.lora import Lora, apply_lora
 from modelops.export.onnx.writer import check_weights
 from modelops.models.hub import pipeline_directory
-from modelops.models.pipelines.arguments import native_size
 from modelops.models.pipelines.traits import Traits, find_traits
 from modelops.models.sources import TRAINING_STATE, load_with_digest
 from modelops.records.export import ArtifactRecord, ExportedComponent
@@ -76,7 +75,8 @@ def load_source(
                 set_attention: Any = module.set_attn_implementation
                 set_attention("eager")
     pipeline.set_progress_bar_config(disable=True)
-    if size and native_size(pipeline) == (None, None):
+    traits = find_traits(pipeline)
+    if size and traits.own_size == (None, None):
         raise UsageError(
             f"{type(pipeline).__name__} makes images of one size only", hint="leave --size out"
         )
@@ -90,8 +90,8 @@ def load_source(
         sha256=digest,
         bytes_total=total,
         directory=directory,
-        size=size or native_size(pipeline),
-        traits=find_traits(pipeline),
+        size=size or traits.own_size,
+        traits=traits,
     )
 
 

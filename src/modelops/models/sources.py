@@ -24,7 +24,7 @@ from modelops.base.files import sha256_bytes, sha256_file
 from modelops.base.private import private_copy
 from modelops.models.devices import open_device
 from modelops.models.hub import pipeline_directory
-from modelops.models.pipelines.arguments import floats_to_uint8, native_size
+from modelops.models.pipelines.arguments import floats_to_uint8
 from modelops.models.pipelines.load import load_diffusers, load_pixel_flow
 from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
@@ -161,7 +161,7 @@ class PipelineSource(ModelSource):
 
     @property
     def defaults(self) -> ImageRequest:
-        height, width = self.traits.fixed_size or native_size(self.pipeline)
+        height, width = self.traits.native_size
         steps = self.traits.form.default("num_inference_steps")
         return ImageRequest(
             prompt="", seed=0, steps=steps, guidance=self.traits.default_guidance,
@@ -231,7 +231,7 @@ class PipelineSource(ModelSource):
             raise missing_package(error, needed_for=type(self.pipeline).__name__) from error
         except Exception as error:  # each runtime has its own for a size that a network cannot have
             size = first.height, first.width
-            usual = size in ((None, None), native_size(self.pipeline), self.traits.fixed_size)
+            usual = size in ((None, None), self.traits.native_size)
             if isinstance(error, ModelopsError) or (usual and not isinstance(error, ValueError)):
                 raise
             name, reason = type(self.pipeline).__name__, first_line(error)

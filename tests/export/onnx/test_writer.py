@@ -349,6 +349,16 @@ def test_openvino_fills_up_batches_and_nothing_else(
         graph.run(feed | {"rows": feed["rows"][0]})
 
 
+def test_a_shape_outside_the_graph_names_the_limit(
+    mixer: tuple[torch.nn.Module, Path, Path],
+) -> None:
+    graph, feed = OrtGraph(mixer[1]), _feed(2)
+    with pytest.raises(UsageError, match="the graph's input ids is not given"):
+        graph.run({name: value for name, value in feed.items() if name != "ids"})
+    with pytest.raises(UsageError, match=r"rows has the shape \[.*\], and the graph takes \[batch"):
+        graph.run(feed | {"rows": feed["rows"][..., :-1]})
+
+
 def test_openvino_refuses_what_it_cannot_do(
     mixer: tuple[torch.nn.Module, Path, Path], tmp_path: Path
 ) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from modelops.base.errors import UsageError
-from modelops.models.pipelines.arguments import native_size, pipeline_arguments
+from modelops.models.pipelines.arguments import pipeline_arguments
 from modelops.models.pipelines.form import CallForm, read_form
+from modelops.models.pipelines.traits import find_traits
 from modelops.models.request import ImageRequest
 from zoo.all import family
 
@@ -54,12 +55,14 @@ def test_a_signature_says_of_what_images_are_made(
     [
         ("Kandinsky 2.2", (512, 512)),
         ("Z-Image", (1024, 1024)),
-        ("Kandinsky 3", (1024, 1024)),
         ("DiT", (None, None)),
     ],
 )
 def test_the_native_size_is_the_calls_own(name: str, size: tuple[int | None, int | None]) -> None:
-    assert native_size(family(name).make()) == size
+    pipeline = family(name).make()
+    found = find_traits(pipeline)
+    assert found.own_size == size
+    assert found.fixed_size in (None, found.native_size)
 
 
 def test_what_a_request_leaves_open_is_not_passed() -> None:

@@ -27,7 +27,7 @@ from modelops.cli.main import main
 from modelops.export.artifact.open import open_artifact
 from modelops.export.to_onnx import export_onnx
 from modelops.models.pipelines.arguments import native_size
-from modelops.models.pipelines.merge import answers, merged, read_call
+from modelops.models.pipelines.merge import answers, merged, read_any_call, read_call
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource, load_checkpoint
 from modelops.records.evaluation import SourceInfo
@@ -318,6 +318,32 @@ def test_calls_are_put_together_and_answers_taken_apart() -> None:
     first, second = answers([one, other], (arguments["sample"] * 10,), 4)
     assert first.sample[:, 0, 0, 0].tolist() == [10.0, 10.0]  # an object, for it asked for none
     assert second[0][:, 0, 0, 0].tolist() == [20.0]
+
+
+def test_a_list_of_images_and_what_is_no_tensor_stay_apart() -> None:
+    def listed(value: float) -> Any:
+        images = [torch.full((3, 1, 2, 2), value), torch.full((3, 1, 4, 2), value)]
+        return read_call(PARAMETERS, (images, torch.tensor([1.0, 1.0])), {})
+
+    one, other = listed(1.0), listed(1.0)
+    assert one.rows == 2
+    assert one.key != other.key
+    (sample,) = merged([one], 8)["sample"][1:]
+    assert sample.shape == (3, 1, 4, 2)
+    (answer,) = answers([one], ([image * 2 for image in merged([one])["sample"]],), 2)
+    assert [image.shape for image in answer.sample] == [(3, 1, 2, 2), (3, 1, 4, 2)]
+    cache = object()
+    whole = read_any_call(PARAMETERS, (torch.zeros(3, 2, 2, 2),), {"states": cache}, {}, {})
+    assert whole.rows == 3
+    assert whole.raw is not None
+    assert whole.raw[1]["states"] is cache
+
+
+def test_layers_are_no_rows_where_there_are_as_many() -> None:
+    layers = torch.zeros(2, 3, 4)
+    rowed = {"sample": True, "states": False}
+    found = read_call(PARAMETERS, (torch.zeros(2, 2, 2, 2), 3), {"states": layers}, rowed=rowed)
+    assert set(found.shared) == {"states"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from modelops.base.errors import ExportError, MissingExtraError, UsageError
+from modelops.base.errors import ExportError, MissingExtraError, ModelopsError, UsageError
 from modelops.export.graphs.graph import Array, RuntimeName, process_cores
 from modelops.export.onnx.weight_range import read_weight_range
 
@@ -131,8 +131,29 @@ class OrtGraph:
         return self.run_all(feed)[0]
 
     def run_all(self, feed: dict[str, Array]) -> list[Array]:
-        outputs: list[Array] = self.session.run(None, feed)
+        try:
+            outputs: list[Array] = self.session.run(None, feed)
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise self._refusal(feed, error) from error
         return outputs
+
+    def _refusal(self, feed: Mapping[str, Array], error: Exception) -> ModelopsError:
+        """Say which input the graph does not take, or what onnxruntime says."""
+        for item in self.session.get_inputs():
+            if item.name not in feed:
+                return UsageError(f"the graph's input {item.name} is not given")
+            shape = feed[item.name].shape
+            fixed = (isinstance(axis, int) for axis in item.shape)
+            if len(shape) != len(item.shape) or any(
+                is_fixed and axis != size
+                for is_fixed, axis, size in zip(fixed, item.shape, shape, strict=True)
+            ):
+                return UsageError(
+                    f"{item.name} has the shape {list(shape)}, and the graph takes "
+                    f"[{', '.join(map(str, item.shape))}]",
+                    hint="ask for what the artifact was exported for, or export it anew",
+                )
+        return ExportError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}")
 
     def run_device(self, feed: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return all outputs, bound to torch's memory: nothing is copied on the way in or out.

@@ -107,10 +107,11 @@ def read_call(
             step = torch.as_tensor(given[name], device=sample.device)
             tensors[name] = step.reshape(-1).expand(rows)
             arguments[name] = {"tensor": name}
+    has_rows = dict(rowed or {}) | dict.fromkeys(TIMESTEP_NAMES, True)
     shared = {
         name: _digest(name, value, {} if known is None else known)
         for name, value in tensors.items()
-        if value.ndim == 0 or len(value) != rows or not (rowed or {}).get(name, True)
+        if value.ndim == 0 or len(value) != rows or not has_rows.get(name, True)
     }
     shapes = tuple(
         (name, value.dtype, value.shape if name in shared else value.shape[1:])

@@ -7,6 +7,7 @@ generators of the call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,12 +20,12 @@ from modelops.base.errors import ModelopsError, UsageError, first_line
 from modelops.base.extras import missing_package
 from modelops.models.pipelines.arguments import native_size, pipeline_arguments
 from modelops.models.pipelines.form import CallForm, denoiser_of, read_form
+from modelops.models.pipelines.peek import peek
 from modelops.models.pipelines.state import GlobalNoise, Samplers, watching_global_noise
 from modelops.models.pipelines.tokens import PromptReader
 from modelops.models.request import GUIDANCE_OFF, ImageRequest
 
 Sharing = Literal["any", "same length", "one"]
-_CLASS, _OTHER_CLASS = "0", "1"
 _PROMPT, _NEGATIVE = "red heart", "a dark house with a flag"
 _LIKE_IT = ("blue flag", "two dogs", "green sun", "a dog")  # one of them has as many tokens
 # Past the first step of padding (8 or 16 tokens) and short of every limit (77).
@@ -35,10 +36,9 @@ _STEPS = 2
 _STEPS_FROM_IMAGE = 8  # of which pipelines make a share, 0.3 and more
 _FRACTIONS = (4, 2, 1)  # of the native size, tried in this order: these calls need not be pretty
 _STEEP = 7.0  # a guidance scale
-# Of images in [0, 1]: what other shapes of the same numbers round to is below the first; an effect
-# on another image of the call is above the second.
-_ROUNDING, _SAME = 1e-4, 1e-3
-_ROUNDING_HALF, _SAME_HALF = 1e-2, 2e-2
+# Differences of images in [0, 1]: an effect is above the first; the same image in another call is
+# below the second.
+_FINE, _COARSE = (1e-4, 1e-3), (1e-2, 2e-2)
 _HALVES = (torch.float16, torch.bfloat16)
 _FAILURES = Exception  # each runtime has its own for what a network cannot do
 
@@ -58,6 +58,7 @@ class Traits:
         takes_many: whether a call with guidance takes several prompts.
         global_noise: whether noise is drawn from global generators, which are seeded then.
         wants_image: whether no call works without an input image.
+        native_size: height and width in pixels of a call that states none.
         fixed_size: height and width in pixels of every image; None where a call can state them.
         quick_size: height and width of a small image that the pipeline takes; None where a call
             cannot state them.
@@ -72,6 +73,7 @@ class Traits:
     takes_many: bool = True
     global_noise: bool = False
     wants_image: bool = False
+    native_size: tuple[int | None, int | None] = (None, None)
     fixed_size: tuple[int, int] | None = None
     quick_size: tuple[int, int] | None = None
 
@@ -126,6 +128,11 @@ class Traits:
         return float(value) if isinstance(value, (int, float)) else None
 
     @property
+    def own_size(self) -> tuple[int | None, int | None]:
+        """Native size where a call can state another; else None twice."""
+        return (None, None) if self.fixed_size else self.native_size
+
+    @property
     def is_of_classes(self) -> bool:
         """Whether a prompt is the name or number of a class."""
         return self.form.subject == "class"
@@ -133,12 +140,16 @@ class Traits:
     @property
     def any_prompt(self) -> str:
         """A prompt that the pipeline takes."""
-        return _CLASS if self.is_of_classes else _PROMPT
+        return self.class_prompt(0) if self.is_of_classes else _PROMPT
 
     @property
     def other_prompt(self) -> str:
         """A longer prompt that the pipeline takes."""
-        return _OTHER_CLASS if self.is_of_classes else LONG_PROMPT
+        return self.class_prompt(1) if self.is_of_classes else LONG_PROMPT
+
+    def class_prompt(self, number: int) -> str:
+        """A prompt that is a class; numbers beyond the last begin anew."""
+        return str(number % max(1, self.form.n_classes))
 
     def made_up_images(self, shape: tuple[int, int, int, int]) -> dict[str, torch.Tensor]:
         """Return arguments for a pipeline that wants images: noise [N, 3, H, W] in [0, 1]."""
@@ -172,31 +183,37 @@ class _Observer:
         self.pipeline = pipeline
         self.form = read_form(pipeline)
         self._samplers = Samplers(pipeline)
-        half = getattr(denoiser_of(pipeline), "dtype", torch.float32) in _HALVES
-        self._rounding, self._same = (_ROUNDING_HALF, _SAME_HALF) if half else (_ROUNDING, _SAME)
+        coarse = getattr(denoiser_of(pipeline), "dtype", torch.float32) in _HALVES
+        coarse |= pipeline._execution_device.type != "cpu"  # where float32 may be TF32
+        self._rounding, self._same = _COARSE if coarse else _FINE
         pipeline.set_progress_bar_config(disable=True)
 
     def traits(self) -> Traits:
         first = self._first()
         if first is None:
-            return Traits(self.form, sharing="one", wants_image=True)
+            native = native_size(self.pipeline)
+            return Traits(self.form, sharing="one", wants_image=True, native_size=native)
         pair = [first, replace(first, seed=2)]
         size = (first.height, first.width) if first.height and first.width else None
         found = Traits(self.form, quick_size=size)
         if not self.form.takes("height"):
             height, width = self._image([first]).shape[:2]
-            found = replace(found, fixed_size=(height, width))
-        try:
-            with watching_global_noise() as drawn:
-                alone = self._image(pair)
-            many = True
-        except _FAILURES as error:
-            with watching_global_noise() as drawn:
-                alone = self._image(pair[:1])
-            many, reason = False, f"its call takes one prompt ({first_line(error)})"
+            found = replace(found, fixed_size=(height, width), native_size=(height, width))
+        else:
+            found = replace(found, native_size=self._native_size(first))
+        reason = "its call takes one prompt"
+        many = not self.form.bare_prompt
+        if many:
+            try:
+                with watching_global_noise() as drawn:
+                    alone = self._image(pair)
+            except _FAILURES as error:
+                many, reason = False, f"{reason} ({first_line(error)})"
         if not many:
             found = replace(found, sharing="one", reason=reason, takes_many=False)
             pair = pair[:1]
+            with watching_global_noise() as drawn:
+                alone = self._image(pair)
         if drawn[0]:
             reason = "its noise comes from a global generator"
             found = replace(found, sharing="one", reason=reason, global_noise=True)
@@ -244,6 +261,36 @@ class _Observer:
             f"{self.form.pipeline} cannot be called with a prompt alone: {first_line(problem)}",
             hint="run with --debug for the pipeline's own report",
         ) from problem
+
+    def _native_size(self, request: ImageRequest) -> tuple[int | None, int | None]:
+        """Return the size of a call that states none, by the latents that it begins with.
+
+        What signature and configurations say is taken if it gives the same latents.
+        """
+        height, width = native_size(self.pipeline)
+        own = self._latents(request, None, None)
+        known = self._latents(request, height, width)
+        if own is None or known is None or own == known or not (height and width):
+            return height, width
+        if len(own) < 2 or len(own) != len(known):
+            return height, width
+        found = round(height * own[-2] / known[-2]), round(width * own[-1] / known[-1])
+        return found if self._latents(request, *found) == own else (height, width)
+
+    def _latents(
+        self, request: ImageRequest, height: int | None, width: int | None
+    ) -> tuple[int, ...] | None:
+        """Return the shape of the latents; a square's sides where a call has them as one row."""
+        asked = replace(request, height=height, width=width)
+        tensors = peek(self.pipeline, lambda: self._image([asked]))
+        shapes = [tuple(value.shape) for value in (tensors or {}).values() if value.ndim >= 3]
+        if not shapes:
+            return None
+        first = shapes[0]
+        if len(first) == 3:  # [rows, pixels, channels]
+            side = math.isqrt(first[1])
+            return (side, side) if side * side == first[1] else first
+        return first
 
     def _works_with_an_image(
         self, request: ImageRequest, height: int | None, width: int | None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from modelops.base.errors import ExportError, UsageError
-from modelops.models.pipelines.form import denoiser_of
+from modelops.models.pipelines.peek import peek
 from modelops.models.pipelines.signatures import Method, parameters_of, template_of
 from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.traits import LONG_PROMPT, Traits
@@ -69,7 +69,9 @@ class Probe:
         prompts = [LONG_PROMPT, *_PROMPTS] if self.long else _PROMPTS
         return [
             ImageRequest(
-                prompt=str(index) if traits.is_of_classes else prompts[index % len(prompts)],
+                prompt=traits.class_prompt(index)
+                if traits.is_of_classes
+                else prompts[index % len(prompts)],
                 seed=index, steps=steps, height=self.height, width=self.width,
             )
             for index in range(self.batch)
@@ -171,43 +173,20 @@ def call_pipeline(
         return pipeline(**given | changes)
 
 
-class _DenoiserReachedError(Exception):
-    """A pipeline is about to call its denoiser."""
-
-
 def tensors_with_rows(pipeline: Any, traits: Traits) -> dict[str, bool]:
     """Return whether each tensor of a denoiser's call has a row for every row of the call.
 
     Calls for one image and for two are compared; the denoiser is not run. Empty where the pipeline
     makes one image a call.
     """
-    denoiser = denoiser_of(pipeline)
-    parameters = parameters_of(denoiser.forward)
-    found: list[dict[str, torch.Tensor]] = []
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(parameters, args, strict=False)) | kwargs
-        found.append({})
-        for name, value in given.items():
-            template_of(value, name, found[-1])
-        raise _DenoiserReachedError
-
-    hidden = vars(denoiser).get("forward")
-    object.__setattr__(denoiser, "forward", stop)
-    try:
-        height, width = traits.quick_size or (None, None)
-        first = Probe(batch=1, height=height, width=width).requests(traits)[0]
-        first = replace(first, prompt=traits.any_prompt)
-        for requests in ([first], [first, replace(first, seed=2)]):
-            with suppress(_DenoiserReachedError, ExportError, *NOT_CALLABLE):
-                call_pipeline(pipeline, traits, requests)
-    finally:
-        object.__delattr__(denoiser, "forward")
-        if hidden is not None:
-            object.__setattr__(denoiser, "forward", hidden)
-    if len(found) < 2:
+    height, width = traits.quick_size or (None, None)
+    first = Probe(batch=1, height=height, width=width).requests(traits)[0]
+    first = replace(first, prompt=traits.any_prompt)
+    requests = [first, replace(first, seed=2)]
+    one = peek(pipeline, lambda: call_pipeline(pipeline, traits, requests[:1]))
+    two = peek(pipeline, lambda: call_pipeline(pipeline, traits, requests))
+    if one is None or two is None:
         return {}
-    one, two = found
     return {
         name: bool(value.ndim) and len(two[name]) == 2 * len(value)
         for name, value in one.items()

@@ -22,7 +22,7 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.export.runtimes.modules import ExportedModule
-from modelops.models.pipelines.arguments import floats_to_uint8, native_size
+from modelops.models.pipelines.arguments import floats_to_uint8
 from modelops.models.pipelines.form import DENOISERS, denoiser_of
 from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_any_call
 from modelops.models.pipelines.signatures import parameters_of
@@ -173,7 +173,7 @@ class PipelineModel:
         return filled
 
     def _size(self) -> tuple[int, int]:
-        height, width = self._traits.fixed_size or native_size(self.pipeline)
+        height, width = self._traits.native_size
         assert height and width
         return height, width
 

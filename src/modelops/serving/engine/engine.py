@@ -228,10 +228,6 @@ class StepEngine:
             self.profile = measure_profile(
                 self.model.evaluate, self.max_rows, budget_s=self._profile_s
             )
-        except UsageError as error:
-            log.warning("no batch profile; batches stay narrow: %s", error)
-            self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
-            return
         except Exception:  # too wide for the memory, for example: the requests will show it
             log.exception("the batch profile could not be measured; batches stay narrow")
             self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
