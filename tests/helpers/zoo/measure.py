@@ -6,7 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from modelops.base.errors import ModelopsError
 from modelops.export.artifact.open import open_artifact
+from modelops.export.calibration import DEFAULT_PROMPTS
 from modelops.export.to_int8 import Int8Options, export_int8
 from modelops.export.to_onnx import export_onnx
 from modelops.models.request import Image, ImageRequest
@@ -69,6 +70,10 @@ class Bench:
         self.checkpoint = folder / "checkpoint"
         family.make().save_pretrained(self.checkpoint)
         self._pipeline: Any = None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return DEFAULT_PROMPTS if self.family.kind == "class" else EXPORT_PROMPTS
 
     def request(self, prompt: str, **fields: Any) -> ImageRequest:
         text = CLASSES[prompt] if self.family.kind == "class" else prompt
@@ -131,9 +136,8 @@ class Bench:
             engine.close(drain=False, timeout_s=10)
 
     def export(self) -> float:
-        prompts = {} if self.family.kind == "class" else {"prompts": EXPORT_PROMPTS}
         record = export_onnx(
-            self.checkpoint, self.folder / "onnx", size=self.family.size, **prompts
+            self.checkpoint, self.folder / "onnx", size=self.family.size, prompts=self.prompts
         )
         return min(check.value for check in record.parity if check.measure == "psnr_db")
 
@@ -149,10 +153,10 @@ class Bench:
         return self.worst(requests, [each(source, request) for request in requests])
 
     def int8(self) -> float:
-        prompts = {} if self.family.kind == "class" else {"prompts": EXPORT_PROMPTS}
         record = export_int8(
             self.folder / "onnx", self.checkpoint, self.folder / "int8", allow=True,
-            options=Int8Options(steps=4, rows=16, search_seconds=3, speed_rounds=3), **prompts,
+            options=Int8Options(steps=4, rows=16, search_seconds=3, speed_rounds=3),
+            prompts=self.prompts,
         )  # fmt: skip
         return min(check.value for check in record.parity if check.measure == "psnr_db")
 
@@ -183,7 +187,7 @@ def measure(
             found = work()
         except ModelopsError as error:
             found = error.message
-        row = replace(row, **{column: found})
+        setattr(row, column, found)
         if column == "export":
             row.seconds = time.monotonic() - clock
     return row

@@ -88,8 +88,9 @@ def watch(pipeline: Any, traits: Traits, probe: Probe, *, steps: int = _STEPS) -
     changes: dict[str, Any] = {}
     if probe.tokens and traits.form.takes("max_sequence_length"):
         changes["max_sequence_length"] = probe.tokens
-    if probe.batch > 1 and not traits.takes_many and traits.guidance:
-        changes[traits.guidance] = GUIDANCE_OFF  # the networks are called alike
+    if probe.batch > 1 and not traits.takes_many:
+        # Without guidance it does, and the networks are called alike.
+        changes |= dict.fromkeys(traits.form.guidance[:1], GUIDANCE_OFF)
     with catching(pipeline, on_call):
         call_pipeline(pipeline, traits, probe.requests(traits, steps=steps), **changes)
     return calls

@@ -228,8 +228,9 @@ class StepEngine:
             self.profile = measure_profile(
                 self.model.evaluate, self.max_rows, budget_s=self._profile_s
             )
-        except Exception:  # too wide for the memory, for example: the requests will show it
-            log.exception("the batch profile could not be measured; batches stay narrow")
+        except Exception as error:  # too wide for the memory, for example: requests will show it
+            known = isinstance(error, UsageError)
+            log.error("no batch profile; batches stay narrow: %s", error, exc_info=not known)
             self.profile = BatchProfile(narrow=2, wide=2, pays=False, complete=False)
             return
         self._row_rate.expect(self.profile.rows_per_second(self.profile.wide))
