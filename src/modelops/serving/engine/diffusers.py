@@ -278,8 +278,9 @@ class PipelineModel:
 
     def _meet_text(self, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in for a text encoder's forward, with a cache of its earlier answers."""
-        if self._tracks.get(greenlet.getcurrent()) is None:
-            return plain(*args, **kwargs)
+        writes = kwargs.get("use_cache") or kwargs.get("past_key_values") is not None
+        if writes or self._tracks.get(greenlet.getcurrent()) is None:
+            return plain(*args, **kwargs)  # writing a text, a call leaves more than its answer
         key = (name, content_key(args, kwargs))
         if key not in self._texts:
             self._texts[key] = plain(*args, **kwargs)
