@@ -104,7 +104,8 @@ def _network(pipeline: Any, component: Component) -> Finding:
         f"{name} [{', '.join(str(axes.get(i, n)) for i, n in enumerate(tensor.shape))}]"
         for name, (tensor, axes) in component.example.items()
     )
-    detail = f"{component.role}, {type(module).__name__}, {count / 1e6:.2f} M parameters; "
+    role = component.role.replace("_", " ")
+    detail = f"{role}, {type(module).__name__}, {count / 1e6:.2f} M parameters; "
     return Finding("network", component.name, "ok", detail + ", ".join(shapes))
 
 

@@ -8,7 +8,7 @@ inputs, and the axes that changed between the calls become its dynamic axes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +50,7 @@ class Component:
         example: input name to (tensor, names of its dynamic axes).
         outputs: output name to the names of its dynamic axes.
         signature: how the pipeline calls it.
+        varied: (axis, tensors by input name) of calls in which that axis is another.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Component:
     example: Example
     outputs: Axes
     signature: Signature
+    varied: list[tuple[str, dict[str, torch.Tensor]]] = field(default_factory=list)
 
     @property
     def rows_in(self) -> list[str]:
@@ -118,6 +120,7 @@ def find_components(
     base = Probe(height=height, width=width, tokens=_token_limit(traits))
     calls = first_call(pipeline, traits, base)
     axes: dict[Key, tuple[Axes, Axes]] = {}
+    feeds: dict[Key, list[tuple[str, dict[str, torch.Tensor]]]] = {}
     variations: list[tuple[str, list[Probe]]] = [("batch", [replace(base, batch=3)])]
     if height and width:
         variations += [
@@ -134,6 +137,7 @@ def find_components(
             for key, caught in calls.items():
                 if key in varied:
                     known = axes.setdefault(key, ({}, {}))
+                    feeds.setdefault(key, []).append((axis, varied[key][0].tensors))
                     _note_axes(caught[0].tensors, varied[key][0].tensors, axis, known[0])
                     _note_axes(caught[0].outputs, varied[key][0].outputs, axis, known[1])
         if on_progress:
@@ -142,6 +146,10 @@ def find_components(
         _describe(pipeline, attribute, method, caught, *axes.get((attribute, method), ({}, {})))
         for (attribute, method), caught in calls.items()
     ]
+    for component in components:
+        known_feeds = feeds.get((component.attribute, component.signature.method), [])
+        names = set(component.signature.inputs)
+        component.varied += [item for item in known_feeds if item[1].keys() == names]
     components += _encoders(pipeline, components, height, width)
     if not any(component.role == "denoiser" for component in components):
         called = ", ".join(component.name for component in components)

@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from modelops.base.errors import UsageError
+import numpy as np
+
+from modelops.base.errors import ExportError, ModelopsError, UsageError
 from modelops.base.files import atomic_directory, check_writable, write_json
 from modelops.export.artifact.directory import (
     GRAPH,
@@ -37,17 +39,21 @@ from modelops.export.exporting import (
     describe_components,
     prove,
 )
-from modelops.export.graphs.graph import PRECISIONS, RuntimeName, available_runtimes
+from modelops.export.graphs.axes import BATCH
+from modelops.export.graphs.graph import PRECISIONS, Array, RuntimeName, available_runtimes
 from modelops.export.lora import Lora
 from modelops.export.onnx.writer import FixedAxesError, write_graph
 from modelops.export.parity import (
     BOUNDS,
     require_parity,
 )
+from modelops.export.runtimes.onnxruntime import OrtGraph
 from modelops.export.runtimes.open import open_graph
 from modelops.export.source import both_sides, load_source
+from modelops.models.pipelines.signatures import Example
 from modelops.records.export import ArtifactRecord
 
+_FAR = 1e-2  # of the norm of an answer; parity measures what is nearer
 MAX_OPSET = 20  # from 21 on, S8S8 MatMul + Add can fail when a session is created
 
 
@@ -189,21 +195,59 @@ def _runtime_for(precision: str) -> RuntimeName:
 def write_component(pipeline: Any, component: Component, folder: Path, *, opset: int) -> None:
     """Write model.onnx, signature.json and config.json; the same weights give the same bytes.
 
-    Axes that are constants of the network become constants of the graph.
+    Axes that are constants of the network become constants of the graph, and so do those along
+    which the graph does not give the network's answers.
+
+    Raises:
+        ExportError: an operator has no ONNX form, or the graph is right for one batch alone.
     """
     example, outputs = component.example, component.outputs
     for _ in range(4):
         try:
             write_graph(component.flat, example, folder / GRAPH, opset=opset, outputs=outputs)
-            break
+            fixed = _wrong_axes(component, example, folder / GRAPH)
+            if not fixed:
+                break
         except FixedAxesError as error:
             fixed = set(error.axes)
-            if not fixed & {axis for _, axes in example.values() for axis in axes.values()}:
+            if not fixed & _axes_of(example):
                 raise
-            example = {name: (t, _without(axes, fixed)) for name, (t, axes) in example.items()}
-            outputs = {name: _without(axes, fixed) for name, axes in outputs.items()}
+        if BATCH in fixed:
+            raise ExportError(f"{component.name} cannot be exported: its batch cannot vary")
+        example = {name: (t, _without(axes, fixed)) for name, (t, axes) in example.items()}
+        outputs = {name: _without(axes, fixed) for name, axes in outputs.items()}
     write_json(folder / SIGNATURE, component.signature.model_dump(mode="json"))
     write_json(folder / "config.json", config_of(getattr(pipeline, component.attribute)))
+
+
+def _wrong_axes(component: Component, example: Example, path: Path) -> set[str]:
+    """Return the axes of calls that the graph does not answer as the network does."""
+    left = {part for axis in _axes_of(example) for part in axis.split("_")}
+    varied = [(axis, tensors) for axis, tensors in component.varied if axis in left]
+    if not varied:
+        return set()
+    wrong = set()
+    graph = OrtGraph(path, provider="cpu")
+    for axis, tensors in varied:
+        feed = {name: t.numpy() for name, t in component.signature.cast(tensors).items()}
+        try:
+            found, expected = graph.run_all(feed), component.run(feed)
+        except ModelopsError:
+            wrong.add(axis)
+            continue
+        pairs = zip(found, expected, strict=True)
+        if any(a.shape != b.shape or _is_far(a, b) for a, b in pairs):
+            wrong.add(axis)
+    return {axis for axis in _axes_of(example) if wrong & set(axis.split("_"))}
+
+
+def _is_far(found: Array, expected: Array) -> bool:
+    distance = np.linalg.norm((found - expected).astype(np.float64))
+    return bool(not distance <= _FAR * np.linalg.norm(expected.astype(np.float64)))
+
+
+def _axes_of(example: Example) -> set[str]:
+    return {axis for _, axes in example.values() for axis in axes.values()}
 
 
 def _without(axes: Mapping[int, str], names: set[str]) -> dict[int, str]:

@@ -143,7 +143,7 @@ class Bench:
 
     def other(self) -> int:
         source = open_artifact(self.folder / "onnx", runtime="onnxruntime")
-        guided = self.family.guided
+        guided = self.family.guided and self.family.kind in ("text", "class")
         size = self.family.other or (None, None)
         requests = [
             self.request(LONG),

@@ -346,6 +346,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("Consistency model", consistency, size=None, other=None, kind="unconditional"),
     Family(
         "Consistency model (classes)", partial(consistency, 10), size=None, other=None,
-        kind="class",
+        kind="class", guided=False,
     ),
 )  # fmt: skip

@@ -142,9 +142,14 @@ def library_class(library: str, name: str) -> Any:
     """
     import importlib
 
-    if library not in ("diffusers", "transformers"):
+    import diffusers
+
+    place = library
+    if library.isidentifier() and hasattr(diffusers.pipelines, library):
+        place = f"diffusers.pipelines.{library}"  # a part that only one family has
+    elif library not in ("diffusers", "transformers"):
         raise UsageError(f"a part of the pipeline is from {library!r}, which is not loaded")
-    found = getattr(importlib.import_module(library), name, None)
+    found = getattr(importlib.import_module(place), name, None)
     if not isinstance(found, type):
         raise UsageError(f"{library} has no {name}", hint="is it a newer version's?")
     return found

@@ -84,12 +84,9 @@ class Traits:
             UsageError: guidance, a negative prompt or a size without an effect; no such class.
         """
         name = self.form.pipeline
-        if self.is_of_classes:
+        if self.is_of_classes and not self.wants_image:
             self.form.class_number(request.prompt)
-        if self.wants_image:
-            raise UsageError(
-                f"{name} changes an image that it is given, and makes none of a prompt alone"
-            )
+        self.require_no_image()
         if request.negative_prompt and not self.negative:
             raise UsageError(f"a negative prompt has no effect on images of {name}")
         guided = (self.guidance_of(request) or GUIDANCE_OFF) > GUIDANCE_OFF
@@ -111,6 +108,18 @@ class Traits:
             height, width = self.fixed_size or (0, 0)
             raise UsageError(
                 f"{name} makes images of {width}x{height} pixels only", hint="leave the size out"
+            )
+
+    def require_no_image(self) -> None:
+        """Refuse a pipeline that wants an image.
+
+        Raises:
+            UsageError: it does.
+        """
+        if self.wants_image:
+            raise UsageError(
+                f"{self.form.pipeline} changes an image that it is given, and makes none of a "
+                "prompt alone"
             )
 
     @property

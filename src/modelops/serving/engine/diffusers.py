@@ -99,8 +99,7 @@ class PipelineModel:
         if hasattr(vars(self._denoiser).get("forward"), _MARK):
             raise UsageError("the pipeline belongs to another engine", hint="close that one first")
         self._traits = find_traits(pipeline)
-        if self._traits.wants_image:
-            raise UsageError(f"{type(pipeline).__name__} wants an image, which no request carries")
+        self._traits.require_no_image()
         self.height, self.width = self._size()
         self._reader = PromptReader(pipeline)
         self.max_tokens = self._reader.max_tokens
