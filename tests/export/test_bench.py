@@ -80,6 +80,7 @@ def contender(source: Any, **options: Any) -> Contender:
 
 def test_a_batch_is_one_call_of_so_many_rows_on_so_many_threads(unconditional: Path) -> None:
     source = open_checkpoint(unconditional)
+    assert source.traits.fixed_size  # measured by calls of its own
     calls: list[tuple[int, int]] = []
     source.pipeline.unet.register_forward_pre_hook(
         lambda module, inputs: calls.append((torch.get_num_threads(), len(inputs[0])))

@@ -280,7 +280,7 @@ def test_a_pipeline_that_wants_what_cannot_be_made_up_is_refused() -> None:
             raise AssertionError
 
     plain = tiny_pipelines.make("ddpm")
-    with pytest.raises(ExportError, match="wants depth_map"):
+    with pytest.raises(UsageError, match="wants depth_map"):
         find_components(Wants(unet=plain.unet, scheduler=plain.scheduler))
 
 
@@ -294,7 +294,7 @@ def test_a_size_that_the_pipeline_does_not_take_is_a_usage_error(tmp_path: Path)
 def test_a_pipeline_whose_parts_do_not_fit_is_one_line() -> None:
     pipeline = tiny_pipelines.make("sd")
     pipeline.unet = tiny_pipelines.condition_unet(cross_attention_dim=24)
-    with pytest.raises(ExportError, match=r"StableDiffusionPipeline cannot be called: .*shapes"):
+    with pytest.raises(UsageError, match=r"StableDiffusionPipeline cannot be called: .*shapes"):
         find_components(pipeline, size=(32, 32))
 
 

@@ -189,7 +189,8 @@ def _open_all(contenders: Sequence[Contender], counts: Sequence[int]) -> list[_C
             if source.n_images is not None:
                 raise UsageError(f"{source.info.uri}: a folder of images makes none")
             if source.runs_here:
-                source = _WholeBatches(cast("PipelineSource", source).pipeline, source.info)
+                plain = cast("PipelineSource", source)
+                source = _WholeBatches(plain.pipeline, plain.info, traits=plain.traits)
             cells.append(_Cell(index, contender, source, count))
     return cells
 

@@ -136,14 +136,23 @@ class PipelineSource(ModelSource):
         batch_size: images per call of the pipeline, where that changes no image; see
             `rows_per_call`. Calls are always filled up with copies of the last request, so that an
             image does not depend on the others in its call.
+        traits: of the pipeline; measured when first needed if not given.
     """
 
     runs_here = True
 
-    def __init__(self, pipeline: Any, info: SourceInfo, *, batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        info: SourceInfo,
+        *,
+        batch_size: int = 16,
+        traits: Traits | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.batch_size = batch_size
         self.info = info
+        self._traits = traits
         self._samplers = Samplers(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         self.scheduler_name = type(pipeline.scheduler).__name__
@@ -151,7 +160,7 @@ class PipelineSource(ModelSource):
     @cached_property
     def traits(self) -> Traits:
         """Traits of the pipeline, measured once; the record says which images share a call."""
-        found = find_traits(self.pipeline)
+        found = self._traits or find_traits(self.pipeline)
         self.info.details["prompts_per_call"] = found.sharing
         return found
 

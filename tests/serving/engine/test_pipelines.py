@@ -256,6 +256,7 @@ def test_a_broken_network_fails_its_batch_and_a_broken_sampler_its_request(
 
 def test_closing_leaves_the_pipeline_as_it_was() -> None:
     pipeline = make_pipeline("sd")
+    assert torch.is_grad_enabled()
     methods = (pipeline.unet.forward, pipeline.vae.decode)
     engine = StepEngine(pipeline)
     request = ImageRequest(prompt="a", seed=1, steps=500)
@@ -266,6 +267,7 @@ def test_closing_leaves_the_pipeline_as_it_was() -> None:
     assert (pipeline.unet.forward, pipeline.vae.decode) == methods
     assert "forward" not in vars(pipeline.unet)
     assert "decode" not in vars(pipeline.vae)
+    assert torch.is_grad_enabled()
 
 
 def test_made_in_batches_as_wide_as_then() -> None:

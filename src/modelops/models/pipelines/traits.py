@@ -267,7 +267,7 @@ class _Observer:
         if isinstance(problem, ModelopsError):
             raise problem
         raise UsageError(
-            f"{self.form.pipeline} cannot be called with a prompt alone: {first_line(problem)}",
+            f"{self.form.pipeline} cannot be called: {first_line(problem)}",
             hint="run with --debug for the pipeline's own report",
         ) from problem
 

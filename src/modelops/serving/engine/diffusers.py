@@ -260,7 +260,9 @@ class PipelineModel:
         """Run a track's pipeline until it waits again, or is done."""
         track.call = None
         try:
-            with self._samplers.using(track.samplers), track.noise or contextlib.nullcontext():
+            # A track that waits leaves its gradient mode behind: no_grad restores the caller's.
+            noise = track.noise or contextlib.nullcontext()
+            with torch.no_grad(), self._samplers.using(track.samplers), noise:
                 track.routine.switch(*(() if answer is None else (answer,)))
         finally:
             if track.routine.dead:
@@ -308,7 +310,8 @@ class PipelineModel:
 
     def drop(self, track: PipelineTrack) -> None:
         if not track.routine.dead:
-            track.routine.throw()  # GreenletExit: the pipeline unwinds
+            with torch.no_grad():
+                track.routine.throw()  # GreenletExit: the pipeline unwinds
         self._tracks.pop(track.routine, None)
 
     @contextlib.contextmanager
