@@ -6,6 +6,7 @@ python -m modelops.cli.reference --check  exits 1 if it is stale
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -65,9 +66,16 @@ def main(arguments: list[str]) -> int:
     if "--check" not in arguments:
         write_text(REFERENCE, text)
         return 0
-    if REFERENCE.is_file() and REFERENCE.read_text("utf-8") == text:
+    written = REFERENCE.read_text("utf-8") if REFERENCE.is_file() else ""
+    if written == text:
         return 0
-    print("error: REFERENCE.md is stale\n  try: python -m modelops.cli.reference", file=sys.stderr)
+    pairs = itertools.zip_longest(written.splitlines(), text.splitlines(), fillvalue="")
+    there, wanted = next((a, b) for a, b in pairs if a != b)
+    print(
+        f"error: REFERENCE.md is stale: it has {there!r} where {wanted!r} belongs\n"
+        "  try: python -m modelops.cli.reference",
+        file=sys.stderr,
+    )
     return 1
 
 
