@@ -29,6 +29,7 @@ def render() -> str:
         context = click.Context(
             command, info_name=" ".join(path), terminal_width=88, **cli.context_settings
         )
+        command._help_option = None  # click keeps the one of the first context, which may lack -h
         sections.append(f"## {' '.join(path)}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join([*sections, _settings()])
 
