@@ -218,7 +218,8 @@ def own_prompts(traits: Traits, prompts: Sequence[str]) -> list[str]:
         return check_prompts(prompts)
     if tuple(prompts) == DEFAULT_PROMPTS:
         classes = traits.form.n_classes
-        return [str(number * classes // 8) for number in range(min(8, classes))]
+        count = min(8, classes)
+        return [str(number * classes // count) for number in range(count)]
     for text in prompts:
         traits.form.class_number(text)
     return check_prompts(prompts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from modelops.base.errors import UsageError
+from modelops.export.calibration import DEFAULT_PROMPTS, own_prompts
 from modelops.models.pipelines.traits import find_traits
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource
@@ -63,6 +65,15 @@ def test_what_has_no_effect_is_refused() -> None:
     classes.check(request(prompt="7"))
     with pytest.raises(UsageError, match="classes"):
         classes.check(request())
+
+
+def test_exports_of_classes_are_compared_on_different_ones() -> None:
+    classes = find_traits(family("DiT").make())
+    assert own_prompts(classes, DEFAULT_PROMPTS) == [str(125 * number) for number in range(8)]
+    few = replace(classes, form=replace(classes.form, n_classes=3, classes={}))
+    assert own_prompts(few, DEFAULT_PROMPTS) == ["0", "1", "2"]
+    with pytest.raises(UsageError, match="classes"):
+        own_prompts(few, ["1", "3"])
 
 
 def test_prompts_of_one_length_share_calls() -> None:

@@ -125,7 +125,10 @@ class PipelineModel:
         self._shares = self._rows_are_independent()
 
     def _rows_are_independent(self) -> bool:
-        """Return whether two requests get the same answers from a shared evaluation as alone."""
+        """Return whether two requests get the same answers from a shared evaluation as alone.
+
+        False where that cannot be found out.
+        """
         height, width = self._traits.quick_size or (None, None)
         prompts = (self._traits.any_prompt, self._traits.other_prompt)
         tracks = []
@@ -145,6 +148,8 @@ class PipelineModel:
                     answers([call], self._evaluate(**merged([call])), call.rows)[0]
                     for call in calls
                 ]
+        except Exception:  # an artifact may take short prompts alone; a request says so itself
+            return False
         finally:
             for track in tracks:
                 self.drop(track)
