@@ -36,8 +36,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from modelops.base.files import sha256_json, write_json
+from modelops.base.images import read_image
 from modelops.base.seeding import numpy_generator
-from modelops.data.images import read_image
 from modelops.metrics.features import Lite0Extractor, write_arrays
 from modelops.metrics.intervals import clopper_pearson
 from modelops.models.request import ImageRequest

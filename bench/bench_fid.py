@@ -24,7 +24,7 @@ import torch
 
 import inception_peers as peers
 from modelops.base.files import sha256_file
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.metrics.features import cached_features
 from modelops.metrics.frechet import (
     features_to_frechet_distance,

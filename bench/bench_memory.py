@@ -40,8 +40,8 @@ def make_pictures(root: Path, count: int) -> tuple[Path, Path]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from modelops.base.images import encode_png, read_image
     from modelops.data.corpora.openmoji import build_corpus
-    from modelops.data.images import encode_png, read_image
     from modelops.data.manifest import read_manifest
 
     manifest = build_corpus(root / "data", resolution=SIZE, limit=REFERENCE, seed=0)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from modelops.base.files import sha256_file
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.evaluation.prompts import PlannedImage, PromptSet, image_name, plan_images
 from modelops.evaluation.samples import draw_samples
 from modelops.evaluation.sources.open import open_source

@@ -67,7 +67,7 @@ def write_photographs(folder: Path, count: int, *, largest: int = 512) -> Path:
 def read_as_peers(path: Path) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3] as clean-fid and torch-fidelity decode: an alpha channel is dropped.
 
-    (`modelops.data.images.read_image` lays it on white, as viewers do.)
+    (`modelops.base.images.read_image` lays it on white, as viewers do.)
     """
     return np.array(Image.open(path).convert("RGB"))
 

@@ -17,7 +17,14 @@ import sys
 from pathlib import Path
 
 from modelops import __version__
-from modelops.base.files import atomic_directory, read_text, sha256_bytes, tree_files, write_text
+from modelops.base.files import (
+    atomic_directory,
+    read_text,
+    sha256_bytes,
+    sha256_file,
+    tree_files,
+    write_text,
+)
 from modelops.cards.about import parse_about
 from modelops.cards.check import find_cards
 from modelops.cards.dataset import render_dataset_card
@@ -28,6 +35,7 @@ from modelops.demo.project import (
     FINAL,
     POLICY,
     RELEASED,
+    RELEASED_DIR,
     RUN,
     VERDICT,
     cited,
@@ -49,7 +57,8 @@ BEGIN, END = "<!-- pilot:begin -->", "<!-- pilot:end -->"
 def publish(project: Path) -> int:
     """Copy a demo's cards and records; returns the number of files."""
     cards = {f"cards/{name}": path for name, path in tree_files(project / "cards").items()}
-    records = {name: project / name for name in (*cited(project), VERDICT, POLICY)}
+    names = (*cited(project), f"{RELEASED_DIR}/artifact.json", VERDICT, POLICY)
+    records = {name: project / name for name in names}
     files = {**cards, **records}
     with atomic_directory(PUBLISHED) as target:
         for name, path in files.items():
@@ -134,6 +143,17 @@ def readme_with(table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
+def lost_evidence() -> list[str]:
+    """Evidence of the published verdict that is not beside it, in words."""
+    evidence = read_record(PUBLISHED / VERDICT, Verdict).inputs
+    return [
+        f"{item.path}: not the file that the verdict was made of"
+        for item in evidence.values()
+        if not (PUBLISHED / item.path).is_file()
+        or sha256_file(PUBLISHED / item.path) != item.sha256
+    ]
+
+
 def _value(measurement: Measurement) -> float:
     if measurement.value is None:
         raise SystemExit(f"not measured: {measurement.not_measured}")
@@ -145,7 +165,9 @@ def main(argument: str) -> int:
     if argument == "--check":
         stale = readme_with(readme_table(PUBLISHED)) != README.read_text("utf-8")
         print("README.md: its pilot table is", "stale" if stale else "up to date")
-        return 3 if stale else 0
+        for problem in (lost := lost_evidence()):
+            print(problem)
+        return 3 if stale or lost else 0
     if argument == "--render":
         print(f"{render_again()} cards rendered in {PUBLISHED}")
         return 0

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import ImageError, ModelopsError, TrainingError
-from modelops.data.images import resize_image
+from modelops.base.images import resize_image
 from modelops.training.config import TrainConfig
 from modelops.training.launch import splits_path
 

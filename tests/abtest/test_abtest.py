@@ -42,7 +42,7 @@ from modelops.base.errors import (
     ServingError,
     UsageError,
 )
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.metrics.intervals import clopper_pearson
 from modelops.records.comparison import AbTestRecord
 from modelops.records.read import read_any_record

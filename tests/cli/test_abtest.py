@@ -16,8 +16,8 @@ import pytest
 from abtest_studies import BLUE, PROMPTS, RED, make_study, write_samples
 from modelops.abtest.server import Session
 from modelops.abtest.study import read_key, read_study
+from modelops.base.images import read_image
 from modelops.cli.main import main
-from modelops.data.images import read_image
 
 
 @pytest.mark.parametrize("command", ["build", "serve", "score"])

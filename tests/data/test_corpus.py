@@ -10,9 +10,9 @@ import pytest
 
 from modelops.base.errors import InUseError, UsageError
 from modelops.base.files import sha256_tree, temporary_name
+from modelops.base.images import read_image
 from modelops.base.locks import output_lock
 from modelops.data.corpora import openmoji
-from modelops.data.images import read_image
 from modelops.data.manifest import read_manifest
 
 
@@ -168,6 +168,6 @@ def test_rendering_is_deterministic() -> None:
 
 
 def read_image_bytes(data: bytes) -> np.ndarray:
-    from modelops.data.images import decode_image
+    from modelops.base.images import decode_image
 
     return decode_image(data, "a.png")

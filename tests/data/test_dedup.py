@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from modelops.base.errors import UsageError
+from modelops.base.images import read_image, resize_image
 from modelops.data.dedup import clean_manifest, deduplicate, parse_kinds
 from modelops.data.embeddings import CACHE, Lite0Encoder, embed_manifest
-from modelops.data.images import read_image, resize_image
 from modelops.data.manifest import Sample, read_manifest, write_manifest
 from modelops.data.split import read_splits, split_manifest
 from modelops.records.data import DedupReport

@@ -20,8 +20,8 @@ from PIL import Image
 
 from modelops.base.errors import IntegrityError, InUseError, UsageError
 from modelops.base.files import sha256_file, sha256_tree
+from modelops.base.images import encode_png, read_image
 from modelops.base.locks import output_lock
-from modelops.data.images import encode_png, read_image
 from modelops.data.manifest import Sample, read_manifest, write_manifest
 from modelops.data.shards import ShardDataset, read_shard_manifest, write_shards
 from modelops.data.smoke import smoke_test

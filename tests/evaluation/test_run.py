@@ -252,7 +252,7 @@ def test_the_alignment_model_is_an_open_clip_checkpoint(corpus: Any) -> None:
     manifest = read_manifest(corpus.manifest)
     from PIL import Image
 
-    from modelops.data.images import read_image
+    from modelops.base.images import read_image
 
     paths = [manifest.image_path(row) for row in manifest.rows[:2]]
     images = [read_image(path) for path in paths]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelops.data.images import encode_png
+from modelops.base.images import encode_png
 from modelops.evaluation.compare.agreement import pairwise_measures
 from modelops.evaluation.compare.compare import compare_records
 from modelops.evaluation.evaluate import evaluate

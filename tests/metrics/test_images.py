@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("skimage")
 
 from modelops.base.errors import EvaluationError, MissingWeightsError
+from modelops.base.images import encode_png, read_image
 from modelops.cli.main import main
 from modelops.data.corpora.openmoji import build_corpus
-from modelops.data.images import encode_png, read_image
 from modelops.evaluation.compare.agreement import compare_images, pair_images, pairwise_measures
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings

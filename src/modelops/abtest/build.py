@@ -29,8 +29,8 @@ from modelops.abtest.study import (
 from modelops.base.environment import current_environment
 from modelops.base.errors import EvaluationError, UsageError
 from modelops.base.files import atomic_directory, sha256_bytes, sha256_file, write_bytes
+from modelops.base.images import encode_png, read_image
 from modelops.base.seeding import MAX_SEED, derive_seed, numpy_generator
-from modelops.data.images import encode_png, read_image
 from modelops.evaluation.samples import Image
 
 QUESTION = "Which image shows the prompt better?"

@@ -13,6 +13,7 @@ from modelops.cli.options import (
     FILE,
     PATH,
     dry_run_option,
+    input_images_option,
     seed_option,
     trust_code_option,
 )
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="File of prompts, one a line, UTF-8.",
 )
+@input_images_option
 @click.option("-n", type=click.IntRange(2), help="Number of images.  [default: one per prompt]")
 @click.option("--replicates", type=click.IntRange(1), default=1, show_default=True,
               help="Number of images per prompt if -n is not given.")  # fmt: skip
@@ -131,8 +133,8 @@ if TYPE_CHECKING:
     help="Images per call; does not change the images.",
 )
 @click.option("--processes", type=click.IntRange(1), default=1, metavar="N", show_default=True,
-              help="Number of processes that make and read the images; changes no image, and "
-              "values only by rounding.")  # fmt: skip
+              help="Number of processes that make and read the images; changes images and values "
+              "by rounding only.")  # fmt: skip
 @click.option(
     "--device",
     default="cpu",

@@ -33,6 +33,16 @@ def dry_run_option(command: F) -> F:
     )
 
 
+def input_images_option(command: F) -> F:
+    """`--input-images`: the folder of what an image-to-image pipeline changes."""
+    return click.option(
+        "--input-images", type=DIRECTORY, metavar="DIR",
+        help="Images that an image-to-image or inpainting pipeline changes: one for each prompt, "
+        "in the order of their names, or one prompt for all of them. The mask of NAME.png is "
+        "NAME_mask.png, white where it is painted anew, or what is transparent.",
+    )(command)  # fmt: skip
+
+
 def trust_code_option(command: F) -> F:
     """`--trust-code`: open TorchScript and .pt2 programs, which run code."""
     return click.option(

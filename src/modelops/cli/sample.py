@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from modelops.cli.options import DIRECTORY, FILE, dry_run_option, seed_option, trust_code_option
+from modelops.cli.options import (
+    DIRECTORY,
+    FILE,
+    dry_run_option,
+    input_images_option,
+    seed_option,
+    trust_code_option,
+)
 from modelops.cli.output import emit, json_option, progress, say
 
 
@@ -21,6 +28,7 @@ from modelops.cli.output import emit, json_option, progress, say
 )
 @click.option("--prompt-file", type=FILE, metavar="FILE",
               help="File of prompts, one a line, UTF-8.")  # fmt: skip
+@input_images_option
 @click.option("-n", "per_prompt", type=click.IntRange(1), default=1, show_default=True,
               help="Number of images per prompt.")  # fmt: skip
 @seed_option("Seed of the images; each image also depends on its prompt and number.")
@@ -64,6 +72,7 @@ def sample(
     source: str,
     prompts: tuple[str, ...],
     prompt_file: Path | None,
+    input_images: Path | None,
     per_prompt: int,
     seed: int,
     steps: int | None,
@@ -84,22 +93,29 @@ def sample(
     Example:
       modelops sample runs/pilot/checkpoints/step-1000 --prompt "red heart" --prompt sun \\
           -n 4 --seed 0 --out samples/
+      modelops sample inpainting/ --prompt "red heart" --input-images photos/ --out samples/
     """
-    from modelops.evaluation.prompts import clean_prompts, read_prompts
+    from modelops.evaluation.inputs import read_input_images
+    from modelops.evaluation.prompts import clean_prompts, read_lines, read_prompts
+    from modelops.evaluation.sampling import plan_samples, sample_images
 
     sets = [clean_prompts(prompts), *([read_prompts(prompt_file)] if prompt_file else [])]
     texts = [prompt for found in sets for prompt in found.prompts]
     unusable = {shown: fault for found in sets for shown, fault in found.rejected}
+    inputs = read_input_images(input_images) if input_images else None
+    n_images = len(texts) * per_prompt
+    if inputs and texts:  # a repeated prompt belongs to another image
+        texts = [*prompts, *(read_lines(prompt_file) if prompt_file else [])]
+        n_images = len(plan_samples(texts, inputs, per_prompt, seed))
     if not texts:
         raise click.UsageError("No usable prompt: give --prompt TEXT or --prompt-file FILE.")
     for shown, fault in unusable.items():
         say(f"left out: {shown}: {fault}")
     if dry_run:
         emit({"status": "ok", "dry_run": True, "source": source, "prompts": texts,
-              "unusable": unusable, "images": len(texts) * per_prompt, "out": str(out)},
-             text=f"would make {len(texts) * per_prompt} images in {out}")  # fmt: skip
+              "unusable": unusable, "images": n_images, "out": str(out)},
+             text=f"would make {n_images} images in {out}")  # fmt: skip
         return 0
-    from modelops.evaluation.sampling import sample_images
     from modelops.evaluation.sources.open import open_source
 
     opened = open_source(source, batch_size=batch_size, device=device, runtime=runtime)
@@ -109,7 +125,7 @@ def sample(
     with progress("Sampling") as report:
         result = sample_images(
             opened, texts, out, seed=seed, per_prompt=per_prompt, steps=steps,
-            guidance=guidance, size=size, columns=columns, on_progress=report,
+            guidance=guidance, size=size, inputs=inputs, columns=columns, on_progress=report,
         )  # fmt: skip
     failed = sum(image["file"] is None for image in result["images"])
     emit({"status": "ok", "out": str(out), "failed": failed, "unusable": unusable, "cut": cut,

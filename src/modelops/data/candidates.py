@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from modelops.base.files import sha256_bytes, write_bytes
+from modelops.base.images import encode_png, resize_image
 from modelops.base.seeding import numpy_generator
-from modelops.data.images import encode_png, resize_image
 from modelops.data.manifest import Manifest, Sample
 from modelops.data.neighbours import Pairs
 from modelops.records.base import InputRef

@@ -20,8 +20,8 @@ from modelops.base.files import (
     write_bytes,
     write_json,
 )
+from modelops.base.images import decode_layers
 from modelops.base.pixels import pixels_sha256
-from modelops.data.images import decode_layers
 from modelops.data.manifest import Manifest, Sample
 
 CHUNK = 256  # samples

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from modelops.base.errors import ImageError, ManifestError, UsageError
 from modelops.base.files import atomic_path, safe_join, sha256_bytes, sha256_file, write_text
-from modelops.data.images import decode_image, read_image_bytes
+from modelops.base.images import decode_image, read_image_bytes
 
 COLUMNS = (
     "id", "filepath", "caption", "license", "source", "sha256", "nsfw_flag", "tags",
@@ -107,7 +107,7 @@ class Manifest:
         return data
 
     def read_image(self, sample: Sample) -> npt.NDArray[np.uint8]:
-        """Read a sample's image as uint8 [H, W, 3]; see `modelops.data.images.read_image`.
+        """Read a sample's image as uint8 [H, W, 3]; see `modelops.base.images.read_image`.
 
         Raises:
             ImageError: it cannot be decoded, or its bytes are not those that the row promises.

@@ -32,9 +32,9 @@ from modelops.base.files import (
     safe_join,
     sha256_file,
 )
+from modelops.base.images import decode_image, encode_png, resize_image
 from modelops.base.locks import output_lock, refuse_foreign
 from modelops.base.seeding import derive_seed
-from modelops.data.images import decode_image, encode_png, resize_image
 from modelops.data.manifest import Manifest, Sample, read_manifest
 from modelops.data.split import SPLITS, read_splits
 

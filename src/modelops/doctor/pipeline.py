@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 
 from modelops.base.errors import ModelopsError
+from modelops.base.files import write_bytes
+from modelops.base.images import encode_png
 from modelops.doctor.machine import Finding
 from modelops.export.components import Component, find_components
+from modelops.models.pipelines.inputs import list_input
 from modelops.models.pipelines.traits import Traits
-from modelops.models.request import ImageRequest
+from modelops.models.request import ImageRequest, InputImage
 from modelops.models.sources import PipelineSource, open_checkpoint
 
 _TRIED_PARAMETERS = 20_000_000  # of a network that is written as a graph, to see whether it can be
 _TRIED_S = 40.0  # no further graph is begun then
+_SIDE = 256  # of an input image, in pixels
+_STEPS_FROM_IMAGE = 8  # of which pipelines make a share
 _EXPORT = "modelops export --to onnx"
 
 
@@ -46,11 +51,12 @@ def examine_pipeline(path: str | Path) -> Iterator[Finding]:
         yield _refused("network", "all", error)
     for component in components:
         yield _network(pipeline, component)
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _tried("sample, eval", lambda: _sampled(source, Path(scratch)))
     if traits.wants_image:
-        detail = "it changes an image that it is given, and no request carries one"
-        yield from (Finding("can", name, "missing", detail) for name in ("sample", "eval", "serve"))
+        detail = "it changes an image that it is given, and no request to a service carries one"
+        yield Finding("can", "serve", "missing", detail)
     else:
-        yield _tried("sample, eval", lambda: _sampled(source))
         yield _tried("serve", lambda: _served(source))
     yield _exported(pipeline, components)
     yield Finding("can", "train", "missing", "the trainer trains the networks that it makes")
@@ -70,11 +76,10 @@ def _call(traits: Traits, pipeline: Any) -> Iterator[Finding]:
     }[form.subject]
     yield line("takes", subject + (" and an image" if traits.wants_image else ""))
     yield line("steps", f"{form.default('num_inference_steps') or 'not stated'} by default")
-    if not traits.wants_image:
-        yield line("guidance", _guidance(traits))
-        effect = "has an effect" if traits.negative else "has no effect"
-        if form.subject == "prompt":
-            yield line("negative prompt", effect)
+    yield line("guidance", _guidance(traits))
+    effect = "has an effect" if traits.negative else "has no effect"
+    if form.subject == "prompt":
+        yield line("negative prompt", effect)
     height, width = traits.native_size
     only = "only" if traits.fixed_size else "by default"
     yield line("size", f"{width}x{height} {only}" if height and width else "that of its image")
@@ -109,12 +114,28 @@ def _network(pipeline: Any, component: Component) -> Finding:
     return Finding("network", component.name, "ok", detail + ", ".join(shapes))
 
 
-def _sampled(source: PipelineSource) -> str:
+def _sampled(source: PipelineSource, scratch: Path) -> str:
     requests = _requests(source)
+    if source.traits.wants_image:
+        image = _noise_to_change(source, scratch)
+        requests = [replace(one, image=image, steps=_STEPS_FROM_IMAGE) for one in requests]
     alone = [source.generate([request])[0] for request in requests]
-    together = source.generate([replace(one, steps=2) for one in requests])
+    together = source.generate(requests)
     worst = max(_difference(a, b) for a, b in zip(alone, together, strict=True))
-    return f"an image in company differs by {worst} of 255 from the same image alone"
+    with_images = ", with --input-images" if source.traits.wants_image else ""
+    return f"an image in company differs by {worst} of 255 from the same image alone{with_images}"
+
+
+def _noise_to_change(source: PipelineSource, scratch: Path) -> InputImage:
+    """An input image of noise, half of it to be painted anew."""
+    height, width = source.traits.quick_size or (_SIDE, _SIDE)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width, 3), np.uint8)
+    mask[:, width // 2 :] = 255
+    write_bytes(scratch / "noise.png", encode_png(pixels))
+    write_bytes(scratch / "noise_mask.png", encode_png(mask))
+    has_mask = source.traits.form.takes("mask_image")
+    return list_input(scratch / "noise.png", scratch / "noise_mask.png" if has_mask else None)
 
 
 def _served(source: PipelineSource) -> str:

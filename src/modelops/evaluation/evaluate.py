@@ -15,6 +15,7 @@ from modelops.base.environment import current_environment
 from modelops.base.errors import EvaluationError, ModelopsError, UsageError
 from modelops.base.files import sha256_file, write_json
 from modelops.evaluation.grids import write_grid
+from modelops.evaluation.inputs import InputImages, read_input_images, require_takes_images
 from modelops.evaluation.measures import FAMILIES
 from modelops.evaluation.prompts import (
     PlannedImage,
@@ -23,6 +24,7 @@ from modelops.evaluation.prompts import (
     clean_prompts,
     plan_images,
     plan_ready_images,
+    plan_with_inputs,
     read_lines,
     read_prompts,
 )
@@ -117,10 +119,12 @@ def _evaluate(
     workdir = out.with_suffix("")
     reference, training = _real_pictures(settings, record)
     known = _known_statistics(settings, record)
-    prompts, plan = _plan(settings, reference, source)
+    inputs = _input_images(settings, source, record)
+    prompts, plan = _plan(settings, reference, source, inputs)
     request = _request(source, settings)
     for prompt in prompts.prompts:
-        source.check(replace(request, prompt=prompt))
+        image = inputs.images[0] if inputs else None
+        source.check(replace(request, prompt=prompt, image=image))
     sampling = Sampling(
         seed=settings.seed, scheduler=source.scheduler_name, steps=request.steps or 0,
         guidance=request.guidance or 0.0, height=request.height or 0, width=request.width or 0,
@@ -215,11 +219,31 @@ def _unusable_pictures(bench: Workbench) -> list[str]:
     ]
 
 
+def _input_images(
+    settings: EvaluationSettings, source: ModelSource, record: EvaluationRecord
+) -> InputImages | None:
+    if settings.input_images is None:
+        return None
+    require_takes_images(source)
+    found = read_input_images(settings.input_images)
+    record.inputs["input_images"] = InputRef(path=str(settings.input_images), sha256=found.sha256)
+    return found
+
+
 def _plan(
-    settings: EvaluationSettings, reference: RealPictures | None, source: ModelSource
+    settings: EvaluationSettings,
+    reference: RealPictures | None,
+    source: ModelSource,
+    inputs: InputImages | None,
 ) -> tuple[PromptSet, list[PlannedImage]]:
     """Plan the prompts and the images."""
     n, seed = settings.n, settings.seed
+    if inputs is not None:
+        assert settings.prompts_file is not None  # EvaluationSettings checks this
+        return plan_with_inputs(
+            read_lines(settings.prompts_file), inputs.images,
+            n=n, replicates=settings.replicates, seed=seed,
+        )  # fmt: skip
     if source.n_images is not None:
         # Without prompts, one nameless prompt stands for all of the folder's images.
         lines, least = ["(folder of images)"], 0
@@ -292,6 +316,7 @@ def _write_files(bench: Workbench, out: Path) -> None:
     rows = [
         {"prompt": planned.prompt, "replicate": planned.replicate, "seed": planned.seed,
          "failure": samples.failures.get(place),
+         **({"input": Path(planned.image.path).name} if planned.image is not None else {}),
          **({"file": bench.source_files[place].name} if place < len(bench.source_files) else {})}
         for place, planned in enumerate(samples.plan)
     ]  # fmt: skip

@@ -66,7 +66,7 @@ def image_to_inline(path: Path, largest: int) -> tuple[bytes, str, int, int]:
     """
     from PIL import Image
 
-    from modelops.data.images import encode_png, read_image
+    from modelops.base.images import encode_png, read_image
 
     pixels = read_image(path)
     height, width = pixels.shape[:2]

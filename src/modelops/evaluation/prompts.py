@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modelops.base.errors import UsageError
 from modelops.base.files import read_text, sha256_bytes, sha256_json
 from modelops.base.seeding import derive_seed, image_seed
+from modelops.models.request import InputImage
 
 MAX_PROMPT = 10_000  # characters
 
@@ -26,17 +27,20 @@ class PromptSet:
         ids: manifest ids, one per usable prompt, if they are captions.
         rejected: (text to show, why it cannot be used) of the others. Images are planned for them
             as for every prompt, and fail.
+        inputs: digest of each planned image's input image, where there are any.
     """
 
     prompts: tuple[str, ...]
     dropped: dict[str, int] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
+    inputs: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Digest of the prompts in their order, and of the rejected ones if there are any."""
-        return sha256_json([*self.prompts, *(list(each) for each in self.rejected)])
+        """Digest of the prompts in their order, and of rejected ones and inputs if any."""
+        texts: list[object] = [*self.prompts, *(list(each) for each in self.rejected)]
+        return sha256_json({"prompts": texts, "inputs": self.inputs} if self.inputs else texts)
 
     def __len__(self) -> int:
         """Number of distinct prompts, usable or not."""
@@ -50,6 +54,7 @@ class PlannedImage:
     Attributes:
         owner: index into `PromptSet.prompts`; rejected prompts follow after these.
         fault: reason why no image can be made of the prompt.
+        image: what is to be changed, for a pipeline that changes images.
     """
 
     prompt: str
@@ -57,6 +62,7 @@ class PlannedImage:
     replicate: int
     seed: int
     fault: str | None = None
+    image: InputImage | None = None
 
 
 def image_name(prompt: str, seed: int, place: int = 0) -> str:
@@ -156,6 +162,42 @@ def plan_images(
         seed_of = image_seed(seed, prompt, replicate)
         plan.append(PlannedImage(prompt, owner, replicate, seed_of, fault))
     return plan
+
+
+def plan_with_inputs(
+    lines: Sequence[str],
+    images: Sequence[InputImage],
+    *,
+    n: int | None,
+    replicates: int,
+    seed: int,
+) -> tuple[PromptSet, list[PlannedImage]]:
+    """Plan one image for each pair of a line and an input image.
+
+    Line k belongs to image k; the shorter of both begins anew until the longer ends. A repeated
+    line is one prompt with several images, and pairs with a blank line are left out. If n is less
+    than the number of pairs, they are chosen by a seeded order; if it is more, they are repeated.
+
+    Raises:
+        UsageError: no line can be used.
+    """
+    places = range(max(len(lines), len(images)))
+    pairs = [(lines[place % len(lines)], images[place % len(images)]) for place in places]
+    used = [pair for pair in pairs if pair[0].strip()]
+    if not used:
+        raise UsageError("no usable prompt", hint="write one prompt a line")
+    dropped = {"blank": len(pairs) - len(used)} if len(used) < len(pairs) else {}
+    total = n if n is not None else len(used) * replicates
+    if total < len(used):
+        order = sorted(range(len(used)), key=lambda k: derive_seed(seed, "pair-choice", str(k)))
+        used = [used[place] for place in sorted(order[:total])]
+    chosen = [used[place % len(used)] for place in range(total)]
+    found, plan = plan_ready_images([line for line, _ in chosen], total, seed=seed)
+    with_images = [
+        replace(planned, image=image) for planned, (_, image) in zip(plan, chosen, strict=True)
+    ]
+    inputs = tuple(image.sha256 for _, image in chosen)
+    return replace(found, dropped=dropped, inputs=inputs), with_images
 
 
 def plan_ready_images(

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from modelops.base.errors import UsageError
 from modelops.base.files import cache_directory, sha256_file, sha256_json
+from modelops.base.images import read_image
 from modelops.data.embeddings import embed_manifest
 from modelops.data.folders import images_of
-from modelops.data.images import read_image
 from modelops.data.manifest import Manifest, Sample, read_manifest
 from modelops.data.split import read_splits
 from modelops.metrics.feature_files import FeatureCache

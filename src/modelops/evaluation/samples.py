@@ -15,7 +15,7 @@ import numpy.typing as npt
 from modelops import __version__
 from modelops.base.environment import current_environment
 from modelops.base.files import remove_leftovers, sha256_file, sha256_json, write_bytes
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.evaluation.prompts import PlannedImage, image_name
 from modelops.evaluation.workers.making import made_digests, make_images
 from modelops.evaluation.workers.tasks import Job, Outcome, Workers
@@ -77,7 +77,8 @@ def draw_samples(
 
     Workers stay open to read the images later; after an error they end.
     """
-    cache = directory / _sampling_key(source, request)
+    inputs = [planned.image.sha256 for planned in plan if planned.image is not None]
+    cache = directory / _sampling_key(source, request, inputs)
     is_folder = source.n_images is not None
     jobs = [
         Job(
@@ -85,7 +86,7 @@ def draw_samples(
             ImageRequest(
                 prompt=planned.prompt, seed=place if is_folder else planned.seed,
                 steps=request.steps, guidance=request.guidance,
-                height=request.height, width=request.width,
+                height=request.height, width=request.width, image=planned.image,
             ),
             cache / image_name(planned.prompt, planned.seed, place * is_folder),
         )
@@ -145,7 +146,7 @@ def _usable(path: Path, sha256: str | None) -> bool:
     return sha256 is not None and path.is_file() and sha256_file(path) == sha256
 
 
-def _sampling_key(source: ModelSource, request: ImageRequest) -> str:
+def _sampling_key(source: ModelSource, request: ImageRequest, inputs: Sequence[str]) -> str:
     info = source.info
     versions = current_environment().packages if info.kind in ("checkpoint", "artifact") else {}
     identity: dict[str, Any] = {
@@ -154,5 +155,6 @@ def _sampling_key(source: ModelSource, request: ImageRequest) -> str:
         "source": info.sha256 or info.uri, "kind": info.kind, "runtime": info.runtime,
         "precision": info.precision, "scheduler": source.scheduler_name, "steps": request.steps,
         "guidance": request.guidance, "height": request.height, "width": request.width,
+        **({"inputs": inputs} if inputs else {}),
     }  # fmt: skip
     return sha256_json(identity)[:16]

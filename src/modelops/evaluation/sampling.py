@@ -8,9 +8,11 @@ from typing import Any
 
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.base.files import sha256_bytes, write_bytes, write_json
+from modelops.base.images import encode_png
 from modelops.base.seeding import image_seed
-from modelops.data.images import encode_png
 from modelops.evaluation.grids import write_grid
+from modelops.evaluation.inputs import InputImages, require_takes_images
+from modelops.evaluation.prompts import PlannedImage, plan_with_inputs
 from modelops.models.request import Image, ImageRequest
 from modelops.models.sources import ModelSource
 
@@ -25,28 +27,34 @@ def sample_images(
     steps: int | None = None,
     guidance: float | None = None,
     size: int | None = None,
+    inputs: InputImages | None = None,
     columns: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write NNNN-K.png for each prompt and replicate, grid.png, and samples.json; return the path
     of samples.json. `modelops eval` makes the same images of the same prompts and seed.
 
+    With input images NNNN counts the pairs of a prompt and an image; see
+    `prompts.plan_with_inputs`.
+
     Raises:
-        UsageError: there are no prompts.
+        UsageError: there are no prompts, or the source takes no input images.
         ModelopsError: no image could be made.
     """
     if not prompts:
         raise UsageError("no prompts", hint="give --prompt or --prompt-file")
+    if inputs is not None:
+        require_takes_images(source)
     defaults = source.defaults
+    plan = plan_samples(prompts, inputs, per_prompt, seed)
     requests = [
         ImageRequest(
-            prompt=prompt, seed=image_seed(seed, prompt, replicate),
+            prompt=planned.prompt, seed=planned.seed, image=planned.image,
             steps=steps if steps is not None else defaults.steps,
             guidance=guidance if guidance is not None else defaults.guidance,
             height=size or defaults.height, width=size or defaults.width,
         )
-        for prompt in prompts
-        for replicate in range(per_prompt)
+        for planned in plan
     ]  # fmt: skip
     for request in requests:
         source.check(request)
@@ -58,6 +66,8 @@ def sample_images(
         for offset, made in enumerate(source.generate_each(part)):
             index, request = start + offset, part[offset]
             entry: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
+            if request.image is not None:
+                entry |= {"input": Path(request.image.path).name}
             if isinstance(made, ModelopsError):
                 entry |= {"file": None, "failure": made.message}
                 images.append(None)
@@ -82,5 +92,23 @@ def sample_images(
         "seed": seed, "steps": first.steps, "guidance": first.guidance,
         "height": first.height, "width": first.width, "grid": "grid.png", "images": entries,
     }  # fmt: skip
+    if inputs is not None:
+        result["input_images"] = {"path": str(inputs.folder), "sha256": inputs.sha256}
     write_json(out_dir / "samples.json", result)
     return result
+
+
+def plan_samples(
+    prompts: Sequence[str], inputs: InputImages | None, per_prompt: int, seed: int
+) -> list[PlannedImage]:
+    """Plan `per_prompt` images of each prompt, or of each pair of prompt and input image."""
+    if inputs is None:
+        return [
+            PlannedImage(prompt, owner, replicate, image_seed(seed, prompt, replicate))
+            for owner, prompt in enumerate(prompts)
+            for replicate in range(per_prompt)
+        ]
+    _, plan = plan_with_inputs(prompts, inputs.images, n=None, replicates=per_prompt, seed=seed)
+    pairs = len(plan) // per_prompt
+    ordered = [plan[pair + k * pairs] for pair in range(pairs) for k in range(per_prompt)]
+    return [planned for planned in ordered if planned.fault is None]

@@ -25,6 +25,8 @@ class EvaluationSettings:
         split: the reference images, and the prompts when there is no prompts_file.
         train_split: the training images, which samples must not copy.
         prompts_file: UTF-8, one prompt a line, in place of the split's captions.
+        input_images: folder of images for a pipeline that changes images; see
+            `prompts.plan_with_inputs`.
         n: number of images; None makes `replicates` of every prompt.
         replicates: images per prompt, when n is None.
         seed: seed of images, resampling and choices.
@@ -72,6 +74,7 @@ class EvaluationSettings:
     split: str = "test"
     train_split: str = "train"
     prompts_file: Path | None = None
+    input_images: Path | None = None
     n: int | None = None
     replicates: int = 1
     seed: int = 0
@@ -118,6 +121,11 @@ class EvaluationSettings:
             )
         if self.manifest is None and (self.split, self.train_split) != ("test", "train"):
             raise UsageError("a split without a manifest has no effect", hint="give the manifest")
+        if self.input_images is not None and self.prompts_file is None:
+            raise UsageError(
+                "input images without a file of prompts",
+                hint="give --prompts: one line for each image, or one for all of them",
+            )
         if self.has_statistics and self.inception_weights is None:
             raise UsageError(
                 f"{self.reference}: statistics of Inception features, and no Inception weights",

@@ -14,8 +14,9 @@ from modelops.base.files import sha256_bytes, sha256_json
 from modelops.base.seeding import image_seed, numpy_generator
 from modelops.export.components import Component
 from modelops.export.graphs.graph import Array
+from modelops.models.pipelines.observe import find_traits
 from modelops.models.pipelines.signatures import TIMESTEP_NAMES, Method
-from modelops.models.pipelines.traits import LONG_PROMPT, Traits, find_traits
+from modelops.models.pipelines.traits import LONG_PROMPT, Traits
 from modelops.models.pipelines.watch import (
     CaughtCall,
     call_pipeline,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from modelops.base.errors import ExportError
+from modelops.models.pipelines.observe import find_traits
 from modelops.models.pipelines.signatures import (
     TIMESTEP_NAMES,
     Example,
@@ -23,7 +24,7 @@ from modelops.models.pipelines.signatures import (
     rebuild,
     template_of,
 )
-from modelops.models.pipelines.traits import Traits, find_traits
+from modelops.models.pipelines.traits import Traits
 from modelops.models.pipelines.watch import (
     NOT_CALLABLE,
     CaughtCall,

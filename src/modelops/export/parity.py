@@ -18,8 +18,8 @@ from modelops.export.graphs.graph import Array, Graph
 from modelops.export.pictures import check_pictures
 from modelops.export.runtimes.probe import relative_errors
 from modelops.metrics.images import SSIM_WINDOW, ssim
-from modelops.models.pipelines.arguments import floats_to_uint8
-from modelops.models.pipelines.traits import Traits, images_of
+from modelops.models.pipelines.arguments import floats_to_uint8, images_of
+from modelops.models.pipelines.traits import Traits
 from modelops.models.pipelines.watch import call_pipeline
 from modelops.models.request import ImageRequest
 from modelops.records.export import ParityCheck

@@ -15,7 +15,8 @@ from modelops.export.components import Component, FlatModule
 from modelops.export.lora import Lora, apply_lora
 from modelops.export.onnx.writer import check_weights
 from modelops.models.hub import pipeline_directory
-from modelops.models.pipelines.traits import Traits, find_traits
+from modelops.models.pipelines.observe import find_traits
+from modelops.models.pipelines.traits import Traits
 from modelops.models.sources import TRAINING_STATE, load_with_digest
 from modelops.records.export import ArtifactRecord, ExportedComponent
 

@@ -15,6 +15,21 @@ GUIDANCE_OFF = 1.0
 GUIDANCE_DECIMALS = 6
 
 
+@dataclass(frozen=True, slots=True)
+class InputImage:
+    """Image file that a pipeline is to change.
+
+    Attributes:
+        path: of the image.
+        sha256: of the file, or of both files' digests where there is a mask.
+        mask: path of a grey image of the same size, white where the image is to be painted anew.
+    """
+
+    path: str
+    sha256: str
+    mask: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:
     """Request for one image: everything that it is made from.
@@ -28,6 +43,7 @@ class ImageRequest:
             not come back unchanged from every reader of JSON, C2PA's among them.
         height, width: pixels; None takes the source's training resolution.
         negative_prompt: what to guide away from.
+        image: what is to be changed, for a pipeline that changes images.
 
     Raises:
         UsageError: guidance below 0, or no number.
@@ -40,6 +56,7 @@ class ImageRequest:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
+    image: InputImage | None = None
 
     def __post_init__(self) -> None:
         if self.guidance is None:

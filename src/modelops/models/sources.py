@@ -24,11 +24,13 @@ from modelops.base.files import sha256_bytes, sha256_file
 from modelops.base.private import private_copy
 from modelops.models.devices import open_device
 from modelops.models.hub import pipeline_directory
-from modelops.models.pipelines.arguments import floats_to_uint8
+from modelops.models.pipelines.arguments import floats_to_uint8, images_of
+from modelops.models.pipelines.inputs import takes_image
 from modelops.models.pipelines.load import load_diffusers, load_pixel_flow
+from modelops.models.pipelines.observe import find_traits
 from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
-from modelops.models.pipelines.traits import Traits, find_traits, images_of
+from modelops.models.pipelines.traits import Traits
 from modelops.models.request import Image, ImageRequest
 from modelops.records.evaluation import SourceInfo
 
@@ -96,6 +98,11 @@ class ModelSource(ABC):
             return _checked(self.generate([request])[0])
         except ModelopsError as error:
             return error
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether a request may carry an input image."""
+        return False
 
     def check(self, request: ImageRequest) -> None:  # noqa: B027 (most find out when they are asked)
         """Refuse a request that the source cannot fulfil, before any image is made.
@@ -177,6 +184,10 @@ class PipelineSource(ModelSource):
             height=height, width=width,
         )  # fmt: skip
 
+    @property
+    def takes_images(self) -> bool:
+        return takes_image(self.traits.form)
+
     def check(self, request: ImageRequest) -> None:
         self.traits.check(request)
 
@@ -205,7 +216,8 @@ class PipelineSource(ModelSource):
         images: dict[int, Image] = {}
         for places in self._groups(requests):
             real = [requests[place] for place in places]
-            rows = 1 if self.traits.sharing == "one" else self.rows_per_call(real[0])
+            alone = self.traits.sharing == "one" or real[0].image is not None
+            rows = 1 if alone else self.rows_per_call(real[0])
             for start in range(0, len(real), rows):
                 chunk = real[start : start + rows]
                 filled = chunk + [chunk[-1]] * (rows - len(chunk))
@@ -222,7 +234,8 @@ class PipelineSource(ModelSource):
                 texts = request.prompt, request.negative_prompt
                 key = [self._reader.lengths(text) for text in texts]
             # A pipeline takes negative prompts for all images of a call or for none.
-            groups.setdefault(repr((key, not request.negative_prompt)), []).append(place)
+            parts = key, not request.negative_prompt, request.image is None
+            groups.setdefault(repr(parts), []).append(place)
         return list(groups.values())
 
     def _call(self, requests: list[ImageRequest]) -> list[Image]:

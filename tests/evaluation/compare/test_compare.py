@@ -34,8 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow.parquet as pq
     from PIL import Image
 
+    from modelops.base.images import read_image
     from modelops.data.corpora.openmoji import build_corpus
-    from modelops.data.images import read_image
     from modelops.data.manifest import read_manifest
 
     root = tmp_path_factory.mktemp("compare")

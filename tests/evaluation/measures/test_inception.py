@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[3] / "bench"))
 import inception_peers as peers
 from modelops.base.errors import UsageError
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.data.manifest import read_manifest
 from modelops.data.split import read_splits
 from modelops.evaluation.evaluate import evaluate

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modelops.data.images import encode_png
+from modelops.base.images import encode_png
 from modelops.evaluation.measures import memorization
 from modelops.evaluation.prompts import PlannedImage, PromptSet
 from modelops.evaluation.reference import open_reference

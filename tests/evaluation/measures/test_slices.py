@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from modelops.base.errors import UsageError
+from modelops.base.images import encode_png, read_image
 from modelops.cli.eval import evaluate as eval_command
 from modelops.data.corpora.openmoji import build_corpus
-from modelops.data.images import encode_png, read_image
 from modelops.data.manifest import read_manifest
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.measures.slices import (

@@ -17,7 +17,7 @@ import pytest
 from modelops.base.environment import Environment
 from modelops.base.errors import UsageError
 from modelops.base.files import sha256_file, sha256_json, write_json
-from modelops.data.images import decode_image, encode_png
+from modelops.base.images import decode_image, encode_png
 from modelops.evaluation.grids import image_to_inline
 from modelops.evaluation.report.drawings import Mark, draw_histogram, draw_interval, shared_axis
 from modelops.evaluation.report.page import check_report, record_digest, write_report

@@ -13,7 +13,7 @@ import pytest
 
 from browsers import page_of
 from modelops.base.files import sha256_file
-from modelops.data.images import encode_png
+from modelops.base.images import encode_png
 from modelops.evaluation.report.page import write_report
 from modelops.records.base import InputRef, Measurement
 from modelops.records.evaluation import EvaluationRecord, SourceInfo

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from modelops.base.errors import ModelopsError, ProcessDiedError, UsageError
-from modelops.data.images import encode_png, read_image
+from modelops.base.images import encode_png, read_image
 from modelops.evaluation.evaluate import evaluate
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.open import open_source

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image as Picture
 
 from modelops.base.errors import ModelopsError
 from modelops.export.artifact.open import open_artifact
 from modelops.export.calibration import DEFAULT_PROMPTS
 from modelops.export.to_int8 import Int8Options, export_int8
 from modelops.export.to_onnx import export_onnx
-from modelops.models.request import Image, ImageRequest
+from modelops.models.pipelines.inputs import list_input
+from modelops.models.request import Image, ImageRequest, InputImage
 from modelops.models.sources import ModelSource, load_checkpoint, open_checkpoint
 from modelops.serving.engine.engine import StepEngine
 from zoo.family import Family
@@ -70,6 +72,7 @@ class Bench:
         self.checkpoint = folder / "checkpoint"
         family.make().save_pretrained(self.checkpoint)
         self._pipeline: Any = None
+        self._inputs: dict[str, InputImage] = {}
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -78,6 +81,8 @@ class Bench:
     def request(self, prompt: str, **fields: Any) -> ImageRequest:
         text = CLASSES[prompt] if self.family.kind == "class" else prompt
         size = self.family.size or (None, None)
+        if self.family.kind == "image":
+            fields["image"] = self._input(prompt)
         fields = {
             "seed": 7,
             "steps": self.family.steps[0],
@@ -86,14 +91,33 @@ class Bench:
         } | fields
         return ImageRequest(prompt=text, **fields)
 
-    def own(self, request: ImageRequest) -> Image:
-        """The image [H, W, 3] uint8 that diffusers makes of a request by its own default call."""
+    def _input(self, prompt: str) -> InputImage:
+        """The input image of a prompt, 40 x 32 pixels, with its right half to be painted anew."""
+        if prompt not in self._inputs:
+            pixels = np.random.default_rng(len(prompt)).integers(0, 256, (32, 40, 3), np.uint8)
+            mask = np.zeros((32, 40), np.uint8)
+            mask[:, 20:] = 255
+            path = self.folder / f"{prompt}.png"
+            Picture.fromarray(pixels).save(path)
+            if "mask_image" in inspect.signature(self._own_pipeline().__call__).parameters:
+                masked = self.folder / f"{prompt}_mask.png"
+                Picture.fromarray(mask).save(masked)
+                self._inputs[prompt] = list_input(path, masked)
+            else:
+                self._inputs[prompt] = list_input(path)
+        return self._inputs[prompt]
+
+    def _own_pipeline(self) -> Any:
         if self._pipeline is None:
             from diffusers import DiffusionPipeline
 
             self._pipeline = DiffusionPipeline.from_pretrained(self.checkpoint)
             self._pipeline.set_progress_bar_config(disable=True)
-        pipeline = copy.deepcopy(self._pipeline)
+        return self._pipeline
+
+    def own(self, request: ImageRequest) -> Image:
+        """The image [H, W, 3] uint8 that diffusers makes of a request by its own default call."""
+        pipeline = copy.deepcopy(self._own_pipeline())
         wanted: dict[str, Any] = {
             "num_inference_steps": request.steps, "output_type": "np",
             "generator": torch.Generator("cpu").manual_seed(request.seed),
@@ -104,8 +128,12 @@ class Bench:
             wanted["use_resolution_binning"] = False
         if self.family.kind == "class":
             wanted["class_labels"] = [int(request.prompt)]
-        elif self.family.kind == "text":
+        elif self.family.kind in ("text", "image"):
             wanted["prompt"] = request.prompt
+        if request.image is not None:
+            wanted["image"] = Picture.open(request.image.path).convert("RGB")
+        if request.image is not None and request.image.mask is not None:
+            wanted["mask_image"] = Picture.open(request.image.mask)
         accepts = inspect.signature(pipeline.__call__).parameters
         torch.manual_seed(request.seed)
         np.random.seed(request.seed)
@@ -143,7 +171,7 @@ class Bench:
 
     def other(self) -> int:
         source = open_artifact(self.folder / "onnx", runtime="onnxruntime")
-        guided = self.family.guided and self.family.kind in ("text", "class")
+        guided = self.family.guided and self.family.kind != "unconditional"
         size = self.family.other or (None, None)
         requests = [
             self.request(LONG),

@@ -304,17 +304,19 @@ FAMILIES: tuple[Family, ...] = (
         needs="torchsde",
     ),
     Family(
-        "Stable Diffusion 1.5 (img2img)", partial(stable_diffusion, variant="Img2Img"), kind="image"
+        "Stable Diffusion 1.5 (img2img)",
+        partial(stable_diffusion, variant="Img2Img"),
+        size=None, other=None, kind="image", steps=(8, 12),
     ),
     Family(
         "Stable Diffusion 1.5 (inpainting, nine channels)",
         partial(stable_diffusion, variant="Inpaint", in_channels=9),
-        kind="image",
+        kind="image", steps=(8, 12),
     ),
     Family(
         "Stable Diffusion 1.5 (inpainting, four channels)",
         partial(stable_diffusion, variant="Inpaint"),
-        kind="image",
+        kind="image", steps=(8, 12),
     ),
     Family("Stable Diffusion 2.1 (v-prediction)", stable_diffusion_2),
     Family("SDXL", stable_diffusion_xl),
@@ -326,9 +328,9 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "SDXL (img2img)",
         partial(stable_diffusion_xl, pipeline="StableDiffusionXLImg2ImgPipeline"),
-        kind="image",
+        size=None, other=None, kind="image", steps=(8, 12),
     ),
-    Family("SDXL (refiner)", xl_refiner, kind="image"),
+    Family("SDXL (refiner)", xl_refiner, size=None, other=None, kind="image", steps=(8, 12)),
     Family("LCM", latent_consistency),
     Family("LDM (text)", latent_diffusion_text, size=(64, 64), other=(96, 64)),
     Family("DeepFloyd IF (stage 1)", deepfloyd),

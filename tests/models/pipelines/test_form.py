@@ -7,7 +7,7 @@ import pytest
 from modelops.base.errors import UsageError
 from modelops.models.pipelines.arguments import pipeline_arguments
 from modelops.models.pipelines.form import CallForm, read_form
-from modelops.models.pipelines.traits import find_traits
+from modelops.models.pipelines.observe import find_traits
 from modelops.models.request import ImageRequest
 from zoo.all import family
 

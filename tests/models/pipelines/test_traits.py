@@ -10,7 +10,7 @@ import pytest
 
 from modelops.base.errors import UsageError
 from modelops.export.calibration import DEFAULT_PROMPTS, own_prompts
-from modelops.models.pipelines.traits import find_traits
+from modelops.models.pipelines.observe import find_traits
 from modelops.models.request import ImageRequest
 from modelops.models.sources import PipelineSource
 from modelops.records.evaluation import SourceInfo
@@ -27,7 +27,12 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "HiDream-I1 (fast)": {"global_noise": True, "sharing": "one"},
     "DiT": {"guidance": "guidance_scale", "is_of_classes": True, "negative": False},
     "DDPM": {"guidance": "", "fixed_size": (32, 32), "negative": False},
-    "Stable Diffusion 1.5 (inpainting, four channels)": {"wants_image": True},
+    "Stable Diffusion 1.5 (inpainting, four channels)": {
+        "wants_image": True,
+        "guidance": "guidance_scale",
+        "negative": True,
+    },
+    "SDXL (refiner)": {"wants_image": True, "guidance": "guidance_scale", "size_of_input": True},
 }
 
 

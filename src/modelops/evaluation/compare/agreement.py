@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError, ModelopsError
 from modelops.base.files import sha256_file
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.evaluation.per_image import read_per_image
 from modelops.evaluation.prompts import image_name
 from modelops.evaluation.samples import COMPLETE

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import EvaluationError, ImageError
+from modelops.base.images import resize_image
 from modelops.base.pixels import pixels_sha256
 from modelops.base.seeding import numpy_generator
-from modelops.data.images import resize_image
 from modelops.evaluation.overfitting import note_overfitting
 from modelops.evaluation.reference import shared_pictures
 from modelops.evaluation.report.closest import closest_pairs, write_closest_page

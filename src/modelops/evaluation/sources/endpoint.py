@@ -233,7 +233,7 @@ class EndpointSource(ModelSource):
         return ""
 
     def _decode(self, answer: dict[str, Any], request: ImageRequest) -> Image:
-        from modelops.data.images import decode_image
+        from modelops.base.images import decode_image
 
         try:
             entry = answer["data"][0]

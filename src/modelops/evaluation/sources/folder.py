@@ -56,7 +56,7 @@ class FolderSource(ModelSource):
             EvaluationError: there are fewer images.
             ImageError: the file cannot be read.
         """
-        from modelops.data.images import read_image
+        from modelops.base.images import read_image
 
         if index >= len(self.files):
             raise EvaluationError(f"{self.info.uri}: only {len(self.files)} images")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modelops.base.errors import ImageBlockedError, ModelopsError
 from modelops.base.files import read_text, sha256_bytes, write_bytes
-from modelops.data.images import encode_png
+from modelops.base.images import encode_png
 from modelops.evaluation.workers.tasks import Job, Outcome
 from modelops.models.sources import ModelSource
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError
 from modelops.base.files import atomic_path, remove_leftovers, write_json
-from modelops.data.images import read_image
+from modelops.base.images import read_image
 from modelops.evaluation.reference import RealPictures
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workers.tasks import Failure, OnRead, Share, Workers

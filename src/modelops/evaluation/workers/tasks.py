@@ -21,7 +21,7 @@ from modelops.base.errors import (
     ModelopsError,
     UsageError,
 )
-from modelops.models.request import ImageRequest
+from modelops.models.request import ImageRequest, InputImage
 
 _KINDS: dict[str, type[ModelopsError]] = {
     kind.__name__: kind
@@ -146,7 +146,10 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 def job_from_json(entry: Mapping[str, Any]) -> Job:
     """Read the result of `job_to_json`."""
-    return Job(entry["place"], ImageRequest(**entry["request"]), Path(entry["path"]))
+    fields = dict(entry["request"])
+    if fields["image"] is not None:
+        fields["image"] = InputImage(**fields["image"])
+    return Job(entry["place"], ImageRequest(**fields), Path(entry["path"]))
 
 
 def share_to_json(share: Share) -> dict[str, Any]:

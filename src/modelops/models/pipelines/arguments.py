@@ -88,6 +88,26 @@ def native_size(pipeline: Any) -> tuple[int | None, int | None]:
     return int(height) * scale, int(width) * scale
 
 
+def images_of(output: Any) -> npt.NDArray[Any]:
+    """Return the images [N, H, W, 3] in [0, 1] of a pipeline's answer.
+
+    Raises:
+        UsageError: it holds none.
+    """
+    images = getattr(output, "images", getattr(output, "image", None))
+    if images is None:
+        fields = ", ".join(output) if isinstance(output, dict) else type(output).__name__
+        raise UsageError(f"the pipeline makes no images: its answer has {fields}")
+    found = np.asarray(images)
+    if found.ndim != 4 or found.shape[-1] not in (1, 3, 4):
+        raise UsageError(
+            f"the pipeline's images have the shape {list(found.shape)}, not [N, H, W, 3]"
+        )
+    if found.shape[-1] == 1:
+        return np.repeat(found, 3, axis=-1)
+    return found[..., :3]  # a fourth channel is opacity
+
+
 def floats_to_uint8(images: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     """Images in [0, 1] to bytes, rounded to nearest (truncation would darken by half a level).
 

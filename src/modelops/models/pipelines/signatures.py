@@ -22,7 +22,7 @@ from modelops.base.errors import ExportError
 
 Template = dict[str, Any]  # {"tensor": name} | {"value": ...} | {"list"|"tuple"|"dict"|...: ...}
 Method = Literal["forward", "encode", "decode"]
-TIMESTEP_NAMES = ("timestep", "timesteps")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 class Signature(BaseModel):

@@ -22,13 +22,13 @@ import torch
 
 from modelops.base.errors import UsageError
 from modelops.export.runtimes.modules import ExportedModule
-from modelops.models.pipelines.arguments import floats_to_uint8
+from modelops.models.pipelines.arguments import floats_to_uint8, images_of
 from modelops.models.pipelines.form import DENOISERS, denoiser_of
 from modelops.models.pipelines.merge import Call, answers, content_key, merged, read_any_call
+from modelops.models.pipelines.observe import find_traits
 from modelops.models.pipelines.signatures import parameters_of
 from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
-from modelops.models.pipelines.traits import find_traits, images_of
 from modelops.models.pipelines.watch import tensors_with_rows
 from modelops.models.request import GUIDANCE_OFF, ImageRequest
 from modelops.serving.engine.jobs import Job

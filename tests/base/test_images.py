@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from modelops.base.errors import ImageError
-from modelops.data.images import (
+from modelops.base.images import (
     decode_image,
     decode_layers,
     encode_png,

@@ -92,6 +92,19 @@ def decode_image(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> npt
     return _lay_on(pixels, 255)
 
 
+def decode_with_opacity(
+    data: bytes, name: str, *, max_pixels: int = MAX_PIXELS
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]:
+    """Decode to uint8 [H, W, 3] on white, as `decode_image` does, and the opacity [H, W], 0 to 255;
+    None for an image that is opaque everywhere.
+
+    Raises:
+        ImageError: as in `read_image`.
+    """
+    pixels, _ = _decode(data, name, max_pixels)
+    return _lay_on(pixels, 255), pixels[..., 3] if pixels.shape[2] == 4 else None
+
+
 def decode_layers(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Layers:
     """Decode the bytes of an image file with its transparency; arguments as in `decode_image`.
 

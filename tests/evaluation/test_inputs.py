@@ -1,0 +1,234 @@
+"""Input images of image-to-image and inpainting pipelines, in `sample` and `eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modelops.base.errors import IntegrityError, ModelopsError, UsageError
+from modelops.base.images import read_image
+from modelops.cli.main import main
+from modelops.evaluation.inputs import read_input_images
+from modelops.evaluation.prompts import plan_with_inputs
+from modelops.models.pipelines.inputs import image_arguments
+from modelops.models.request import ImageRequest, InputImage
+from modelops.models.sources import open_checkpoint
+from zoo.all import family
+
+IMG2IMG = "Stable Diffusion 1.5 (img2img)"
+INPAINTING = "Stable Diffusion 1.5 (inpainting, four channels)"
+LIGHT = ("--safety", "none", "--prompt-filter", "none", "--resamples", "20", "--no-report")
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (40, 32)) -> Path:
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def half_mask(size: tuple[int, int] = (40, 32)) -> Image.Image:
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    mask[:, size[0] // 2 :] = 255
+    return Image.fromarray(mask)
+
+
+@pytest.fixture(scope="module")
+def img2img(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("img2img") / "pipeline"
+    family(IMG2IMG).make().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inpainting") / "pipeline"
+    family(INPAINTING).make().save_pretrained(path)
+    return path
+
+
+@pytest.fixture()
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in (1, 2, 10):
+        picture(folder / f"{number}.png", number)
+    return folder
+
+
+def inputs(n: int) -> list[InputImage]:
+    return [InputImage(f"{k}.png", f"digest {k}") for k in range(n)]
+
+
+def pairs(lines: list[str], n_images: int, **changes: Any) -> list[tuple[str, str, int]]:
+    options = {"n": None, "replicates": 1, "seed": 5} | changes
+    _, plan = plan_with_inputs(lines, inputs(n_images), **options)
+    return [(each.prompt, each.image.path, each.replicate) for each in plan if each.image]
+
+
+def test_line_k_belongs_to_image_k_and_the_shorter_begins_anew() -> None:
+    assert pairs(["a", "b"], 2) == [("a", "0.png", 0), ("b", "1.png", 0)]
+    assert pairs(["a"], 3) == [("a", "0.png", 0), ("a", "1.png", 1), ("a", "2.png", 2)]
+    assert pairs(["a", "b", "c"], 2) == [
+        ("a", "0.png", 0), ("b", "1.png", 0), ("c", "0.png", 0),
+    ]  # fmt: skip
+    assert pairs(["a", "", "a"], 3) == [("a", "0.png", 0), ("a", "2.png", 1)]
+    assert pairs(["a", "b"], 2, replicates=2) == [
+        ("a", "0.png", 0), ("b", "1.png", 0), ("a", "0.png", 1), ("b", "1.png", 1),
+    ]  # fmt: skip
+
+
+def test_fewer_pairs_are_chosen_and_more_are_repeated() -> None:
+    everything = pairs(["a", "b", "c", "d"], 4)
+    few = pairs(["a", "b", "c", "d"], 4, n=2)
+    assert len(few) == 2
+    assert set(few) < set(everything)
+    assert pairs(["a", "b"], 2, n=3)[2] == ("a", "0.png", 1)
+    with pytest.raises(UsageError, match="no usable prompt"):
+        pairs(["", " "], 2)
+
+
+def test_other_input_images_are_another_protocol() -> None:
+    def digest(images: list[InputImage]) -> str:
+        return plan_with_inputs(["a"], images, n=None, replicates=1, seed=0)[0].sha256
+
+    assert digest(inputs(2)) == digest(inputs(2))
+    assert digest(inputs(2)) != digest(inputs(3))
+    assert digest(inputs(2)) != digest(inputs(2)[::-1])
+
+
+def test_a_folder_lists_images_and_their_masks(photos: Path) -> None:
+    half_mask().save(photos / "2_mask.png")
+    found = read_input_images(photos)
+    names = [(Path(each.path).name, each.mask and Path(each.mask).name) for each in found.images]
+    assert names == [("1.png", None), ("2.png", "2_mask.png"), ("10.png", None)]
+    half_mask().save(photos / "3-mask.png")
+    with pytest.raises(UsageError, match="a mask without its image"):
+        read_input_images(photos)
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no image in it"):
+        read_input_images(tmp_path)
+    with pytest.raises(UsageError, match="no such folder"):
+        read_input_images(tmp_path / "photos")
+
+
+def test_what_is_transparent_is_painted_anew(photos: Path, inpainting: Path) -> None:
+    form = open_checkpoint(inpainting).traits.form
+    seen = Image.open(photos / "1.png").convert("RGBA")
+    seen.putalpha(Image.eval(half_mask(), lambda level: 255 - level))
+    seen.save(photos / "1.png")
+    found = image_arguments(form, read_input_images(photos).images[0])
+    assert np.array_equal(np.array(found["mask_image"]), np.array(half_mask()))
+    assert found["image"].mode == "RGB"
+    with pytest.raises(UsageError, match="wants a mask"):
+        image_arguments(form, read_input_images(photos).images[1])
+    half_mask((8, 8)).save(photos / "1_mask.png")
+    with pytest.raises(UsageError, match=r"a mask of 8x8 pixels for an image of 40x32"):
+        image_arguments(form, read_input_images(photos).images[0])
+
+
+def test_a_file_that_changed_is_not_used(photos: Path, img2img: Path) -> None:
+    form = open_checkpoint(img2img).traits.form
+    found = read_input_images(photos).images[0]
+    picture(photos / "1.png", 7)
+    with pytest.raises(IntegrityError, match="changed since"):
+        image_arguments(form, found)
+    (photos / "2.png").write_bytes((photos / "2.png").read_bytes()[:100])
+    with pytest.raises(ModelopsError, match=r"2\.png: truncated"):
+        image_arguments(form, read_input_images(photos).images[1])
+
+
+def test_images_are_diffusers_own(photos: Path, img2img: Path, inpainting: Path) -> None:
+    half_mask().save(photos / "2_mask.png")
+    listed = read_input_images(photos).images
+    for checkpoint, given in ((img2img, listed[0]), (inpainting, listed[1])):
+        source = open_checkpoint(checkpoint)
+        request = ImageRequest(prompt="sun", seed=3, steps=6, guidance=4.0, image=given)
+        made = source.generate([request])[0]
+        arguments: dict[str, Any] = {"image": Image.open(given.path).convert("RGB")}
+        if given.mask:
+            arguments["mask_image"] = Image.open(given.mask)
+        own = source.pipeline(
+            prompt="sun", num_inference_steps=6, guidance_scale=4.0, output_type="np",
+            generator=torch.Generator().manual_seed(3), **arguments,
+        ).images[0]  # fmt: skip
+        assert made.shape == own.shape
+        assert np.abs(made.astype(int) - np.rint(own * 255).astype(int)).max() <= 1
+
+
+def test_what_has_no_effect_is_refused(photos: Path, img2img: Path) -> None:
+    source = open_checkpoint(img2img)
+    given = read_input_images(photos).images[0]
+    request = ImageRequest(prompt="sun", seed=3, steps=6)
+    with pytest.raises(UsageError, match="changes an image that it is given"):
+        source.check(request)
+    with pytest.raises(UsageError, match="the size of its input images"):
+        source.check(ImageRequest(prompt="sun", seed=3, height=64, width=64, image=given))
+    half_mask().save(photos / "1_mask.png")
+    masked = read_input_images(photos).images[0]
+    with pytest.raises(UsageError, match="takes no mask"):
+        source.generate([ImageRequest(prompt="sun", seed=3, image=masked)])
+
+
+def test_sample_changes_every_image(photos: Path, img2img: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["sample", str(img2img), "--prompt", "sun", "--steps", "6", "--out", str(out)]
+    assert main([*arguments, "--input-images", str(photos), "-n", "2"]) == 0
+    entries = json.loads((out / "samples.json").read_text("utf-8"))["images"]
+    assert [(each["file"], each["input"]) for each in entries] == [
+        ("0000-0.png", "1.png"), ("0000-1.png", "1.png"), ("0001-0.png", "2.png"),
+        ("0001-1.png", "2.png"), ("0002-0.png", "10.png"), ("0002-1.png", "10.png"),
+    ]  # fmt: skip
+    assert len({each["seed"] for each in entries}) == 6
+    assert read_image(out / "0000-0.png").shape == (32, 40, 3)
+
+
+def test_sample_refuses_images_where_none_are_taken(
+    photos: Path, img2img: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--prompt", "sun", "--out", str(tmp_path / "out")]
+    assert main(["sample", str(img2img), *out]) == 2
+    assert "--input-images" in capsys.readouterr().err
+    plain = tmp_path / "plain"
+    family("DDIM").make().save_pretrained(plain)
+    assert main(["sample", str(plain), *out, "--input-images", str(photos)]) == 2
+    assert "takes no input images" in capsys.readouterr().err
+
+
+def test_eval_changes_images_in_any_process(
+    photos: Path, img2img: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("sun\nmoon\nhouse\n", "utf-8")
+    common = ["eval", str(img2img), "--prompts", str(prompts), "--steps", "6", *LIGHT]
+    common += ["--input-images", str(photos)]
+    for name, more in (("one", []), ("two", ["--processes", "2"])):
+        assert main([*common, *more, "--out", str(tmp_path / f"{name}.json")]) == 0
+    names = ("one", "two")
+    records = [json.loads((tmp_path / f"{name}.json").read_text("utf-8")) for name in names]
+    assert records[0]["inputs"]["input_images"]["sha256"] == read_input_images(photos).sha256
+    assert records[0]["sampling"] == records[1]["sampling"]
+    rows = [json.loads((tmp_path / name / "per_image.json").read_text("utf-8")) for name in names]
+    assert [row["input"] for row in rows[0]] == ["1.png", "2.png", "10.png"]
+    for one, two in zip(*rows, strict=True):  # with one thread for each process, rounding differs
+        first, second = (
+            read_image(tmp_path / name / row["image"]).astype(int)
+            for name, row in zip(names, (one, two), strict=True)
+        )
+        assert np.abs(first - second).max() <= 1
+    picture(photos / "2.png", 99)
+    assert main([*common, "--out", str(tmp_path / "one.json")]) == 0
+    again = json.loads((tmp_path / "one.json").read_text("utf-8"))
+    assert again["n_reused_images"] == 0
+    assert again["sampling"]["prompts_sha256"] != records[0]["sampling"]["prompts_sha256"]
+    capsys.readouterr()
+    assert main(["eval", str(img2img), "--input-images", str(photos), "--out", "x.json"]) == 2
+    assert "--prompts" in capsys.readouterr().err
