@@ -143,7 +143,7 @@ def _served(source: PipelineSource) -> str:
 
     requests = [replace(one, steps=2 + place) for place, one in enumerate(_requests(source))]
     expected = [source.generate([request])[0] for request in requests]
-    engine = StepEngine(source.pipeline)
+    engine = StepEngine(source.pipeline, traits=source.traits)
     try:
         done = [job.future.result(120) for job in engine.submit(requests)]
     finally:

@@ -29,6 +29,7 @@ from modelops.models.pipelines.observe import find_traits
 from modelops.models.pipelines.signatures import parameters_of
 from modelops.models.pipelines.state import GlobalNoise, Samplers
 from modelops.models.pipelines.tokens import PromptReader
+from modelops.models.pipelines.traits import Traits
 from modelops.models.pipelines.watch import tensors_with_rows
 from modelops.models.request import GUIDANCE_OFF, ImageRequest
 from modelops.serving.engine.jobs import Job
@@ -80,6 +81,7 @@ class PipelineModel:
 
     Args:
         pipeline: with its networks in torch or in another runtime.
+        traits: of the pipeline; measured if not given.
 
     Raises:
         UsageError: it has neither a transformer nor a UNet, or belongs to another engine.
@@ -87,7 +89,7 @@ class PipelineModel:
 
     previews = False
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, traits: Traits | None = None) -> None:
         self.pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)
         self._denoiser = denoiser_of(pipeline)
@@ -98,7 +100,7 @@ class PipelineModel:
             )
         if hasattr(vars(self._denoiser).get("forward"), _MARK):
             raise UsageError("the pipeline belongs to another engine", hint="close that one first")
-        self._traits = find_traits(pipeline)
+        self._traits = traits or find_traits(pipeline)
         self._traits.require_no_image()
         self.height, self.width = self._size()
         self._reader = PromptReader(pipeline)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from modelops.base.errors import ModelopsError, ServingError, UsageError
+from modelops.models.pipelines.traits import Traits
 from modelops.models.request import ImageRequest
 from modelops.serving.engine.batch_profile import BatchProfile, RowRate, measure_profile
 from modelops.serving.engine.jobs import MAX_PREVIEWS, Job, Preview, StepReport, job_to_image
@@ -46,6 +47,7 @@ class StepEngine:
     Args:
         pipeline: any diffusers pipeline with a denoiser, its networks in torch or in another
             runtime. The engine owns it until it is closed.
+        traits: of the pipeline; measured if they are needed and not given.
         max_rows: rows of a forward pass, at most (a guided request takes two).
         profile_s: seconds to spend, before the first request, on finding out which widths pay (see
             `batch_profile.BatchProfile`); 0 measures nothing and allows every width up to max_rows.
@@ -58,6 +60,7 @@ class StepEngine:
         self,
         pipeline: Any,
         *,
+        traits: Traits | None = None,
         max_rows: int = 16,
         queue_limit: int = 64,
         profile_s: float = 0.0,
@@ -67,7 +70,7 @@ class StepEngine:
         if max_rows < 2 or queue_limit < 1:
             raise UsageError("max_rows must be at least 2 and queue_limit at least 1")
         self.pipeline = pipeline
-        self.model: StepModel[Any] = step_model(pipeline)
+        self.model: StepModel[Any] = step_model(pipeline, traits)
         self.max_rows = max_rows
         self._on_step = on_step or (lambda report: None)
         self._on_wasted = on_wasted or (lambda steps, reason: None)

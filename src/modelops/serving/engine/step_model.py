@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from modelops.models.pipelines.traits import Traits
 from modelops.models.request import ImageRequest
 from modelops.serving.engine.jobs import Job
 
@@ -95,8 +96,12 @@ class StepModel(Protocol[TrackT]):
         """Leave the pipeline as it was."""
 
 
-def step_model(pipeline: Any) -> StepModel[Any]:
+def step_model(pipeline: Any, traits: Traits | None = None) -> StepModel[Any]:
     """Return the step model with which the engine drives a pipeline.
+
+    Args:
+        pipeline: with its networks in torch or in another runtime.
+        traits: of the pipeline; measured if they are needed and not given.
 
     Raises:
         UsageError: a pipeline without a denoiser that could be shared.
@@ -107,4 +112,4 @@ def step_model(pipeline: Any) -> StepModel[Any]:
         return FlowModel(pipeline)
     from modelops.serving.engine.diffusers import PipelineModel
 
-    return PipelineModel(pipeline)
+    return PipelineModel(pipeline, traits)
