@@ -105,10 +105,14 @@ def samplings(evaluations: list[Measured]) -> list[tuple[str, str]]:
         s = item.record.sampling
         text = "sampling not recorded"
         if s:
+            size = f"{s.height} × {s.width} pixels" if s.height else "each image's own size"
+            inputs = item.record.inputs.get("input_images")
             text = (
-                f"{s.n_prompts:,} prompts × {s.replicates}, {s.height} × {s.width} pixels, "
-                f"{s.scheduler} with {s.steps} steps at guidance {s.guidance:g}, seed {s.seed}, "
-                f"prompts {s.prompts_sha256[:12]}"
+                f"{s.n_prompts:,} prompts × {s.replicates}, {size}, "
+                f"{s.scheduler or 'its own sampler'} with {s.steps or 'its own'} steps at "
+                f"{f'guidance {s.guidance:g}' if s.guidance else 'its own guidance or none'}, "
+                f"seed {s.seed}, prompts {s.prompts_sha256[:12]}"
+                + (f", input images {inputs.sha256[:12]}" if inputs else "")
             )
         groups.setdefault(text, []).append(item.name)
     return [(text, ", ".join(names)) for text, names in groups.items()]
