@@ -63,9 +63,15 @@ def native_size(pipeline: Any) -> tuple[int | None, int | None]:
 
     They are the call's own defaults, else those that the parts' configurations give.
     """
-    form = read_form(pipeline)
-    if not form.takes("height"):
+    if not read_form(pipeline).takes("height"):
         return None, None
+    return configured_size(pipeline)
+
+
+def configured_size(pipeline: Any) -> tuple[int, int]:
+    """Return height and width in pixels that the call's defaults or the parts' configurations give;
+    256 where they give none."""
+    form = read_form(pipeline)
     stated = form.default("height"), form.default("width")
     if all(isinstance(side, int) for side in stated):
         return stated

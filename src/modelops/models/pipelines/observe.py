@@ -13,7 +13,12 @@ import torch
 
 from modelops.base.errors import ModelopsError, UsageError, first_line
 from modelops.base.extras import missing_package
-from modelops.models.pipelines.arguments import images_of, native_size, pipeline_arguments
+from modelops.models.pipelines.arguments import (
+    configured_size,
+    images_of,
+    native_size,
+    pipeline_arguments,
+)
 from modelops.models.pipelines.form import denoiser_of, read_form
 from modelops.models.pipelines.inputs import takes_image
 from modelops.models.pipelines.peek import peek
@@ -25,7 +30,6 @@ from modelops.models.request import GUIDANCE_OFF, ImageRequest
 _NEGATIVE = "a dark house with a flag"
 _LIKE_IT = ("blue flag", "two dogs", "green sun", "a dog")  # one has as many tokens as SHORT_PROMPT
 _STEPS = 2
-_STEPS_FROM_IMAGE = 8  # of which pipelines make a share, 0.3 and more
 _SIDES = ((64, 64), (128, 128), (256, 256))  # of input images, where a call states no size
 _FRACTIONS = (4, 2, 1)  # of the native size, tried in this order: these calls need not be pretty
 _STEEP = 7.0  # a guidance scale
@@ -97,11 +101,13 @@ class _Observer:
     def _of_input_images(self, first: ImageRequest) -> Traits:
         """Return the traits of a pipeline that changes images, which are alone in their calls."""
         size = (first.height, first.width) if first.height and first.width else None
+        of_input = None if self.form.takes("height") else configured_size(self.pipeline)
         with watching_global_noise() as drawn:
             alone = self._image([first])
         found = Traits(
             self.form, sharing="one", reason="it is made of an input image", wants_image=True,
-            global_noise=drawn[0], native_size=native_size(self.pipeline), quick_size=size,
+            global_noise=drawn[0], native_size=native_size(self.pipeline),
+            input_size=of_input, quick_size=size,
         )  # fmt: skip
         return self._guided(found, [first], alone)
 
@@ -137,10 +143,9 @@ class _Observer:
                 except _FAILURES as error:
                     problem = problem if bare else error
         self.form = replace(self.form, bare_prompt=False)
-        if takes_image(self.form):
-            request = replace(request, steps=_STEPS_FROM_IMAGE)
-            if (found := self._first_with_image(request, sizes)) is not None:
-                return found
+        found = self._first_with_image(request, sizes) if takes_image(self.form) else None
+        if found is not None:
+            return found
         self._side = None
         assert problem is not None
         if isinstance(problem, ModelopsError):

@@ -44,6 +44,7 @@ class Traits:
         wants_image: whether no call works without an input image.
         native_size: height and width in pixels of a call that states none.
         fixed_size: height and width in pixels of every image; None where a call can state them.
+        input_size: height and width in pixels of input images, where an image has their size.
         quick_size: height and width of a small image that the pipeline takes; None where a call
             cannot state them.
     """
@@ -59,6 +60,7 @@ class Traits:
     wants_image: bool = False
     native_size: tuple[int | None, int | None] = (None, None)
     fixed_size: tuple[int, int] | None = None
+    input_size: tuple[int, int] | None = None
     quick_size: tuple[int, int] | None = None
 
     def check(self, request: ImageRequest) -> None:
@@ -121,7 +123,7 @@ class Traits:
     @property
     def size_of_input(self) -> bool:
         """Whether an image has the size of its input image."""
-        return self.wants_image and not self.form.takes("height")
+        return self.input_size is not None
 
     @property
     def default_guidance(self) -> float | None:
@@ -139,7 +141,9 @@ class Traits:
 
     @property
     def own_size(self) -> tuple[int | None, int | None]:
-        """Native size where a call can state another; else None twice."""
+        """Native size where there can be another; else None twice."""
+        if self.input_size is not None:
+            return self.input_size
         return (None, None) if self.fixed_size else self.native_size
 
     @property
@@ -161,10 +165,14 @@ class Traits:
         """A prompt that is a class; numbers beyond the last begin anew."""
         return str(number % max(1, self.form.n_classes))
 
-    def made_up_images(self, shape: tuple[int, int, int, int]) -> dict[str, torch.Tensor]:
-        """Return arguments for a pipeline that wants images: noise [N, 3, H, W] in [0, 1]."""
+    def made_up_images(self, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+        """Return arguments for a pipeline that wants images: noise [N, 3, H, W] in [0, 1], and the
+        strength at which every step is taken."""
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        given = {"image": images, "control_image": images, "mask_image": images[:, :1].round()}
+        given = {
+            "image": images, "control_image": images, "mask_image": images[:, :1].round(),
+            "strength": 1.0,
+        }  # fmt: skip
         return {name: value for name, value in given.items() if self.form.takes(name)}
 
     def arguments(self, requests: Sequence[ImageRequest]) -> dict[str, Any]:
