@@ -130,9 +130,10 @@ class _Observer:
         height, width = native_size(self.pipeline)
         request = ImageRequest(prompt=prompt, seed=1, steps=_STEPS)
         sizes = [(height // n, width // n) for n in _FRACTIONS] if height and width else []
+        tries = [(size, _STEPS) for size in [*sizes, (None, None)]]
         problem: Exception | None = None
-        for size in [*sizes, (None, None)]:
-            request = replace(request, height=size[0], width=size[1])
+        for size, steps in [*tries, (tries[0][0], None)]:  # Ideogram has one number of steps
+            request = replace(request, height=size[0], width=size[1], steps=steps)
             for bare in (False, True) if self.form.subject == "prompt" else (False,):
                 self.form = replace(self.form, bare_prompt=bare)
                 try:
@@ -143,6 +144,7 @@ class _Observer:
                 except _FAILURES as error:
                     problem = problem if bare else error
         self.form = replace(self.form, bare_prompt=False)
+        request = replace(request, steps=_STEPS)
         found = self._first_with_image(request, sizes) if takes_image(self.form) else None
         if found is not None:
             return found
