@@ -53,12 +53,12 @@ FLOORS = {
         "int8", "to_onnx", "to_int8", "to_tensorrt", "to_torchscript",
     ),
     "evaluation": (
-        "grids", "lit", "per_image", "prompts", "reference", "settings", "sources", "workers",
+        "grids", "lit", "per_image", "inputs", "prompts", "reference", "settings", "sources", "workers",
         "samples", "sampling", "compare", "workbench", "overfitting", "report", "measures",
         "evaluate",
     ),
     "data": (
-        "folders", "images", "manifest", "neighbours", "rates", "candidates", "check", "corpora",
+        "folders", "manifest", "neighbours", "rates", "candidates", "check", "corpora",
         "embeddings", "units", "calibration", "dedup", "split", "shards", "stats", "smoke",
     ),
 }  # fmt: skip

@@ -337,8 +337,8 @@ def handles() -> int:
 
 
 def threads() -> int:
-    """Threads, but for asyncio's and AnyIO's pools, which are bounded and grow when they like."""
-    pools = ("asyncio_", "AnyIO worker")
+    """Threads, but for those of pools, which are bounded and grow when they like."""
+    pools = ("asyncio_", "AnyIO worker", "modelops-finish")
     return sum(not thread.name.startswith(pools) for thread in threading.enumerate())
 
 

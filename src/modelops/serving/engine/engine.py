@@ -47,7 +47,7 @@ class StepEngine:
     Args:
         pipeline: any diffusers pipeline with a denoiser, its networks in torch or in another
             runtime. The engine owns it until it is closed.
-        traits: of the pipeline; measured if they are needed and not given.
+        traits: of the pipeline; measured if needed and not given.
         max_rows: rows of a forward pass, at most (a guided request takes two).
         profile_s: seconds to spend, before the first request, on finding out which widths pay (see
             `batch_profile.BatchProfile`); 0 measures nothing and allows every width up to max_rows.
@@ -339,6 +339,5 @@ class StepEngine:
             job.future.set_exception(error or EngineError("unknown"))
 
     def _backlog_seconds(self) -> float:
-        work = sum(job.remaining for job in self._waiting)
-        work += sum(track.job.remaining for track in self._running)
-        return self._row_rate.seconds_for(work)
+        jobs = [*self._waiting, *(track.job for track in self._running)]
+        return self._row_rate.seconds_for(sum(job.remaining for job in jobs))
