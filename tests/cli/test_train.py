@@ -77,6 +77,7 @@ def test_a_mistake_costs_one_line_and_code_2(
     assert not (project / "runs").exists()
 
 
+@pytest.mark.slow
 def test_train_then_again_then_resume(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "project/pilot_config.yaml", "--json"]
     assert main(arguments) == 0

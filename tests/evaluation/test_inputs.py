@@ -16,6 +16,7 @@ from modelops.base.images import read_image
 from modelops.cli.main import main
 from modelops.evaluation.inputs import read_input_images
 from modelops.evaluation.prompts import plan_with_inputs
+from modelops.evaluation.workers.tasks import Job, job_from_json, job_to_json
 from modelops.models.pipelines.form import CallForm, read_form
 from modelops.models.pipelines.inputs import image_arguments
 from modelops.models.request import ImageRequest, InputImage
@@ -208,14 +209,14 @@ def test_sample_refuses_images_where_none_are_taken(
     assert "takes no input images" in capsys.readouterr().err
 
 
-def test_eval_changes_images_in_any_process(
+def test_eval_changes_the_images_of_a_folder(
     photos: Path, img2img: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("sun\nmoon\nhouse\n", "utf-8")
     common = ["eval", str(img2img), "--prompts", str(prompts), "--steps", "6", *LIGHT]
     common += ["--input-images", str(photos)]
-    assert main([*common, "--processes", "2", "--out", str(tmp_path / "record.json")]) == 0
+    assert main([*common, "--out", str(tmp_path / "record.json")]) == 0
     record = json.loads((tmp_path / "record.json").read_text("utf-8"))
     listed = read_input_images(photos)
     assert record["inputs"]["input_images"]["sha256"] == listed.sha256
@@ -226,6 +227,8 @@ def test_eval_changes_images_in_any_process(
         request = ImageRequest(prompt=row["prompt"], seed=row["seed"], steps=6, image=image)
         made = read_image(tmp_path / "record" / row["image"]).astype(int)
         assert np.abs(made - source.generate([request])[0].astype(int)).max() <= 1
+    job = Job(0, ImageRequest(prompt="sun", seed=1, image=listed.images[0]), tmp_path / "x.png")
+    assert job_from_json(json.loads(json.dumps(job_to_json(job)))) == job  # for other processes
     capsys.readouterr()
     assert main(["eval", str(img2img), "--input-images", str(photos), "--out", "x.json"]) == 2
     assert "--prompts" in capsys.readouterr().err

@@ -71,6 +71,7 @@ def test_the_reference_pictures_have_no_distance_to_themselves(corpus: Any, tmp_
     assert record.reference is not None and record.reference.path.endswith("known.npz")
 
 
+@pytest.mark.slow
 def test_fid_is_extrapolated_to_infinitely_many_images(corpus: Any, tmp_path: Path) -> None:
     """By the function that metrics/test_frechet holds to its formula, on Inception features."""
     from modelops.metrics.frechet import frechet_infinity

@@ -146,6 +146,7 @@ def no_cache_beside(material: Material) -> Iterator[None]:
     blocked.unlink()
 
 
+@pytest.mark.slow
 def test_streamed_features_are_those_of_one_process(material: Material, tmp_path: Path) -> None:
     settings = replace(material.settings, stream=True, safety="none", blocklist=None)
     records = [tmp_path / "one.json", tmp_path / "two.json"]
@@ -286,12 +287,15 @@ def test_a_device_that_is_not_there_is_named(material: Material, tmp_path: Path)
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    for name, message in (("cuda", "0 CUDA devices are visible"), ("gpu", "no such name")):
+    alone = {"source": open_source(str(material.folder))}
+    for name, message, given in (
+        ("cuda", "0 CUDA devices are visible", shared(material.folder, 2)),
+        ("gpu", "no such name", alone),
+    ):
         settings = replace(material.settings, extractor_device=name)
-        for both in ({"source": open_source(str(material.folder))}, shared(material.folder, 2)):
-            with pytest.raises(UsageError, match=message) as caught:
-                evaluate(settings=settings, out_path=tmp_path / "out.json", **both)
-            assert caught.value.hint
+        with pytest.raises(UsageError, match=message) as caught:
+            evaluate(settings=settings, out_path=tmp_path / "out.json", **given)
+        assert caught.value.hint
 
 
 @pytest.mark.slow

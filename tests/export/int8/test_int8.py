@@ -138,6 +138,7 @@ def test_refusals(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_layers_are_given_up_until_the_outputs_are_within_bounds(
     int8_artifact: Path,
     onnx_artifact: Path,
@@ -164,6 +165,7 @@ def test_layers_are_given_up_until_the_outputs_are_within_bounds(
     assert len(after.calibration["keep_fp32"]) > len(before.calibration["keep_fp32"])
 
 
+@pytest.mark.slow
 def test_int8_that_no_runtime_here_runs_is_refused(
     onnx_artifact: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

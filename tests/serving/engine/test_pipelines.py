@@ -144,6 +144,7 @@ def test_without_text(start: Callable[..., StepEngine]) -> None:
             engine.fill(replace(requests[0], **wrong))
 
 
+@pytest.mark.slow
 def test_an_exported_pipeline_is_served_like_its_checkpoint(
     tmp_path: Path, start: Callable[..., StepEngine]
 ) -> None:
