@@ -53,8 +53,8 @@ FLOORS = {
         "int8", "to_onnx", "to_int8", "to_tensorrt", "to_torchscript",
     ),
     "evaluation": (
-        "grids", "lit", "per_image", "inputs", "prompts", "reference", "settings", "sources", "workers",
-        "samples", "sampling", "compare", "workbench", "overfitting", "report", "measures",
+        "grids", "lit", "per_image", "inputs", "prompts", "reference", "settings", "sources",
+        "workers", "samples", "sampling", "compare", "workbench", "overfitting", "report", "measures",
         "evaluate",
     ),
     "data": (
