@@ -54,8 +54,8 @@ FLOORS = {
     ),
     "evaluation": (
         "grids", "lit", "per_image", "inputs", "prompts", "reference", "settings", "sources",
-        "workers", "samples", "sampling", "compare", "workbench", "overfitting", "report", "measures",
-        "evaluate",
+        "workers", "samples", "sampling", "compare", "workbench", "overfitting", "report",
+        "measures", "evaluate",
     ),
     "data": (
         "folders", "manifest", "neighbours", "rates", "candidates", "check", "corpora",

@@ -184,6 +184,40 @@ def test_what_has_no_effect_is_refused(photos: Path, img2img: Path) -> None:
         source.generate([ImageRequest(prompt="sun", seed=3, image=masked)])
 
 
+def test_pairs_do_not_shift(photos: Path, img2img: Path, tmp_path: Path) -> None:
+    (photos / "3.avif").write_bytes(b"?")
+    with pytest.raises(UsageError, match=r"3\.avif: not an image that is read"):
+        read_input_images(photos)
+    (photos / "3.avif").unlink()
+    (photos / "4.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UsageError, match=r"4\.png: not an image that is read"):
+        read_input_images(photos)
+    (photos / "4.png").unlink()
+    arguments = ["sample", str(img2img), "--prompt", "sun", "--input-images", str(photos)]
+    assert main([*arguments, "--out", str(photos)]) == 2
+    assert not (photos / "samples.json").exists()
+
+
+def test_masks_are_checked_before_the_first_image(
+    photos: Path, inpainting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 2):
+        half_mask().save(photos / f"{number}_mask.png")
+    arguments = ["sample", str(inpainting), "--prompt", "sun", "--input-images", str(photos)]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "10.png: " in (error := capsys.readouterr().err)
+    assert "NAME_mask.png" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_steps_are_one_line(
+    photos: Path, img2img: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sample", str(img2img), "--prompt", "sun", "--input-images", str(photos)]
+    assert main([*arguments, "--steps", "1", "--out", str(tmp_path / "out")]) in (1, 2)
+    assert "unexpected" not in capsys.readouterr().err
+
+
 def test_sample_changes_every_image(photos: Path, img2img: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["sample", str(img2img), "--prompt", "sun", "--steps", "6", "--out", str(out)]
@@ -195,6 +229,7 @@ def test_sample_changes_every_image(photos: Path, img2img: Path, tmp_path: Path)
     ]  # fmt: skip
     assert len({each["seed"] for each in entries}) == 6
     assert read_image(out / "0000-0.png").shape == (32, 40, 3)
+    assert {(each["height"], each["width"]) for each in entries} == {(32, 40)}
 
 
 def test_sample_refuses_images_where_none_are_taken(
@@ -218,6 +253,7 @@ def test_eval_changes_the_images_of_a_folder(
     common += ["--input-images", str(photos)]
     assert main([*common, "--out", str(tmp_path / "record.json")]) == 0
     record = json.loads((tmp_path / "record.json").read_text("utf-8"))
+    assert (record["sampling"]["height"], record["sampling"]["width"]) == (32, 40)
     listed = read_input_images(photos)
     assert record["inputs"]["input_images"]["sha256"] == listed.sha256
     rows = json.loads((tmp_path / "record" / "per_image.json").read_text("utf-8"))

@@ -14,6 +14,7 @@ import numpy as np
 from modelops.base.environment import current_environment
 from modelops.base.errors import EvaluationError, ModelopsError, UsageError
 from modelops.base.files import sha256_file, write_json
+from modelops.base.images import image_size
 from modelops.evaluation.grids import write_grid
 from modelops.evaluation.inputs import InputImages, read_input_images, require_takes_images
 from modelops.evaluation.measures import FAMILIES
@@ -29,7 +30,7 @@ from modelops.evaluation.prompts import (
     read_prompts,
 )
 from modelops.evaluation.reference import RealPictures, open_folder_reference, open_reference
-from modelops.evaluation.samples import draw_samples
+from modelops.evaluation.samples import Samples, draw_samples
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.workbench import Workbench
 from modelops.evaluation.workers.tasks import Workers
@@ -122,9 +123,9 @@ def _evaluate(
     inputs = _input_images(settings, source, record)
     prompts, plan = _plan(settings, reference, source, inputs)
     request = _request(source, settings)
-    for prompt in prompts.prompts:
-        image = inputs.images[0] if inputs else None
-        source.check(replace(request, prompt=prompt, image=image))
+    for planned in plan:
+        if planned.fault is None and (planned.replicate == 0 or planned.image is not None):
+            source.check(replace(request, prompt=planned.prompt, image=planned.image))
     sampling = Sampling(
         seed=settings.seed, scheduler=source.scheduler_name, steps=request.steps or 0,
         guidance=request.guidance or 0.0, height=request.height or 0, width=request.width or 0,
@@ -143,6 +144,8 @@ def _evaluate(
     samples = draw_samples(
         source, plan, request, workdir / "samples", workers=workers, on_progress=on_progress
     )
+    if inputs is not None:
+        sampling = record.sampling = _with_size(sampling, samples)
     record.n_failed_images, record.n_reused_images = len(samples.failures), samples.reused
 
     bench = Workbench(
@@ -299,8 +302,17 @@ def _request(source: ModelSource, settings: EvaluationSettings) -> ImageRequest:
         prompt="", seed=0,
         steps=settings.steps if settings.steps is not None else defaults.steps,
         guidance=settings.guidance if settings.guidance is not None else defaults.guidance,
-        height=settings.height or defaults.height, width=settings.width or defaults.width,
+        # An image's size may be that of its input.
+        height=settings.height or (None if settings.input_images else defaults.height),
+        width=settings.width or (None if settings.input_images else defaults.width),
     )  # fmt: skip
+
+
+def _with_size(sampling: Sampling, samples: Samples) -> Sampling:
+    """Add the size of the images, if all have one."""
+    sizes = {image_size(path.read_bytes()) for path in samples.paths.values()}
+    width, height = (sizes.pop() if len(sizes) == 1 else None) or (0, 0)
+    return sampling.model_copy(update={"height": height, "width": width})
 
 
 def _write_files(bench: Workbench, out: Path) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from modelops.base.errors import UsageError
 from modelops.base.files import sha256_json
-from modelops.data.folders import images_of
+from modelops.data.folders import IMAGE_SUFFIXES, images_of, is_image
 from modelops.models.pipelines.inputs import list_input
 from modelops.models.request import InputImage
 from modelops.models.sources import ModelSource
 
+_UNREAD = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".pbm", ".pgm", ".ppm", ".svg", ".tga")
 _MASK = re.compile(r"(.+)[._-]mask", re.IGNORECASE)
 
 
@@ -43,9 +44,17 @@ def read_input_images(folder: Path) -> InputImages:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of input images")
-    files, _ = images_of(folder)
+    there = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for path in sorted(there):
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *_UNREAD) and not is_image(path):
+            raise UsageError(
+                f"{path}: not an image that is read, and without it others would belong to other "
+                "prompts",
+                hint="move it away or save it as PNG",
+            )
+    files = filter(is_image, there)
     masks = {found[1]: path for path in files if (found := _MASK.fullmatch(path.stem))}
-    images = [path for path in files if not _MASK.fullmatch(path.stem)]
+    images = [path for path in images_of(folder)[0] if not _MASK.fullmatch(path.stem)]
     if lost := set(masks) - {path.stem for path in images}:
         raise UsageError(f"{masks[min(lost)]}: a mask without its image")
     if not images:

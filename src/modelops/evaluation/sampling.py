@@ -45,14 +45,20 @@ def sample_images(
         raise UsageError("no prompts", hint="give --prompt or --prompt-file")
     if inputs is not None:
         require_takes_images(source)
+        if inputs.folder.resolve() == out_dir.resolve():
+            raise UsageError(
+                f"{out_dir}: the folder of the input images", hint="give another with --out"
+            )
     defaults = source.defaults
+    # An image's size may be that of its input.
+    height, width = (defaults.height, defaults.width) if inputs is None else (None, None)
     plan = plan_samples(prompts, inputs, per_prompt, seed)
     requests = [
         ImageRequest(
             prompt=planned.prompt, seed=planned.seed, image=planned.image,
             steps=steps if steps is not None else defaults.steps,
             guidance=guidance if guidance is not None else defaults.guidance,
-            height=size or defaults.height, width=size or defaults.width,
+            height=size or height, width=size or width,
         )
         for planned in plan
     ]  # fmt: skip
@@ -76,6 +82,7 @@ def sample_images(
                 name = f"{index // per_prompt:04d}-{index % per_prompt}.png"
                 write_bytes(out_dir / name, data)
                 entry |= {"file": name, "sha256": sha256_bytes(data)}
+                entry |= {"height": made.shape[0], "width": made.shape[1]}
                 images.append(made)
             entries.append(entry)
         if on_progress:

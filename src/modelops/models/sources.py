@@ -254,13 +254,16 @@ class PipelineSource(ModelSource):
         except Exception as error:  # each runtime has its own for a size that a network cannot have
             size = first.height, first.width
             usual = size in ((None, None), self.traits.native_size)
-            if isinstance(error, ModelopsError) or (usual and not isinstance(error, ValueError)):
+            known = isinstance(error, ValueError) or first.image is not None
+            if isinstance(error, ModelopsError) or (usual and not known):
                 raise
             name, reason = type(self.pipeline).__name__, first_line(error)
             if usual:
                 raise UsageError(
                     f"{name} does not make this image: {reason}",
-                    hint="run with --debug for the pipeline's own report",
+                    hint="run with --debug for the pipeline's own report"
+                    if first.image is None
+                    else "does it take such an image? With few --steps its strength may leave none",
                 ) from error
             raise UsageError(
                 f"{name} makes no image of {first.width}x{first.height} pixels: {reason}",

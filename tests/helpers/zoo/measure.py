@@ -155,7 +155,12 @@ class Bench:
         return self.worst(requests, open_checkpoint(self.checkpoint).generate(requests))
 
     def served(self) -> int:
-        requests = [self.request(SHORT), self.request(LONG, seed=8, steps=self.family.steps[1])]
+        guided = self.family.guided and self.family.kind in ("text", "class")
+        requests = [
+            self.request(SHORT),
+            self.request(LONG, seed=8, steps=self.family.steps[1]),
+            *([self.request(MIDDLE, seed=9, guidance=6.0)] * guided),
+        ]
         engine = StepEngine(load_checkpoint(self.checkpoint), profile_s=0)
         try:
             jobs = engine.submit(requests)

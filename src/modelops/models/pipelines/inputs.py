@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +69,8 @@ def image_arguments(form: CallForm, given: InputImage) -> dict[str, Any]:
 
 
 def takes_image(form: CallForm) -> bool:
-    """Return whether a pipeline can be given one input image."""
-    wants_two = form.takes(_IMAGE) and form.defaults.get(_CONTROL) is inspect.Parameter.empty
-    return (form.takes(_IMAGE) or form.takes(_CONTROL)) and not wants_two
+    """Return whether a pipeline can be given one input image; some want a control image too."""
+    return form.takes(_IMAGE) != form.takes(_CONTROL)
 
 
 def _digest(files: list[str]) -> str:

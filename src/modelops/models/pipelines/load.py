@@ -172,9 +172,22 @@ def _parts_of_transformers(
     return parts
 
 
+def _has_adapter(path: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as weights:
+        return any(".lora_" in key or ".base_layer." in key for key in weights.keys())  # noqa: SIM118
+
+
 def _require_whole(folder: Path, missing: Iterable[str]) -> None:
     lacking = sorted(key for key in missing if not any(head in key for head in _UNUSED_HEADS))
     if lacking:
+        if any(_has_adapter(path) for path in folder.glob("*.safetensors")):
+            raise UsageError(
+                f"{folder}: saved with a LoRA adapter in it",
+                hint="call fuse_lora() and unload_lora_weights() before save_pretrained(), or save "
+                "the adapter by itself and give it with --lora",
+            )
         raise UsageError(
             f"{folder}: its files lack {lacking[0]}"
             + (f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""),

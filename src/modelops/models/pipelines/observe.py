@@ -30,6 +30,7 @@ from modelops.models.request import GUIDANCE_OFF, ImageRequest
 _NEGATIVE = "a dark house with a flag"
 _LIKE_IT = ("blue flag", "two dogs", "green sun", "a dog")  # one has as many tokens as SHORT_PROMPT
 _STEPS = 2
+_OF_VIDEOS = ("num_frames", "video_length")
 _SIDES = ((64, 64), (128, 128), (256, 256))  # of input images, where a call states no size
 _FRACTIONS = (4, 2, 1)  # of the native size, tried in this order: these calls need not be pretty
 _STEEP = 7.0  # a guidance scale
@@ -126,6 +127,8 @@ class _Observer:
                 f"{self.form.pipeline} wants {' and '.join(lacking)}, which no request carries",
                 hint="give the whole pipeline that it is a part of",
             )
+        if any(self.form.takes(name) for name in _OF_VIDEOS):
+            raise UsageError(f"{self.form.pipeline} makes videos")
         prompt = Traits(self.form).any_prompt
         height, width = native_size(self.pipeline)
         request = ImageRequest(prompt=prompt, seed=1, steps=_STEPS)
@@ -149,6 +152,11 @@ class _Observer:
         if found is not None:
             return found
         self._side = None
+        if self.form.takes("image") and self.form.takes("control_image"):
+            raise UsageError(
+                f"{self.form.pipeline} wants an input image and a control image, and a request "
+                "carries one"
+            )
         assert problem is not None
         if isinstance(problem, ModelopsError):
             raise problem

@@ -19,6 +19,7 @@ import greenlet
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import DiffusionPipeline
 
 from modelops.base.errors import UsageError
 from modelops.export.runtimes.modules import ExportedModule
@@ -230,8 +231,11 @@ class PipelineModel:
             with torch.no_grad():
                 output = pipeline(**self._traits.arguments([request]))
             track.picture = floats_to_uint8(images_of(output))[0]
+            height, width = track.picture.shape[:2]
+            if (request.height or height, request.width or width) != (height, width):
+                raise UsageError(f"the pipeline made an image of {width}x{height} pixels")
 
-        pipeline = copy.copy(self.pipeline)  # a call leaves its guidance and more in attributes
+        pipeline = _copy_of(self.pipeline)
         noise = GlobalNoise(request.seed) if self._traits.global_noise else None
         track = PipelineTrack(job, greenlet.greenlet(run), self._samplers.fresh(), noise)
         self._tracks[track.routine] = track
@@ -373,3 +377,13 @@ def _close(first: Any, second: Any) -> bool:
     if one.shape != other.shape:
         return False
     return bool((one - other).norm() <= _ROUNDING * other.norm())
+
+
+def _copy_of(pipeline: Any) -> Any:
+    """Return a pipeline whose calls leave their guidance and more in attributes of its own; its
+    parts are shared."""
+    copied = copy.copy(pipeline)
+    for name, part in vars(pipeline).items():
+        if isinstance(part, DiffusionPipeline):  # the prior and the decoder of a combined one
+            vars(copied)[name] = copy.copy(part)
+    return copied

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from modelops.base.errors import ModelopsError, ServingError, UsageError
+from modelops.base.errors import ModelopsError, ServingError, UsageError, first_line
 from modelops.models.pipelines.traits import Traits
 from modelops.models.request import ImageRequest
 from modelops.serving.engine.batch_profile import BatchProfile, RowRate, measure_profile
@@ -252,7 +252,7 @@ class StepEngine:
         for job, track in zip(jobs, tracks, strict=True):
             if isinstance(track, Exception):
                 log.error("could not start a request", exc_info=track)
-                self._fail(job, EngineError(f"could not start: {type(track).__name__}"))
+                self._fail(job, EngineError(f"could not start: {first_line(track)}"))
                 continue
             job.started, job.rows = time.monotonic(), track.rows
             with self._changed:
