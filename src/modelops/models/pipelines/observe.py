@@ -72,7 +72,7 @@ class _Observer:
             return self._of_input_images(first)
         pair = [first, replace(first, seed=2)]
         size = (first.height, first.width) if first.height and first.width else None
-        found = Traits(self.form, quick_size=size)
+        found = Traits(self.form, quick_size=size, fixed_steps=self._fixed_steps(first))
         if not self.form.takes("height"):
             height, width = self._image([first]).shape[:2]
             found = replace(found, fixed_size=(height, width), native_size=(height, width))
@@ -108,9 +108,22 @@ class _Observer:
         found = Traits(
             self.form, sharing="one", reason="it is made of an input image", wants_image=True,
             global_noise=drawn[0], native_size=native_size(self.pipeline),
-            input_size=of_input, quick_size=size,
+            input_size=of_input, quick_size=size, fixed_steps=self._fixed_steps(first),
         )  # fmt: skip
         return self._guided(found, [first], alone)
+
+    def _fixed_steps(self, first: ImageRequest) -> int | None:
+        """Return the call's own number of steps if it takes no other."""
+        own = self.form.default("num_inference_steps")
+        if not isinstance(own, int):
+            return None
+        if first.steps is None:
+            return own
+        try:
+            self._image([replace(first, steps=first.steps + 1)])
+        except _FAILURES:
+            return own
+        return None
 
     def _first(self) -> ImageRequest:
         """Return a request that works, small if the pipeline lets it.

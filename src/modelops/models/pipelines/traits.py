@@ -46,6 +46,7 @@ class Traits:
         native_size: height and width in pixels of a call that states none.
         fixed_size: height and width in pixels of every image; None where a call can state them.
         input_size: height and width in pixels of input images, where an image has their size.
+        fixed_steps: number of steps of every image; None where a call can state another.
         quick_size: height and width of a small image that the pipeline takes; None where a call
             cannot state them.
     """
@@ -62,6 +63,7 @@ class Traits:
     native_size: tuple[int | None, int | None] = (None, None)
     fixed_size: tuple[int, int] | None = None
     input_size: tuple[int, int] | None = None
+    fixed_steps: int | None = None
     quick_size: tuple[int, int] | None = None
 
     def check(self, request: ImageRequest) -> None:
@@ -90,6 +92,10 @@ class Traits:
                     f"guidance has no effect on images of {name} without a negative prompt",
                     hint="leave it out",
                 )
+        if self.fixed_steps and request.steps not in (None, self.fixed_steps):
+            raise UsageError(
+                f"{name} makes images in {self.fixed_steps} steps only", hint="leave --steps out"
+            )
         asked = request.height or request.width
         if asked and self.size_of_input:
             raise UsageError(

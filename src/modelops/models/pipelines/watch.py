@@ -163,6 +163,8 @@ def call_pipeline(
         requests: of images that may share a call.
         changes: arguments in place of those.
     """
+    if traits.fixed_steps:
+        requests = [replace(request, steps=traits.fixed_steps) for request in requests]
     given = traits.arguments(requests)
     if traits.wants_image:
         shape = (len(requests), 3, requests[0].height or 0, requests[0].width or 0)
