@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from modelops.records.base import (
     Amount,
@@ -15,6 +17,7 @@ from modelops.records.base import (
     Share,
 )
 from modelops.records.evaluation import SourceInfo
+from modelops.records.ranges import check_measured, check_value, range_of
 
 
 class SignTest(RecordPart):
@@ -62,6 +65,11 @@ class AbTestRecord(Record):
     differences: list[str] = []
     warnings: list[str] = []
 
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.metrics)
+        return self
+
 
 class ComparedMetric(RecordPart):
     """One metric of the second record against the first. `difference` is second minus first."""
@@ -84,6 +92,15 @@ class ComparedMetric(RecordPart):
     detectable: Amount | None = None  # smallest difference seen with 80 % power at this n
     prompts_needed: Count | None = None  # to show with 80 % power that equal sources are within it
     notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        for value in (self.first, self.second):
+            if value is not None:
+                check_value(self.metric, value, range_of(self.metric))
+        if self.difference is not None:
+            check_value(self.metric, self.difference, range_of(self.metric, difference=True))
+        return self
 
 
 class ComparisonRecord(Record):
@@ -110,3 +127,9 @@ class ComparisonRecord(Record):
     metrics: dict[str, Measurement] = {}
     images: dict[str, Measurement] = {}  # pixel by pixel, between the two sources' images
     warnings: list[str] = []
+
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.metrics, difference=True)
+        check_measured(self.images)
+        return self

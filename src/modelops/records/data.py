@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from modelops.records.base import Amount, Count, InputRef, Measurement, Record, RecordPart
+from pydantic import model_validator
+
+from modelops.records.base import (
+    Amount,
+    Count,
+    InputRef,
+    Measurement,
+    Record,
+    RecordPart,
+    Share,
+)
+from modelops.records.ranges import SHARE, check_measured
 
 
 class DuplicateCluster(RecordPart):
@@ -37,6 +48,11 @@ class DedupReport(Record):
     files: dict[str, InputRef] = {}
     warnings: list[str] = []
 
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.calibration)
+        return self
+
 
 class SplitReport(Record):
     """split.json, beside splits.parquet (id, split, group)."""
@@ -45,11 +61,16 @@ class SplitReport(Record):
     counts: dict[str, Count]
     n_groups: Count
     leakage: dict[str, Measurement] = {}
-    fractions: dict[str, float] = {}
+    fractions: dict[str, Share] = {}
     group_counts: dict[str, Count] = {}
     strategy: str = ""
     warnings: list[str] = []
     files: dict[str, InputRef] = {}
+
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.leakage, allowed=SHARE)
+        return self
 
 
 class SmokeReport(Record):
@@ -63,3 +84,8 @@ class SmokeReport(Record):
     images_per_second: Amount
     slowest_batch_over_median: Amount
     measurements: dict[str, Measurement] = {}
+
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.measurements)
+        return self

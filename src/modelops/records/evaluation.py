@@ -6,9 +6,17 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from modelops.records.base import Count, InputRef, Measurement, Record, RecordPart, Share
+from modelops.records.base import (
+    Amount,
+    Count,
+    InputRef,
+    Measurement,
+    Record,
+    RecordPart,
+    Share,
+)
+from modelops.records.ranges import check_measured
 
-_DISTANCES = ("frechet", "fid")  # never negative; extrapolated to infinite n they may be
 SliceVerdict = Literal["differs", "within noise", "too few"]
 
 
@@ -29,7 +37,7 @@ class Sampling(RecordPart):
     seed: int
     scheduler: str
     steps: Count
-    guidance: float
+    guidance: Amount
     height: Count
     width: Count
     n_prompts: Count
@@ -48,6 +56,11 @@ class AlignmentModelRecord(Record):
     counts: dict[str, Count] = {}
     candidates: list[dict[str, str | int | float | bool | None]] = []
     metrics: dict[str, Measurement] = {}
+
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.metrics)
+        return self
 
 
 class CopyingTest(RecordPart):
@@ -72,8 +85,8 @@ class OverfittingNote(RecordPart):
     closer_to_training: bool | None = None  # samples, than real held-out images are
     since_step: Count | None = None
     step: Count | None = None  # whose losses these are
-    train_loss: float | None = None
-    validation_loss: float | None = None
+    train_loss: Amount | None = None
+    validation_loss: Amount | None = None
 
 
 class MemorizationVerdict(RecordPart):
@@ -157,14 +170,9 @@ class EvaluationRecord(Record):
 
     @model_validator(mode="after")
     def _values_are_possible(self) -> Self:
-        parts = [(one.metric, part) for one in self.slices for part in (one.inside, one.rest)]
-        for name, measured in [*self.metrics.items(), *parts]:
-            if measured.low is None or measured.high is None:
-                continue
-            words, shown = name.split("_"), f"{name}: [{measured.low}, {measured.high}]"
-            if "rate" in words and (measured.low < 0 or measured.high > 1):
-                raise ValueError(f"{shown} is no interval of a rate")
-            is_distance = words[0] in _DISTANCES and "infinity" not in words
-            if is_distance and measured.high < -1e-6:
-                raise ValueError(f"{shown} is no interval of a distance")
+        check_measured(self.metrics)
+        for one in self.slices:
+            for part in (one.inside, one.rest):
+                check_measured({one.metric: part})
+            check_measured({one.metric: one.difference}, difference=True)
         return self

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt, model_valid
 from typing_extensions import TypedDict  # typing's own has no pydantic support before 3.12
 
 from modelops.records.base import Amount, Count, InputRef, Measurement, Record, RecordPart
+from modelops.records.ranges import check_measured, check_value, range_of
 
 
 class ExportedComponent(RecordPart):
@@ -53,6 +54,7 @@ class ParityCheck(RecordPart):
     def _a_distance_is_not_negative(self) -> Self:
         if self.value < 0 and self.measure not in _AT_LEAST:
             raise ValueError(f"{self.measure} is a distance, {self.value} is none")
+        check_value(self.measure, self.value, range_of(self.measure))
         return self
 
     @property
@@ -124,7 +126,7 @@ class ArtifactRecord(Record):
     speed: dict[str, Measurement] = {}
     error_by_noise: list[dict[str, float]] = []  # of the denoiser, in bands of noise level
     pipeline: str = ""  # class of the diffusers pipeline
-    size: list[int] = []  # height and width in pixels it was exported and compared at
+    size: list[Count] = []  # height and width in pixels it was exported and compared at
     omitted: list[str] = []  # parts of the checkpoint that the artifact leaves out
     lora: LoraUse = {}
     conversion: dict[str, Any] = {}  # half precision: what stays in float32, and why
@@ -132,3 +134,8 @@ class ArtifactRecord(Record):
     execution: dict[str, Execution | dict[str, Execution] | dict[str, str]] = {}
     files: dict[str, InputRef] = {}  # every other file of the artifact, relative to it
     reproduced: list[ReproductionCheck] = []  # where an INT8 artifact gives the same numbers
+
+    @model_validator(mode="after")
+    def _values_are_possible(self) -> Self:
+        check_measured(self.speed)
+        return self

@@ -58,9 +58,9 @@ class TrainRecord(Record):
     effective_batch: Count
     steps: Count
     images_seen: Count
-    final_train_loss: float | None = None
-    final_validation_loss: float | None = None
-    final_train_probe_loss: float | None = None  # of the same weights, on training images
+    final_train_loss: Amount | None = None
+    final_validation_loss: Amount | None = None
+    final_train_probe_loss: Amount | None = None  # of the same weights, on training images
     overfitting_since_step: Count | None = None
     loss_trend: Literal["down", "flat", "up", "unknown"] = "unknown"
     training_seconds: Amount  # from planning to the last checkpoint, over all sessions
