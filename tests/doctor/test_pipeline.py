@@ -37,7 +37,7 @@ def test_a_pipeline_of_noise_alone(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.slow
 def test_one_that_wants_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = findings("Stable Diffusion 1.5 (inpainting, four channels)", tmp_path, capsys)
-    assert found["call", "takes"][1] == "a prompt and an image"
+    assert found["call", "takes"][1] == "a prompt and an image with a mask"
     assert found["can", "serve"][0] == "missing"
 
 

@@ -74,13 +74,13 @@ def pairs(lines: list[str], n_images: int, **changes: Any) -> list[tuple[str, st
     return [(each.prompt, each.image.path, each.replicate) for each in plan if each.image]
 
 
-def test_line_k_belongs_to_image_k_and_the_shorter_begins_anew() -> None:
+def test_line_k_belongs_to_image_k() -> None:
     assert pairs(["a", "b"], 2) == [("a", "0.png", 0), ("b", "1.png", 0)]
     assert pairs(["a"], 3) == [("a", "0.png", 0), ("a", "1.png", 1), ("a", "2.png", 2)]
-    assert pairs(["a", "b", "c"], 2) == [
-        ("a", "0.png", 0), ("b", "1.png", 0), ("c", "0.png", 0),
-    ]  # fmt: skip
-    assert pairs(["a", "", "a"], 3) == [("a", "0.png", 0), ("a", "2.png", 1)]
+    assert pairs(["a", "b"], 1) == [("a", "0.png", 0), ("b", "0.png", 0)]
+    assert pairs(["a", "", "a\r"], 2) == [("a", "0.png", 0), ("a", "1.png", 1)]
+    with pytest.raises(UsageError, match="3 prompts for 2 input images"):
+        pairs(["a", "b", "", "c"], 2)
     assert pairs(["a", "b"], 2, replicates=2) == [
         ("a", "0.png", 0), ("b", "1.png", 0), ("a", "0.png", 1), ("b", "1.png", 1),
     ]  # fmt: skip

@@ -254,3 +254,15 @@ def test_code_of_an_open_clip_directory_is_neither_run_nor_offered(
     with pytest.raises(ValueError, match="custom code"), no_code_offered():
         HFTokenizer(str(folder))
     assert not (folder / "was_run").exists()
+
+
+def test_a_network_with_an_adapter_in_it_is_named(sd: Path) -> None:
+    """The names that `save_pretrained` writes while a LoRA is live."""
+    for path in (sd / "unet").glob("*.safetensors"):
+        weights = load_file(path)
+        old, new = "to_q.weight", "to_q.base_layer.weight"
+        renamed = {key.replace(old, new): value for key, value in weights.items()}
+        save_file(renamed, path, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="saved with a LoRA adapter in it") as caught:
+        open_checkpoint(sd)
+    assert "unload_lora_weights" in str(caught.value.hint)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("directory", type=PATH, default=Path("modelops-demo"))
 @click.option(
     "--budget", "budget_name", default="default", show_default=True, metavar="NAME",
-    help="`default` (about 20 minutes on two cores with bf16 instructions, 40 with AVX2 only) or "
+    help="`default` (about 15 minutes on two cores with bf16 instructions, 25 with AVX2 only) or "
     "`smoke` (about 3).",
 )  # fmt: skip
 @click.option(

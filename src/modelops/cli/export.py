@@ -242,8 +242,8 @@ def export(
 ) -> None:
     """Export CHECKPOINT for a runtime, and prove that it makes the same images.
 
-    CHECKPOINT is a diffusers directory or hub id of any text-to-image or unconditional pipeline;
-    each of its networks becomes a graph. An export that is not equal to its source within the
+    CHECKPOINT is a diffusers directory or hub id of a pipeline that makes or changes images; each
+    of its networks becomes a graph. An export that is not equal to its source within the
     bounds of its precision is not kept, and neither is INT8 that is not faster than fp32.
 
     TensorRT engines are built and checked where an NVIDIA GPU and TensorRT are.

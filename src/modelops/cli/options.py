@@ -38,8 +38,9 @@ def input_images_option(command: F) -> F:
     return click.option(
         "--input-images", type=DIRECTORY, metavar="DIR",
         help="Images that an image-to-image or inpainting pipeline changes: one for each prompt, "
-        "in the order of their names, or one prompt for all of them. The mask of NAME.png is "
-        "NAME_mask.png, white where it is painted anew, or what is transparent.",
+        "in natural order of their names (2.png before 10.png), or one prompt for all of them. The "
+        "mask of NAME.png is NAME_mask.png, white where it is painted anew, or what is "
+        "transparent.",
     )(command)  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def examine_pipeline(path: str | Path) -> Iterator[Finding]:
     else:
         yield _tried("serve", lambda: _served(source))
     yield _exported(pipeline, components)
-    yield Finding("can", "train", "missing", "the trainer trains the networks that it makes")
+    yield Finding("can", "train", "missing", "modelops trains only networks of its own so far")
 
 
 def _call(traits: Traits, pipeline: Any) -> Iterator[Finding]:
@@ -74,7 +74,10 @@ def _call(traits: Traits, pipeline: Any) -> Iterator[Finding]:
         + (" or a name" if form.classes else ""),
         "nothing": "nothing; images are made of noise alone",
     }[form.subject]
-    yield line("takes", subject + (" and an image" if traits.wants_image else ""))
+    given = (" and an image" if traits.wants_image else "") + (
+        " with a mask" if traits.wants_image and form.takes("mask_image") else ""
+    )
+    yield line("takes", subject + given)
     yield line("steps", f"{form.default('num_inference_steps') or 'not stated'} by default")
     yield line("guidance", _guidance(traits))
     effect = "has an effect" if traits.negative else "has no effect"
@@ -84,8 +87,8 @@ def _call(traits: Traits, pipeline: Any) -> Iterator[Finding]:
     only = "only" if traits.fixed_size else "by default"
     yield line("size", f"{width}x{height} {only}" if height and width else "that of its image")
     sharing = {
-        "any": "images of any prompts",
-        "same length": "images of prompts of the same number of tokens",
+        "any": "images of several prompts",
+        "same length": "images of several prompts, if they have the same number of tokens",
         "one": "one image",
     }[traits.sharing]
     yield line("one call makes", sharing + (f": {traits.reason}" if traits.reason else ""))

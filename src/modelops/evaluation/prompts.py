@@ -174,19 +174,24 @@ def plan_with_inputs(
 ) -> tuple[PromptSet, list[PlannedImage]]:
     """Plan one image for each pair of a line and an input image.
 
-    Line k belongs to image k; the shorter of both begins anew until the longer ends. A repeated
-    line is one prompt with several images, and pairs with a blank line are left out. If n is less
-    than the number of pairs, they are chosen by a seeded order; if it is more, they are repeated.
+    Line k, blank ones not counted, belongs to image k; a single line belongs to all images, and a
+    single image to all lines. A repeated line is one prompt with several images. If n is less than
+    the number of pairs, they are chosen by a seeded order; if it is more, they are repeated.
 
     Raises:
-        UsageError: no line can be used.
+        UsageError: no line can be used, or there are other numbers of lines and images.
     """
-    places = range(max(len(lines), len(images)))
-    pairs = [(lines[place % len(lines)], images[place % len(images)]) for place in places]
-    used = [pair for pair in pairs if pair[0].strip()]
-    if not used:
+    texts = [line for line in lines if line.strip()]
+    if not texts:
         raise UsageError("no usable prompt", hint="write one prompt a line")
-    dropped = {"blank": len(pairs) - len(used)} if len(used) < len(pairs) else {}
+    if len(texts) != len(images) and 1 not in (len(texts), len(images)):
+        raise UsageError(
+            f"{len(texts)} prompts for {len(images)} input images",
+            hint="give one prompt for each image, or one for all of them",
+        )
+    places = range(max(len(texts), len(images)))
+    used = [(texts[place % len(texts)], images[place % len(images)]) for place in places]
+    dropped = {"blank": len(lines) - len(texts)} if len(texts) < len(lines) else {}
     total = n if n is not None else len(used) * replicates
     if total < len(used):
         order = sorted(range(len(used)), key=lambda k: derive_seed(seed, "pair-choice", str(k)))

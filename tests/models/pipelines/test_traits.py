@@ -106,3 +106,11 @@ def test_prompts_of_one_length_share_calls() -> None:
     alone = [source.generate([one])[0] for one in requests]
     for first, second in zip(alone, together, strict=True):
         assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
+
+
+def test_a_number_of_steps_that_cannot_be_changed_is_known() -> None:
+    sprint = find_traits(family("Sana Sprint").make())
+    assert sprint.fixed_steps == 2
+    sprint.check(request(steps=2))
+    with pytest.raises(UsageError, match="in 2 steps only"):
+        sprint.check(request(steps=4))

@@ -11,6 +11,7 @@ from PIL import Image
 from modelops.base.pixels import pixels_sha256
 from modelops.serving.node.batch_invariance import measure_batch_invariance, release_proofs
 from modelops.serving.node.golden import golden_request
+from zoo.all import family
 
 
 def test_batches_are_measured_beside_alone_and_offline(tiny_checkpoint: Path) -> None:
@@ -46,3 +47,10 @@ def test_release_proofs_follow_the_defaults(tiny_checkpoint: Path, tmp_path: Pat
     assert pixels_sha256(picture) == said["golden"]["pixels_sha256"]
     request = golden_request({"golden": said["golden"], "steps": 3, "guidance": 2.0})
     assert (request.steps, request.guidance) == (3, 2.0)
+
+
+def test_a_pipeline_of_classes_has_a_golden_image_of_a_class(tmp_path: Path) -> None:
+    family("DiT").make().save_pretrained(tmp_path / "dit")
+    said, _ = release_proofs(tmp_path / "dit", tmp_path, steps=2)
+    assert said["golden"]["prompt"] == "0"
+    assert said["company"]["company"]["max_difference"] <= 1

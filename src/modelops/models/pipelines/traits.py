@@ -171,6 +171,12 @@ class Traits:
         """A longer prompt that the pipeline takes."""
         return self.class_prompt(1) if self.is_of_classes else LONG_PROMPT
 
+    def usable_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts, or as many classes where the pipeline makes images of classes."""
+        if not self.is_of_classes:
+            return list(prompts)
+        return [self.class_prompt(number) for number in range(len(prompts))]
+
     def class_prompt(self, number: int) -> str:
         """A prompt that is a class; numbers beyond the last begin anew."""
         return str(number % max(1, self.form.n_classes))

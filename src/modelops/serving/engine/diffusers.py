@@ -160,6 +160,9 @@ class PipelineModel:
 
     # --- what a request may ask for -----------------------------------------------------------
 
+    def usable_prompts(self, prompts: Sequence[str]) -> list[str]:
+        return self._traits.usable_prompts(prompts)
+
     def fill(self, request: ImageRequest) -> ImageRequest:
         steps = request.steps or self._traits.form.default("num_inference_steps")
         if steps is None or steps < 1:

@@ -141,6 +141,9 @@ class FlowModel:
         self._stepper = Stepper(pipeline.scheduler, self._device, self._dtype)
         self._inputs: OrderedDict[tuple[int, ...], NetworkInputs] = OrderedDict()
 
+    def usable_prompts(self, prompts: Sequence[str]) -> list[str]:
+        return list(prompts)
+
     def fill(self, request: ImageRequest) -> ImageRequest:
         config = self.pipeline.config
         filled = replace(

@@ -41,7 +41,7 @@ TrackT = TypeVar("TrackT", bound=Track)
 
 class StepModel(Protocol[TrackT]):
     """Pipeline divided at its network evaluations. Only the engine's thread uses it, except for
-    `fill`, `rows_of` and `count_tokens`.
+    `usable_prompts`, `fill`, `rows_of` and `count_tokens`.
 
     Attributes:
         height, width: default size of an image, in pixels.
@@ -53,6 +53,9 @@ class StepModel(Protocol[TrackT]):
     width: int
     max_tokens: int
     previews: bool
+
+    def usable_prompts(self, prompts: Sequence[str]) -> list[str]:
+        """Return the prompts, or as many others that the pipeline takes."""
 
     def fill(self, request: ImageRequest) -> ImageRequest:
         """Return the request with the pipeline's defaults in place of None.

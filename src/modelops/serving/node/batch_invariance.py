@@ -59,8 +59,9 @@ def measure_batch_invariance(
     source = PipelineSource(pipeline, SourceInfo(kind="artifact", uri=str(model_dir)))
     engine = StepEngine(pipeline, max_rows=_MAX_ROWS)
     try:
-        usual = engine.fill(ImageRequest(prompt="", seed=0, steps=steps, guidance=guidance))
-        requests = _mixed(usual, pictures)
+        prompts = engine.model.usable_prompts(PROMPTS)
+        usual = engine.fill(ImageRequest(prompt=prompts[0], seed=0, steps=steps, guidance=guidance))
+        requests = _mixed(usual, prompts, pictures)
         alone = [engine.submit([request])[0].future.result() for request in requests]
         order = numpy_generator(0, "company").permutation(pictures)
         jobs = engine.submit([requests[index] for index in order])
@@ -104,14 +105,14 @@ def release_proofs(
     return said, files
 
 
-def _mixed(usual: ImageRequest, pictures: int) -> list[ImageRequest]:
+def _mixed(usual: ImageRequest, prompts: Sequence[str], pictures: int) -> list[ImageRequest]:
     assert usual.steps is not None
     counts = numpy_generator(0, "company-steps").integers(
         (usual.steps + 1) // 2, usual.steps + 1, size=pictures
     )
     return [
         ImageRequest(
-            prompt=PROMPTS[index % len(PROMPTS)],
+            prompt=prompts[index % len(prompts)],
             seed=index,
             steps=int(count),
             guidance=usual.guidance if index % 2 else 1.0,

@@ -122,7 +122,7 @@ def make_golden(
     model_dir: str | Path,
     out_path: str | Path,
     *,
-    prompt: str = DEFAULT_PROMPT,
+    prompt: str | None = None,
     seed: int = DEFAULT_SEED,
     steps: int | None = None,
     guidance: float | None = None,
@@ -137,6 +137,8 @@ def make_golden(
 
     pipeline, _ = open_model(Path(model_dir), runtime=runtime)
     source = PipelineSource(pipeline, SourceInfo(kind="artifact", uri=str(model_dir)), batch_size=1)
+    if prompt is None:
+        (prompt,) = source.traits.usable_prompts([DEFAULT_PROMPT])
     request = ImageRequest(prompt=prompt, seed=seed, steps=steps, guidance=guidance)
     pixels = source.generate([request])[0]
     with atomic_path(out_path) as temporary:
@@ -151,11 +153,11 @@ def make_golden(
     }
 
 
-def golden_request(defaults: ReleaseDefaults) -> ImageRequest:
-    """Return the golden request of a release, or the default one."""
+def golden_request(defaults: ReleaseDefaults, prompt: str = DEFAULT_PROMPT) -> ImageRequest:
+    """Return the golden request of a release, or one with this prompt."""
     golden = defaults.get("golden") or {}
     return ImageRequest(
-        prompt=str(golden.get("prompt", DEFAULT_PROMPT)),
+        prompt=str(golden.get("prompt", prompt)),
         seed=int(golden.get("seed", DEFAULT_SEED)),
         steps=golden.get("steps") or defaults.get("steps"),
         guidance=golden.get("guidance") or defaults.get("guidance"),

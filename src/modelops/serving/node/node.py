@@ -34,6 +34,7 @@ from modelops.serving.moderation.quarantine import open_quarantine
 from modelops.serving.node.answers import AnswerMaker, Ticket
 from modelops.serving.node.filters import NodeFilters
 from modelops.serving.node.golden import (
+    DEFAULT_PROMPT,
     GoldenCheck,
     GoldenImage,
     check_golden,
@@ -139,14 +140,15 @@ class InferenceNode:
         self.finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="modelops-finish")
         self.metrics.serves(self.release, self.release_sha256, self.opened.sha256, self.runtime)
         stated = self.release.defaults
+        (prompt,) = self.engine.model.usable_prompts([DEFAULT_PROMPT])
         self.defaults = self.engine.fill(
             ImageRequest(
-                prompt="", seed=0, steps=stated.get("steps"), guidance=stated.get("guidance")
+                prompt=prompt, seed=0, steps=stated.get("steps"), guidance=stated.get("guidance")
             )
         )
         self._golden = GoldenImage(
             lambda request: self.engine.submit([request])[0].future,
-            golden_request(stated),
+            golden_request(stated, prompt),
             lambda pixels: check_golden(
                 pixels, self.directory, stated, fallback=bool(self.opened.fallback)
             ),
