@@ -7,9 +7,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from modelops.base.files import sha256_tree
 from modelops.cli.main import main
+from modelops.records.release import ReleaseDefaults
 from project_records import verdict_on
 
 
@@ -36,6 +38,25 @@ def test_build_then_verify(
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"] == "IntegrityError"
     assert "model_index.json: changed" in captured.err
+
+
+@pytest.mark.parametrize("command", [["release", "build", "r"], ["sample", "m"], ["eval", "m"]])
+def test_guidance_between_off_and_on_is_refused_before_anything_is_opened(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    own = inputs if command[0] == "release" else ["--out", str(tmp_path / "out")]
+    assert main([*command, *own, "--guidance", "0.5"]) == 2
+    assert "0.5: must be 0 or 1 (off), or more than 1" in capsys.readouterr().err
+
+
+def test_guidance_0_is_released_as_off(
+    tmp_path: Path, inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = str(tmp_path / "release")
+    assert main(["release", "build", release, *inputs, "--guidance", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["defaults"] == {"guidance": 1.0}
+    with pytest.raises(ValidationError, match="must be 0 or 1"):
+        TypeAdapter(ReleaseDefaults).validate_python({"guidance": 0.5})
 
 
 def test_a_model_that_runs_is_released_with_its_golden_picture(

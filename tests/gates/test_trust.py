@@ -229,8 +229,8 @@ RATE = {"value": 0.1, "low": 0.0, "high": 0.2, "n": 50}
         ({"n": "50"}, "valid integer"),
         ({"n": True}, "valid integer"),
         ({"high": True}, "valid number"),
-        ({"low": -0.1, "value": -0.05}, "interval of a rate"),
-        ({"high": 1.2}, "interval of a rate"),
+        ({"low": -0.1, "value": -0.05}, "is impossible"),
+        ({"high": 1.2}, "is impossible"),
     ],
 )
 def test_evidence_that_is_none_is_refused(

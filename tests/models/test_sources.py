@@ -21,6 +21,7 @@ from modelops.models.sources import (
     PipelineSource,
     load_checkpoint,
     open_checkpoint,
+    pipeline_code,
 )
 from modelops.records.evaluation import SourceInfo
 
@@ -64,7 +65,7 @@ def test_a_spoilt_index_is_said_in_one_line(checkpoint: Path, index: str) -> Non
         load_checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("guidance", [-3.0, -1e-9, float("nan"), float("inf")])
+@pytest.mark.parametrize("guidance", [-3.0, -1e-9, 0.01, 0.5, 0.999, float("nan"), float("inf")])
 def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
     with pytest.raises(UsageError, match="guidance"):
         ImageRequest(prompt="x", seed=0, guidance=guidance)
@@ -84,6 +85,32 @@ def test_guidance_0_and_1_are_both_off(tiny_checkpoint: Path) -> None:
     )
     assert np.array_equal(off, one)
     assert not np.array_equal(off, on)
+
+
+def test_the_own_pipeline_has_the_same_rule_for_guidance(tiny_checkpoint: Path) -> None:
+    pipeline = load_checkpoint(tiny_checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def make(scale: float) -> np.ndarray:
+        noise = torch.Generator("cpu").manual_seed(3)
+        return pipeline(
+            "red heart", guidance_scale=scale, num_inference_steps=2, generator=noise,
+            output_type="np",
+        ).images  # fmt: skip
+
+    assert np.array_equal(make(0), make(1))
+    assert not np.array_equal(make(0), make(4))
+    for scale in (-3, 0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"guidance_scale {scale}: must be 0 or 1"):
+            make(scale)
+
+
+def test_checkpoints_of_the_last_pipeline_still_open() -> None:
+    """Their digest is known, and the present pipeline has another."""
+    assert sha256_bytes(pipeline_code()) not in sources.EARLIER_PIPELINES
+    assert "d2c54cecae40645b5c946dcf403734c11ddf5a2965370693ef0b5e065d3214d4" in (
+        sources.EARLIER_PIPELINES
+    )
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])

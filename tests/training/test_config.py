@@ -106,6 +106,16 @@ def test_overrides_win_and_are_checked(guide: Path) -> None:
             load_config(guide, [bad])
 
 
+def test_guidance_of_the_samples_is_off_or_at_least_1(guide: Path) -> None:
+    def guidance(value: str) -> float:
+        return load_config(guide, [f"training.sample_guidance={value}"]).training.sample_guidance
+
+    assert [guidance(value) for value in ("0", "1", "4.5")] == [1.0, 1.0, 4.5]
+    for value in ("-3", "0.5"):
+        with pytest.raises(ConfigError, match=r"sample_guidance.*must be 0 or 1 \(off\)"):
+            guidance(value)
+
+
 def test_warmup_is_one_percent_within_bounds(guide: Path) -> None:
     config = load_config(guide)
     assert [config.warmup(total) for total in (5, 60, 1000, 50_000)] == [0, 6, 50, 500]

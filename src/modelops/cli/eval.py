@@ -14,6 +14,7 @@ from modelops.cli.options import (
     PATH,
     dry_run_option,
     input_images_option,
+    read_guidance,
     seed_option,
     trust_code_option,
 )
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 @click.option(
     "--guidance",
     type=click.FloatRange(0),
+    callback=read_guidance,
     help="Classifier-free guidance scale; 0 or 1 is off.  [default: the source's own]",
 )
 @click.option(

@@ -44,6 +44,18 @@ def input_images_option(command: F) -> F:
     )(command)  # fmt: skip
 
 
+def read_guidance(
+    _context: click.Context, _option: click.Parameter, value: float | None
+) -> float | None:
+    """Check a guidance scale before anything is opened; a click callback."""
+    from modelops.base.guidance import guidance_scale
+
+    try:
+        return None if value is None else guidance_scale(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value:g}: {error}") from error
+
+
 def trust_code_option(command: F) -> F:
     """`--trust-code`: open TorchScript and .pt2 programs, which run code."""
     return click.option(

@@ -12,6 +12,7 @@ from modelops.cli.options import (
     EXISTING_DIRECTORY,
     PATH,
     dry_run_option,
+    read_guidance,
     trust_code_option,
 )
 from modelops.cli.output import emit, json_option, say
@@ -74,7 +75,7 @@ def release() -> None:
     "--steps", type=click.IntRange(1, 1000), help="Number of denoising steps served by default."
 )
 @click.option(
-    "--guidance", type=click.FloatRange(0, 20),
+    "--guidance", type=click.FloatRange(0, 20), callback=read_guidance,
     help="Guidance scale served by default; 0 or 1 is off.",
 )  # fmt: skip
 @click.option(

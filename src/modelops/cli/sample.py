@@ -11,6 +11,7 @@ from modelops.cli.options import (
     FILE,
     dry_run_option,
     input_images_option,
+    read_guidance,
     seed_option,
     trust_code_option,
 )
@@ -38,6 +39,7 @@ from modelops.cli.output import emit, json_option, progress, say
 @click.option(
     "--guidance",
     type=click.FloatRange(0),
+    callback=read_guidance,
     help="Classifier-free guidance scale; 0 or 1 is off.  [default: the source's own]",
 )
 @click.option(

@@ -198,16 +198,22 @@ class PixelFlowPipeline(DiffusionPipeline):
             prompt: one prompt or N.
             height, width: pixels; the training resolution when not given.
             num_inference_steps: network evaluations along the trajectory.
-            guidance_scale: classifier-free guidance; 1 turns it off.
+            guidance_scale: classifier-free guidance; 0 and 1 both turn it off.
             negative_prompt: what to guide away from; the empty prompt when not given.
             num_images_per_prompt: images made for each prompt.
             generator: one generator, or one per image.
             latents: starting noise [N, C, h, w], in place of `generator`.
             output_type: "pil", "np" ([N, H, W, 3] in [0, 1]), "pt" ([N, 3, H, W] in [0, 1]).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}).
+
+        Raises:
+            ValueError: guidance below 0 or between 0 and 1; texts or sizes that do not fit.
         """
         steps = self.config["default_steps"] if num_inference_steps is None else num_inference_steps
         scale = self.config["default_guidance"] if guidance_scale is None else guidance_scale
+        if scale != 0 and not 1 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale {scale}: must be 0 or 1 (off), or more than 1")
+        scale = scale or 1.0
         height, width = height or self.resolution, width or self.resolution
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from modelops.base.errors import UsageError
+from modelops.base.guidance import GUIDANCE_OFF, guidance_scale
 
+__all__ = ["GUIDANCE_OFF", "Image", "ImageRequest", "InputImage"]
 Image = npt.NDArray[np.uint8]
-GUIDANCE_OFF = 1.0
-GUIDANCE_DECIMALS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +38,13 @@ class ImageRequest:
         seed: of the starting noise, in [0, 2**53).
         steps: network evaluations along the trajectory; None takes the source's default.
         guidance: classifier-free guidance scale; None takes the source's default. 0 and 1 are both
-            "off", whatever a pipeline makes of 0, and 0 is kept as 1. It has six decimals: more do
-            not come back unchanged from every reader of JSON, C2PA's among them.
+            "off", whatever a pipeline makes of 0, and 0 is kept as 1; see `guidance_scale`.
         height, width: pixels; None takes the source's training resolution.
         negative_prompt: what to guide away from.
         image: what is to be changed, for a pipeline that changes images.
 
     Raises:
-        UsageError: guidance below 0, or no number.
+        UsageError: guidance below 0, between 0 and 1, or no number.
     """
 
     prompt: str
@@ -61,7 +59,7 @@ class ImageRequest:
     def __post_init__(self) -> None:
         if self.guidance is None:
             return
-        if not 0 <= self.guidance < math.inf:
-            raise UsageError(f"guidance {self.guidance:g}: 0 or 1 is off, more guides; not below 0")
-        kept = round(float(self.guidance), GUIDANCE_DECIMALS)
-        object.__setattr__(self, "guidance", kept or GUIDANCE_OFF)
+        try:
+            object.__setattr__(self, "guidance", guidance_scale(self.guidance))
+        except ValueError as error:
+            raise UsageError(f"guidance {self.guidance:g}: {error}") from error

@@ -38,6 +38,7 @@ from modelops.records.evaluation import SourceInfo
 EARLIER_PIPELINES = (
     "043d034e64a95f04a70cee52702aed0c4fff566f9808ff9af9257fe6ac1d6646",
     "e9be8dfef7a4adafb1f05946f72b50c28d12420367370dbc1f88409ed29cdb95",
+    "d2c54cecae40645b5c946dcf403734c11ddf5a2965370693ef0b5e065d3214d4",
 )
 _log = logging.getLogger(__name__)
 TRAINING_STATE = "training_state"  # beside a checkpoint's pipeline; not part of its digest

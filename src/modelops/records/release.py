@@ -7,10 +7,18 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
 from typing_extensions import TypedDict  # typing's own has no pydantic support before 3.12
 
 from modelops.base.files import sha256_json
+from modelops.base.guidance import guidance_scale
 from modelops.records.base import Answer, Count, InputRef, Record, RecordPart
 from modelops.records.export import ReproductionCheck
 
@@ -165,12 +173,18 @@ class BatchInvariance(TypedDict):
     offline: Differences
 
 
+def _possible_guidance(value: float) -> float:
+    """Return a guidance scale as it is, 0 too: the seal covers it."""
+    guidance_scale(value)
+    return value
+
+
 class ReleaseDefaults(TypedDict, total=False):
     """Default sampling of a release's model, and its proofs about serving it."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
     steps: Annotated[StrictInt, Field(ge=1, le=1000)] | None
-    guidance: Annotated[Number, Field(ge=0, le=20)] | None
+    guidance: Annotated[Number, Field(ge=0, le=20), AfterValidator(_possible_guidance)] | None
     golden: Golden | None
     company: BatchInvariance | None
 

@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
 )
 
+from modelops.base.guidance import guidance_scale
 from modelops.base.seeding import MAX_SEED
 from modelops.serving.failures import NodeError
 
@@ -79,9 +80,7 @@ class ImagesRequest(BaseModel):
     @field_validator("guidance")
     @classmethod
     def _off_or_on(cls, value: float | None) -> float | None:
-        if value is not None and 0 < value < 1:
-            raise ValueError("must be 0 or 1 (off), or more")
-        return value
+        return None if value is None else guidance_scale(value)
 
     @field_validator("prompt", "negative_prompt")
     @classmethod

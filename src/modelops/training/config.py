@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from modelops.base.errors import ConfigError
 from modelops.base.files import read_yaml, sha256_json
+from modelops.base.guidance import guidance_scale
 from modelops.records.base import InputRef
 
 NORM_GROUPS = 32  # of diffusers' GroupNorm: every level's width is a multiple of it
@@ -212,8 +221,8 @@ class TrainingSection(_Section):
     """Prompts of the grid; by default 16 held-out captions."""
     sample_steps: Whole = Field(default=24, gt=0)
     """Sampler steps of the grid, and the default of the checkpoints."""
-    sample_guidance: Real = Field(default=3.0, ge=0)
-    """Guidance scale of the grid, and the default of the checkpoints."""
+    sample_guidance: Annotated[Real, AfterValidator(guidance_scale)] = 3.0
+    """Guidance scale of the grid, and the default of the checkpoints; 0 and 1 are both off."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

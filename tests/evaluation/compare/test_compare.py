@@ -418,7 +418,7 @@ def test_authenticity_is_guarded_by_that_of_real_pictures(root: Path) -> None:
             record = read_record(root / f"{name}.json", EvaluationRecord)
             protocols = {"p": {"metric": "authenticity", "sampling": {}}}
             metrics = {
-                key: Measurement(value=v, low=v - 0.01, high=v + 0.01, method="m", n=100,
+                key: Measurement(value=v, low=v - 0.01, high=min(v + 0.01, 1), method="m", n=100,
                                  higher_is_better=True, protocol="p")
                 for key, v in (("authenticity_lite0", value), ("authenticity_lite0_heldout", base))
             }  # fmt: skip
