@@ -21,6 +21,7 @@ from modelops.base.errors import (
     MissingWeightsError,
     UsageError,
 )
+from modelops.base.files import sha256_bytes
 from modelops.base.seeding import image_seed
 from modelops.data.folders import natural_key
 from modelops.evaluation.evaluate import evaluate
@@ -29,13 +30,14 @@ from modelops.evaluation.prompts import (
     clean_prompts,
     plan_images,
     plan_ready_images,
+    plan_with_inputs,
     read_prompts,
 )
 from modelops.evaluation.settings import EvaluationSettings
 from modelops.evaluation.sources.endpoint import EndpointSource
 from modelops.evaluation.sources.folder import FolderSource
 from modelops.evaluation.sources.open import open_source
-from modelops.models.request import ImageRequest
+from modelops.models.request import ImageRequest, InputImage
 
 
 def png(color: tuple[int, int, int], size: tuple[int, int] = (32, 32)) -> bytes:
@@ -270,6 +272,39 @@ def test_what_sample_left_says_which_image_is_of_which_prompt(tmp_path: Path) ->
         FolderSource(folder)
 
 
+def sampled(folder: Path, listed: list[dict[str, str]]) -> Path:
+    """A folder as `modelops sample` leaves it, with the images 0.png to 3.png."""
+    folder.mkdir()
+    for shade in range(4):
+        (folder / f"{shade}.png").write_bytes(png((shade, 0, 0)))
+    (folder / "samples.json").write_text(json.dumps({"images": listed}))
+    return folder
+
+
+def test_an_image_that_samples_json_names_twice_or_of_other_bytes_is_refused(
+    tmp_path: Path,
+) -> None:
+    first = {"file": "0.png", "prompt": "sun"}
+    with pytest.raises(UsageError, match=r"samples\.json: names 0\.png twice"):
+        FolderSource(sampled(tmp_path / "twice", [first, {"file": "1.png", "prompt": "a"}, first]))
+    right = {**first, "sha256": sha256_bytes(png((0, 0, 0)))}
+    assert shades(FolderSource(sampled(tmp_path / "right", [right]))) == [0]
+    with pytest.raises(UsageError, match=r"0\.png is another image .* the sha256 differs"):
+        FolderSource(sampled(tmp_path / "other", [{**first, "sha256": "0" * 64}]))
+
+
+def test_images_that_samples_json_does_not_name_are_a_warning(tmp_path: Path) -> None:
+    listed = [{"file": f"{k}.png", "prompt": f"sun {k}"} for k in range(2)]
+    folder = sampled(tmp_path / "made", listed)
+    for name in ("grid.png", "notes.txt"):
+        (folder / name).write_bytes(png((9, 9, 9)))
+    source = FolderSource(folder)
+    record = evaluate(source, EvaluationSettings(safety="none"), out_path=tmp_path / "e.json")
+    assert record.source.details["unlisted_images"] == 2
+    warned = record.metrics["failed_image_rate"].warnings
+    assert "2 images of the folder are not in samples.json and are left out: 2.png, 3.png" in warned
+
+
 def test_images_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(png((number, 0, 0)))
@@ -278,6 +313,9 @@ def test_images_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
     settings = EvaluationSettings(safety="none", prompts_file=prompts)
     with pytest.raises(UsageError, match="5 images for the 2 lines"):
         evaluate(FolderSource(tmp_path), settings, out_path=tmp_path / "e.json")
+    for n in (2, 5, 12):
+        with pytest.raises(UsageError, match="5 images for the 2 lines"):
+            evaluate(FolderSource(tmp_path), replace(settings, n=n), out_path=tmp_path / "e.json")
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "6.png").write_bytes(png((6, 0, 0)))
     with pytest.raises(UsageError, match="images in the folder and in more/ below it"):
@@ -290,6 +328,20 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
     both = [read_prompts(tmp_path / name) for name in ("with.txt", "without.txt")]
     assert both[0] == both[1]
     assert both[0].prompts == ("red heart", "sun")
+
+
+def test_a_byte_order_mark_is_no_part_of_any_prompt(tmp_path: Path) -> None:
+    """`cat a.txt b.txt` leaves one before a later line."""
+    mark = "\ufeff"
+    joined = [f"{mark}red heart", f" {mark} sun ", f"{mark}", f"moon{mark}", f"{mark}{mark}sea"]
+    (tmp_path / "p.txt").write_text("\n".join(joined))
+    assert read_prompts(tmp_path / "p.txt").prompts == ("red heart", "sun", "moon", "sea")
+    found, plan = plan_ready_images(joined, 5, seed=0)
+    assert [planned.prompt for planned in plan] == ["red heart", "sun", "", "moon", "sea"]
+    inputs = [InputImage(path="a.png", sha256="0")]
+    found, plan = plan_with_inputs(joined, inputs, n=None, replicates=1, seed=0)
+    assert [planned.prompt for planned in plan] == ["red heart", "sun", "moon", "sea"]
+    assert found.dropped == {"blank": 1}
 
 
 def test_images_are_paired_with_the_lines_that_their_names_say(tmp_path: Path) -> None:

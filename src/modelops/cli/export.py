@@ -258,15 +258,15 @@ def export(
     """
     _check_scopes(ctx, target)
     start = onnx_dir or out_dir.parent / "onnx"
-    from modelops.base.files import read_text
+    from modelops.evaluation.prompts import clean_text, read_lines
     from modelops.export.artifact.directory import check_destination, read_artifact
 
     check_destination(out_dir, overwrite=overwrite)
     from_artifact = target in ("int8", "tensorrt")
     if from_artifact:
         read_artifact(start)
-    lines = read_text(prompts_file).splitlines() if prompts_file else None
-    prompts = None if lines is None else [line for line in lines if line.strip()]
+    lines = None if prompts_file is None else map(clean_text, read_lines(prompts_file))
+    prompts = None if lines is None else [line for line in lines if line]
     if dry_run:
         plan = {
             "status": "dry-run", "checkpoint": checkpoint, "to": target, "out": str(out_dir),

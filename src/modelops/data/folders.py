@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from modelops.base.errors import UsageError
-from modelops.base.files import read_json, safe_join
+from modelops.base.files import read_json, safe_join, sha256_file
 
 SAMPLES = "samples.json"
+GRID = "grid.png"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -18,7 +19,8 @@ def images_of(folder: Path) -> tuple[list[Path], list[str] | None]:
     """Return a folder's image files in their order, and their prompts where samples.json has them.
 
     Raises:
-        UsageError: images in subfolders too, or a samples.json that does not fit the folder.
+        UsageError: images in subfolders too, or a samples.json that does not fit the folder: it
+            names an image twice, one that is not there, or one whose sha256 differs.
     """
     found = [path for path in folder.iterdir() if not path.name.startswith(".")]
     deeper = [path for path in found if path.is_dir() and any(map(is_image, path.rglob("*")))]
@@ -31,6 +33,12 @@ def images_of(folder: Path) -> tuple[list[Path], list[str] | None]:
         return _read_samples(folder)
     files = sorted(filter(is_image, found), key=lambda path: (natural_key(path.name), path.name))
     return files, None
+
+
+def unlisted_images(folder: Path, files: Sequence[Path]) -> list[str]:
+    """Return the names of a folder's images that are not in `files`, but for `sample`'s grid."""
+    found = {path.name for path in folder.iterdir() if is_image(path)}
+    return sorted(found - {file.name for file in files} - {GRID}, key=natural_key)
 
 
 def prompt_numbers(files: Sequence[Path]) -> list[int] | None:
@@ -57,14 +65,27 @@ def _read_samples(folder: Path) -> tuple[list[Path], list[str]]:
     path = folder / SAMPLES
     try:
         listed: list[dict[str, Any]] = read_json(path)["images"]
-        made = [(str(item["file"]), str(item["prompt"])) for item in listed if item["file"]]
+        made = [
+            (str(item["file"]), str(item["prompt"]), item.get("sha256"))
+            for item in listed
+            if item["file"]
+        ]
     except (KeyError, TypeError) as error:
         raise UsageError(
             f"{path}: not what `modelops sample` writes",
             hint="move it away, and the images are taken in the order of their names",
         ) from error
-    files = [safe_join(folder, name) for name, _ in made]
-    for file in files:
+    files: dict[Path, str] = {}
+    for name, prompt, digest in made:
+        file = safe_join(folder, name)
+        if file in files:
+            raise UsageError(f"{path}: names {name} twice", hint="make the samples anew")
         if not file.is_file():
-            raise UsageError(f"{path}: names {file.name}, which is not there")
-    return files, [prompt for _, prompt in made]
+            raise UsageError(f"{path}: names {name}, which is not there")
+        if digest is not None and sha256_file(file) != digest:
+            raise UsageError(
+                f"{path}: {name} is another image than the one it names: the sha256 differs",
+                hint="make the samples anew; or move samples.json away and give --prompts",
+            )
+        files[file] = prompt
+    return list(files), list(files.values())

@@ -154,7 +154,8 @@ def _evaluate(
         sampling=sampling.model_dump(exclude={"scheduler"}) | {"n": len(plan)},
         reference=reference, training=training, known=known,
         on_progress=on_progress, workers=workers,
-        source_files=source.files, n_cut=len(source.cut(prompts.prompts)), has_prompts=(
+        source_files=source.files, source_notes=source.notes,
+        n_cut=len(source.cut(prompts.prompts)), has_prompts=(
             source.n_images is None or source.prompts is not None
             or settings.prompts_file is not None
         ),
@@ -257,7 +258,7 @@ def _plan(
             if source.prompts is None and source.numbers is not None:
                 lines = _numbered(lines, source, settings.prompts_file)
                 least = len(lines)
-            elif source.prompts is None and n is None and source.n_images > least:
+            elif source.prompts is None and source.n_images > least:
                 raise UsageError(
                     f"{source.info.uri}: {source.n_images} images for the {least} lines of "
                     f"{settings.prompts_file}",

@@ -77,7 +77,7 @@ def clean_prompts(lines: Iterable[str], *, ids: Sequence[str] = ()) -> PromptSet
     rejected: dict[str, str] = {}
     dropped: Counter[str] = Counter()
     for index, line in enumerate(lines):
-        text = line.strip()
+        text = clean_text(line)
         if not text:
             dropped["blank"] += 1
             continue
@@ -92,6 +92,11 @@ def clean_prompts(lines: Iterable[str], *, ids: Sequence[str] = ()) -> PromptSet
         tuple(prompts), dict(dropped), tuple(prompts.values()) if ids else (),
         tuple(rejected.items()),
     )  # fmt: skip
+
+
+def clean_text(line: str) -> str:
+    """Return a line without blanks and byte-order marks (of `cat a.txt b.txt`) around it."""
+    return line.strip().strip("\ufeff").strip()
 
 
 def _fault(text: str) -> tuple[str, str | None]:
@@ -181,7 +186,7 @@ def plan_with_inputs(
     Raises:
         UsageError: no line can be used, or there are other numbers of lines and images.
     """
-    texts = [line for line in lines if line.strip()]
+    texts = [line for line in lines if clean_text(line)]
     if not texts:
         raise UsageError("no usable prompt", hint="write one prompt a line")
     if len(texts) != len(images) and 1 not in (len(texts), len(images)):
@@ -217,7 +222,7 @@ def plan_ready_images(
     seen: Counter[str] = Counter()
     plan = []
     for line in used:
-        prompt = _fault(line.strip())[0]
+        prompt = _fault(clean_text(line))[0]
         replicate = seen[prompt]
         seen[prompt] += 1
         plan.append(

@@ -63,6 +63,7 @@ class Workbench:
         on_progress: called with (done, total) while images are processed one by one.
         workers: other processes that read images too.
         source_files: files of a folder that is measured, by place in the plan.
+        source_notes: remarks of the source on its images.
         n_cut: number of prompts that the source is known not to read to their ends.
         has_prompts: whether somebody said what the images are of.
     """
@@ -83,6 +84,7 @@ class Workbench:
     workers: Workers | None = None
     source_files: Sequence[Path] = ()
     n_cut: int = 0
+    source_notes: Sequence[str] = ()
     has_prompts: bool = True
     _openings: dict[str, dict[str, Any]] = field(default_factory=dict)
     _lite0: Lite0Extractor | None = None
@@ -346,6 +348,7 @@ def _notes(bench: Workbench, interval: Interval, protocol: Mapping[str, Any]) ->
     """Remarks on a measurement's inputs: failed images, cut prompts, unusable real images."""
     notes = []
     if "sampling" in protocol:
+        notes += bench.source_notes
         failed, of = len(bench.samples.failures), len(bench.samples.plan)
         notes += [f"{failed} of {of} images failed"] if failed else []
         cut, of = bench.n_cut, len(bench.prompts)

@@ -54,6 +54,7 @@ class ModelSource(ABC):
         n_images: number of images that are there already; None where they are made.
         files, prompts: of these images; prompts are None where nothing says them.
         numbers: line of the prompt of each of them, where their names say it.
+        notes: remarks on these images, for every measurement on them.
         runs_here: whether the networks run in this process, on torch's threads or a device.
     """
 
@@ -64,6 +65,7 @@ class ModelSource(ABC):
     files: Sequence[Path] = ()
     prompts: list[str] | None = None
     numbers: list[int] | None = None
+    notes: Sequence[str] = ()
     runs_here = False
 
     @property

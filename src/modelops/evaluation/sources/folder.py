@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelops.base.errors import EvaluationError
-from modelops.data.folders import images_of, prompt_numbers
+from modelops.data.folders import SAMPLES, images_of, prompt_numbers, unlisted_images
 from modelops.models.request import Image, ImageRequest
 from modelops.models.sources import ModelSource
 from modelops.records.evaluation import SourceInfo
@@ -23,6 +23,7 @@ class FolderSource(ModelSource):
     Attributes:
         files: the images.
         prompts: of each image, if samples.json says so; None otherwise.
+        notes: images that samples.json does not name.
 
     Raises:
         UsageError: images in subfolders too, or a samples.json that does not fit the folder.
@@ -39,11 +40,18 @@ class FolderSource(ModelSource):
         self.n_images = len(self.files)
         if self.prompts is None:
             self.numbers = prompt_numbers(self.files)
+        unlisted = unlisted_images(folder, self.files)
         digest = sha256_json({file.name: sha256_file(file) for file in self.files})
         self.info = SourceInfo(
             kind="folder", uri=str(folder), sha256=digest, runtime="none", precision="uint8",
-            details={"images": len(self.files), "other_files": others},
+            details={"images": len(self.files), "other_files": others,
+                     "unlisted_images": len(unlisted)},
         )  # fmt: skip
+        if unlisted:
+            named = ", ".join(unlisted[:3]) + (", ..." if len(unlisted) > 3 else "")
+            self.notes = [
+                f"{len(unlisted)} images of the folder are not in {SAMPLES} and are left out: {named}"
+            ]
 
     @property
     def defaults(self) -> ImageRequest:
