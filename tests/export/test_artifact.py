@@ -15,6 +15,7 @@ from modelops.base.errors import IntegrityError, UsageError
 from modelops.base.files import sha256_file, sha256_tree
 from modelops.export.artifact.directory import (
     RECORD,
+    check_destination,
     count_quantized,
     describe_graph,
     other_files,
@@ -57,6 +58,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def artifact(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "artifact"))
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "denoiser/notes.txt", ".hidden", "mine/a/b.txt"])
+def test_an_artifact_that_holds_a_file_of_its_users_is_not_overwritten(
+    artifact: Path, name: str
+) -> None:
+    check_destination(artifact, overwrite=True)
+    (artifact / name).parent.mkdir(parents=True, exist_ok=True)
+    (artifact / name).write_text("years of work")
+    with pytest.raises(UsageError, match=f"{name}: not a file of the artifact"):
+        check_destination(artifact, overwrite=True)
 
 
 def test_the_data_file_is_part_of_its_component(artifact: Path) -> None:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 @click.option("--page", is_flag=True, help="Write DIR/review.html, with blurred images.")
 @click.option(
     "--purge-older", type=click.FloatRange(min=0), metavar="DAYS",
-    help="Delete entries that are at least this many days old; decisions stay.",
+    help="Delete entries that are at least this many days old; decisions stay. Where the machine's "
+    "clock jumped ahead, days count by the folder's, which follows by a day. 0 deletes all.",
 )  # fmt: skip
 @json_option
 def review(

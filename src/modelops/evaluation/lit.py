@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from modelops.base.environment import current_environment
 from modelops.base.errors import UsageError
 from modelops.base.files import atomic_directory, sha256_file
+from modelops.base.locks import refuse_foreign
 from modelops.data.embeddings import embed_manifest
 from modelops.data.manifest import read_manifest
 from modelops.data.split import read_splits
@@ -24,6 +26,7 @@ from modelops.records.base import InputRef, Measurement
 from modelops.records.evaluation import AlignmentModelRecord
 
 RECORD = "lit.json"
+_OURS = re.compile("|".join(map(re.escape, (*lit.FILES, RECORD))))
 TOP_K = (1, 5)
 OnProgress = Callable[[int, int], None]
 
@@ -43,8 +46,10 @@ def fit_lit(
     cache of the deduplication, if there is one.
 
     Raises:
-        UsageError: the manifest's splits lack one of train, val, test.
+        UsageError: the manifest's splits lack one of train, val, test; or `out_dir` holds files
+            that are not of an alignment model, which it would replace.
     """
+    refuse_foreign(out_dir, _OURS)
     started, clock = datetime.now(UTC), time.monotonic()
     pairs, captions = _split_pairs(Path(manifest_path), Path(splits_path))
     results: list[tuple[float, lit.HeadSettings, Any, Any]] = []

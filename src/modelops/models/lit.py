@@ -48,6 +48,7 @@ WEIGHTS = "open_clip_model.safetensors"
 CONFIG = "open_clip_config.json"
 TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
               "special_tokens_map.json")  # fmt: skip
+FILES = (*TEXT_FILES, WEIGHTS, CONFIG)
 CONTEXT_LENGTH = 32
 Floats = npt.NDArray[np.float32]
 

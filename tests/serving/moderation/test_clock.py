@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from modelops.cli.main import main
 from modelops.models.request import ImageRequest
 from modelops.serving.moderation.clock import FolderClock
 from modelops.serving.moderation.quarantine import Quarantine
@@ -141,6 +143,26 @@ def test_a_person_who_purges_is_obeyed(machine: Machine) -> None:
     machine.time += 400 * DAY
     machine.block(100)  # dated up to a day ahead
     assert tidy_folder(machine.folder, max_age_s=0) == (6, 0)
+
+
+def test_a_purge_on_a_clock_that_jumped_ahead_takes_a_days_worth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine's clock is 76 days ahead of the newest entry."""
+    machine = Machine(tmp_path / "q")
+    machine.time = time.time() - 100 * DAY
+    machine.start()
+    for day in range(25):
+        machine.block(day)
+        machine.time += DAY
+    purge = ["serve", "review", str(machine.folder), "--purge-older", "19.5"]
+    assert main(purge) == 0
+    assert "6 entries deleted" in capsys.readouterr().out  # five are as old, and one in a day
+    assert main(purge) == 0
+    assert "0 entries deleted" in capsys.readouterr().out
+    assert len(machine.seeds) == 19
+    assert main([*purge[:-1], "0"]) == 0
+    assert machine.seeds == []
 
 
 def test_a_clock_without_any_order_is_followed_for_a_day_at_most(tmp_path: Path) -> None:

@@ -48,9 +48,10 @@ class FolderSource(ModelSource):
                      "unlisted_images": len(unlisted)},
         )  # fmt: skip
         if unlisted:
-            named = ", ".join(unlisted[:3]) + (", ..." if len(unlisted) > 3 else "")
             self.notes = [
-                f"{len(unlisted)} images of the folder are not in {SAMPLES} and are left out: {named}"
+                f"{len(unlisted)} images of the folder are not in {SAMPLES} and are left out: "
+                + ", ".join(unlisted[:3])
+                + (", ..." if len(unlisted) > 3 else "")
             ]
 
     @property

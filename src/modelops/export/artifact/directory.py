@@ -74,9 +74,7 @@ def verify_artifact(
     """
     record = read_artifact(directory)
     root = Path(directory)
-    promised = {item.file: item.sha256 for item in record.components}
-    promised |= {item.data.path: item.data.sha256 for item in record.components if item.data}
-    promised |= {name: reference.sha256 for name, reference in record.files.items()}
+    promised = _promised(record)
     for name in promised:
         safe_join(root, name)
     digests = digests or {name: sha256_file(path) for name, path in tree_files(root).items()}
@@ -100,11 +98,19 @@ def verify_artifact(
     return record, sha256_json(digests)
 
 
+def _promised(record: ArtifactRecord) -> dict[str, str]:
+    """Return the sha256 of every file of an artifact but its record, by path relative to it."""
+    promised = {item.file: item.sha256 for item in record.components}
+    promised |= {item.data.path: item.data.sha256 for item in record.components if item.data}
+    return promised | {name: reference.sha256 for name, reference in record.files.items()}
+
+
 def check_destination(out_dir: str | Path, *, overwrite: bool) -> None:
     """Refuse a destination that is taken.
 
     Raises:
-        UsageError: it exists and `overwrite` is not set, or it is not an artifact's directory.
+        UsageError: it exists and `overwrite` is not set, or it is not an artifact's directory, or
+            holds a file that is not of the artifact.
     """
     out = Path(out_dir)
     if not out.exists():
@@ -116,6 +122,14 @@ def check_destination(out_dir: str | Path, *, overwrite: bool) -> None:
             f"{out_dir}: exists and is not an artifact, so it is not overwritten",
             hint="name another directory",
         )
+    if is_artifact(out):
+        ours = {*_promised(read_artifact(out)), RECORD}
+        others = sorted(tree_files(out, empty_folders=False).keys() - ours)
+        if others:
+            raise UsageError(
+                f"{out / others[0]}: not a file of the artifact, so it is not overwritten",
+                hint="move it away, or name another directory",
+            )
 
 
 def other_files(root: Path, components: list[ExportedComponent]) -> dict[str, InputRef]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.base.files import check_writable, is_leftover
+from modelops.serving.moderation.clock import FolderClock
 from modelops.serving.moderation.encryption import decrypt_entry
 from modelops.serving.moderation.entry import Entry
 from modelops.serving.telemetry.stamps import next_stamp, stamp_to_ns
@@ -62,10 +62,9 @@ def tidy_folder(
     that was finished after its last entry was deleted is deleted now.
 
     Args:
-        max_age_s: seconds; an entry that is as old is deleted.
+        max_age_s: seconds; an entry that is as old is deleted, and with 0 every one.
         max_bytes: of all entries together; None deletes none for room.
-        now: seconds since 1970 (a FolderClock's); the machine's clock, or the newest entry's time
-            if that is later, when not given.
+        now: seconds since 1970 of the folder's clock, which is read when this is not given.
 
     Raises:
         UsageError: there is no such folder, or it cannot be read.
@@ -73,8 +72,8 @@ def tidy_folder(
     """
     files = list_files(folder)
     if now is None:
-        now = max(time.time(), files[-1].written if files else 0.0)
-    old = [file for file in files if now - file.written >= max_age_s]
+        now = FolderClock(folder, lambda: newest_written(folder)).now()
+    old = [file for file in files if not max_age_s or now - file.written >= max_age_s]
     kept = files[len(old) :]
     total, over = sum(file.size for file in kept), []
     for file in kept:
