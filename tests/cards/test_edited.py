@@ -38,8 +38,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = root / "artifacts/pilot/int8"
     Verdict(
         answer="pass", policy_sha256="0" * 64, subject_sha256=sha256_tree(model),
-        criteria=[Criterion(name="c", evidence="e", metric="m", bound="b", answer="pass",
-                            reason="r")],
+        criteria=[Criterion(name="c", evidence="e", metric="m", bound="= b", value="b",
+                            answer="pass", reason="r")],
     ).write(root / "verdict.json")  # fmt: skip
     assert main(build(root)) == 0
     return root

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("skimage")
 
-from modelops.base.errors import EvaluationError, MissingWeightsError
+from modelops.abtest.pairs import open_side
+from modelops.base.errors import EvaluationError, IntegrityError, MissingWeightsError
 from modelops.base.images import encode_png, read_image
 from modelops.cli.main import main
 from modelops.data.corpora.openmoji import build_corpus
@@ -158,7 +159,7 @@ def records(pictures: list[Any], tmp_path_factory: pytest.TempPathFactory) -> tu
     for name, images in (("a", [pictures[0], pictures[1] // 2, *pictures[2:]]), ("b", others)):
         (root / name).mkdir()
         for index, image in enumerate(images):
-            (root / name / f"{index}.png").write_bytes(encode_png(image))
+            (root / name / f"{index // 2}-{index % 2}.png").write_bytes(encode_png(image))
         settings = EvaluationSettings(
             prompts_file=root / "prompts.txt", n=6, safety="none", resamples=50
         )
@@ -221,7 +222,9 @@ def test_equal_pictures_and_missing_weights_say_so(records: tuple[Path, Path]) -
     assert made["pair_cosine_lite0"].value == pytest.approx(1.0)
 
 
-def test_features_are_those_of_the_same_images(records: tuple[Path, Path], tmp_path: Path) -> None:
+def test_features_and_images_are_those_that_were_measured(
+    records: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in records:
         shutil.copy(path, tmp_path / path.name)
         shutil.copytree(path.with_suffix(""), tmp_path / path.stem)
@@ -231,6 +234,19 @@ def test_features_are_those_of_the_same_images(records: tuple[Path, Path], tmp_p
     assert again["pair_cosine_lite0"].value == pytest.approx(
         kept["pair_cosine_lite0"].value, abs=1e-5
     )
+    replaced = next((tmp_path / "b" / "samples").rglob("*.png"))
+    kept_bytes = replaced.read_bytes()
+    replaced.write_bytes(encode_png(np.zeros((32, 32, 3), np.uint8)))
+    for measure in (pair_images, pairwise_measures, compare_images, open_side):
+        with pytest.raises(IntegrityError, match=f"{replaced.name}: changed since it was measured"):
+            measure(*[tmp_path / "b.json"] * (1 if measure is open_side else 2))
+    both = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    assert main(["compare", *both]) == 1
+    assert main(["abtest", "build", *both, "--out", str(tmp_path / "study")]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("changed since it was measured") == 2 and not shown.out
+    assert not (tmp_path / "study").exists()
+    replaced.write_bytes(kept_bytes)
     gone = next((tmp_path / "a" / "samples").rglob("*.png"))
     gone.unlink()
     with pytest.raises(EvaluationError, match=r"\.png: an image of .* is gone"):

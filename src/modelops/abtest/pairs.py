@@ -8,7 +8,7 @@ from typing import Any
 
 from modelops.base.errors import EvaluationError, IntegrityError, ModelopsError, UsageError
 from modelops.base.files import read_json, safe_join, sha256_file
-from modelops.evaluation.per_image import read_per_image
+from modelops.evaluation.per_image import measured_image, read_per_image
 from modelops.evaluation.prompts import image_name
 from modelops.evaluation.samples import COMPLETE
 from modelops.records.base import InputRef
@@ -98,16 +98,18 @@ def _from_record(path: Path) -> Side:
         sampling=record.sampling.model_dump(exclude={"scheduler"}),
         seeds={(row["prompt"], row["replicate"]): row["seed"] for row in rows},
     )
-    names: dict[Planned, str] = {}
+    names: dict[Planned, tuple[str, dict[str, Any]]] = {}
     for place, row in enumerate(rows):
         planned = (row["prompt"], row["replicate"])
         if row.get("failure"):
             side.failures[planned] = row["failure"]
         else:
             counts = place * (record.source.kind == "folder")
-            names[planned] = image_name(row["prompt"], row["seed"], counts)
-    folder = _samples_folder(path, set(names.values()))
-    side.files.update({planned: folder / name for planned, name in names.items()})
+            names[planned] = image_name(row["prompt"], row["seed"], counts), row
+    folder = _samples_folder(path, {name for name, _ in names.values()})
+    side.files.update({
+        planned: measured_image(path, row, name, folder) for planned, (name, row) in names.items()
+    })  # fmt: skip
     return side
 
 

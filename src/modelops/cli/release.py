@@ -183,7 +183,7 @@ def build(
 def said_of_processors(record: ReleaseRecord) -> str:
     """A line for each kind of processor on which the model was tried; "" of a checkpoint."""
     lines = [
-        f"{'gives' if one.passed else 'does NOT give'} its numbers in {one.runtime} on "
+        f"{'gives' if one.holds else 'does NOT give'} its numbers in {one.runtime} on "
         f"{one.processor}: {one.distance or one.fault}\n"
         for one in record.reproduced
     ]

@@ -322,5 +322,5 @@ class Stages:
 
 
 def _parity(record: ArtifactRecord) -> str:
-    worst = [check for check in record.parity if not check.passed]
+    worst = [check for check in record.parity if not check.holds]
     return f"parity: {len(record.parity) - len(worst)} of {len(record.parity)} checks passed"

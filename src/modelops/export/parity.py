@@ -260,10 +260,7 @@ def require_parity(checks: Sequence[ParityCheck], *, allow: bool) -> str | None:
     failed = [check for check in checks if not check.passed]
     if not failed:
         return None
-    listed = "; ".join(
-        f"{check.name} {check.measure} {check.value:.3g} (bound {check.bound:.3g})"
-        for check in failed
-    )
+    listed = "; ".join(f"{check.name} {check.distance}" for check in failed)
     if not allow:
         raise ExportError(
             f"the export differs from its source: {listed}",

@@ -22,6 +22,7 @@ from modelops.gates.chain import (
 from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
 from modelops.records.base import Answer, InputRef, Measurement, Record
+from modelops.records.bounds import bound_text
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
 from modelops.records.release import Criterion, Verdict, overall
@@ -29,7 +30,6 @@ from modelops.records.release import Criterion, Verdict, overall
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "at_most": operator.le, "at_least": operator.ge, "below": operator.lt, "above": operator.gt,
 }  # fmt: skip
-_SIGNS = {"at_most": "≤", "at_least": "≥", "below": "<", "above": ">"}
 _HARDER_END = {"at_most": "high", "below": "high", "at_least": "low", "above": "low"}
 
 
@@ -131,19 +131,7 @@ def _find(
 
 def describe_bound(criterion: PolicyCriterion) -> str:
     """Format the bound in a few characters, such as `≤ 0.5 × early` or `> 0 (low end)`."""
-    if criterion.parity is not None:
-        checks = "all checks" if criterion.parity == "all" else ", ".join(criterion.parity)
-        return f"{checks} passed"
-    if criterion.comparison is None:
-        return f"= {criterion.equals}"
-    sign, bound = _SIGNS[criterion.comparison], criterion.bound
-    if isinstance(bound, RelativeBound):
-        relation = f"{bound.ratio:g} × {bound.of}" if bound.ratio else f"{bound.of} {bound.plus:+g}"
-        text = f"{sign} {relation}"
-    else:
-        text = f"{sign} {bound:g}"
-    end = {"value": "", "worst": " (worst end)"}.get(criterion.use, f" ({criterion.use} end)")
-    return text + end
+    return bound_text(criterion.model_dump(exclude_none=True))
 
 
 def _parity(wanted: str | list[str], record: Record, shown: str) -> _Finding:
@@ -154,11 +142,8 @@ def _parity(wanted: str | list[str], record: Record, shown: str) -> _Finding:
     checks = [check for check in record.parity if wanted == "all" or check.name in wanted]
     if missing or not checks:
         return _undecided(f"not checked: {', '.join(missing) or 'no parity check at all'}", shown)
-    failed = [check for check in checks if not (check.passed and check.holds)]
-    worst = ", ".join(
-        f"{check.name} {check.measure} {check.value:.3g} (bound {check.bound:.3g})"
-        for check in failed or checks
-    )
+    failed = [check for check in checks if not check.holds]
+    worst = ", ".join(f"{check.name} {check.distance}" for check in failed or checks)
     answer: Answer = "fail" if failed else "pass"
     value = f"{len(checks) - len(failed)} of {len(checks)}"
     return _Finding(answer=answer, reason=worst, bound=shown, value=value)

@@ -59,12 +59,17 @@ class ParityCheck(RecordPart):
 
     @property
     def holds(self) -> bool:
-        """Whether the value is within its bound and something was compared, whatever `passed` says.
+        """Whether the value is within its bound and something was compared, and it says so too.
 
         PSNR and SSIM must be at least their bound, distances at most.
         """
         within = self.value >= self.bound if self.measure in _AT_LEAST else self.value <= self.bound
-        return within and self.n > 0
+        return self.passed and within and self.n > 0
+
+    @property
+    def distance(self) -> str:
+        """ "psnr_db 3 (bound 28)"."""
+        return f"{self.measure} {self.value:.3g} (bound {self.bound:.3g})"
 
 
 class ReproductionCheck(RecordPart):
@@ -81,9 +86,14 @@ class ReproductionCheck(RecordPart):
     imitated_by: str = ""  # the variable that narrowed another processor to this kind
 
     @property
+    def holds(self) -> bool:
+        """Whether the error is within its bound and something was compared, and it says so too."""
+        return self.passed and not self.fault and self.error <= self.bound and self.n > 0
+
+    @property
     def answer(self) -> str:
         """ "the same numbers", "OTHER NUMBERS", or what went wrong."""
-        return self.fault or ("the same numbers" if self.passed else "OTHER NUMBERS")
+        return self.fault or ("the same numbers" if self.holds else "OTHER NUMBERS")
 
     @property
     def distance(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
@@ -20,6 +18,7 @@ from typing_extensions import TypedDict  # typing's own has no pydantic support 
 from modelops.base.files import sha256_json
 from modelops.base.guidance import guidance_scale
 from modelops.records.base import Answer, Count, InputRef, Record, RecordPart
+from modelops.records.bounds import keeps_bound
 from modelops.records.export import ReproductionCheck
 
 
@@ -53,40 +52,9 @@ class Criterion(RecordPart):
 
     @model_validator(mode="after")
     def _a_pass_keeps_its_bound(self) -> Self:
-        if self.answer == "pass" and not _keeps(self):
+        if self.answer == "pass" and not keeps_bound(self.bound, self.value, self.low, self.high):
             raise ValueError(f"{self.name}: {self.value} is said to pass {self.bound!r}")
         return self
-
-
-_BOUND = re.compile(r"(≤|≥|<|>) (\S+?)(?: \((low|high|worst) end\))?")
-
-
-def _same(value: str, wanted: str) -> bool:
-    try:
-        return float(value) == float(wanted)
-    except ValueError:
-        return value == wanted
-
-
-def _keeps(line: Criterion) -> bool:
-    """Return whether a criterion's value is within its bound, where that is a number or a text.
-
-    Bounds are printed with six digits, so that much is let pass.
-    """
-    if line.bound.startswith("= "):
-        return line.value is None or _same(str(line.value), line.bound[2:])
-    found = _BOUND.fullmatch(line.bound)
-    try:
-        bound = float(found[2]) if found else math.nan
-    except ValueError:
-        return True  # relative to other evidence
-    if not found or math.isnan(bound) or not isinstance(line.value, float):
-        return True
-    upper = found[1] in "≤<"
-    ends = {"low": line.low, "high": line.high, "worst": line.high if upper else line.low}
-    value = ends.get(found[3] or "", line.value)
-    slack = 1e-5 * abs(bound)
-    return value is None or (value <= bound + slack if upper else value >= bound - slack)
 
 
 class Verdict(Record):

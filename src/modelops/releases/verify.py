@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from modelops.base.errors import IntegrityError, ModelopsError, UsageError
 from modelops.base.files import read_yaml, safe_join, sha256_file, sha256_tree, tree_files
+from modelops.records.bounds import SIGNS, bound_text
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
 from modelops.records.read import read_record
@@ -33,20 +35,22 @@ def check_fallback(fallback: str | Path, model_dir: str | Path) -> None:
             f"{fallback}: was not made from the checkpoint of {model_dir}",
             hint="export the checkpoint to onnx again",
         )
-    failed = [check for check in other.parity if not check.passed]
-    if failed or other.error or not other.parity:
+    failed = [check for check in other.parity if not check.holds]
+    if failed or other.error or other.status != "ok" or not other.parity:
+        state = "it was not compared" if not other.parity else f"its status is {other.status}"
+        reason = other.error or (f"{failed[0].name}: {failed[0].distance}" if failed else state)
         raise IntegrityError(
-            f"{fallback}: is not equal to its checkpoint "
-            f"({other.error or (failed[0].name if failed else 'it was not compared')})",
+            f"{fallback}: is not equal to its checkpoint ({reason})",
             hint="export it again without --allow",
         )
 
 
 def check_policy(policy: str | Path, verdict: Verdict) -> None:
-    """Check that a verdict was made by a policy, and answers each of its criteria.
+    """Check that a verdict was made by a policy, and answers each of its criteria as it asks.
 
     Raises:
-        IntegrityError: it was made by another one, or its criteria are others.
+        IntegrityError: it was made by another one, or its criteria, or the metric, evidence or
+            bound of one, are others.
         ConfigError: the policy is not YAML.
     """
     if sha256_file(policy) != verdict.policy_sha256:
@@ -54,7 +58,8 @@ def check_policy(policy: str | Path, verdict: Verdict) -> None:
             f"{policy}: is not the policy the verdict was made by",
             hint="run `modelops gate` again after a change of policy",
         )
-    listed = read_yaml(policy).get("criteria")
+    data = read_yaml(policy)
+    listed = data.get("criteria")
     lines = listed if isinstance(listed, list) else []
     asked = [line.get("name") for line in lines if isinstance(line, dict)]
     answered = [line.name for line in verdict.criteria]
@@ -68,6 +73,28 @@ def check_policy(policy: str | Path, verdict: Verdict) -> None:
                "has its criteria in another order or number"),
             hint="run `modelops gate` again",
         )  # fmt: skip
+    for wanted, line in zip(lines, verdict.criteria, strict=True):
+        try:
+            expected = {
+                "evidence": data["evidence"][wanted["evidence"]],
+                "metric": wanted.get("metric") or wanted.get("field") or "parity",
+                "bound": bound_text(wanted),
+            }
+            relative = any(isinstance(wanted.get(key), dict) for key in SIGNS)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(
+                f"{policy}: its criterion {line.name!r} cannot be read", hint="run `modelops gate`"
+            ) from error
+        found = {"evidence": line.evidence, "metric": line.metric, "bound": line.bound}
+        if relative and line.bound != expected["bound"]:  # the number that it came to follows
+            found["bound"] = re.sub(r" = [^\s=]+\Z", "", line.bound)
+        for key, text in expected.items():
+            if found[key] != text:
+                raise IntegrityError(
+                    f"{policy}: the verdict's criterion {line.name!r} has another {key}, "
+                    f"{found[key]!r} instead of {text!r}",
+                    hint="run `modelops gate` again",
+                )
 
 
 def verify_release(directory: str | Path) -> ReleaseRecord:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from modelops.base.errors import IntegrityError, UsageError
+from modelops.cli.main import main
 from modelops.evaluation.compare.compare import compare_records
 from modelops.evaluation.compare.margins import Margin, parse_margins
 from modelops.evaluation.evaluate import evaluate
@@ -386,6 +387,28 @@ def test_an_asked_margin_that_cannot_be_compared_is_undecided(tmp_path: Path) ->
         tmp_path / "b.json", tmp_path / "b.json", margins=loose, default_margins=True
     )
     assert neither.answer == "pass", "what neither measured decides nothing"
+
+
+def test_what_the_second_measured_otherwise_is_undecided(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A filter of another threshold finds fewer unsafe images; so does any other protocol."""
+    a = record_of(tmp_path / "a.json", {"m": (10.0, 1.0), "unsafe_rate": (0.2, 0.1)})
+    record = read_record(a, EvaluationRecord)
+    for name, threshold in (("a", 0.5), ("b", 0.99)):
+        record.protocols["f"] = {"filter": {"threshold": threshold}, "sampling": {"seed": 0}}
+        record.metrics["unsafe_rate"].protocol = "f"
+        record.write(tmp_path / f"{name}.json")
+    record.metrics["unsafe_rate"] = Measurement.missing("no filter")
+    record.write(tmp_path / "none.json")
+    loose = {"m": Margin(5.0, relative=False)}
+    for margins in ({}, loose):
+        made = compare_records(a, tmp_path / "b.json", margins=margins)
+        assert row_of(made, "unsafe_rate").reason == "filter.threshold: 0.5 against 0.99"
+        assert (made.answer, made.reasons) == ("undecided", ["unsafe_rate is not comparable"])
+    assert compare_records(tmp_path / "none.json", a).answer == "pass"  # more is fine
+    assert main(["compare", str(a), str(tmp_path / "b.json")]) == 4
+    assert "unsafe_rate is not comparable" in " ".join(capsys.readouterr().out.split())
 
 
 def test_farther_from_the_training_pictures_is_not_better(tmp_path: Path) -> None:

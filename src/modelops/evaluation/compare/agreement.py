@@ -13,7 +13,7 @@ import numpy.typing as npt
 from modelops.base.errors import EvaluationError, ModelopsError
 from modelops.base.files import sha256_file
 from modelops.base.images import read_image
-from modelops.evaluation.per_image import read_per_image
+from modelops.evaluation.per_image import measured_image, read_per_image
 from modelops.evaluation.prompts import image_name
 from modelops.evaluation.samples import COMPLETE
 from modelops.metrics.alignment import per_prompt
@@ -73,19 +73,16 @@ def compare_images(one: str | Path, other: str | Path) -> Agreement:
         one, other: evaluation records that still have their samples beside them.
 
     Raises:
-        EvaluationError: they have no image in common, or two images differ in size.
+        EvaluationError: they have no image in common, one is gone, or two differ in size.
+        IntegrityError: an image is not the one that was measured.
     """
-    ours, theirs = _latest_samples(Path(one)), _latest_samples(Path(other))
-    shared = sorted(_png_names(ours) & _png_names(theirs))
-    if not shared:
-        raise EvaluationError(f"{one} and {other} have no image of the same prompt and seed")
     differences = []
-    for name in shared:
-        first, second = read_image(ours / name), read_image(theirs / name)
+    for pair in pair_images(one, other):
+        first, second = pair.read()
         if first.shape != second.shape:
-            raise EvaluationError(f"{name}: {first.shape} and {second.shape}")
+            raise EvaluationError(f"{pair.second.name}: {first.shape} and {second.shape}")
         differences.append(int(np.abs(first.astype(np.int16) - second).max()))
-    return Agreement(len(shared), differences.count(0), max(differences))
+    return Agreement(len(differences), differences.count(0), max(differences))
 
 
 def pair_images(one: str | Path, other: str | Path) -> list[ImagePair]:
@@ -96,6 +93,7 @@ def pair_images(one: str | Path, other: str | Path) -> list[ImagePair]:
 
     Raises:
         EvaluationError: they have no image in common, or a file is gone.
+        IntegrityError: an image is not the one that was measured.
         UsageError: a file is not an evaluation record.
     """
     ours, theirs = _made_images(Path(one)), _made_images(Path(other))
@@ -132,6 +130,7 @@ def pairwise_measures(
 
     Raises:
         EvaluationError: the evaluations have no image in common, or a file beside them is gone.
+        IntegrityError: an image is not the one that was measured.
         UsageError: a file is not an evaluation record.
         MissingWeightsError: the named weights cannot be used.
     """
@@ -258,18 +257,11 @@ def _made_images(record_path: Path) -> dict[tuple[str, int], tuple[int, Path]]:
     for place, row in enumerate(rows):
         if row["failure"] is not None:
             continue
-        path = folder / image_name(row["prompt"], row["seed"], place * is_folder)
-        if not path.is_file():
-            raise EvaluationError(
-                f"{path}: an image of {record_path} is gone", hint="run `modelops eval` again"
-            )
+        name = image_name(row["prompt"], row["seed"], place * is_folder)
+        path = measured_image(record_path, row, name, folder)
         found.setdefault((row["prompt"], row["seed"]), (made, path))
         made += 1
     return found
-
-
-def _png_names(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.png")}
 
 
 def _latest_samples(record: Path) -> Path:

@@ -277,7 +277,8 @@ def _apply_margin(
 
 def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool) -> None:
     """Fill in the answer, its reasons and the counts. Where a margin decides, the verdict does not.
-    A metric that neither record measured decides nothing, unless its margin was asked for.
+    A metric that the first record measured must be comparable in the second; one that neither
+    measured decides nothing, unless its margin was asked for.
 
     Args:
         asked: metrics whose margin was asked for.
@@ -289,10 +290,13 @@ def _answer(record: ComparisonRecord, *, asked: set[str], default_margins: bool)
     for row in record.comparisons:
         if row.verdict == "not comparable":
             known = row.first is not None or row.second is not None
-            if row.metric in asked or (known and row.metric in deciding):
-                doubts.append(f"{row.metric} is not comparable")
-            elif row.first is not None and row.second is None:  # nobody passes by measuring less
+            alone = row.first is not None and row.second is None
+            if alone and row.metric not in deciding:  # nobody passes by measuring less,
                 doubts.append(f"{row.metric} was measured in the first record alone")
+            elif (  # or in another way
+                row.first is not None or row.metric in asked or (known and row.metric in deciding)
+            ):
+                doubts.append(f"{row.metric} is not comparable")
         elif row.metric in deciding:
             if row.within_margin == "no":
                 failures.append(
