@@ -346,7 +346,7 @@ class Workbench:
 
 def _notes(bench: Workbench, interval: Interval, protocol: Mapping[str, Any]) -> list[str]:
     """Remarks on a measurement's inputs: failed images, cut prompts, unusable real images."""
-    notes = []
+    notes: list[str] = []
     if "sampling" in protocol:
         notes += bench.source_notes
         failed, of = len(bench.samples.failures), len(bench.samples.plan)
