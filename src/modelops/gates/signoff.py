@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from modelops.base.environment import current_environment
 from modelops.base.errors import GateFailedError, GateUndecidedError, ModelopsError, UsageError
 from modelops.base.files import sha256_file
+from modelops.gates.written import verdicts_in
 from modelops.records.base import InputRef
 from modelops.records.read import read_record
 from modelops.records.release import SignOff, Verdict
@@ -48,7 +50,8 @@ def sign_off(
 
     Raises:
         UsageError: the file does not exist, or a name or role is empty or not printable.
-        GateFailedError, GateUndecidedError: the file is a verdict that does not say `pass`.
+        GateFailedError, GateUndecidedError: the file is, or has in it, a verdict that does not say
+            `pass`, in JSON or YAML.
     """
     target = Path(path)
     if not target.is_file():
@@ -87,18 +90,37 @@ def _slug(role: str) -> str:
 
 
 def _refuse_without_pass(target: Path) -> None:
+    data = target.read_bytes()
     # Also one that is no record any more, in UTF-16 or with text after it: whatever its name.
-    text = target.read_bytes().replace(b"\0", b"")
-    if not _VERDICT.search(text) or not _OBJECT.match(text):
-        return  # a charter, a card
-    verdict = read_record(target, Verdict)
-    answer = verdict.answer
-    if verdict.status != "ok":
-        raise GateUndecidedError(f"{target}: its status is {verdict.status}", hint="run the gate")
+    bare = data.replace(b"\0", b"")
+    text = data.decode("utf-8-sig", "replace")
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    is_record = isinstance(whole, dict) and whole.get("kind") == "verdict"
+    if is_record or (_VERDICT.search(bare) and _OBJECT.match(bare)):
+        verdict = read_record(target, Verdict)
+        _refuse(target, verdict.status, [verdict.answer])
+    try:
+        for found in verdicts_in(text):
+            lines = found.get("criteria")
+            lines = lines if isinstance(lines, list) else []
+            answers = [one.get("answer") for one in [found, *lines] if isinstance(one, dict)]
+            _refuse(target, found.get("status", "ok"), answers)
+    except RecursionError as error:
+        raise UsageError(f"{target}: nested too deeply") from error
+
+
+def _refuse(target: Path, status: object, answers: list[Any]) -> None:
+    """Refuse a verdict that did not end well or has an answer other than `pass`."""
     hint = "a sign-off approves; mend what the verdict names and run the gate again"
-    if answer == "fail":
+    said = [str(answer).strip().casefold() for answer in answers]
+    if status != "ok":
+        raise GateUndecidedError(f"{target}: its status is {status}", hint="run the gate")
+    if "fail" in said:
         raise GateFailedError(f"{target}: the verdict is fail", hint=hint)
-    if answer == "undecided":
+    if set(said) != {"pass"}:
         raise GateUndecidedError(f"{target}: the verdict is undecided", hint=hint)
 
 
