@@ -177,7 +177,7 @@ def test_diversity_and_clip_scores_of_replicates(drawn: Any, folder: Any, tmp_pa
         {k: v.contiguous() for k, v in state.items()}, weights / "open_clip_model.safetensors"
     )
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo\nthree\n")
+    prompts.write_text("one\ntwo\nthree\n" * 14)  # a line for each image
 
     def run(name: str, **more: Any) -> EvaluationRecord:
         settings = EvaluationSettings(
