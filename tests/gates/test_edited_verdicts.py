@@ -36,6 +36,7 @@ def build(root: Path) -> ReleaseRecord:
     return build_release(
         root / "release", model_dir=root / "artifacts/pilot/int8", verdict=root / "verdict.json",
         policy=root / "policy.yaml", name="a", version="1",
+        records=[root / f"evaluations/{name}.json" for name in ("early", "final")],
     )  # fmt: skip
 
 
@@ -60,6 +61,9 @@ WIDE: dict[str, Any] = {"low": 0.0, "high": 900.0}
     (SAFE, {"bound": "≤ 0.5 (high end)"}), (SAFE, {"high": 0.06}), (SAFE, {"value": None}),
     (FIELD, {"value": "up"}), (FIELD, {"value": None}), (FIELD, {"bound": "= up", "value": "up"}),
     (FIELD, {"metric": "status"}),
+    (RELATIVE, {"bound": "≤ 0.5 × early = 44"}), (RELATIVE, {"bound": "≤ 0.5 × early = 450"}),
+    (RELATIVE, {"value": 20.0}), (RELATIVE, {"low": 1.0}), (ABOVE, {"high": 0.9}),
+    (PARITY, {"value": "9 of 9"}), ("int8 is faster", {"value": 2.3}),
 ])  # fmt: skip
 def test_an_edited_criterion_is_found(
     made: Path, tmp_path: Path, name: str, edit: dict[str, Any]
@@ -69,7 +73,9 @@ def test_an_edited_criterion_is_found(
     data = json.loads((root / "verdict.json").read_text("utf-8"))
     next(line for line in data["criteria"] if line["name"] == name).update(edit)
     (root / "verdict.json").write_text(json.dumps(data), "utf-8")
-    with pytest.raises(ModelopsError, match=r"is said to pass|has another (bound|metric|evidence)"):
+    with pytest.raises(
+        ModelopsError, match=r"said to pass|has (another (bound|metric|evidence)|other n)"
+    ):
         build(root)
     release, digest = root / "release", sha256_file(root / "verdict.json")
     shutil.copy(root / "verdict.json", release / "verdict.json")

@@ -10,7 +10,7 @@ from modelops.base.files import sha256_file, sha256_tree
 from modelops.monitoring.reference import release_files
 from modelops.releases.build import build_release
 from modelops.releases.verify import RECORD_FILE
-from project_records import verdict_on
+from project_records import CRITERIA, verdict_on
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def make_release(
     digest = sha256_tree(model)
     evaluation = drift_lab.write_evaluation(folder, model=digest, days_old=days_old)
     rules = folder / "policy.yaml"
-    rules.write_text((policy or "version: 1\n") + "criteria:\n  - {name: c}\n")
+    rules.write_text((policy or "version: 1\n") + CRITERIA)
     verdict_on(digest, policy_sha256=sha256_file(rules)).write(folder / "v.json")
     files, _ = release_files([evaluation], model_sha256=digest, folder=folder / "reference")
     assert set(files) == {"monitoring/reference.json", "monitoring/reference.npz"}

@@ -33,6 +33,10 @@ CRITERION = Criterion(
 )
 
 
+# What a policy.yaml says that asks for CRITERION alone.
+CRITERIA = "evidence: {e: e}\ncriteria: [{name: c, evidence: e, field: m, equals: ok}]\n"
+
+
 def verdict_on(
     model_sha256: str, answer: Answer = "pass", *, policy_sha256: str = "0" * 64
 ) -> Verdict:
@@ -40,6 +44,7 @@ def verdict_on(
     return Verdict(
         answer=answer, policy_sha256=policy_sha256, subject_sha256=model_sha256,
         criteria=[CRITERION.model_copy(update={"answer": answer})],
+        inputs={"e": InputRef(path="e", sha256="0" * 64)},
     )  # fmt: skip
 
 

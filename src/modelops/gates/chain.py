@@ -9,7 +9,6 @@ from typing import Any
 from modelops.base.errors import ModelopsError, UsageError
 from modelops.base.files import safe_join, sha256_file, sha256_tree
 from modelops.export.artifact.directory import verify_artifact
-from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy
 from modelops.metrics.protocol import protocol_differences
 from modelops.records.base import Measurement, Record
@@ -17,6 +16,7 @@ from modelops.records.comparison import AbTestRecord, ComparisonRecord
 from modelops.records.data import DedupReport, SmokeReport, SplitReport
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
+from modelops.records.measurements import measurement_of
 from modelops.records.read import read_any_record
 from modelops.records.train import TrainRecord
 

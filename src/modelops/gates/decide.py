@@ -19,12 +19,12 @@ from modelops.gates.chain import (
     read_evidence,
     unlike,
 )
-from modelops.gates.measurements import measurement_of
 from modelops.gates.policy import Policy, PolicyCriterion, RelativeBound, load_policy
 from modelops.records.base import Answer, InputRef, Measurement, Record
 from modelops.records.bounds import bound_text
 from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
+from modelops.records.measurements import measurement_of
 from modelops.records.release import Criterion, Verdict, overall
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {

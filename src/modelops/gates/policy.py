@@ -36,8 +36,8 @@ from pydantic import (
 
 from modelops.base.errors import ConfigError
 from modelops.base.files import read_yaml
-from modelops.gates.measurements import SLICES, is_slice_name
 from modelops.monitoring.policy import Margins, MonitoringPolicy
+from modelops.records.measurements import SLICES, is_slice_name
 
 COMPARISONS = ("at_most", "at_least", "below", "above")
 
@@ -91,7 +91,7 @@ class PolicyCriterion(_Section):
         name: unique in the policy.
         evidence: name of the record.
         metric: key of a Measurement: of an evaluation's `metrics` or `slices` (see
-            `modelops.gates.measurements`), an artifact's `speed` or a split's `leakage`.
+            `modelops.records.measurements`), an artifact's `speed` or a split's `leakage`.
         at_most, at_least, below, above: the bound of a metric or of a numeric field; one of them.
         use: the number that decides: `value` (the point), `low`, `high`, or `worst`, the end of the
             interval that is harder to pass with.

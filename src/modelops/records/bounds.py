@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 SIGNS = {"at_most": "≤", "at_least": "≥", "below": "<", "above": ">"}
 _BOUND = re.compile(r"([≤≥<>]) (.+?)(?: \((low|high|worst) end\))?(?: = (\S+))?", re.DOTALL)
+_RELATION = re.compile(r"(\S+) × (.+)|(.+) ([+-]\S+)", re.DOTALL)
 _COUNT = re.compile(r"(\d+) of (\d+)")
 
 
@@ -32,6 +34,36 @@ def bound_text(asked: Mapping[str, Any]) -> str:
         text += f" {bound['of']} {float(bound['plus']):+g}"
     end = asked.get("use", "value")
     return text if end == "value" else f"{text} ({end} end)"
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """Relative bound: `ratio` times, or `plus` above, the value of the evidence `of`."""
+
+    of: str
+    ratio: float
+    plus: float
+    limit: float
+
+    def gives(self, base: float) -> bool:
+        """Return whether the number that was printed follows from the evidence's value."""
+        made = self.ratio * base + self.plus
+        return abs(made - self.limit) <= 1e-3 * max(abs(made), abs(self.limit))
+
+
+def relation_in(bound: str) -> Relation | None:
+    """Read a relative bound with its number; None for another."""
+    found = _BOUND.fullmatch(bound)
+    parts = _RELATION.fullmatch(found[2]) if found and found[4] else None
+    if found is None or parts is None:
+        return None
+    try:
+        limit = float(found[4])
+        if parts[1]:
+            return Relation(parts[2], float(parts[1]), 0.0, limit)
+        return Relation(parts[3], 1.0, float(parts[4]), limit)
+    except ValueError:
+        return None
 
 
 def keeps_bound(

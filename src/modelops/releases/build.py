@@ -48,6 +48,7 @@ from modelops.records.release import (
     ReleaseRecord,
     Verdict,
 )
+from modelops.releases.evidence import check_evidence
 from modelops.releases.verify import (
     RECORD_FILE,
     check_fallback,
@@ -100,8 +101,8 @@ def build_release(
 
     Raises:
         GateFailedError, GateUndecidedError: the verdict is not `pass` and `allow` is false.
-        IntegrityError: the verdict is about another model or another policy, or a symbolic link
-            lies in the model.
+        IntegrityError: the verdict is about another model or another policy, or has other numbers
+            than its records; or a symbolic link lies in the model.
         UsageError: an input is missing or of another kind, or `out_dir` holds other files.
         InUseError: another process builds there.
         ModelopsError: the disk is full or the folder cannot be written.
@@ -169,6 +170,7 @@ def build_release(
             for path, is_same in copied.items():
                 if not is_same:
                     raise IntegrityError(f"{path}: changed while it was copied", hint="try again")
+            check_evidence(answer, [folder / relative for relative in record.files])
             record.write(folder / RECORD_FILE)
     return record
 

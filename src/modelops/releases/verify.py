@@ -13,6 +13,7 @@ from modelops.records.evaluation import EvaluationRecord
 from modelops.records.export import ArtifactRecord
 from modelops.records.read import read_record
 from modelops.records.release import ReleaseRecord, Verdict
+from modelops.releases.evidence import check_evidence
 
 RECORD_FILE = "release.json"
 
@@ -95,6 +96,13 @@ def check_policy(policy: str | Path, verdict: Verdict) -> None:
                     f"{found[key]!r} instead of {text!r}",
                     hint="run `modelops gate` again",
                 )
+        cited = verdict.inputs.get(wanted["evidence"])
+        if line.answer == "pass" and (cited is None or cited.path != line.evidence):
+            raise IntegrityError(
+                f"{policy}: the verdict's inputs do not name {wanted['evidence']}, the evidence of "
+                f"its criterion {line.name!r}",
+                hint="run `modelops gate` again",
+            )
 
 
 def verify_release(directory: str | Path) -> ReleaseRecord:
@@ -155,6 +163,7 @@ def verify_release(directory: str | Path) -> ReleaseRecord:
             raise IntegrityError(
                 f"{root / RECORD_FILE}: its inputs name another {name}", hint=_REBUILD
             )
+    check_evidence(answer, (safe_join(root, relative) for relative in record.files))
     if "policy.yaml" in record.files:
         check_policy(root / "policy.yaml", answer)
     if sha256_tree(safe_join(root, record.model)) != record.model_sha256:

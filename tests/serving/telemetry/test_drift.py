@@ -38,7 +38,7 @@ from modelops.serving.node.golden import make_golden
 from modelops.serving.node.node import InferenceNode
 from modelops.serving.settings import NodeSettings
 from modelops.serving.telemetry.drift import evaluation_cadence
-from project_records import verdict_on
+from project_records import CRITERIA, verdict_on
 
 SECRET = "a zebra that nobody shall read about"
 
@@ -57,7 +57,7 @@ def monitored(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     )  # fmt: skip
     evaluate(open_source(str(tiny_checkpoint)), settings, out_path=folder / "final.json")
     (folder / "policy.yaml").write_text(
-        "monitoring: {evaluate_every_days: 9, min_n: 20}\ncriteria: [{name: c}]\n"
+        "monitoring: {evaluate_every_days: 9, min_n: 20}\n" + CRITERIA
     )
     rules = sha256_file(folder / "policy.yaml")
     verdict_on(model, policy_sha256=rules).write(folder / "v.json")
