@@ -53,7 +53,7 @@ def folder(corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = real.read(index % len(real.samples))
         noisy = np.clip(np.rint(picture + generator.normal(0, 30, picture.shape)), 0, 255)
         (root / "images" / f"{index:03}.png").write_bytes(encode_png(noisy.astype(np.uint8)))
-    (root / "prompts.txt").write_text("".join(f"drawing {i}\n" for i in range(IMAGES // 2)))
+    (root / "prompts.txt").write_text("".join(f"drawing {i}\n" for i in range(IMAGES // 2)) * 2)
     return root
 
 
