@@ -97,7 +97,8 @@ def test_leakage_fractions_speed_and_parity_are_possible_or_refused() -> None:
 
 
 def test_the_published_records_are_still_read() -> None:
-    names = ("data/split.json", "data/dedup_report.json", "data/smoke.json", "runs/pilot/train.json",
-             "evaluations/final.json", "artifacts/pilot/int8/artifact.json")  # fmt: skip
+    names = ("data/split.json", "data/dedup_report.json", "data/smoke.json",
+             "runs/pilot/train.json", "evaluations/final.json",
+             "artifacts/pilot/int8/artifact.json")  # fmt: skip
     for name in names:
         assert read_any_record(PUBLISHED / name).status == "ok"
