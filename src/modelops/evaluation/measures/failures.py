@@ -16,7 +16,7 @@ def measure(bench: Workbench) -> None:
         "failed_image_rate", clopper_pearson(failures, plan),
         {"metric": "failed images", "sampling": dict(bench.sampling)}, n=plan, better=False,
         unit="rate",
-        warnings=[f"lines of the prompts that are {what} and ask for nothing new: {count}"
+        warnings=[f"{count} {what} {'line' if count == 1 else 'lines'} of the prompts left out"
                   for what, count in dropped.items()],
         details={"failed": failures, "blocked_by_source": len(bench.samples.blocked),
                  "unusable_prompts": len(bench.prompts.rejected),
