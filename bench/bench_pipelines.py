@@ -44,12 +44,12 @@ prompt has an effect, and which prompts may share a call without changing each o
 
 This table is measured, not claimed: `python bench/bench_pipelines.py` makes a tiny pipeline of each
 family with random weights and the traits of the released one, and compares every image with that of
-diffusers' own call with the same seed. A number is the largest difference of a pixel, of 255, where 0
-and 1 are rounding; dB is the PSNR of exported images. Released weights were not tried here.
+diffusers' own call with the same seed. A number is the largest difference of a pixel, of 255, where
+0 and 1 are rounding; dB is the PSNR of exported images. Released weights were not tried here.
 
 - **sample = diffusers**: one image of one prompt, no option given but steps and size.
 - **in company**: short and long prompts given together, each against diffusers' call of it alone.
-- **served together**: requests of different steps and guidance in the engine that shares evaluations.
+- **served together**: requests of different steps and guidance in shared evaluations.
 - **export**: least PSNR of the ONNX artifact's images; 120 is equal.
 - **artifact, other calls**: another size, step count, guidance and a long prompt by the artifact.
 - **INT8**: least PSNR of the quantised artifact's images, kept with `--allow`.
