@@ -40,7 +40,7 @@ def refusal(message: str, code: str = "invalid_request_error") -> foreign_servic
     return 400, {"error": {"message": message, "code": code}}, {}
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_an_image_of_any_known_format_is_measured(kind: str, prefix: str) -> None:
     data = prefix + base64.b64encode(encoded(kind)).decode()
@@ -49,8 +49,15 @@ def test_an_image_of_any_known_format_is_measured(kind: str, prefix: str) -> Non
         image = source.generate([REQUEST])[0]
     assert image.shape == (16, 24, 3)
     assert np.abs(image.astype(int) - (200, 40, 90)).max() <= 8
-    expected = {"JPEG": "jpg", "WEBP": "webp", "GIF": "gif"}.get(kind)
+    expected = {"JPEG": "jpg"}.get(kind, kind.lower()) if kind != "PNG" else None
     assert source.info.details.get("image_format") == expected
+
+
+def test_base64_in_lines_or_without_padding_is_read() -> None:
+    data = base64.encodebytes(encoded("PNG")).decode()
+    for text in (data, data.replace("\n", "\r\n"), data.rstrip("=\n")):
+        with foreign_service.serve(lambda body, text=text: answer(b64_json=text)) as service:
+            assert EndpointSource(service.url).generate([REQUEST])[0].shape == (16, 24, 3)
 
 
 def test_an_image_behind_a_link_is_fetched_without_the_key() -> None:

@@ -29,7 +29,10 @@ TIMEOUTS = 2  # of one image: a service that hung twice will hang again
 MORE, MAX_IMAGE, MAX_TEXT = 4_000_000, 64_000_000, 8_000_000
 # What an image can be asked for without; a service may refuse fields that it does not know.
 DISPENSABLE = ("response_format", "output_format", "seed")
-_SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif"}
+_SUFFIXES = {
+    b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp",
+    b"II*\0": "tiff", b"MM\0*": "tiff",
+}  # fmt: skip
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
@@ -265,10 +268,10 @@ class EndpointSource(ModelSource):
         if isinstance(text := entry.get("b64_json"), str):
             if text.startswith("data:"):
                 text = text.partition(",")[2]
-            return base64.b64decode(text, validate=True)
+            return _unpacked(text)
         link = entry["url"]
         if link.startswith("data:"):
-            return base64.b64decode(link.partition(",")[2], validate=True)
+            return _unpacked(link.partition(",")[2])
         url = urljoin(f"{self.base}/", link)
         here, there = urlsplit(self.base), urlsplit(url)
         if there.scheme != "https" and (there.scheme, there.netloc) != (here.scheme, here.netloc):
@@ -283,6 +286,12 @@ class EndpointSource(ModelSource):
         if answer.status != 200:
             raise EvaluationError(f"{url[:200]}: HTTP {answer.status}")
         return answer.body
+
+
+def _unpacked(text: str) -> bytes:
+    """Bytes of base64, which some services break into lines or leave without its padding."""
+    joined = "".join(text.split()).rstrip("=")
+    return base64.b64decode(joined + "=" * (-len(joined) % 4), validate=True)
 
 
 def _most_bytes(request: ImageRequest) -> int:
