@@ -131,8 +131,12 @@ class OrtGraph:
         return self.run_all(feed)[0]
 
     def run_all(self, feed: dict[str, Array]) -> list[Array]:
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = 4  # what fails is raised, and said in one line
         try:
-            outputs: list[Array] = self.session.run(None, feed)
+            outputs: list[Array] = self.session.run(None, feed, options)
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise self._refusal(feed, error) from error
         return outputs
