@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from modelops.base.private import private_copy
 from modelops.models.devices import open_device
 from modelops.models.hub import pipeline_directory
 from modelops.models.pipelines.arguments import floats_to_uint8, images_of
-from modelops.models.pipelines.inputs import takes_image
+from modelops.models.pipelines.inputs import image_arguments, takes_image
 from modelops.models.pipelines.load import load_diffusers, load_pixel_flow
 from modelops.models.pipelines.observe import find_traits
 from modelops.models.pipelines.state import GlobalNoise, Samplers
@@ -193,6 +193,9 @@ class PipelineSource(ModelSource):
 
     def check(self, request: ImageRequest) -> None:
         self.traits.check(request)
+        if request.image is not None:
+            with suppress(ImageError):  # it is counted as a failure when its turn comes
+                image_arguments(self.traits.form, request.image)
 
     def rows_per_call(self, request: ImageRequest) -> int:
         """Images of every call of the pipeline.

@@ -8,13 +8,12 @@ generators of the call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from modelops.base.errors import ImageError, UsageError
+from modelops.base.errors import UsageError
 from modelops.models.pipelines.arguments import pipeline_arguments
 from modelops.models.pipelines.form import CallForm
 from modelops.models.pipelines.inputs import image_arguments, takes_image
@@ -113,9 +112,6 @@ class Traits:
             self.require_no_image()
         elif not takes_image(self.form):
             raise UsageError(f"{self.form.pipeline} takes no input image", hint="leave it out")
-        else:
-            with suppress(ImageError):  # it is counted as a failure when its turn comes
-                image_arguments(self.form, request.image)
 
     def require_no_image(self) -> None:
         """Refuse a pipeline that wants an image.
