@@ -113,7 +113,7 @@ FAMILIES: tuple[Family, ...] = (
     # what it is given stands for an image: two tensors, image_embeds and negative_image_embeds
     Family(
         "Kandinsky 2.2 (decoder)", kandinsky_2_decoder, size=(64, 64), other=(128, 64),
-        kind="image",
+        kind="image", refused="wants image_embeds",
     ),
     Family("Kandinsky 3", kandinsky_3, size=(64, 64), other=(128, 64)),
 )  # fmt: skip

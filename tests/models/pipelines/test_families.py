@@ -11,7 +11,7 @@ from zoo.all import FAMILIES, lacks
 from zoo.family import Family
 from zoo.measure import measure
 
-IMAGE = r"image that it is given|wants image_embeds"
+IMAGE = "image that it is given"
 
 
 @pytest.mark.slow
