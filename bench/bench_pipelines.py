@@ -49,7 +49,7 @@ diffusers' own call with the same seed. A number is the largest difference of a 
 
 - **sample = diffusers**: one image of one prompt, no option given but steps and size.
 - **in company**: short and long prompts given together, each against diffusers' call of it alone.
-- **served together**: requests of different steps and guidance in shared evaluations.
+- **served together**: two requests of different steps in the engine that shares evaluations.
 - **export**: least PSNR of the ONNX artifact's images; 120 is equal.
 - **artifact, other calls**: another size, step count, guidance and a long prompt by the artifact.
 - **INT8**: least PSNR of the quantised artifact's images, kept with `--allow`.

@@ -155,12 +155,14 @@ class Bench:
         return self.worst(requests, open_checkpoint(self.checkpoint).generate(requests))
 
     def served(self) -> int:
-        guided = self.family.guided and self.family.kind in ("text", "class")
-        requests = [
-            self.request(SHORT),
-            self.request(LONG, seed=8, steps=self.family.steps[1]),
-            *([self.request(MIDDLE, seed=9, guidance=6.0)] * guided),
-        ]
+        requests = [self.request(SHORT), self.request(LONG, seed=8, steps=self.family.steps[1])]
+        return self._served(requests)
+
+    def served_guided(self) -> int:
+        """As `served`, of requests with other guidance."""
+        return self._served([self.request(SHORT), self.request(MIDDLE, seed=9, guidance=6.0)])
+
+    def _served(self, requests: list[ImageRequest]) -> int:
         engine = StepEngine(load_checkpoint(self.checkpoint), profile_s=0)
         try:
             jobs = engine.submit(requests)

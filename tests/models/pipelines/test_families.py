@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zoo.all import FAMILIES, lacks
+from zoo.all import FAMILIES, family, lacks
 from zoo.family import Family
-from zoo.measure import measure
+from zoo.measure import Bench, measure
 
 IMAGE = "image that it is given"
 
@@ -26,3 +26,9 @@ def test_images_are_diffusers_own(one: Family, tmp_path: Path) -> None:
             assert re.search(one.refused or wants_image, found)
         else:
             assert found <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Kandinsky 2.2", "SDXL"])
+def test_requests_of_other_guidance_are_served_together(name: str, tmp_path: Path) -> None:
+    assert Bench(family(name), tmp_path).served_guided() <= 1
